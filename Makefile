@@ -1,0 +1,45 @@
+# Run `make` or `make help` for the list of targets.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+# Nothing here is to report home.
+export FLWR_TELEMETRY_ENABLED = 0
+export FLWR_DISABLE_UPDATE_CHECK = 1
+export RAY_USAGE_STATS_ENABLED = 0
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint typecheck bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml
+	@echo "Making $(VENV) and installing the project (PyTorch is large: a few minutes at most) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(READY) ## Simulate ten devices that learn five tasks each, and write a report
+	@$(BIN)/lightcl simulate simulations/scenarios/quickstart.yaml --out runs/quickstart --overwrite
+
+test: $(READY) ## Run the test suite (without the slow tests)
+	@$(BIN)/python -m pytest
+
+test-slow: $(READY) ## Run the slow tests: real SuperLink and SuperNode processes, `flwr run`
+	@$(BIN)/python -m pytest -m slow
+
+lint: $(READY) ## Check style, types and the direction of imports
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+typecheck: $(READY) ## Check types only
+	@$(BIN)/mypy
+
+bench: $(READY) ## Measure the training step
+	@$(BIN)/python benchmarks/training_step.py
+
+clean: ## Remove the environment and caches; runs stay
+	@rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,190 @@
+"""A device as a Flower ClientApp: decode a message, let the device work, encode the reply.
+
+On a board, local matters come from the SuperNode's `--node-config`: `partition-id` (which device of the fleet this is),
+`name`, `data-path`, `own-data` (all of the local data is this device's), `state-dir`, `accelerator`, `threads`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from lightcl.data.partition import Share
+from lightcl.data.sources import Source, SourceRequest, load_source
+from lightcl.device import EdgeDevice, OutOfStep
+from lightcl.errors import RequestError
+from lightcl.exchange import ExchangeError
+from lightcl.protocol import (
+    ARRAYS,
+    EXAMPLES,
+    INSTRUCTION,
+    METRICS,
+    REPLY,
+    Greeting,
+    Instruction,
+    ProtocolError,
+    Refusal,
+    Tested,
+    Trained,
+)
+from lightcl.scenario import Scenario, scenario_from_json
+from lightcl.state import StateError
+from lightcl.training import TrainingFailure
+
+Refusable = (RequestError, StateError, OutOfStep, TrainingFailure, ExchangeError, ProtocolError)
+
+
+@dataclass(frozen=True)
+class Local:
+    """What a device knows of itself and the server does not decide."""
+
+    number: int
+    name: str
+    state: Path
+    data_path: str | None = None
+    own_data: bool = False
+    accelerator: str | None = None
+    threads: int | None = None
+
+    def apply(self, scenario: Scenario) -> Scenario:
+        """The scenario with this node's own data folder, accelerator and threads."""
+        values = scenario.model_dump(mode="json")
+        if self.data_path:
+            values["data"]["path"] = self.data_path
+        if self.accelerator:
+            values["runtime"]["accelerator"] = self.accelerator
+        if self.threads:
+            values["runtime"]["threads"] = self.threads
+        return Scenario.model_validate(values)
+
+
+def default_state_folder() -> Path:
+    """`$LIGHTCL_STATE`, else `~/.local/state/lightcl`."""
+    return Path(os.environ.get("LIGHTCL_STATE") or Path.home() / ".local" / "state" / "lightcl")
+
+
+def make_app(state: Path | None = None) -> ClientApp:
+    """The app; `state` is where devices keep theirs when the node's configuration does not say."""
+    app = ClientApp()
+
+    @app.query()
+    def greet(message: Message, context: Context) -> Message:
+        return _answer(message, context, state, _greet)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return _answer(message, context, state, _train)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return _answer(message, context, state, _evaluate)
+
+    return app
+
+
+def _answer(
+    message: Message,
+    context: Context,
+    state: Path | None,
+    act: Callable[[Instruction, Scenario, Local, Message], RecordDict],
+) -> Message:
+    local = _local(context, state)
+    try:
+        instruction = Instruction.from_record(message.content.config_records.get(INSTRUCTION))
+        content = act(instruction, local.apply(scenario_from_json(instruction.scenario)), local, message)
+    except Refusable as error:
+        content = _refusal(local, error)
+    return Message(content, reply_to=message)
+
+
+def _greet(instruction: Instruction, scenario: Scenario, local: Local, message: Message) -> RecordDict:
+    source = _source(scenario.source_request())
+    return _reply(Greeting(local.number, local.name, source.channels, len(source.classes)).to_record())
+
+
+def _train(instruction: Instruction, scenario: Scenario, local: Local, message: Message) -> RecordDict:
+    device = _open(instruction, scenario, local)
+    try:
+        _receive(device, instruction, message)
+        report = device.train(instruction.task, instruction.until_epoch)
+    except Refusable as error:
+        return _refusal(local, error, device)
+    trained = Trained(
+        local.number, report.task, report.epochs, device.version, device.prefix_digest, report.examples, report.loss,
+        report.seconds, report.peak_memory_mib,
+    )  # fmt: skip
+    content = _reply(trained.to_record())
+    arrays = device.outgoing()
+    if arrays:
+        content[ARRAYS] = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+        content[METRICS] = MetricRecord({EXAMPLES: report.examples})
+    return content
+
+
+def _evaluate(instruction: Instruction, scenario: Scenario, local: Local, message: Message) -> RecordDict:
+    device = _open(instruction, scenario, local)
+    try:
+        _receive(device, instruction, message)
+        report = device.evaluate()
+    except Refusable as error:
+        return _refusal(local, error, device)
+    tested = Tested(
+        local.number, report.task, report.epochs, device.version, report.til, report.cil, report.images, report.seconds
+    )
+    return _reply(tested.to_record())
+
+
+def _open(instruction: Instruction, scenario: Scenario, local: Local) -> EdgeDevice:
+    source = _source(scenario.source_request())
+    share = None
+    if local.own_data:
+        share = Share(np.arange(len(source.train)), np.arange(len(source.test)))
+    folder = local.state / instruction.run / f"device-{local.number:05d}"
+    return EdgeDevice(scenario, local.number, folder, source=source, share=share)
+
+
+def _receive(device: EdgeDevice, instruction: Instruction, message: Message) -> None:
+    record = message.content.array_records.get(ARRAYS)
+    if record is not None:
+        device.receive({name: array.numpy() for name, array in record.items()}, instruction.version)
+
+
+def _reply(record: dict[str, object]) -> RecordDict:
+    return RecordDict({REPLY: ConfigRecord(record)})  # type: ignore[arg-type]
+
+
+def _refusal(local: Local, error: Exception, device: EdgeDevice | None = None) -> RecordDict:
+    position = (device.position.task, device.position.epochs, device.version) if device else (-1, -1, -1)
+    return _reply(Refusal(local.number, *position, reason=f"{type(error).__name__}: {error}").to_record())
+
+
+def _local(context: Context, state: Path | None) -> Local:
+    node = context.node_config
+    number = int(node.get("partition-id", 0))
+    folder = node.get("state-dir")
+    return Local(
+        number=number,
+        name=str(node.get("name") or f"{socket.gethostname()}-{number}"),
+        state=Path(str(folder)).expanduser() if folder else state or default_state_folder(),
+        data_path=str(node["data-path"]) if node.get("data-path") else None,
+        own_data=bool(node.get("own-data", False)),
+        accelerator=str(node["accelerator"]) if node.get("accelerator") else None,
+        threads=int(node["threads"]) if node.get("threads") else None,
+    )
+
+
+@lru_cache(maxsize=2)
+def _source(request: SourceRequest) -> Source:
+    """A worker serves many devices; opening the images anew for each message would be most of a small message's time."""
+    return load_source(request)
+
+
+app = make_app()

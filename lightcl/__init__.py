@@ -1,0 +1,1 @@
+"""LightCL: continual learning on one edge device within a few dozen megabytes."""

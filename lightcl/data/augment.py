@@ -1,0 +1,25 @@
+"""The paper's augmentation, for a whole batch at once: random crop with padding, random horizontal flip."""
+
+import torch
+from torch import Tensor
+
+
+def random_crop_flip(images: Tensor, generator: torch.Generator, padding: int = 4, flip: bool = True) -> Tensor:
+    """Each image gets its own crop and flip.
+
+    `images` is uint8 `[N, H, W, C]`; the result has the same shape and type. Padding is black, as in torchvision's
+    RandomCrop. One gather for the batch, since a loop over images costs more than the training step of a small network.
+    """
+    n, height, width, channels = images.shape
+    padded = images.new_zeros((n, height + 2 * padding, width + 2 * padding, channels))
+    padded[:, padding : padding + height, padding : padding + width] = images
+    top = torch.randint(0, 2 * padding + 1, (n, 1), generator=generator)
+    left = torch.randint(0, 2 * padding + 1, (n, 1), generator=generator)
+    rows = top + torch.arange(height)
+    columns = torch.arange(width).expand(n, width)
+    if flip:
+        flipped = torch.rand((n, 1), generator=generator) < 0.5
+        columns = torch.where(flipped, width - 1 - columns, columns)
+    columns = left + columns
+    batch = torch.arange(n)
+    return padded[batch[:, None, None], rows[:, :, None], columns[:, None, :]]

@@ -1,0 +1,114 @@
+"""Which device holds which samples, by flwr-datasets' partitioners. Every sample belongs to at most one device."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lightcl.data.sources import Source, cache_folder
+from lightcl.errors import RequestError
+from lightcl.seeds import derive, numpy_generator
+
+if TYPE_CHECKING:
+    from lightcl.scenario import Fleet
+
+
+@dataclass(frozen=True)
+class Share:
+    """One device's samples: sorted indices into the source's training and test split."""
+
+    train: np.ndarray
+    test: np.ndarray
+
+
+def partition(source: Source, fleet: Fleet, seed: int) -> list[Share]:
+    """One share a device; a function of the labels, the fleet section and the seed alone.
+
+    Raises RequestError where the partition cannot be made or leaves a device empty.
+    """
+    key = json.dumps(
+        [fleet.model_dump(mode="json"), seed, _digest(source.train.labels), _digest(source.test.labels), 1]
+    )
+    file = cache_folder() / "partitions" / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
+    if file.exists():
+        with np.load(file) as stored:
+            return [Share(stored[f"train{i}"], stored[f"test{i}"]) for i in range(fleet.devices)]
+    train = _split_train(source.train.labels, fleet, seed)
+    test = _split_test(source.test.labels, source.train.labels, train, fleet, seed)
+    _remember(file, train, test)
+    return [Share(*pair) for pair in zip(train, test, strict=True)]
+
+
+def _split_train(labels: np.ndarray, fleet: Fleet, seed: int) -> list[np.ndarray]:
+    from datasets import Dataset
+    from flwr_datasets import partitioner as partitioners
+
+    if fleet.devices > len(labels):
+        raise RequestError(f"fleet.devices: {fleet.devices} devices cannot share {len(labels)} training images")
+    derived = derive(seed, "partition") % 2**31
+    # The partitioners cut or assign in the order given; the order is ours, seeded.
+    order = numpy_generator(seed, "partition", "order").permutation(len(labels))
+    if fleet.devices == 1:
+        return [np.sort(order)]
+    chosen: partitioners.Partitioner
+    if fleet.partition == "iid":
+        chosen = partitioners.IidPartitioner(num_partitions=fleet.devices)
+    elif fleet.partition == "dirichlet":
+        chosen = partitioners.DirichletPartitioner(
+            num_partitions=fleet.devices, partition_by="label", alpha=fleet.alpha, min_partition_size=1, seed=derived
+        )
+    else:
+        chosen = partitioners.PathologicalPartitioner(
+            num_partitions=fleet.devices,
+            partition_by="label",
+            num_classes_per_partition=fleet.classes_per_device or 2,
+            class_assignment_mode="deterministic",
+            seed=derived,
+        )
+    chosen.dataset = Dataset.from_dict({"label": labels[order], "index": order})
+    try:
+        shares = [np.sort(np.asarray(chosen.load_partition(i)["index"])) for i in range(fleet.devices)]
+    except ValueError as error:
+        raise RequestError(f"fleet.partition {fleet.partition!r} with {fleet.devices} devices: {error}") from error
+    for device, share in enumerate(shares):
+        if len(share) == 0:
+            raise RequestError(
+                f"fleet.partition {fleet.partition!r} leaves device {device} of {fleet.devices} without an image; "
+                "use fewer devices or a larger fleet.alpha"
+            )
+    return shares
+
+
+def _split_test(
+    labels: np.ndarray, train_labels: np.ndarray, train: list[np.ndarray], fleet: Fleet, seed: int
+) -> list[np.ndarray]:
+    """Test images of the classes a device trains on: all of them, or its part of them ("share")."""
+    held = [np.unique(train_labels[indices]) for indices in train]
+    if fleet.test_data == "whole":
+        return [np.flatnonzero(np.isin(labels, classes)) for classes in held]
+    shares: list[list[np.ndarray]] = [[] for _ in train]
+    for label in np.unique(labels):
+        holders = [device for device, classes in enumerate(held) if label in classes]
+        members = numpy_generator(seed, "partition", "test", int(label)).permutation(np.flatnonzero(labels == label))
+        for device, part in zip(holders, np.array_split(members, max(1, len(holders))), strict=False):
+            shares[device].append(part)
+    return [np.sort(np.concatenate(parts)) if parts else np.empty(0, dtype=np.int64) for parts in shares]
+
+
+def _remember(file: Path, train: list[np.ndarray], test: list[np.ndarray]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {f"train{i}": a for i, a in enumerate(train)} | {f"test{i}": a for i, a in enumerate(test)}
+    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npz", delete=False) as temporary:
+        np.savez(temporary, **arrays)  # type: ignore[arg-type]
+    os.replace(temporary.name, file)
+
+
+def _digest(labels: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(labels).tobytes()).hexdigest()

@@ -1,0 +1,328 @@
+"""Where images come from. Every source gives the same thing: uint8 images, integer labels, a train and a test split.
+
+Images are decoded once and kept as memory-mapped arrays in a cache folder, so that a thousand simulated devices share
+one copy and a device reads only the pages of its own samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from lightcl.errors import RequestError
+
+SourceName = Literal["digits", "cifar10", "cifar100", "fashion-mnist", "parquet", "image-folder"]
+IMAGE_COLUMNS = ("img", "image", "images")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "target")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images and their labels: `images` uint8 `[N, H, W, C]`, `labels` int64 `[N]` in 0..len(classes)-1."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A labelled image data set, split into train and test."""
+
+    train: ImageSet
+    test: ImageSet
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.train.classes
+
+    @property
+    def channels(self) -> int:
+        return int(self.train.images.shape[3])
+
+
+@dataclass(frozen=True)
+class SourceRequest:
+    """Everything that decides which images come out, in which order."""
+
+    name: SourceName
+    path: Path | None = None
+    image_size: int | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    test_fraction: float = 0.2
+    seed: int = 0
+    download: bool = True
+
+
+def cache_folder() -> Path:
+    """Where decoded images are kept: `$LIGHTCL_CACHE`, else `~/.cache/lightcl`."""
+    return Path(os.environ.get("LIGHTCL_CACHE") or Path.home() / ".cache" / "lightcl")
+
+
+def load_source(request: SourceRequest) -> Source:
+    """Train and test images of a source; decoded on first use, memory-mapped from the cache afterwards.
+
+    Raises RequestError for a missing path, an unreadable image, images of several sizes, or labels out of range.
+    """
+    key = json.dumps([_fingerprint(request), request.image_size, request.test_fraction, request.seed, 2])
+    folder = cache_folder() / "images" / hashlib.sha256(key.encode()).hexdigest()[:20]
+    if not (folder / "classes.json").exists():
+        _store(folder, _READERS[request.name](request))
+    classes = tuple(json.loads((folder / "classes.json").read_text()))
+    splits = [
+        ImageSet(
+            np.load(folder / f"{split}-images.npy", mmap_mode="r"), np.load(folder / f"{split}-labels.npy"), classes
+        )
+        for split in ("train", "test")
+    ]
+    return Source(*splits)
+
+
+def _store(folder: Path, source: Source) -> None:
+    """Writes the arrays into a temporary folder and renames it, so that a killed or a parallel process does no harm."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        staging = Path(temporary) / "set"
+        staging.mkdir()
+        for split, images in (("train", source.train), ("test", source.test)):
+            np.save(staging / f"{split}-images.npy", images.images)
+            np.save(staging / f"{split}-labels.npy", images.labels)
+        (staging / "classes.json").write_text(json.dumps(source.classes))
+        with suppress(OSError):  # another process was first; its result is the same
+            staging.rename(folder)
+
+
+def _fingerprint(request: SourceRequest) -> list[Any]:
+    """Changes when the files behind the source change."""
+    parts: list[Any] = [request.name, request.image_column, request.label_column]
+    if request.name in ("parquet", "image-folder"):
+        path = _existing(request)
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        stats = [(str(p.resolve()), s.st_size, s.st_mtime_ns) for p in files for s in [p.stat()]]
+        parts.append(hashlib.sha256(json.dumps(stats).encode()).hexdigest())
+    return parts
+
+
+def _existing(request: SourceRequest) -> Path:
+    if request.path is None:
+        raise RequestError(f"data.source {request.name!r} needs data.path (a file or folder of yours)")
+    if not request.path.exists():
+        raise RequestError(f"data.path: no such file or folder: {request.path}")
+    return request.path
+
+
+def split_off_test(images: ImageSet, fraction: float, seed: int) -> Source:
+    """A deterministic test split with the same share of every class, for sources that bring none."""
+    generator = np.random.default_rng([seed, 0x7E57])
+    test = np.zeros(len(images), dtype=bool)
+    for label in range(len(images.classes)):
+        members = np.flatnonzero(images.labels == label)
+        test[generator.permutation(members)[: round(len(members) * fraction)]] = True
+    return Source(
+        ImageSet(images.images[~test], images.labels[~test], images.classes),
+        ImageSet(images.images[test], images.labels[test], images.classes),
+    )
+
+
+# -- readers: one a source -----------------------------------------------------------------------------------------
+
+
+def _digits(request: SourceRequest) -> Source:
+    """scikit-learn's bundled 8x8 handwritten digits (UCI; 1,797 images), values 0..16 scaled to 0..255."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    scaled = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    size = request.image_size or 8
+    pictures = np.stack([np.asarray(_resized(Image.fromarray(image), size)) for image in scaled])
+    everything = ImageSet(pictures[..., None], bunch.target.astype(np.int64), tuple(str(i) for i in range(10)))
+    return split_off_test(everything, request.test_fraction, request.seed)
+
+
+def _torchvision(request: SourceRequest) -> Source:
+    """CIFAR-10, CIFAR-100 and Fashion-MNIST: torchvision's download, or a folder it was downloaded to before."""
+    from torchvision import datasets
+
+    kinds = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion-mnist": datasets.FashionMNIST}
+    root = request.path or cache_folder() / "downloads"
+    splits: list[ImageSet] = []
+    for train in (True, False):
+        try:
+            data = kinds[request.name](root, train=train, download=request.download)
+        except (RuntimeError, OSError) as error:
+            raise RequestError(
+                f"data.source {request.name!r}: not found under {root} and not downloaded ({error}). "
+                f"Set data.path to the folder that holds torchvision's copy, or use data.source=parquet with your own file"
+            ) from error
+        images = np.asarray(data.data)
+        pictures = images if images.ndim == 4 else images[..., None]
+        if request.image_size and request.image_size != pictures.shape[1]:
+            modes = [Image.fromarray(p.squeeze()) for p in pictures]
+            resized = np.stack([np.asarray(_resized(m, request.image_size)) for m in modes])
+            pictures = resized if resized.ndim == 4 else resized[..., None]
+        splits.append(ImageSet(pictures, np.asarray(data.targets, dtype=np.int64), tuple(data.classes)))
+    return Source(*splits)
+
+
+def _parquet(request: SourceRequest) -> Source:
+    """A parquet file, or a folder with `train*.parquet` and, if there is one, `test*.parquet` (or val, validation)."""
+    path = _existing(request)
+    if path.is_file():
+        return split_off_test(_read_parquet([path], request), request.test_fraction, request.seed)
+    train = sorted(path.glob("train*.parquet"))
+    if not train:
+        raise RequestError(f"data.path: {path} holds no train*.parquet (a single file may be named instead)")
+    images = _read_parquet(train, request)
+    for name in ("test", "val"):
+        files = sorted(path.glob(f"{name}*.parquet"))
+        if files:
+            return _with_same_classes(images, _read_parquet(files, request), path)
+    return split_off_test(images, request.test_fraction, request.seed)
+
+
+def _read_parquet(files: Sequence[Path], request: SourceRequest) -> ImageSet:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pictures: list[Image.Image] = []
+    places: list[str] = []
+    labels: list[Any] = []
+    for file in files:
+        try:
+            table = pq.ParquetFile(file)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise RequestError(f"{file}: not a parquet file ({error})") from error
+        names = table.schema_arrow.names
+        image_column = _column(file, names, request.image_column, IMAGE_COLUMNS, "image_column")
+        label_column = _column(file, names, request.label_column, LABEL_COLUMNS, "label_column")
+        row = 0
+        for batch in table.iter_batches(1024, columns=[image_column, label_column]):
+            for cell, label in zip(batch[image_column].to_pylist(), batch[label_column].to_pylist(), strict=True):
+                place = f"{file}, row {row}"
+                content = cell.get("bytes") if isinstance(cell, dict) else cell
+                if not isinstance(content, bytes):
+                    raise RequestError(f"{place}: column {image_column!r} holds no encoded image bytes")
+                pictures.append(_decode(io.BytesIO(content), place, request.image_size))
+                places.append(place)
+                labels.append(label)
+                row += 1
+    return _image_set(pictures, places, labels)
+
+
+def _column(file: Path, names: list[str], wanted: str | None, usual: tuple[str, ...], key: str) -> str:
+    candidates = (wanted,) if wanted else usual
+    for name in candidates:
+        if name in names:
+            return name
+    raise RequestError(f"{file}: no column {' or '.join(candidates)} (it has: {', '.join(names)}); set data.{key}")
+
+
+def _image_folder(request: SourceRequest) -> Source:
+    """A folder a class, either directly below the path or below its `train` and `test` (or `val`) folders."""
+    path = _existing(request)
+    if (path / "train").is_dir():
+        images = _read_folder(path / "train", request)
+        for name in ("test", "val"):
+            if (path / name).is_dir():
+                return _with_same_classes(images, _read_folder(path / name, request), path)
+        return split_off_test(images, request.test_fraction, request.seed)
+    return split_off_test(_read_folder(path, request), request.test_fraction, request.seed)
+
+
+def _read_folder(path: Path, request: SourceRequest) -> ImageSet:
+    from torchvision.datasets import ImageFolder
+
+    try:
+        listing = ImageFolder(str(path))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RequestError(f"data.path: {path} is no image folder: {error}") from error
+    pictures = [_decode(file, file, request.image_size) for file, _ in listing.samples]
+    return _image_set(pictures, [f for f, _ in listing.samples], [listing.classes[i] for _, i in listing.samples])
+
+
+_READERS: dict[str, Callable[[SourceRequest], Source]] = {
+    "digits": _digits,
+    "cifar10": _torchvision,
+    "cifar100": _torchvision,
+    "fashion-mnist": _torchvision,
+    "parquet": _parquet,
+    "image-folder": _image_folder,
+}
+
+
+# -- images --------------------------------------------------------------------------------------------------------
+
+
+def _decode(file: str | io.BytesIO, place: str, size: int | None) -> Image.Image:
+    try:
+        with Image.open(file) as picture:
+            grey = picture.mode in ("1", "L", "LA", "I;16")
+            converted = picture.convert("L" if grey else "RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise RequestError(f"{place}: the image does not decode ({error})") from error
+    return converted if size is None else _resized(converted, size)
+
+
+def _resized(picture: Image.Image, size: int) -> Image.Image:
+    return picture if picture.size == (size, size) else picture.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def _image_set(pictures: Sequence[Image.Image], places: Sequence[str], labels: Sequence[Any]) -> ImageSet:
+    if not pictures:
+        raise RequestError("data.path: no images found")
+    colour = any(picture.mode == "RGB" for picture in pictures)
+    first = pictures[0].size
+    for picture, place in zip(pictures, places, strict=True):
+        if picture.size != first:
+            raise RequestError(
+                f"{place}: image of {picture.size[0]}x{picture.size[1]} pixels, but {places[0]} has "
+                f"{first[0]}x{first[1]}; set data.image_size to bring all to one size"
+            )
+    arrays = np.stack([np.asarray(picture.convert("RGB") if colour else picture) for picture in pictures])
+    names, encoded = _encode_labels(labels, places)
+    return ImageSet(arrays if colour else arrays[..., None], encoded, names)
+
+
+def _encode_labels(labels: Sequence[Any], places: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
+    """Integer labels stay as they are, names are numbered in sorted order."""
+    if all(isinstance(label, int) for label in labels):
+        values = np.asarray(labels, dtype=np.int64)
+        if values.min() < 0:
+            raise RequestError(f"{places[int(values.argmin())]}: label {values.min()} is negative")
+        return tuple(str(i) for i in range(int(values.max()) + 1)), values
+    for label, place in zip(labels, places, strict=True):
+        if not isinstance(label, str):
+            raise RequestError(f"{place}: label {label!r} is neither an integer nor a name like the others")
+    names = sorted(set(labels))
+    numbers = {name: i for i, name in enumerate(names)}
+    return tuple(names), np.asarray([numbers[label] for label in labels], dtype=np.int64)
+
+
+def _with_same_classes(train: ImageSet, test: ImageSet, path: Path) -> Source:
+    if set(test.classes) <= set(train.classes):
+        numbers = {name: i for i, name in enumerate(train.classes)}
+        renumber = np.asarray([numbers[name] for name in test.classes], dtype=np.int64)
+        return Source(train, ImageSet(test.images, renumber[test.labels], train.classes))
+    unknown = ", ".join(sorted(set(test.classes) - set(train.classes))[:5])
+    raise RequestError(f"{path}: the test split has classes that the training split lacks: {unknown}")
+
+
+def iter_batches(images: ImageSet, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Consecutive batches `(images, labels)`; the last one may be smaller."""
+    for start in range(0, len(images), size):
+        yield images.images[start : start + size], images.labels[start : start + size]

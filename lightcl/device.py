@@ -1,0 +1,287 @@
+"""One edge device: its private stream, its network, its method and its state on disk.
+
+The same class serves `lightcl train`, a simulated device and a board, so all three do the same thing.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightcl.data.partition import Share, partition
+from lightcl.data.sources import Source, load_source
+from lightcl.data.streams import TaskContext, TaskStream, build_stream
+from lightcl.errors import RequestError
+from lightcl.exchange import Arrays, adopt_, outgoing
+from lightcl.metrics import AccuracyMatrix
+from lightcl.networks.build import build_network
+from lightcl.networks.weights import digest
+from lightcl.scenario import Scenario
+from lightcl.seeds import derive
+from lightcl.state import StateError, StateFolder
+from lightcl.training import OnEpoch, evaluate, make_optimiser, train_epoch
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a device has come: the task it is at and how many of its epochs are done."""
+
+    task: int = 0
+    epochs: int = 0
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a device tells about a piece of training."""
+
+    task: int
+    epochs: int
+    examples: int
+    loss: float
+    seconds: float
+    peak_memory_mib: float
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """Accuracies on tasks 0..task, in 0..1, and the images behind each."""
+
+    task: int
+    epochs: int
+    til: list[float]
+    cil: list[float]
+    images: list[int]
+    seconds: float
+
+
+class OutOfStep(Exception):
+    """The server asks for something that does not follow from where the device is."""
+
+
+def choose_accelerator(wanted: str) -> torch.device:
+    """Raises RequestError where cuda is asked for and not there."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise RequestError("runtime.accelerator is 'cuda', but this machine has no CUDA device (allowed: auto, cpu)")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+class EdgeDevice:
+    """A device that learns its stream task by task and survives being killed at any point.
+
+    `share` is the device's part of `source`; the default is its part under the scenario's partition. `folder` is where
+    its state lives. Raises RequestError for a scenario that cannot be carried out, StateError for unreadable state.
+    """
+
+    def __init__(
+        self, scenario: Scenario, number: int, folder: Path, *, source: Source | None = None, share: Share | None = None
+    ) -> None:
+        self.scenario, self.number = scenario, number
+        if source is None:
+            source = load_source(scenario.source_request())
+        if share is None:
+            share = partition(source, scenario.fleet, scenario.seed)[number]
+        self.stream: TaskStream = build_stream(scenario, source, share, number)
+        self.accelerator = choose_accelerator(scenario.runtime.accelerator)
+        torch.set_num_threads(scenario.runtime.threads)
+        self.network = build_network(scenario, in_channels=source.channels, classes=self.stream.head_classes)
+        self.network.to(self.accelerator)
+        self.prefix_digest = digest(self.network.prefix)
+        self.method = scenario.method.build(self.network)
+        self.optimiser = make_optimiser(self.network, scenario)
+        self.position = Position()
+        self.version = 0
+        self.last_report: TrainReport | None = None
+        self.rows: dict[str, dict[int, list[float]]] = {"til": {}, "cil": {}}
+        self._state = StateFolder(folder)
+        self._saved_at = time.monotonic()
+        self._restore()
+
+    @property
+    def finished(self) -> bool:
+        return self.position == Position(len(self.stream) - 1, self.scenario.training.epochs)
+
+    def matrix(self, setting: str) -> AccuracyMatrix:
+        """The accuracy matrix so far; `setting` is "til" or "cil"."""
+        return AccuracyMatrix.from_rows(self.rows[setting], len(self.stream))
+
+    # -- training ----------------------------------------------------------------------------------------------
+
+    def train(self, task: int, until_epoch: int, on_epoch: OnEpoch | None = None) -> TrainReport:
+        """Learns `task` until `until_epoch` of its epochs are done, then saves the state.
+
+        Asked for the same thing twice, it trains once and gives the same report. Raises OutOfStep where the request
+        does not follow from the device's position, TrainingFailure where the loss is no longer a number.
+        """
+        goal = Position(task, until_epoch)
+        if self.last_report is not None and goal == self.position == Position(
+            self.last_report.task, self.last_report.epochs
+        ):
+            return self.last_report
+        self._check_step(goal)
+        start = time.monotonic()
+        context = self._context(task)
+        if self.position.task != task or self.position.epochs == 0:
+            self.position = Position(task, 0)
+            self.optimiser = make_optimiser(self.network, self.scenario)
+            self.network.train()
+            with torch.autocast(self.accelerator.type, torch.bfloat16, enabled=self._bf16):
+                self.method.begin_task(context)
+        loss = float("nan")
+        for epoch in range(self.position.epochs, until_epoch):
+            loss = train_epoch(self.network, self.method, self.optimiser, context, self.scenario, epoch)
+            self.position = Position(task, epoch + 1)
+            if epoch + 1 == self.scenario.training.epochs:
+                self.network.eval()
+                with torch.autocast(self.accelerator.type, torch.bfloat16, enabled=self._bf16):
+                    self.method.end_task(context)
+            elif (
+                epoch + 1 < until_epoch
+                and time.monotonic() - self._saved_at > self.scenario.training.checkpoint_seconds
+            ):
+                self._save()
+            if on_epoch:
+                on_epoch(task, epoch + 1, loss)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        self.last_report = TrainReport(task, until_epoch, len(context.task.train), loss, time.monotonic() - start, peak)
+        self._save()
+        return self.last_report
+
+    def _check_step(self, goal: Position) -> None:
+        total = self.scenario.training.epochs
+        if not (0 <= goal.task < len(self.stream) and 0 < goal.epochs <= total):
+            raise OutOfStep(
+                f"asked for task {goal.task}, epoch {goal.epochs}: there are {len(self.stream)} tasks of {total}"
+            )
+        here = self.position
+        same_task = goal.task == here.task and goal.epochs > here.epochs
+        next_task = goal.task == here.task + 1 and here.epochs == total
+        if not (same_task or next_task):
+            raise OutOfStep(
+                f"device {self.number} has done {here.epochs} of {total} epochs of task {here.task} and cannot go to "
+                f"task {goal.task}, epoch {goal.epochs}"
+            )
+
+    # -- evaluation --------------------------------------------------------------------------------------------
+
+    def evaluate(self) -> EvaluationReport:
+        """Tests all tasks up to the current one, keeps the row of the accuracy matrix, and saves the state."""
+        start = time.monotonic()
+        task = self.position.task
+        results = evaluate(self.network, self.stream[: task + 1], self.scenario, self.accelerator)
+        report = EvaluationReport(
+            task,
+            self.position.epochs,
+            [r.til for r in results],
+            [r.cil for r in results],
+            [r.images for r in results],
+            time.monotonic() - start,
+        )
+        self.rows["til"][task], self.rows["cil"][task] = report.til, report.cil
+        self._state.save(None, self._values())
+        return report
+
+    # -- exchange ----------------------------------------------------------------------------------------------
+
+    def receive(self, arrays: Mapping[str, np.ndarray], version: int) -> None:
+        """Takes over shared tensors of a version it does not have yet. Raises ExchangeError and changes nothing."""
+        if version != self.version:
+            adopt_(self.network, arrays, self.scenario.server.aggregation)
+            self.version = version
+            self._save()
+
+    def outgoing(self) -> Arrays:
+        return outgoing(self.network, self.scenario.server.aggregation)
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def _values(self) -> dict[str, Any]:
+        return {
+            "device": self.number,
+            "scenario": scenario_digest(self.scenario),
+            "position": asdict(self.position),
+            "version": self.version,
+            "report": asdict(self.last_report) if self.last_report else None,
+            "rows": self.rows,
+        }
+
+    def _save(self) -> None:
+        tensors = {f"network/{name}": tensor for name, tensor in self._changing_tensors().items()}
+        tensors |= {f"method/{name}": tensor for name, tensor in self.method.state_dict().items()}
+        for name, parameter in self._trained():
+            momentum = self.optimiser.state.get(parameter, {}).get("momentum_buffer")
+            if momentum is not None:
+                tensors[f"momentum/{name}"] = momentum
+        self._state.save(tensors, self._values())
+        self._saved_at = time.monotonic()
+
+    def _restore(self) -> None:
+        stored = self._state.load()
+        if stored is None:
+            return
+        tensors, values = stored
+        if values["scenario"] != scenario_digest(self.scenario) or values["device"] != self.number:
+            raise StateError(
+                f"{self._state.folder}: holds the state of device {values['device']} under another scenario; "
+                "use another folder or remove this one"
+            )
+        with torch.no_grad():
+            for name, target in self._changing_tensors().items():
+                target.copy_(tensors[f"network/{name}"])
+        self.method.load_state_dict(
+            {k.removeprefix("method/"): v.to(self.accelerator) for k, v in tensors.items() if k.startswith("method/")}
+        )
+        for name, parameter in self._trained():
+            momentum = tensors.get(f"momentum/{name}")
+            if momentum is not None:
+                self.optimiser.state[parameter]["momentum_buffer"] = momentum.to(self.accelerator)
+        self.position = Position(**values["position"])
+        self.version = values["version"]
+        self.last_report = TrainReport(**values["report"]) if values["report"] else None
+        self.rows = {
+            setting: {int(task): row for task, row in rows.items()} for setting, rows in values["rows"].items()
+        }
+
+    def _changing_tensors(self) -> dict[str, Tensor]:
+        """All of the network's tensors that training can change; the frozen prefix is not among them."""
+        tensors = self.network.suffix.state_dict()
+        tensors |= {f"fc.{name}": tensor for name, tensor in self.network.head.state_dict().items()}
+        if self.network.frozen_batch_norm == "train":
+            buffers = {name for name, _ in self.network.named_buffers()}
+            tensors |= {n: t for n, t in self.network.prefix.state_dict().items() if n in buffers}
+        return tensors
+
+    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(n, p) for n, p in self.network.named_parameters() if p.requires_grad]
+
+    def _context(self, task: int) -> TaskContext:
+        seen = sorted({c for t in self.stream[: task + 1] for c in t.classes})
+        return TaskContext(
+            self.stream[task],
+            torch.tensor(self.stream[task].classes, device=self.accelerator),
+            torch.tensor(seen, device=self.accelerator),
+            self.scenario.training.batch_size,
+            derive(self.scenario.seed, "device", self.number, "task", task),
+            self.accelerator,
+        )
+
+    @property
+    def _bf16(self) -> bool:
+        return self.scenario.training.precision == "bf16"
+
+
+def scenario_digest(scenario: Scenario) -> str:
+    """Changes with every key that decides a device's numbers; where the data lies and how many workers run do not."""
+    import hashlib
+
+    decisive = scenario.model_dump_json(
+        exclude={"name": True, "data": {"path", "download"}, "runtime": {"workers", "accelerator"}}
+    )
+    return hashlib.sha256(decisive.encode()).hexdigest()[:16]

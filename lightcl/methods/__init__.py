@@ -1,0 +1,9 @@
+"""Continual-learning methods, one file each, named as the literature names them."""
+
+from lightcl.methods.base import Method, MethodParameters
+from lightcl.methods.lightcl import LightCLParameters
+from lightcl.methods.sgd import SGDParameters
+
+AnyMethod = LightCLParameters | SGDParameters
+
+__all__ = ["AnyMethod", "LightCLParameters", "Method", "MethodParameters", "SGDParameters"]

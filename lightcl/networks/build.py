@@ -1,0 +1,53 @@
+"""From a scenario to the network every device starts with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightcl.networks.resnet import StagedResNet, Stem
+from lightcl.networks.weights import find_builtin, load_tensors, read_torchvision, read_weights
+from lightcl.scenario import Scenario
+from lightcl.seeds import derive
+
+PAPER_WIDTH = 64
+
+
+def build_network(scenario: Scenario, *, in_channels: int, classes: int) -> StagedResNet:
+    """The network before the first task, equal on every device; channels-last, on the CPU.
+
+    Raises RequestError for weights that do not fit and for a freeze point the network does not have.
+    """
+    section, method = scenario.network, scenario.method
+    stored: Mapping[str, Tensor] = {}
+    if section.weights == "builtin":
+        stored = read_weights(find_builtin())
+    elif section.weights == "imagenet":
+        stored = read_torchvision()
+    elif section.weights != "none":
+        stored = read_weights(Path(section.weights))
+    width, stem = _shape_of(stored)
+    with torch.random.fork_rng(devices=[]):  # constructors draw from the global generator
+        torch.manual_seed(derive(scenario.seed, "network"))
+        network = StagedResNet(
+            width=section.width or width,
+            classes=classes,
+            in_channels=in_channels,
+            stem=section.stem or stem,
+            freeze=section.freeze or method.default_freeze,
+            frozen_batch_norm=section.frozen_batch_norm or method.default_frozen_batch_norm,
+        )
+    if stored:
+        load_tensors(network, stored, f"network.weights {section.weights!r}", head=False)
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def _shape_of(stored: Mapping[str, Tensor]) -> tuple[int, Stem]:
+    """Width and stem that a weights file was made with; the paper's where there is none."""
+    first = stored.get("conv1.weight")
+    if first is None or first.ndim != 4:
+        return PAPER_WIDTH, "cifar"
+    return first.shape[0], "imagenet" if first.shape[-1] == 7 else "cifar"

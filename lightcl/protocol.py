@@ -1,0 +1,100 @@
+"""What server and devices say to each other, as typed values; the Flower records that carry them are built at the edges.
+
+Both rooms import this one and never each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+INSTRUCTION, REPLY, ARRAYS, METRICS = "instruction", "reply", "arrays", "metrics"
+"""Names of the records in a message."""
+
+EXAMPLES = "num-examples"
+"""The weight of a device in an average; the key Flower's strategies expect."""
+
+
+class ProtocolError(Exception):
+    """A message that does not say what it must."""
+
+
+class _Record:
+    """Conversion to and from Flower's flat ConfigRecords, with the types checked on the way in."""
+
+    def to_record(self) -> dict[str, Any]:
+        return asdict(self)  # type: ignore[call-overload, no-any-return]
+
+    @classmethod
+    def from_record(cls, record: Any) -> Self:
+        """Raises ProtocolError naming the field."""
+        types = {"str": str, "int": int, "float": (int, float), "list[float]": list, "list[int]": list}
+        values = {}
+        for field in fields(cls):  # type: ignore[arg-type]
+            value = record.get(field.name) if hasattr(record, "get") else None
+            if not isinstance(value, types[str(field.type)]):  # type: ignore[arg-type]
+                raise ProtocolError(f"{cls.__name__}.{field.name} is {value!r}, expected {field.type}")
+            values[field.name] = value
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Instruction(_Record):
+    """From the server: train `task` until `until_epoch`, or test; with the shared tensors of `version`, if newer."""
+
+    run: str
+    scenario: str
+    round: int
+    task: int
+    until_epoch: int
+    version: int
+
+
+@dataclass(frozen=True)
+class Greeting(_Record):
+    """From a device, before anything else: who it is and what its images look like."""
+
+    device: int
+    name: str
+    channels: int
+    classes: int
+
+
+@dataclass(frozen=True)
+class Trained(_Record):
+    """From a device, after training."""
+
+    device: int
+    task: int
+    epochs: int
+    version: int
+    prefix: str
+    examples: int
+    loss: float
+    seconds: float
+    peak_memory_mib: float
+
+
+@dataclass(frozen=True)
+class Tested(_Record):
+    """From a device, after testing all tasks so far: accuracies in 0..1 and the images behind them, a task each."""
+
+    device: int
+    task: int
+    epochs: int
+    version: int
+    til: list[float]
+    cil: list[float]
+    images: list[int]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Refusal(_Record):
+    """From a device that could not do what it was asked, with where it is in its stream."""
+
+    device: int
+    task: int
+    epochs: int
+    version: int
+    reason: str

@@ -1,0 +1,322 @@
+"""The one typed configuration. A scenario is read and checked once, at the edge; everything behind it gets typed values.
+
+Defaults are the paper's values where it names one (Split CIFAR-10: 50 epochs, batch 32, SGD 0.01, 10 % held out).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lightcl.data.sources import SourceName, SourceRequest
+from lightcl.errors import RequestError, nearest
+from lightcl.methods import AnyMethod, LightCLParameters
+from lightcl.networks.resnet import Stem
+
+StrategyName = Literal["FedAvg", "FedAvgM", "FedAdam", "FedAdagrad", "FedYogi", "FedMedian", "FedTrimmedAvg"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Data(Section):
+    source: SourceName = "digits"
+    """digits ships with scikit-learn; cifar10, cifar100 and fashion-mnist are downloaded; the others are your files."""
+    path: Path | None = None
+    """Your parquet file or image folder; for the downloaded sets, the folder that holds (or gets) the copy."""
+    image_size: int | None = Field(default=None, ge=8, le=1024)
+    """Bring all images to this many pixels a side; default: as they are."""
+    image_column: str | None = None
+    """Parquet: the column of encoded images; default: img or image."""
+    label_column: str | None = None
+    """Parquet: the column of labels; default: label."""
+    test_fraction: float = Field(default=0.2, gt=0, lt=1)
+    """Share of every class that becomes the test split where the source brings none."""
+    download: bool = True
+    augmentation: Literal["auto", "none", "crop", "crop-flip"] = "auto"
+    """auto: random crop and horizontal flip (the paper), but nothing on digits, which a flip would change."""
+    crop_padding: int = Field(default=4, ge=0)
+
+
+class Stream(Section):
+    tasks: int = Field(default=5, ge=1)
+    classes_per_task: int = Field(default=2, ge=1)
+    class_order: Literal["natural", "shuffled"] | tuple[int, ...] = "natural"
+    """As numbered in the source, shuffled by the seed, or a list of class numbers."""
+    per_device_order: bool = False
+    """With `shuffled`: every device meets the classes in an order of its own."""
+    held_out: float = Field(default=0.1, ge=0, lt=1)
+    """Share of every task's training samples kept out of training."""
+    evaluate_on: Literal["test", "held-out"] = "test"
+    """Choose hyperparameters on the held-out samples, report on the test split."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if isinstance(self.class_order, tuple):
+            if len(set(self.class_order)) != len(self.class_order) or min(self.class_order, default=0) < 0:
+                raise ValueError("class_order must list different class numbers")
+            if self.per_device_order:
+                raise ValueError("per_device_order needs class_order: shuffled, not a list")
+        if self.per_device_order and self.class_order != "shuffled":
+            raise ValueError(f"per_device_order needs class_order: shuffled, not {self.class_order}")
+        return self
+
+
+class Fleet(Section):
+    devices: int = Field(default=10, ge=1, le=100_000)
+    partition: Literal["iid", "dirichlet", "pathological"] = "iid"
+    alpha: float = Field(default=0.5, gt=0)
+    """Dirichlet concentration: the smaller, the more the devices' class shares differ."""
+    classes_per_device: int | None = Field(default=None, ge=1)
+    """Pathological: how many classes a device holds; default: as many as its stream needs."""
+    test_data: Literal["share", "whole"] = "share"
+    """Test images of its classes a device is tested on: its part of them, or all (slower, less noise a device)."""
+
+
+class Network(Section):
+    name: Literal["resnet18"] = "resnet18"
+    width: int | None = Field(default=None, ge=4, le=1024)
+    """Channels of the first layer; default: that of the weights file, else the paper's 64."""
+    stem: Stem | None = None
+    """Default: that of the weights file, else cifar."""
+    freeze: str | None = None
+    """The last frozen block (stem, layer1.0 ... layer4.1), a whole layer, or none; default: the method's own."""
+    frozen_batch_norm: Literal["eval", "train"] | None = None
+    """eval: frozen whole (ours); train: batch statistics that drift (the paper's code); default: the method's own."""
+    weights: str = "builtin"
+    """builtin (width 20, Tiny-ImageNet at 32x32), imagenet (torchvision, width 64), none, or a safetensors file."""
+
+
+class Training(Section):
+    epochs: int = Field(default=50, ge=1)
+    """Local epochs a task."""
+    batch_size: int = Field(default=32, ge=2)
+    learning_rate: float = Field(default=0.01, gt=0)
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast of the forward pass; weights and loss stay fp32."""
+    checkpoint_seconds: float = Field(default=60.0, ge=0)
+    """A device that trains longer than this saves its state at the next epoch's end, not only after the message."""
+
+
+class Server(Section):
+    aggregation: Literal["none", "suffix", "suffix+head"] = "none"
+    """none: isolated devices; suffix: its weighted average is shared, heads stay local; suffix+head: both shared."""
+    strategy: StrategyName = "FedAvg"
+    """The Flower strategy that averages (flwr.serverapp.strategy)."""
+    strategy_options: dict[str, float] = Field(default_factory=dict)
+    """Its keyword arguments, e.g. {server_momentum: 0.9} or {eta: 0.01, tau: 0.001}."""
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    """Share of the devices that train in a round; the least advanced ones go first, ties are drawn by seed."""
+    rounds_per_task: int = Field(default=1, ge=1)
+    """A task's epochs are spread over this many rounds."""
+    round_timeout: float = Field(default=86_400.0, gt=0)
+    """Seconds a round may take, queueing included."""
+    connect_timeout: float = Field(default=600.0, gt=0)
+    """Seconds to wait for all devices to connect."""
+    max_failures: int = Field(default=3, ge=1)
+    """Consecutive failures after which a device is left out for the rest of the run."""
+
+
+class Runtime(Section):
+    workers: int = Field(default=2, ge=1)
+    """Ray workers of a simulation; has no influence on the numbers."""
+    threads: int = Field(default=1, ge=1)
+    """Torch threads a device computes with. Part of the recipe: another count may round differently."""
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class Scenario(Section):
+    name: str = Field(default="scenario", pattern=r"^[A-Za-z0-9._-]+$", max_length=80)
+    seed: int = Field(default=0, ge=0)
+    data: Data = Data()
+    stream: Stream = Stream()
+    fleet: Fleet = Fleet()
+    network: Network = Network()
+    method: Annotated[AnyMethod, Field(discriminator="name")] = LightCLParameters()
+    training: Training = Training()
+    server: Server = Server()
+    runtime: Runtime = Runtime()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if isinstance(self.stream.class_order, tuple):
+            wanted = self.stream.tasks * self.stream.classes_per_task
+            if len(self.stream.class_order) < wanted:
+                raise ValueError(
+                    f"stream.class_order lists {len(self.stream.class_order)} classes, but {self.stream.tasks} tasks x "
+                    f"{self.stream.classes_per_task} classes need {wanted}"
+                )
+        if self.server.rounds_per_task > self.training.epochs:
+            raise ValueError(
+                f"server.rounds_per_task is {self.server.rounds_per_task}, but training.epochs gives only "
+                f"{self.training.epochs} epochs to spread over them"
+            )
+        if self.fleet.partition != "pathological" and self.fleet.classes_per_device is not None:
+            raise ValueError(f"fleet.classes_per_device is for partition: pathological, not {self.fleet.partition}")
+        return self
+
+    def source_request(self) -> SourceRequest:
+        data = self.data
+        return SourceRequest(
+            data.source, data.path, data.image_size, data.image_column, data.label_column, data.test_fraction,
+            self.seed, data.download,
+        )  # fmt: skip
+
+    @property
+    def augmentation(self) -> Literal["none", "crop", "crop-flip"]:
+        if self.data.augmentation != "auto":
+            return self.data.augmentation
+        return "none" if self.data.source == "digits" else "crop-flip"
+
+    def epochs_until(self, part: int) -> int:
+        """Epochs of a task that are done after its round number `part` (1-based): spread as evenly as they go."""
+        return self.training.epochs * part // self.server.rounds_per_task
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+_SECTIONS = {name for name in Scenario.model_fields if name not in ("name", "seed")}
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+def load_scenario(file: Path, changes: Sequence[str] = ()) -> Scenario:
+    """Reads a YAML file and applies `KEY=VALUE` changes (dotted keys, YAML values).
+
+    Relative paths in it are relative to the current folder. Raises RequestError naming file, line and key.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RequestError(f"{file}: not valid YAML: {error}") from error
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise RequestError(f"{file}: a scenario is a mapping of keys to values, not {type(values).__name__}")
+    values = {key: {} if value is None and key in _SECTIONS else value for key, value in values.items()}
+    changed = {_apply(values, change) for change in changes}
+    if isinstance(values.get("method"), dict):
+        values["method"] = {"name": "lightcl"} | values["method"]
+    try:
+        return _with_absolute_paths(Scenario.model_validate(values))
+    except ValidationError as error:
+        lines = [_explain(problem, file, tree, changed) for problem in error.errors()]
+        raise RequestError("\n".join(dict.fromkeys(lines))) from error
+
+
+def scenario_from_json(text: str) -> Scenario:
+    """A device's check of what the server sent. Raises RequestError."""
+    try:
+        return Scenario.model_validate_json(text)
+    except ValidationError as error:
+        raise RequestError(
+            "\n".join(_explain(problem, Path("<message>"), None, set()) for problem in error.errors())
+        ) from error
+
+
+def scenario_schema() -> dict[str, Any]:
+    """JSON schema of a scenario file, for editors."""
+    return Scenario.model_json_schema()
+
+
+def _apply(values: dict[str, Any], change: str) -> str:
+    key, equals, text = change.partition("=")
+    if not equals or not key:
+        raise RequestError(f"--set {change}: expected KEY=VALUE, for instance training.epochs=5")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RequestError(f"--set {key}: {text!r} is not a YAML value ({error})") from error
+    *path, last = key.split(".")
+    section = values
+    for name in path:
+        inner = section.get(name)
+        if inner is None:
+            inner = section[name] = {}
+        if not isinstance(inner, dict):
+            raise RequestError(f"--set {key}: {name!r} is a value, not a section")
+        section = inner
+    if key == "method.name" and section.get("name", "lightcl") != value:
+        section.clear()  # the other keys of the section belong to the method that was named before
+    section[last] = value
+    return key
+
+
+def _with_absolute_paths(scenario: Scenario) -> Scenario:
+    """Workers run in other folders, so paths are settled where the user typed them."""
+    data, network = scenario.data, scenario.network
+    if data.path is not None:
+        data = data.model_copy(update={"path": data.path.expanduser().absolute()})
+    if network.weights not in ("builtin", "imagenet", "none"):
+        network = network.model_copy(update={"weights": str(Path(network.weights).expanduser().absolute())})
+    return scenario.model_copy(update={"data": data, "network": network})
+
+
+def _explain(problem: Mapping[str, Any], file: Path, tree: yaml.Node | None, changed: set[str]) -> str:
+    """One line for one of pydantic's errors: file, line, key, what was given, what is allowed."""
+    raw = problem["loc"]
+    # A union adds the tag of the member it tried to the location; that is not a key of the file.
+    tagged = len(raw) > 1 and raw[0] == "method" and raw[1] in _method_names()
+    location = [raw[0], *raw[2:]] if tagged else list(raw)
+    location = [part for part in location if not (isinstance(part, str) and ("[" in part or part.startswith("tuple")))]
+    key = ".".join(str(part) for part in location)
+    line = _line_of(tree, location)
+    where = f"--set {key}" if key in changed else f"{file}, line {line}" if line else str(file)
+    kind, given = problem["type"], problem.get("input")
+    if kind == "extra_forbidden":
+        known = _keys_of(location[:-1], raw)
+        return f"{where}: {key}: unknown key{nearest(str(location[-1]), known)} (allowed here: {', '.join(known)})"
+    if kind == "union_tag_invalid":
+        return f"{where}: method.name: unknown method {given.get('name')!r} (allowed: {', '.join(_method_names())})"
+    message = problem["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{where}: {message}"
+    return f"{where}: {key}: {message[0].lower()}{message[1:]}, not {json.dumps(given, default=str)}"
+
+
+def _method_names() -> list[str]:
+    return [get_args(member.model_fields["name"].annotation)[0] for member in get_args(AnyMethod)]
+
+
+def _keys_of(location: Sequence[Any], raw: Sequence[Any]) -> list[str]:
+    """The keys allowed in the section at `location`."""
+    if not location:
+        return list(Scenario.model_fields)
+    if location[0] == "method":
+        for member in get_args(AnyMethod):
+            if get_args(member.model_fields["name"].annotation)[0] in raw:
+                return list(member.model_fields)
+    annotation = Scenario.model_fields[location[0]].annotation
+    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+
+
+def _line_of(tree: yaml.Node | None, location: Sequence[Any]) -> int | None:
+    """1-based line of the deepest part of `location` that the file has."""
+    line = None
+    for part in location:
+        if isinstance(tree, yaml.MappingNode):
+            found = next(((k, v) for k, v in tree.value if k.value == part), None)
+            if found is None:
+                return line
+            line, tree = found[0].start_mark.line + 1, found[1]
+        elif isinstance(tree, yaml.SequenceNode) and isinstance(part, int) and part < len(tree.value):
+            tree = tree.value[part]
+            line = tree.start_mark.line + 1
+        else:
+            return line
+    return line

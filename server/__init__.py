@@ -1,0 +1,1 @@
+"""The server of a fleet as a Flower ServerApp."""

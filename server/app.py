@@ -1,0 +1,73 @@
+"""The Flower ServerApp: takes a scenario, runs it over whatever devices the grid has, and writes the run folder."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from lightcl.scenario import Scenario, load_scenario
+from server.coordinator import Coordinator, Listener
+from server.provenance import describe_run
+from server.records import Row, RunFolder
+
+logger = logging.getLogger("flwr")
+
+
+def make_app(scenario: Scenario, folder: RunFolder, run: str, listener: Listener) -> ServerApp:
+    """The app of one run; its results lie in the folder afterwards."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        Coordinator(scenario, folder, run, listener).run(grid)
+
+    return app
+
+
+class LogListener:
+    """Progress as Flower's log lines, for `flwr run`."""
+
+    def connected(self, devices: int, wanted: int) -> None:
+        logger.info("%d of %d devices connected", devices, wanted)
+
+    def round_started(self, number: int, rounds_left: int, devices: int) -> None:
+        logger.info("round %d: %d devices, about %d rounds left", number, devices, rounds_left)
+
+    def phase_started(self, phase: str, devices: int) -> None:
+        pass
+
+    def device_done(self, device: int, phase: str) -> None:
+        pass
+
+    def round_finished(self, row: Row) -> None:
+        til, cil = row["til"], row["cil"]
+        if til:
+            logger.info("round %d: TIL %.1f %%, CIL %.1f %%", row["round"], 100 * til["mean"], 100 * cil["mean"])
+
+    def refused(self, device: int, reason: str) -> None:
+        logger.warning("device %d: %s", device, reason)
+
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """`flwr run`: `scenario` (a file, or the name of a bundled one), `out` and `set` come from the run configuration."""
+    config = context.run_config
+    wanted = Path(str(config.get("scenario", "quickstart")))
+    bundled = Path(__file__).parent.parent / "simulations" / "scenarios" / f"{wanted}.yaml"
+    changes = [change for change in str(config.get("set", "")).split(" ") if change]
+    scenario = load_scenario(bundled if bundled.exists() else wanted, changes)
+    folder = RunFolder(Path(str(config.get("out") or f"runs/{scenario.name}-{context.run_id}")).absolute())
+    folder.prepare(resume=bool(config.get("resume", False)), overwrite=False)
+    if not folder.exists:
+        folder.begin(scenario, describe_run(f"flwr run ({wanted})", uuid.uuid4().hex[:12]), [])
+    run = str(folder.read()["run"])
+    results = Coordinator(scenario, folder, run, LogListener()).run(grid)
+    logger.info("TIL %.1f %%, CIL %.1f %%; run folder: %s", 100 * results["til"]["average_accuracy"]["mean"],
+                100 * results["cil"]["average_accuracy"]["mean"], folder.path)  # fmt: skip

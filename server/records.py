@@ -1,0 +1,110 @@
+"""The run folder: what was asked for, what happened, and where a killed run goes on.
+
+run.json        scenario, versions, seeds, git commit, command
+scenario.yaml   the scenario in full
+partition.json  which device holds which sample
+rounds.jsonl    one row a round
+devices.jsonl   one row a device and round; sorted by device; everything that depends on the clock is under "timing"
+results.json    final figures; written last, so its presence means the run was completed
+server/         the server's state after the last finished round
+devices/        the devices' states (of a simulation)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightcl.errors import RequestError
+from lightcl.scenario import Scenario
+from lightcl.state import write_atomically
+
+Row = dict[str, Any]
+
+
+class RunFolder:
+    """One run on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def exists(self) -> bool:
+        return (self.path / "run.json").exists()
+
+    @property
+    def completed(self) -> bool:
+        return (self.path / "results.json").exists()
+
+    def prepare(self, *, resume: bool, overwrite: bool) -> None:
+        """Checks that the folder may be written to; nothing is written unless `overwrite` empties it.
+
+        Raises RequestError for an existing run without `resume` or `overwrite`, and for a folder that holds other files.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RequestError(f"--out: {self.path} is a file, not a folder")
+        if self.exists and overwrite:
+            shutil.rmtree(self.path)
+        elif self.exists and not resume:
+            raise RequestError(f"--out: {self.path} holds a run; go on with --resume or replace it with --overwrite")
+        elif resume and not self.exists:
+            raise RequestError(f"--resume: {self.path} holds no run")
+        elif self.path.exists() and not self.exists and any(self.path.iterdir()):
+            raise RequestError(f"--out: {self.path} is not empty and holds no run; name another folder")
+
+    def begin(self, scenario: Scenario, run: Mapping[str, Any], partition: Iterable[Mapping[str, Any]]) -> None:
+        """Writes what is known before the first round. run.json is last: a run exists once it is there."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / "scenario.yaml", scenario.to_yaml())
+        write_atomically(self.path / "partition.json", json.dumps(list(partition)))
+        write_atomically(
+            self.path / "run.json", json.dumps({**run, "scenario": scenario.model_dump(mode="json")}, indent=2)
+        )
+
+    def read(self) -> Row:
+        """run.json. Raises RequestError where there is none or it cannot be read."""
+        try:
+            values: Row = json.loads((self.path / "run.json").read_text())
+        except (OSError, ValueError) as error:
+            raise RequestError(f"{self.path} holds no readable run.json ({error})") from error
+        return values
+
+    def append(self, name: str, rows: Iterable[Row]) -> None:
+        """Adds rows to a .jsonl file, synced to disk."""
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rows(self, name: str) -> list[Row]:
+        """All whole rows of a .jsonl file; a last line that a crash cut short is left out."""
+        file = self.path / name
+        if not file.exists():
+            return []
+        rows = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return rows
+
+    def forget_after(self, round_number: int) -> None:
+        """Drops rows of rounds that were not finished when the run was killed; they will be written again."""
+        for name in ("rounds.jsonl", "devices.jsonl"):
+            kept = [row for row in self.rows(name) if row["round"] <= round_number]
+            if (self.path / name).exists():
+                write_atomically(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        write_atomically(self.path / "results.json", json.dumps(results, indent=2))
+
+    def results(self) -> Row | None:
+        """Final figures, or None where the run has not come to its end."""
+        file = self.path / "results.json"
+        return json.loads(file.read_text()) if file.exists() else None

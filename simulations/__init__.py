@@ -1,0 +1,1 @@
+"""The command line, the scenarios, the Flower runtime and the reports."""

@@ -1,0 +1,59 @@
+"""The one place that starts Flower's simulation runtime.
+
+`run_simulation` runs in this process, so an exception of the ServerApp is raised here and no daemon stays behind; Ray
+comes only through it. It is marked deprecated in favour of `flwr run`, hence the pinned flwr and this small module.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+from flwr.serverapp import ServerApp
+
+from lightcl.scenario import Runtime
+
+
+def simulate(server: ServerApp, state: Path, devices: int, runtime: Runtime) -> None:
+    """Runs `server` over `devices` simulated devices, whose states lie under `state`, on `runtime.workers` Ray workers.
+
+    Raises whatever the ServerApp raised.
+    """
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Workers are forked from Ray's own processes; without this each would start as many threads as there are cores.
+    os.environ["OMP_NUM_THREADS"] = str(runtime.threads)
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    from flwr.simulation import run_simulation
+
+    from client.app import make_app
+
+    gpus = _gpu_share(runtime)
+    run_simulation(
+        server_app=server,
+        client_app=make_app(state),
+        num_supernodes=devices,
+        backend_config={
+            "init_args": {  # type: ignore[dict-item]
+                "num_cpus": runtime.workers,
+                "log_to_driver": False,
+                "logging_level": logging.ERROR,
+                "include_dashboard": False,
+                "configure_logging": False,
+                "_temp_dir": tempfile.gettempdir() + "/ray",
+            },
+            "client_resources": {"num_cpus": 1, "num_gpus": gpus},
+        },
+    )
+
+
+def _gpu_share(runtime: Runtime) -> float:
+    import torch
+
+    if runtime.accelerator == "cpu" or not torch.cuda.is_available():
+        return 0.0
+    return torch.cuda.device_count() / runtime.workers
