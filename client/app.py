@@ -1,7 +1,8 @@
 """A device as a Flower ClientApp: decode a message, let the device work, encode the reply.
 
-On a board, local matters come from the SuperNode's `--node-config`: `partition-id` (which device of the fleet this is),
-`name`, `data-path`, `own-data` (all of the local data is this device's), `state-dir`, `accelerator`, `threads`.
+On a board, local matters come from the SuperNode's `--node-config`: `partition-id` (which device of the fleet this is;
+with `num-partitions`, which devices: see Greeting), `name`, `data-path`, `own-data` (all of the local data is this
+device's), `state-dir`, `accelerator`, `threads`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ Refusable = (RequestError, StateError, OutOfStep, TrainingFailure, ExchangeError
 class Local:
     """What a device knows of itself and the server does not decide."""
 
-    number: int
+    partition: int
+    partitions: int
     name: str
     state: Path
     data_path: str | None = None
@@ -101,13 +103,15 @@ def _answer(
         instruction = Instruction.from_record(message.content.config_records.get(INSTRUCTION))
         content = act(instruction, local.apply(scenario_from_json(instruction.scenario)), local, message)
     except Refusable as error:
-        content = _refusal(local, error)
+        content = _refusal(error)
     return Message(content, reply_to=message)
 
 
 def _greet(instruction: Instruction, scenario: Scenario, local: Local, message: Message) -> RecordDict:
     source = _source(scenario.source_request())
-    return _reply(Greeting(local.number, local.name, source.channels, len(source.classes)).to_record())
+    return _reply(
+        Greeting(local.partition, local.partitions, local.name, source.channels, len(source.classes)).to_record()
+    )
 
 
 def _train(instruction: Instruction, scenario: Scenario, local: Local, message: Message) -> RecordDict:
@@ -116,9 +120,9 @@ def _train(instruction: Instruction, scenario: Scenario, local: Local, message: 
         _receive(device, instruction, message)
         report = device.train(instruction.task, instruction.until_epoch)
     except Refusable as error:
-        return _refusal(local, error, device)
+        return _refusal(error, device)
     trained = Trained(
-        local.number, report.task, report.epochs, device.version, device.prefix_digest, report.examples, report.loss,
+        device.number, report.task, report.epochs, device.version, device.prefix_digest, report.examples, report.loss,
         report.seconds, report.peak_memory_mib,
     )  # fmt: skip
     content = _reply(trained.to_record())
@@ -135,9 +139,9 @@ def _evaluate(instruction: Instruction, scenario: Scenario, local: Local, messag
         _receive(device, instruction, message)
         report = device.evaluate()
     except Refusable as error:
-        return _refusal(local, error, device)
+        return _refusal(error, device)
     tested = Tested(
-        local.number, report.task, report.epochs, device.version, report.til, report.cil, report.images, report.seconds
+        device.number, report.task, report.epochs, device.version, report.til, report.cil, report.images, report.seconds
     )
     return _reply(tested.to_record())
 
@@ -147,8 +151,8 @@ def _open(instruction: Instruction, scenario: Scenario, local: Local) -> EdgeDev
     share = None
     if local.own_data:
         share = Share(np.arange(len(source.train)), np.arange(len(source.test)))
-    folder = local.state / instruction.run / f"device-{local.number:05d}"
-    return EdgeDevice(scenario, local.number, folder, source=source, share=share)
+    folder = local.state / instruction.run / f"device-{instruction.device:05d}"
+    return EdgeDevice(scenario, instruction.device, folder, source=source, share=share)
 
 
 def _receive(device: EdgeDevice, instruction: Instruction, message: Message) -> None:
@@ -161,18 +165,19 @@ def _reply(record: dict[str, object]) -> RecordDict:
     return RecordDict({REPLY: ConfigRecord(record)})  # type: ignore[arg-type]
 
 
-def _refusal(local: Local, error: Exception, device: EdgeDevice | None = None) -> RecordDict:
+def _refusal(error: Exception, device: EdgeDevice | None = None) -> RecordDict:
     position = (device.position.task, device.position.epochs, device.version) if device else (-1, -1, -1)
-    return _reply(Refusal(local.number, *position, reason=f"{type(error).__name__}: {error}").to_record())
+    return _reply(Refusal(*position, reason=f"{type(error).__name__}: {error}").to_record())
 
 
 def _local(context: Context, state: Path | None) -> Local:
     node = context.node_config
-    number = int(node.get("partition-id", 0))
+    partition = int(node.get("partition-id", 0))
     folder = node.get("state-dir")
     return Local(
-        number=number,
-        name=str(node.get("name") or f"{socket.gethostname()}-{number}"),
+        partition=partition,
+        partitions=int(node.get("num-partitions", 0)),
+        name=str(node.get("name") or f"{socket.gethostname()}-{partition}"),
         state=Path(str(folder)).expanduser() if folder else state or default_state_folder(),
         data_path=str(node["data-path"]) if node.get("data-path") else None,
         own_data=bool(node.get("own-data", False)),
@@ -183,7 +188,7 @@ def _local(context: Context, state: Path | None) -> Local:
 
 @lru_cache(maxsize=2)
 def _source(request: SourceRequest) -> Source:
-    """A worker serves many devices; opening the images anew for each message would be most of a small message's time."""
+    """A worker serves many devices; opening the images for each message would be most of a small message's time."""
     return load_source(request)
 
 

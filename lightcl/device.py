@@ -118,7 +118,8 @@ class EdgeDevice:
         """Learns `task` until `until_epoch` of its epochs are done, then saves the state.
 
         Asked for the same thing twice, it trains once and gives the same report. Raises OutOfStep where the request
-        does not follow from the device's position, TrainingFailure where the loss is no longer a number.
+        does not follow from the device's position, TrainingFailure where the loss is no longer a number; the device is
+        then to be opened anew, from its last saved state.
         """
         goal = Position(task, until_epoch)
         if self.last_report is not None and goal == self.position == Position(
@@ -185,7 +186,10 @@ class EdgeDevice:
             time.monotonic() - start,
         )
         self.rows["til"][task], self.rows["cil"][task] = report.til, report.cil
-        self._state.save(None, self._values())
+        if self.last_report is None:  # nothing is trained yet, so perhaps no tensors are saved
+            self._save()
+        else:
+            self._state.save(None, self._values())
         return report
 
     # -- exchange ----------------------------------------------------------------------------------------------

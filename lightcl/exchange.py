@@ -55,18 +55,20 @@ def adopt_(network: StagedResNet, arrays: Mapping[str, np.ndarray], aggregation:
 
 
 def check(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ExchangeError for an unknown or missing name, a wrong shape, or a value that is not finite."""
+    """Raises ExchangeError for an unknown or missing name, a wrong shape or type, or a value that is not finite."""
     for name in sorted(arrays.keys() ^ shapes.keys()):
         raise ExchangeError(f"tensor {name!r} is {'not part of the exchange' if name in arrays else 'missing'}")
     for name, array in arrays.items():
         if tuple(array.shape) != shapes[name]:
             raise ExchangeError(f"tensor {name!r} has shape {list(array.shape)}, expected {list(shapes[name])}")
+        if not np.issubdtype(array.dtype, np.floating):
+            raise ExchangeError(f"tensor {name!r} holds {array.dtype}, expected floating-point values")
         if not np.isfinite(array).all():
             raise ExchangeError(f"tensor {name!r} holds values that are not finite")
 
 
 def is_statistic(name: str) -> bool:
-    """Batch-norm running statistics: averaged, never stepped by a server optimiser (a variance must not turn negative)."""
+    """Batch-norm running statistics: averaged, never stepped by a server optimiser (a variance stays positive)."""
     return name.rpartition(".")[2] in ("running_mean", "running_var")
 
 

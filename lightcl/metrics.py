@@ -34,12 +34,13 @@ class AccuracyMatrix:
         return float(np.mean(self.values[t, : t + 1])) if t >= 0 else float("nan")
 
     def forgetting_per_task(self) -> np.ndarray:
-        """`[t]`: for each task before the last, its best accuracy so far minus its accuracy now (Chaudhry et al. 2018)."""
+        """`[t]`: each earlier task's best accuracy so far minus its accuracy now (Chaudhry et al. 2018)."""
         t = self.last
         if t < 1:
             return np.empty(0)
         # Before task k was learned (rows above k) it was not tested; nanmax leaves those out.
-        return np.nanmax(self.values[:t, :t], axis=0) - self.values[t, :t]
+        lost: np.ndarray = np.nanmax(self.values[:t, :t], axis=0) - self.values[t, :t]
+        return lost
 
     def forgetting(self) -> float:
         """Mean of `forgetting_per_task`; 0 after a single task."""

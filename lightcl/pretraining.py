@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -85,7 +84,7 @@ def pretrain(
                 logits = network(images.to(device).permute(0, 3, 1, 2))
             loss = F.cross_entropy(logits.float(), labels)
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
             total += loss.item()
@@ -124,7 +123,7 @@ def _save_checkpoint(file: Path, network: StagedResNet, optimiser: torch.optim.S
     temporary = file.with_suffix(".partial")
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors | {"epoch": torch.tensor(epoch)}, temporary)
-    os.replace(temporary, file)
+    temporary.replace(file)
 
 
 def _resume(

@@ -1,4 +1,4 @@
-"""What server and devices say to each other, as typed values; the Flower records that carry them are built at the edges.
+"""What server and devices say to each other, as typed values; Flower's records are made of them at the edges.
 
 Both rooms import this one and never each other.
 """
@@ -42,6 +42,7 @@ class _Record:
 class Instruction(_Record):
     """From the server: train `task` until `until_epoch`, or test; with the shared tensors of `version`, if newer."""
 
+    device: int
     run: str
     scenario: str
     round: int
@@ -52,9 +53,14 @@ class Instruction(_Record):
 
 @dataclass(frozen=True)
 class Greeting(_Record):
-    """From a device, before anything else: who it is and what its images look like."""
+    """From a node, before anything else: who it is and what its images look like.
 
-    device: int
+    Node `partition` of `partitions` hosts the devices d with d % partitions == partition: one each where there are as
+    many nodes as devices (`partitions` 0 stands for that), several where a simulation has fewer nodes.
+    """
+
+    partition: int
+    partitions: int
     name: str
     channels: int
     classes: int
@@ -91,9 +97,8 @@ class Tested(_Record):
 
 @dataclass(frozen=True)
 class Refusal(_Record):
-    """From a device that could not do what it was asked, with where it is in its stream."""
+    """From a device that could not do what it was asked, with where it is in its stream (-1: not known)."""
 
-    device: int
     task: int
     epochs: int
     version: int

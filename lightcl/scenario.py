@@ -1,4 +1,4 @@
-"""The one typed configuration. A scenario is read and checked once, at the edge; everything behind it gets typed values.
+"""The one typed configuration: read and checked once, at the edge; everything behind it gets typed values.
 
 Defaults are the paper's values where it names one (Split CIFAR-10: 50 epochs, batch 32, SGD 0.01, 10 % held out).
 """
@@ -159,8 +159,12 @@ class Scenario(Section):
                 f"server.rounds_per_task is {self.server.rounds_per_task}, but training.epochs gives only "
                 f"{self.training.epochs} epochs to spread over them"
             )
-        if self.fleet.partition != "pathological" and self.fleet.classes_per_device is not None:
-            raise ValueError(f"fleet.classes_per_device is for partition: pathological, not {self.fleet.partition}")
+        if self.fleet.partition != "pathological":
+            if self.fleet.classes_per_device is not None:
+                raise ValueError(f"fleet.classes_per_device is for partition: pathological, not {self.fleet.partition}")
+        elif self.fleet.classes_per_device is None:
+            needed = self.stream.tasks * self.stream.classes_per_task
+            return self.model_copy(update={"fleet": self.fleet.model_copy(update={"classes_per_device": needed})})
         return self
 
     def source_request(self) -> SourceRequest:
@@ -234,6 +238,31 @@ def scenario_schema() -> dict[str, Any]:
     return Scenario.model_json_schema()
 
 
+def scenario_keys() -> str:
+    """All keys of a scenario with their defaults, as Markdown tables (docs/scenario-keys.md)."""
+    sections: list[tuple[str, type[BaseModel]]] = [
+        (name, field.annotation)
+        for name, field in Scenario.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    ]
+    sections += [("method", member) for member in get_args(AnyMethod)]
+    lines = ["# Scenario keys", "", "Made by `lightcl schema --markdown`; every key may be left out."]
+    for name, section in sections:
+        chosen = section.model_fields["name"].default if name == "method" else ""
+        lines += [
+            "",
+            f"## {name}" + (f" (name: {chosen})" if chosen else ""),
+            "",
+            "| key | default | |",
+            "|---|---|---|",
+        ]
+        for key, field in section.model_fields.items():
+            default = field.get_default(call_default_factory=True)
+            shown = json.dumps(default, default=str)
+            lines.append(f"| `{name}.{key}` | `{shown}` | {(field.description or '').replace(chr(10), ' ')} |")
+    return "\n".join(lines) + "\n"
+
+
 def _apply(values: dict[str, Any], change: str) -> str:
     key, equals, text = change.partition("=")
     if not equals or not key:
@@ -282,7 +311,8 @@ def _explain(problem: Mapping[str, Any], file: Path, tree: yaml.Node | None, cha
         known = _keys_of(location[:-1], raw)
         return f"{where}: {key}: unknown key{nearest(str(location[-1]), known)} (allowed here: {', '.join(known)})"
     if kind == "union_tag_invalid":
-        return f"{where}: method.name: unknown method {given.get('name')!r} (allowed: {', '.join(_method_names())})"
+        name = given.get("name") if isinstance(given, dict) else given
+        return f"{where}: method.name: unknown method {name!r} (allowed: {', '.join(_method_names())})"
     message = problem["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{where}: {message}"

@@ -45,6 +45,8 @@ class StateFolder:
     def save(self, tensors: Mapping[str, Tensor] | None, values: Mapping[str, Any]) -> None:
         """Replaces the state. `tensors=None` keeps those saved before and writes only the values."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self._stored is None:
+            self.load()  # never write over the tensors that the manifest names
         if tensors is not None or self._stored is None:
             number = int(self._stored.split("-")[1].split(".")[0]) + 1 if self._stored else 0
             self._stored = f"tensors-{number}.safetensors"
@@ -62,7 +64,7 @@ def write_atomically(file: Path, text: str) -> None:
     temporary = file.with_name(f".{file.name}.partial")
     temporary.write_text(text, encoding="utf-8")
     _sync(temporary)
-    os.replace(temporary, file)
+    temporary.replace(file)
     _sync(file.parent)
 
 

@@ -68,7 +68,7 @@ def train_epoch(
         with autocast(scenario, context.device):
             loss = method.loss(batch, context)
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         method.after_step(batch, context)
         losses.append(loss.detach())

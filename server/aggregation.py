@@ -1,4 +1,4 @@
-"""Averaging the shared tensors: Flower's strategies for the parameters, a plain weighted mean for batch-norm statistics."""
+"""Averaging the shared tensors: Flower's strategies for parameters, a weighted mean for batch-norm statistics."""
 
 from __future__ import annotations
 

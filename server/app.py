@@ -9,21 +9,21 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from lightcl.scenario import Scenario, load_scenario
-from server.coordinator import Coordinator, Listener
+from lightcl.scenario import load_scenario
+from server.coordinator import Coordinator
 from server.provenance import describe_run
 from server.records import Row, RunFolder
 
 logger = logging.getLogger("flwr")
 
 
-def make_app(scenario: Scenario, folder: RunFolder, run: str, listener: Listener) -> ServerApp:
-    """The app of one run; its results lie in the folder afterwards."""
+def make_app(coordinator: Coordinator) -> ServerApp:
+    """The app of one run; its results lie in the run folder afterwards."""
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        Coordinator(scenario, folder, run, listener).run(grid)
+        coordinator.run(grid)
 
     return app
 
@@ -57,7 +57,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """`flwr run`: `scenario` (a file, or the name of a bundled one), `out` and `set` come from the run configuration."""
+    """`flwr run`: the run configuration names `scenario` (a file or a bundled one), `set` and `out`."""
     config = context.run_config
     wanted = Path(str(config.get("scenario", "quickstart")))
     bundled = Path(__file__).parent.parent / "simulations" / "scenarios" / f"{wanted}.yaml"

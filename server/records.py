@@ -15,15 +15,77 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lightcl.errors import RequestError
+from lightcl.metrics import AccuracyMatrix, Spread, fleet_summary
 from lightcl.scenario import Scenario
 from lightcl.state import write_atomically
 
 Row = dict[str, Any]
+
+
+def device_row(round_number: int, device: int, name: str, task: int, epochs: int) -> Row:
+    """What is known of a device before a round; training and testing add `examples`, `loss`, `til`, `cil`, `images`."""
+    return {
+        "round": round_number,
+        "device": device,
+        "name": name,
+        "task": task,
+        "epochs": epochs,
+        "bytes_down": 0,
+        "bytes_up": 0,
+        "timing": {},
+    }
+
+
+def round_row(rows: Sequence[Row], finished: int, training_seconds: float, seconds: float) -> Row:
+    """One round over its devices' rows. `til` and `cil` are the spread of the devices' average accuracies so far."""
+    tested = [row for row in rows if "til" in row]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    return {
+        "round": rows[0]["round"],
+        "task": max(row["task"] for row in rows),
+        "devices": len(rows),
+        "failed": sum("error" in row for row in rows),
+        "devices_finished": finished,
+        "loss": fmean(losses) if losses else None,
+        "til": asdict(Spread.of([fmean(row["til"]) for row in tested])) if tested else None,
+        "cil": asdict(Spread.of([fmean(row["cil"]) for row in tested])) if tested else None,
+        "bytes_down": sum(row["bytes_down"] for row in rows),
+        "bytes_up": sum(row["bytes_up"] for row in rows),
+        "timing": {"train_seconds": training_seconds, "seconds": seconds},
+    }
+
+
+def run_results(
+    finished: Sequence[Mapping[str, Mapping[int, Sequence[float]]]],
+    tasks: int,
+    *,
+    devices: int,
+    dropped: Mapping[str, str],
+    rounds: Sequence[Row],
+) -> Row:
+    """Final figures over the devices that finished their stream: `finished[d][setting][t]` is a row of a matrix."""
+    figures = {}
+    for setting in ("til", "cil"):
+        matrices = [AccuracyMatrix.from_rows(rows[setting], tasks) for rows in finished]
+        figures[setting] = {key: asdict(spread) for key, spread in fleet_summary(matrices).items()}
+    return {
+        "status": "completed",
+        "devices": devices,
+        "devices_finished": len(finished),
+        "dropped": dict(dropped),
+        "rounds": len(rounds),
+        **figures,
+        "bytes_down": sum(row["bytes_down"] for row in rounds),
+        "bytes_up": sum(row["bytes_up"] for row in rounds),
+        "timing": {"seconds": sum(row["timing"]["seconds"] for row in rounds)},
+    }
 
 
 class RunFolder:
@@ -43,7 +105,7 @@ class RunFolder:
     def prepare(self, *, resume: bool, overwrite: bool) -> None:
         """Checks that the folder may be written to; nothing is written unless `overwrite` empties it.
 
-        Raises RequestError for an existing run without `resume` or `overwrite`, and for a folder that holds other files.
+        Raises RequestError for an existing run without `resume` or `overwrite`, and for a folder of other files.
         """
         if self.path.exists() and not self.path.is_dir():
             raise RequestError(f"--out: {self.path} is a file, not a folder")

@@ -38,7 +38,7 @@ def simulate(server: ServerApp, state: Path, devices: int, runtime: Runtime) -> 
         client_app=make_app(state),
         num_supernodes=devices,
         backend_config={
-            "init_args": {  # type: ignore[dict-item]
+            "init_args": {
                 "num_cpus": runtime.workers,
                 "log_to_driver": False,
                 "logging_level": logging.ERROR,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +67,7 @@ def _split_train(labels: np.ndarray, fleet: Fleet, seed: int) -> list[np.ndarray
         chosen = partitioners.PathologicalPartitioner(
             num_partitions=fleet.devices,
             partition_by="label",
-            num_classes_per_partition=fleet.classes_per_device or 2,
+            num_classes_per_partition=fleet.classes_per_device,
             class_assignment_mode="deterministic",
             seed=derived,
         )
@@ -107,7 +106,7 @@ def _remember(file: Path, train: list[np.ndarray], test: list[np.ndarray]) -> No
     arrays = {f"train{i}": a for i, a in enumerate(train)} | {f"test{i}": a for i, a in enumerate(test)}
     with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npz", delete=False) as temporary:
         np.savez(temporary, **arrays)  # type: ignore[arg-type]
-    os.replace(temporary.name, file)
+    Path(temporary.name).replace(file)
 
 
 def _digest(labels: np.ndarray) -> str:

@@ -167,7 +167,7 @@ def _torchvision(request: SourceRequest) -> Source:
         except (RuntimeError, OSError) as error:
             raise RequestError(
                 f"data.source {request.name!r}: not found under {root} and not downloaded ({error}). "
-                f"Set data.path to the folder that holds torchvision's copy, or use data.source=parquet with your own file"
+                f"Set data.path to the folder that holds torchvision's copy, or use data.source=parquet with your file"
             ) from error
         images = np.asarray(data.data)
         pictures = images if images.ndim == 4 else images[..., None]

@@ -133,8 +133,8 @@ def build_stream(scenario: Scenario, source: Source, share: Share, device: int) 
     if wanted > len(order):
         holder = f"device {device} holds" if scenario.fleet.partition == "pathological" else "data.source has"
         raise RequestError(
-            f"stream: {scenario.stream.tasks} tasks x {scenario.stream.classes_per_task} classes need {wanted} classes, "
-            f"but {holder} {len(order)}"
+            f"stream: {scenario.stream.tasks} tasks x {scenario.stream.classes_per_task} classes need {wanted} "
+            f"classes, but {holder} {len(order)}"
         )
     tasks = []
     for number in range(scenario.stream.tasks):
@@ -146,9 +146,9 @@ def build_stream(scenario: Scenario, source: Source, share: Share, device: int) 
         out = round(len(mine) * scenario.stream.held_out)
         if len(mine) - out < 2 or len(test) == 0:
             raise RequestError(
-                f"device {device} has {len(mine) - out} training and {len(test)} test images for task {number} (classes "
-                f"{order[first : first + scenario.stream.classes_per_task]}); at least 2 and 1 are needed: use fewer "
-                "devices, a larger fleet.alpha, another seed, or fleet.test_data=whole"
+                f"device {device} has {len(mine) - out} training and {len(test)} test images for task {number} "
+                f"(classes {order[first : first + scenario.stream.classes_per_task]}); at least 2 and 1 are "
+                "needed: use fewer devices, a larger fleet.alpha, another seed, or fleet.test_data=whole"
             )
         tasks.append(
             Task(

@@ -42,7 +42,7 @@ def build_network(scenario: Scenario, *, in_channels: int, classes: int) -> Stag
         )
     if stored:
         load_tensors(network, stored, f"network.weights {section.weights!r}", head=False)
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return network.to(memory_format=torch.channels_last)
 
 
 def _shape_of(stored: Mapping[str, Tensor]) -> tuple[int, Stem]:

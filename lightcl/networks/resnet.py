@@ -202,10 +202,10 @@ class StagedResNet(nn.Module):
         if name == "stem":
             x = F.relu(self.bn1(self.conv1(self.input_stem.normalise(x))), inplace=True)
             return F.max_pool2d(x, 3, 2, 1) if self.input_stem.pool else x
-        first, second = self.get_submodule(name)(x)
+        outputs: tuple[Tensor, Tensor] = self.get_submodule(name)(x)
         if maps is not None:
-            maps[f"{name}.relu1"], maps[f"{name}.relu2"] = first, second
-        return second
+            maps[f"{name}.relu1"], maps[f"{name}.relu2"] = outputs
+        return outputs[1]
 
     # -- forward -----------------------------------------------------------------------------------------------
 
@@ -221,5 +221,5 @@ class StagedResNet(nn.Module):
 
     def classify(self, features: Tensor, maps: FeatureMaps | None = None) -> Tensor:
         """Prefix outputs to logits `[N, classes]`; fills `maps` with the suffix's feature maps where given."""
-        x = self.suffix(features, maps)
-        return self.fc(x.mean((2, 3)))
+        logits: Tensor = self.fc(self.suffix(features, maps).mean((2, 3)))
+        return logits

@@ -1,0 +1,77 @@
+"""How fast a device trains, by method and precision: images a second of whole steps, on one thread.
+
+    python benchmarks/training_step.py [--width 20] [--batch 32] [--epochs 3]
+
+Ratios hold within one run only; the variants are measured in turn, several times, and the median counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+from lightcl.data.partition import Share
+from lightcl.data.sources import ImageSet, Source
+from lightcl.device import EdgeDevice
+from lightcl.scenario import Scenario
+
+VARIANTS: dict[str, dict[str, object]] = {
+    "SGD, whole network": {"name": "sgd"},
+    "LightCL, β = 0": {"name": "lightcl", "beta": 0},
+    "LightCL": {"name": "lightcl"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--epochs", type=int, default=3, help="of 8 steps each")
+    chosen = parser.parse_args()
+    rates: dict[tuple[str, str], list[float]] = {}
+    for _ in range(3):
+        for precision in ("fp32", "bf16"):
+            for name, method in VARIANTS.items():
+                rate = images_per_second(method, precision, chosen.width, chosen.batch, chosen.epochs)
+                rates.setdefault((precision, name), []).append(rate)
+    base = median(rates["fp32", "SGD, whole network"])
+    print(f"ResNet-18 width {chosen.width}, 32x32, batch {chosen.batch}, 1 thread, torch {torch.__version__}")
+    print("| precision | method | images/s | ratio |\n|---|---|---|---|")
+    for (precision, name), values in rates.items():
+        print(f"| {precision} | {name} | {median(values):.0f} | {median(values) / base:.2f} |")
+
+
+def images_per_second(method: dict[str, object], precision: str, width: int, batch: int, epochs: int) -> float:
+    """The second task (the first in which LightCL regularises), from the end of its first epoch to that of its last."""
+    scenario = Scenario.model_validate(
+        {
+            "network": {"weights": "none", "width": width},
+            "method": method,
+            "fleet": {"devices": 1},
+            "stream": {"tasks": 2, "held_out": 0},
+            "training": {"epochs": epochs, "batch_size": batch, "precision": precision, "checkpoint_seconds": 1e9},
+            "data": {"augmentation": "crop-flip"},
+        }
+    )
+    draw = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), 4 * batch)
+    images = ImageSet(draw.integers(0, 256, (len(labels), 32, 32, 3), dtype=np.uint8), labels, tuple("0123"))
+    everything = np.arange(len(labels))
+    ends: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        share = Share(everything, everything)
+        device = EdgeDevice(scenario, 0, Path(folder), source=Source(images, images), share=share)
+        for task in range(2):
+            ends.clear()
+            device.train(task, epochs, lambda *_: ends.append(time.perf_counter()))
+    return (epochs - 1) * len(device.stream[1].train) / (ends[-1] - ends[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""The command line. Exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted (resume it)."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from lightcl.errors import RequestError
+from lightcl.scenario import Scenario, load_scenario, scenario_keys, scenario_schema
+
+app = typer.Typer(
+    help="Continual learning on fleets of edge devices: LightCL on every device, Flower between them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+err = Console(stderr=True)
+
+ScenarioFile = Annotated[
+    Path, typer.Argument(metavar="SCENARIO", help="A YAML scenario, e.g. simulations/scenarios/quickstart.yaml")
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key, e.g. training.epochs=5; repeatable"),
+]
+OutFolder = Annotated[Path | None, typer.Option("--out", help="Run folder; default: runs/<scenario's name>-<seed>")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the killed or interrupted run in --out")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out")]
+
+
+@app.command()
+def simulate(
+    scenario: ScenarioFile, changes: Changes = None, out_folder: OutFolder = None, resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:  # fmt: skip
+    """Simulate a fleet of devices in Flower's simulation runtime, and write a report."""
+    from simulations.runs import simulate_run
+
+    loaded = load_scenario(scenario, changes or [])
+    path = out_folder or _default_folder(loaded)
+    simulate_run(loaded, path, command=_command(), resume=resume, overwrite=overwrite, console=out)
+
+
+@app.command()
+def train(
+    scenario: ScenarioFile, changes: Changes = None,
+    device: Annotated[int, typer.Option("--device", min=0, help="Which device of the fleet")] = 0,
+    out_folder: OutFolder = None, resume: Resume = False, overwrite: Overwrite = False,
+) -> None:  # fmt: skip
+    """Learn one device's stream here, without Flower: the same numbers as that device under `aggregation: none`."""
+    from simulations.runs import train_run
+
+    loaded = load_scenario(scenario, changes or [])
+    if device >= loaded.fleet.devices:
+        count = loaded.fleet.devices
+        raise RequestError(f"--device {device}: the fleet has {count} devices (allowed: 0 to {count - 1})")
+    path = out_folder or _default_folder(loaded, f"-device-{device}")
+    train_run(loaded, device, path, command=_command(), resume=resume, overwrite=overwrite, console=out)
+
+
+@app.command()
+def validate(scenario: ScenarioFile, changes: Changes = None) -> None:
+    """Check a scenario against its data and weights without running it."""
+    from simulations.preparation import prepare
+
+    prepared = prepare(load_scenario(scenario, changes or []))
+    checked, sizes = prepared.scenario, [len(share.train) for share in prepared.shares]
+    out.print(
+        f"{scenario}: can be run. {checked.fleet.devices} devices with {min(sizes)} to {max(sizes)} training images, "
+        f"{checked.stream.tasks} tasks x {checked.stream.classes_per_task} classes, method {checked.method.name}.",
+        highlight=False,
+    )
+
+
+@app.command()
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="All keys with their defaults, as a table")] = False,
+) -> None:
+    """Print the JSON schema of a scenario, for editors."""
+    sys.stdout.write(scenario_keys() if markdown else json.dumps(scenario_schema(), indent=2) + "\n")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder")]) -> None:
+    """Rebuild the report of a run, finished or not."""
+    from server.records import RunFolder
+    from simulations.report import build_report
+
+    out.print(f"report: {build_report(RunFolder(run))}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def pretrain(
+    source: Annotated[str, typer.Option(help="digits, cifar10, cifar100, fashion-mnist, parquet or image-folder")],
+    weights: Annotated[
+        Path, typer.Option("--out", help="The .safetensors file to write; the model card lies beside it")
+    ],
+    path: Annotated[Path | None, typer.Option(help="The images, for parquet and image-folder")] = None,
+    data_name: Annotated[str, typer.Option(help="What the model card calls the data; default: the path's name")] = "",
+    width: Annotated[int, typer.Option(min=4)] = 20,
+    stem: Annotated[str, typer.Option(help="cifar or imagenet")] = "cifar",
+    image_size: Annotated[int | None, typer.Option(min=8, help="Bring all images to this size")] = None,
+    epochs: Annotated[int, typer.Option(min=1)] = 12,
+    batch_size: Annotated[int, typer.Option(min=2)] = 128,
+    learning_rate: Annotated[float, typer.Option(help="Peak of the one-cycle schedule")] = 0.2,
+    fp32: Annotated[bool, typer.Option("--fp32", help="Without bf16 autocast")] = False,
+    no_flip: Annotated[bool, typer.Option("--no-flip", help="Without horizontal flips (digits, letters)")] = False,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Torch threads; default: all cores")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing weights")] = False,
+) -> None:
+    """Train a network on labelled images, to be frozen as the shared prefix; a killed run goes on where it was."""
+    from simulations.runs import pretrain_run
+
+    pretrain_run(
+        source=source, path=path, data_name=data_name, file=weights, width=width, stem=stem, image_size=image_size,
+        epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, fp32=fp32, flip=not no_flip, seed=seed,
+        threads=threads, overwrite=overwrite, command=_command(), console=out,
+    )  # fmt: skip
+
+
+def _default_folder(scenario: Scenario, suffix: str = "") -> Path:
+    return Path("runs") / f"{scenario.name}-{scenario.seed}{suffix}"
+
+
+def _command() -> str:
+    return shlex.join(["lightcl", *sys.argv[1:]])
+
+
+def main() -> None:
+    """Entry point: turns exceptions into one screen of text and an exit code."""
+    from lightcl.state import StateError
+    from lightcl.training import TrainingFailure
+    from server.coordinator import RunFailure, RunStopped
+
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        app()
+    except RequestError as error:
+        err.print(f"[red]error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except (RunFailure, StateError, TrainingFailure) as error:
+        err.print(f"[red]the run failed:[/] {_plain(error)}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except (KeyboardInterrupt, RunStopped):
+        err.print("interrupted; what was reported is saved: go on with --resume", highlight=False)
+        sys.exit(130)
+
+
+def _plain(error: Exception) -> str:
+    return escape(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""What a person sees while a run goes on: a live line on a terminal, a line a round elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from server.records import Row
+
+
+class LiveProgress:
+    """The coordinator's listener on a console; use it in a `with`."""
+
+    def __init__(self, console: Console, device_rounds: int) -> None:
+        self.console = console
+        self._live = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._bar: TaskID = self._live.add_task("starting Flower and Ray", total=device_rounds * 2, note="")
+        self._accuracy = ""
+        self._started: float | None = None
+        self._done = 0
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def connected(self, devices: int, wanted: int) -> None:
+        self._live.update(self._bar, description=f"{devices} of {wanted} devices connected")
+
+    def round_started(self, number: int, rounds_left: int, devices: int) -> None:
+        self._started = self._started or time.monotonic()
+        self._round, self._rounds = number, number + rounds_left - 1
+        # Twice a device and round: training and testing. What is left is known better with every round.
+        self._live.update(self._bar, total=self._done + 2 * devices * rounds_left)
+
+    def phase_started(self, phase: str, devices: int) -> None:
+        self._phase, self._phase_done, self._phase_total = phase, 0, devices
+        self._show()
+
+    def device_done(self, device: int, phase: str) -> None:
+        self._phase_done += 1
+        self._done += 1
+        self._live.advance(self._bar)
+        self._show()
+
+    def epoch_done(self, task: int, epochs: int, loss: float) -> None:
+        """For a single device, whose rounds are long."""
+        self._live.update(self._bar, description=f"task {task + 1}, epoch {epochs}, loss {loss:.3f}")
+
+    def round_finished(self, row: Row) -> None:
+        if row["til"]:
+            self._accuracy = f"TIL {row['til']['mean']:.1%}  CIL {row['cil']['mean']:.1%}"
+        if not self.console.is_terminal:
+            failed = f", {row['failed']} failed" if row["failed"] else ""
+            self.console.print(
+                f"round {row['round']}/{self._rounds}: task {row['task'] + 1}, {row['devices']} devices{failed}, "
+                f"{self._accuracy or 'not tested yet'}, {row['timing']['seconds']:.1f} s",
+                highlight=False,
+            )
+
+    def refused(self, device: int, reason: str) -> None:
+        self.console.print(f"[yellow]device {device}:[/] {reason}", highlight=False)
+
+    def _show(self) -> None:
+        verb = "training" if self._phase == "train" else "testing"
+        self._live.update(
+            self._bar,
+            description=f"round {self._round}/{self._rounds}, {verb} {self._phase_done}/{self._phase_total} devices",
+            note=f"{self._accuracy}  {self._time_left()}",
+        )
+
+    def _time_left(self) -> str:
+        total = self._live.tasks[0].total or 0
+        if self._started is None or self._done == 0 or total <= self._done:
+            return ""
+        seconds = (time.monotonic() - self._started) / self._done * (total - self._done)
+        return f"about {seconds:.0f} s left" if seconds < 100 else f"about {seconds / 60:.0f} min left"
+
+
+def accuracy_table(results: Row) -> Table:
+    """The final figures of a run, in percent."""
+    devices = results["devices_finished"]
+    table = Table(
+        title=f"After the last task, {devices} device{'s' * (devices != 1)} (mean ± std, 10th to 90th percentile)"
+    )
+    for column in ("", "average accuracy", "forgetting", "backward transfer"):
+        table.add_column(column, justify="left" if not column else "right")
+    names = {"til": "TIL (task known)", "cil": "CIL (task not known)"}
+    for setting, name in names.items():
+        cells = []
+        for key in ("average_accuracy", "forgetting", "backward_transfer"):
+            s = results[setting][key]
+            cells.append(f"{s['mean']:.1%} ± {s['std']:.1%}  ({s['p10']:.0%} to {s['p90']:.0%})")
+        table.add_row(name, *cells)
+    return table

@@ -1,0 +1,74 @@
+"""The ClientApp: what a message does to a device, and what comes back. Messages are real, the wire is left out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from client.app import make_app
+from lightcl.protocol import Instruction
+from tests.inprocess import InProcessGrid, small
+
+
+def ask(grid: InProcessGrid, kind: str, *, node: int = 100, **changes: Any) -> dict[str, Any]:
+    """Sends one instruction and gives the reply's record."""
+    told = Instruction(0, "run", small().model_dump_json(), 1, 0, 2, 0)
+    record = replace(told, **changes).to_record()
+    message = Message(RecordDict({"instruction": ConfigRecord(record)}), dst_node_id=node, message_type=kind)
+    (message_id,) = grid.push_messages([message])
+    (reply,) = grid.pull_messages([message_id])
+    return dict(reply.content.config_records["reply"])
+
+
+def test_a_node_says_what_it_hosts(tmp_path: Path) -> None:
+    said = ask(InProcessGrid(tmp_path, 2), "query", node=101)
+    assert (said["partition"], said["partitions"], said["channels"], said["classes"]) == (1, 2, 1, 10)
+
+
+def test_a_message_that_arrives_twice_trains_once(tmp_path: Path) -> None:
+    grid = InProcessGrid(tmp_path, 1)
+    first = ask(grid, "train")
+    files = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    assert files
+    second = ask(grid, "train")
+    assert second == first
+    assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == files
+
+
+def test_state_is_on_disk_and_not_in_flowers_context(tmp_path: Path) -> None:
+    grid = InProcessGrid(tmp_path, 1)
+    ask(grid, "train")
+    assert len(grid.nodes[100].state) == 0
+    manifest = json.loads((tmp_path / "run" / "device-00000" / "state.json").read_text())
+    assert manifest["position"] == {"task": 0, "epochs": 2}
+    fresh = InProcessGrid(tmp_path, 1)  # a new process would see the same
+    assert ask(fresh, "evaluate")["til"] == ask(grid, "evaluate")["til"]
+
+
+def test_a_device_refuses_what_does_not_follow_and_says_where_it_is(tmp_path: Path) -> None:
+    grid = InProcessGrid(tmp_path, 1)
+    ask(grid, "train")
+    refusal = ask(grid, "train", task=0, until_epoch=1)
+    assert (refusal["task"], refusal["epochs"]) == (0, 2)
+    assert "has done 2 of 2 epochs of task 0" in refusal["reason"]
+
+
+def test_a_scenario_that_does_not_fit_is_refused_with_the_reason(tmp_path: Path) -> None:
+    grid = InProcessGrid(tmp_path, 1)
+    assert "unknown key" in ask(grid, "train", scenario='{"nonsense": 1}')["reason"]
+    crowded = small(stream={"tasks": 6})
+    assert "6 tasks x 2 classes need 12" in ask(grid, "train", scenario=crowded.model_dump_json())["reason"]
+
+
+def test_the_nodes_own_configuration_wins(tmp_path: Path) -> None:
+    app = make_app()
+    context = Context(1, 7, {"partition-id": 0, "state-dir": str(tmp_path / "own"), "name": "drone"}, RecordDict(), {})
+    InProcessGrid(tmp_path, 1)
+    record = Instruction(0, "run", small().model_dump_json(), 1, 0, 1, 0).to_record()
+    message = Message(RecordDict({"instruction": ConfigRecord(record)}), dst_node_id=7, message_type="train")
+    assert "reason" not in app(message, context).content.config_records["reply"]
+    assert (tmp_path / "own" / "run" / "device-00000" / "state.json").exists()

@@ -1,0 +1,19 @@
+"""For all tests: a cache of their own, and one torch thread, so that the machine decides neither speed nor rounding."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Decoded images and partitions go to a temporary folder; processes that a test starts inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIGHTCL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,81 @@
+"""A grid that hands messages to the real ClientApp in this process: server and devices are real, only the wire is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from client.app import make_app
+from lightcl.scenario import Scenario
+
+SMALL: dict[str, Any] = {
+    "network": {"weights": "none", "width": 4},
+    "data": {"source": "digits"},
+    "stream": {"tasks": 2},
+    "fleet": {"devices": 3, "test_data": "whole"},
+    "training": {"epochs": 2, "batch_size": 16, "learning_rate": 0.05},
+}
+
+
+def small(**sections: dict[str, Any]) -> Scenario:
+    """A scenario of seconds: 3 devices, 2 tasks of 8x8 digits, an untrained network of width 4."""
+    merged = {key: {**SMALL.get(key, {}), **sections.get(key, {})} for key in SMALL.keys() | sections.keys()}
+    return Scenario.model_validate(merged)
+
+
+class InProcessGrid:
+    """`tamper(message, reply)` may change, drop (None) or replace a reply; it stands for a bad network or device."""
+
+    def __init__(
+        self, state: Path, nodes: int, tamper: Callable[[Message, Message], Message | None] | None = None
+    ) -> None:
+        # Flower's runtimes set this before an app runs; a Message cannot be made without.
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
+        self.app = make_app(state)
+        self.nodes = {
+            100 + i: Context(1, 100 + i, {"partition-id": i, "num-partitions": nodes}, RecordDict(), {})
+            for i in range(nodes)
+        }
+        self.tamper = tamper
+        self.sent: list[Message] = []
+        self.received: list[Message] = []
+        self._replies: dict[str, Message] = {}
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = f"message-{len(self.sent)}"
+            self.sent.append(message)
+            reply: Message | None = self.app(message, self.nodes[message.metadata.dst_node_id])
+            self.received.append(reply)
+            if self.tamper:
+                reply = self.tamper(message, reply)
+            ids.append(message.metadata.message_id)
+            if reply is not None:
+                self._replies[message.metadata.message_id] = reply
+        return ids
+
+    def pull_messages(self, ids: Iterable[str]) -> list[Message]:
+        return [self._replies.pop(i) for i in list(ids) if i in self._replies]
+
+
+class Silent:
+    """A listener that remembers what was refused."""
+
+    def __init__(self) -> None:
+        self.refusals: list[tuple[int, str]] = []
+
+    def connected(self, devices: int, wanted: int) -> None: ...
+    def round_started(self, number: int, rounds_left: int, devices: int) -> None: ...
+    def phase_started(self, phase: str, devices: int) -> None: ...
+    def device_done(self, device: int, phase: str) -> None: ...
+    def round_finished(self, row: dict[str, Any]) -> None: ...
+    def refused(self, device: int, reason: str) -> None:
+        self.refusals.append((device, reason))

@@ -1,0 +1,191 @@
+"""The server with real devices in this process: rounds, refusals, resume. The wire has tests of its own (slow)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, Message
+
+from lightcl.exchange import shared_tensors
+from lightcl.networks.build import build_network
+from lightcl.scenario import Scenario
+from server.coordinator import Coordinator, RunFailure
+from server.records import RunFolder
+from tests.inprocess import InProcessGrid, Silent, small
+
+
+def start(scenario: Scenario, path: Path, listener: Silent | None = None) -> Coordinator:
+    folder = RunFolder(path)
+    if not folder.exists:
+        folder.begin(scenario, {"run": "r"}, [])
+    return Coordinator(scenario, folder, "r", listener or Silent())
+
+
+def rows(path: Path, name: str = "devices.jsonl") -> list[dict[str, Any]]:
+    """Rows without what depends on the clock and the host."""
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in ("timing", "name")}
+        for line in (path / name).read_text().splitlines()
+    ]
+
+
+def test_isolated_devices_send_numbers_only(tmp_path: Path) -> None:
+    grid = InProcessGrid(tmp_path / "s", 3)
+    results = start(small(), tmp_path / "run").run(grid)
+    assert results["devices_finished"] == 3
+    assert results["bytes_up"] == results["bytes_down"] == 0
+    assert all(not m.content.array_records for m in [*grid.sent, *grid.received])
+    assert [(r["round"], r["device"], r["task"], len(r["til"])) for r in rows(tmp_path / "run")] == [
+        (t + 1, d, t, t + 1) for t in range(2) for d in range(3)
+    ]
+
+
+@pytest.mark.parametrize("aggregation", ["suffix", "suffix+head"])
+def test_only_the_exchange_list_leaves_a_device(tmp_path: Path, aggregation: str) -> None:
+    scenario = small(server={"aggregation": aggregation})
+    grid = InProcessGrid(tmp_path / "s", 3)
+    start(scenario, tmp_path / "run").run(grid)
+    network = build_network(scenario, in_channels=1, classes=10)
+    allowed = set(shared_tensors(network, scenario.server.aggregation))
+    assert not allowed & set(network.prefix.state_dict())
+    assert ("fc.weight" in allowed) == (aggregation == "suffix+head")
+    trained = [m for m in grid.received if m.metadata.message_type.startswith("train")]
+    assert trained
+    for message in [*grid.sent, *grid.received]:
+        for record in message.content.array_records.values():
+            assert set(record) == allowed
+    assert all(m.content.array_records for m in trained)
+    assert all(not m.content.array_records for m in grid.received if m not in trained)
+
+
+def test_the_average_is_weighted_by_examples_and_reaches_the_devices(tmp_path: Path) -> None:
+    scenario = small(server={"aggregation": "suffix"}, stream={"tasks": 1})
+    grid = InProcessGrid(tmp_path / "s", 3)
+    coordinator = start(scenario, tmp_path / "run")
+    coordinator.run(grid)
+    replies = [m for m in grid.received if m.content.array_records]
+    weights = np.array([m.content["reply"]["examples"] for m in replies], dtype=float)
+    assert len(set(weights)) > 1, "the shares must differ for the weights to show"
+    assert coordinator.aggregator is not None
+    for name in ("layer4.0.conv1.weight", "layer4.1.bn2.running_var"):
+        stacked = np.stack([m.content["arrays"][name].numpy().astype(np.float64) for m in replies])
+        expected = np.tensordot(weights / weights.sum(), stacked, axes=1)
+        np.testing.assert_allclose(coordinator.aggregator.arrays[name], expected, rtol=1e-5, atol=1e-7)
+    sent_down = [m for m in grid.sent if m.metadata.message_type.startswith("evaluate")]
+    np.testing.assert_array_equal(
+        sent_down[0].content["arrays"]["layer4.0.conv1.weight"].numpy(),
+        coordinator.aggregator.arrays["layer4.0.conv1.weight"],
+    )
+
+
+def _with_array(reply: Message, name: str, array: np.ndarray) -> Message:
+    arrays = dict(reply.content["arrays"].items())
+    arrays[name] = Array(array)
+    reply.content["arrays"] = ArrayRecord(arrays)
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda r: _with_array(r, "layer4.0.bn1.weight", np.full(32, np.nan, np.float32)), "not finite"),
+        (lambda r: _with_array(r, "layer4.0.bn1.weight", np.ones(1, np.float32)), "shape [1], expected [32]"),
+        (lambda r: _with_array(r, "conv1.weight", np.ones(1, np.float32)), "'conv1.weight' is not part"),
+    ],
+)
+def test_a_bad_reply_is_refused_by_name_and_the_round_goes_on(tmp_path: Path, spoil: Any, said: str) -> None:
+    def tamper(message: Message, reply: Message) -> Message:
+        first = message.content["instruction"]["round"] == 1
+        if first and message.metadata.message_type == "train" and message.content["instruction"]["device"] == 1:
+            return spoil(reply)  # type: ignore[no-any-return]
+        return reply
+
+    listener = Silent()
+    grid = InProcessGrid(tmp_path / "s", 3, tamper)
+    coordinator = start(small(server={"aggregation": "suffix"}), tmp_path / "run", listener)
+    results = coordinator.run(grid)
+    assert [d for d, _ in listener.refusals] == [1]
+    assert said in listener.refusals[0][1]
+    assert coordinator.aggregator is not None
+    assert all(np.isfinite(a).all() for a in coordinator.aggregator.arrays.values())
+    assert results["devices_finished"] == 3, "the device was asked again and caught up"
+    assert [r["device"] for r in rows(tmp_path / "run") if "error" in r] == [1]
+
+
+def test_a_device_that_always_fails_is_put_out_of_the_run(tmp_path: Path) -> None:
+    def tamper(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == "train" and message.content["instruction"]["device"] == 2:
+            reply.content["reply"]["loss"] = float("nan")
+        return reply
+
+    results = start(small(server={"max_failures": 2}), tmp_path / "run").run(InProcessGrid(tmp_path / "s", 3, tamper))
+    assert results["devices_finished"] == 2
+    assert "nan" in results["dropped"]["2"]
+
+
+def test_a_run_in_which_nobody_finishes_fails(tmp_path: Path) -> None:
+    def tamper(message: Message, reply: Message) -> Message | None:
+        return None if message.metadata.message_type == "train" else reply
+
+    scenario = small(server={"max_failures": 1, "round_timeout": 0.2})
+    with pytest.raises(RunFailure, match=r"no answer within 0\.2 s"):
+        start(scenario, tmp_path / "run").run(InProcessGrid(tmp_path / "s", 3, tamper))
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+@pytest.mark.parametrize("strategy", ["FedAvg", "FedAvgM", "FedAdam"])
+@pytest.mark.parametrize("dies_at", ["train", "evaluate"])
+def test_a_killed_server_goes_on_with_the_same_numbers(tmp_path: Path, strategy: str, dies_at: str) -> None:
+    class Killed(BaseException):
+        pass
+
+    options = {"FedAvg": {}, "FedAvgM": {"server_momentum": 0.5}, "FedAdam": {"eta": 0.01}}[strategy]
+    scenario = small(
+        server={"aggregation": "suffix", "strategy": strategy, "strategy_options": options, "rounds_per_task": 2},
+        stream={"tasks": 2},
+    )
+    whole = start(scenario, tmp_path / "whole").run(InProcessGrid(tmp_path / "s1", 3))
+
+    def kill(message: Message, reply: Message) -> Message:
+        told = message.content["instruction"]
+        if message.metadata.message_type == dies_at and told["round"] == 4 and told["device"] == 1:
+            raise Killed
+        return reply
+
+    with pytest.raises(Killed):
+        start(scenario, tmp_path / "run").run(InProcessGrid(tmp_path / "s2", 3, kill))
+    resumed = start(scenario, tmp_path / "run").run(InProcessGrid(tmp_path / "s2", 3))
+    assert resumed["til"] == whole["til"]
+    assert resumed["cil"] == whole["cil"]
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+def test_a_fraction_of_the_devices_still_brings_all_to_the_end(tmp_path: Path) -> None:
+    scenario = small(server={"fraction": 0.34})
+    results = start(scenario, tmp_path / "run").run(InProcessGrid(tmp_path / "s", 3))
+    assert results["devices_finished"] == 3
+    assert results["rounds"] == 6
+    per_round = [r["devices"] for r in rows(tmp_path / "run", "rounds.jsonl")]
+    assert per_round == [1] * 6
+    trained = [r["device"] for r in rows(tmp_path / "run")]
+    assert sorted(trained[:3]) == [0, 1, 2], "the least advanced devices go first"
+
+
+def test_fewer_nodes_than_devices_host_several_and_change_no_number(tmp_path: Path) -> None:
+    start(small(), tmp_path / "three").run(InProcessGrid(tmp_path / "s1", 3))
+    start(small(), tmp_path / "two").run(InProcessGrid(tmp_path / "s2", 2))
+    assert rows(tmp_path / "three") == rows(tmp_path / "two")
+
+
+def test_a_prefix_that_is_not_the_fleets_is_refused(tmp_path: Path) -> None:
+    def tamper(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == "train" and message.content["instruction"]["device"] == 0:
+            reply.content["reply"]["prefix"] = "0" * 16
+        return reply
+
+    results = start(small(server={"max_failures": 1}), tmp_path / "run").run(InProcessGrid(tmp_path / "s", 3, tamper))
+    assert "frozen prefix 0000000000000000 is not the fleet's" in results["dropped"]["0"]

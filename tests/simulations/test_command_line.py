@@ -1,0 +1,141 @@
+"""The command line: what a wrong request gets, and what is left on disk after it (nothing)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightcl.scenario import scenario_keys
+from simulations import main as command_line
+
+SCENARIO = """\
+name: tiny
+network: {weights: none, width: 4}
+stream: {tasks: 2}
+fleet: {devices: 2, test_data: whole}
+training: {epochs: 1, batch_size: 16}
+"""
+
+
+def lightcl(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """Runs the command line in this process and gives its exit code."""
+    monkeypatch.setattr(sys, "argv", ["lightcl", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        command_line.main()
+    code = ended.value.code
+    return code if isinstance(code, int) else 0
+
+
+@pytest.fixture
+def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "tiny.yaml"
+    file.write_text(SCENARIO)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("training.epoch=3", "unknown key, did you mean 'epochs'?"),
+        ("training.epochs=many", "valid integer"),
+        ("stream.tasks=6", "6 tasks x 2 classes need 12 classes, but data.source has 10"),
+        ("network.freeze=layer5", "freeze point 'layer5' is not a block of this network"),
+        ("fleet.devices=5000", "5000 devices cannot share"),
+        ("fleet={devices: 2, partition: pathological, classes_per_device: 3}", "need 4 classes, but device 0 holds 3"),
+        ("data.source=parquet", "needs data.path"),
+        ("network.weights=nothing.safetensors", "no such file"),
+        ("method.name=lightcll", "unknown method 'lightcll'"),
+        ("server.strategy_options={momentum: 1}", "has no such option"),
+        ("runtime.accelerator=tpu", "'auto', 'cpu' or 'cuda'"),
+        ("training", "expected KEY=VALUE"),
+    ],
+)
+def test_a_wrong_request_ends_with_2_and_writes_nothing(
+    scenario: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], change: str, said: str
+) -> None:
+    more = ["--set", "server.aggregation=suffix"] if "strategy" in change else []
+    assert lightcl(monkeypatch, "simulate", scenario, "--set", change, *more, "--out", "run") == 2
+    assert said in capfd.readouterr().err
+    assert not Path("run").exists()
+
+
+def test_missing_and_broken_scenario_files(
+    scenario: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert lightcl(monkeypatch, "validate", "nowhere.yaml") == 2
+    assert "nowhere.yaml: cannot be read (No such file or directory)" in capfd.readouterr().err
+    scenario.write_text("name: x\nstream: [1, 2\n")
+    assert lightcl(monkeypatch, "validate", scenario) == 2
+    assert "not valid YAML" in capfd.readouterr().err
+    scenario.write_text(SCENARIO + "typo:\n  a: 1\n")
+    assert lightcl(monkeypatch, "validate", scenario) == 2
+    assert "tiny.yaml, line 6: typo: unknown key" in capfd.readouterr().err
+
+
+def test_one_device_from_the_command_line_to_the_report(
+    scenario: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert lightcl(monkeypatch, "train", scenario, "--device", 1, "--out", "run") == 0
+    printed = capfd.readouterr().out
+    assert "TIL (task known)" in printed
+    assert "report: run/report.html" in printed
+    about = json.loads(Path("run/run.json").read_text())
+    assert about["scenario"]["name"] == "tiny"
+    assert about["libraries"]["torch"]
+    partition = json.loads(Path("run/partition.json").read_text())
+    assert not set(partition[0]["train"]) & set(partition[1]["train"])
+
+    assert lightcl(monkeypatch, "train", scenario, "--device", 1, "--out", "run") == 2
+    assert "--resume" in capfd.readouterr().err
+    assert lightcl(monkeypatch, "train", scenario, "--out", "run", "--resume", "--set", "seed=1") == 2
+    assert "seed was 0, now 1" in capfd.readouterr().err
+    before = Path("run/devices.jsonl").read_text()
+    assert lightcl(monkeypatch, "train", scenario, "--device", 1, "--out", "run", "--resume") == 0
+    assert Path("run/devices.jsonl").read_text() == before
+
+
+def test_an_existing_folder_of_other_files_is_left_alone(scenario: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("keep")
+    for option in ([], ["--overwrite"], ["--resume"]):
+        assert lightcl(monkeypatch, "train", scenario, "--out", "mine", *option) == 2
+    assert [f.name for f in Path("mine").iterdir()] == ["notes.txt"]
+
+
+def test_a_device_that_the_fleet_does_not_have(
+    scenario: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert lightcl(monkeypatch, "train", scenario, "--device", 2) == 2
+    assert "allowed: 0 to 1" in capfd.readouterr().err
+
+
+def test_pretrained_weights_can_be_used_as_a_prefix(
+    scenario: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ("pretrain", "--source", "digits", "--width", 4, "--epochs", 1, "--no-flip", "--fp32", "--threads", 1)
+    assert lightcl(monkeypatch, *words, "--out", "w.safetensors") == 0
+    assert "lightcl pretrain --source digits" in Path("w.md").read_text()
+    assert lightcl(monkeypatch, *words, "--out", "w.safetensors") == 2
+    capfd.readouterr()
+    changes = ("--set", "network.weights=w.safetensors", "--set", "network.width=null")
+    assert lightcl(monkeypatch, "validate", scenario, *changes) == 0
+    assert lightcl(monkeypatch, "validate", scenario, *changes, "--set", "network.width=8") == 2
+    assert "shape [4, 1, 3, 3], this network (width 8, stem 'cifar') needs [8, 1, 3, 3]" in capfd.readouterr().err
+
+
+def test_the_table_of_keys_in_the_docs_is_the_codes() -> None:
+    assert (Path(__file__).parents[2] / "docs" / "scenario-keys.md").read_text() == scenario_keys()
+
+
+def test_the_bundled_scenarios_are_valid_files() -> None:
+    from lightcl.scenario import load_scenario
+
+    files = sorted((Path(__file__).parents[2] / "simulations" / "scenarios").glob("*.yaml"))
+    assert len(files) >= 3
+    for file in files:
+        assert load_scenario(file).name == file.stem
+        assert file.read_text().startswith("# lightcl "), "each opens with its command"

@@ -1,0 +1,122 @@
+"""Real Flower simulations on real Ray workers, small enough for every run of the suite."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+LIGHTCL = Path(sys.executable).with_name("lightcl")
+SCENARIO = """\
+name: small
+network: {weights: none, width: 8}
+stream: {tasks: 3}
+fleet: {devices: 4, test_data: whole, partition: dirichlet, alpha: 2.0}
+training: {epochs: 2, batch_size: 16, learning_rate: 0.05, momentum: 0.5, checkpoint_seconds: 0}
+"""
+
+
+@pytest.fixture
+def scenario(tmp_path: Path) -> Path:
+    file = tmp_path / "small.yaml"
+    file.write_text(SCENARIO)
+    return file
+
+
+def lightcl(*words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([LIGHTCL, *map(str, words)], capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """devices.jsonl without what depends on the clock and the host."""
+    kept = [json.loads(line) for line in (run / "devices.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("timing", "name")} for row in kept]
+
+
+def test_the_number_of_workers_changes_no_number_and_one_device_alone_learns_the_same(scenario: Path) -> None:
+    one, two, alone = (scenario.parent / name for name in ("one", "two", "alone"))
+    printed = lightcl("simulate", scenario, "--out", one, "--set", "runtime.workers=1").stdout
+    assert "round 3/3" in printed
+    assert "TIL (task known)" in printed
+    assert (one / "report.html").stat().st_size > 10_000
+    lightcl("simulate", scenario, "--out", two, "--set", "runtime.workers=2")
+    assert rows(one) == rows(two)
+    lightcl("train", scenario, "--device", 2, "--out", alone)
+    assert rows(alone) == [row for row in rows(one) if row["device"] == 2]
+
+
+def test_a_simulation_killed_in_a_task_goes_on_to_the_same_numbers(scenario: Path) -> None:
+    """SIGKILL to the driver and its workers while devices train; --resume; nothing differs but the clock."""
+    whole, killed = scenario.parent / "whole", scenario.parent / "killed"
+    change = ("--set", "server.aggregation=suffix", "--set", "training.epochs=6")
+    lightcl("simulate", scenario, "--out", whole, *change)
+    process = subprocess.Popen([LIGHTCL, "simulate", scenario, "--out", killed, *change], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not _in_second_task(killed):
+        assert process.poll() is None, "the run was over before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+    assert not (killed / "results.json").exists()
+    assert lightcl("simulate", scenario, "--out", killed, *change, check=False).returncode == 2
+    lightcl("simulate", scenario, "--out", killed, *change, "--resume")
+    assert rows(killed) == rows(whole)
+    results = [json.loads((run / "results.json").read_text()) for run in (killed, whole)]
+    assert results[0]["til"] == results[1]["til"]
+
+
+def _in_second_task(run: Path) -> bool:
+    """Whether some device has begun its second task and not ended it."""
+    for manifest in run.glob("devices/*/*/state.json"):
+        try:
+            position = json.loads(manifest.read_text())["position"]
+        except (OSError, ValueError):
+            continue
+        if position["task"] == 1 and 0 < position["epochs"] < 6:
+            return True
+    return False
+
+
+def test_ctrl_c_ends_flower_and_ray(scenario: Path) -> None:
+    out = scenario.parent / "stopped"
+    process = subprocess.Popen(
+        [LIGHTCL, "simulate", scenario, "--out", out, "--set", "training.epochs=2000"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(out.glob("devices/*/*/state.json")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    assert "--resume" in printed
+    assert "Traceback" not in printed
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive
+
+
+def test_a_run_that_fails_ends_with_1(scenario: Path) -> None:
+    done = lightcl(
+        "simulate", scenario, "--out", scenario.parent / "run", "--set", "training.learning_rate=1e30",
+        "--set", "server.max_failures=1", check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "the loss became" in done.stderr
