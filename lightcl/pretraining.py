@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,14 +23,15 @@ from lightcl.networks.weights import load_weights, save_weights
 
 @dataclass(frozen=True)
 class Recipe:
-    """SGD with Nesterov momentum under a one-cycle learning rate (Smith & Topin 2018), crop and flip."""
+    """SGD with Nesterov momentum, crop and flip; learning rate and, inversely, momentum follow one cycle (Smith 2018)."""
 
     width: int = 20
     stem: Stem = "cifar"
     epochs: int = 12
     batch_size: int = 128
     peak_learning_rate: float = 0.2
-    momentum: float = 0.9
+    max_momentum: float = 0.95
+    base_momentum: float = 0.85
     weight_decay: float = 5e-4
     bf16: bool = True
     flip: bool = True
@@ -60,12 +62,18 @@ def pretrain(
         width=recipe.width, classes=len(source.classes), in_channels=source.channels, stem=recipe.stem, freeze="none"
     ).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.SGD(
-        network.parameters(), lr=0.1, momentum=recipe.momentum, nesterov=True, weight_decay=recipe.weight_decay
+        network.parameters(), lr=0.1, momentum=recipe.max_momentum, nesterov=True, weight_decay=recipe.weight_decay
     )
     steps = len(source.train) // recipe.batch_size
     if steps == 0:
         raise RequestError(f"{len(source.train)} training images are fewer than one batch of {recipe.batch_size}")
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.peak_learning_rate, recipe.epochs * steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser,
+        recipe.peak_learning_rate,
+        recipe.epochs * steps,
+        max_momentum=recipe.max_momentum,
+        base_momentum=recipe.base_momentum,
+    )
     checkpoint = file.with_suffix(".checkpoint")
     first = _resume(checkpoint, network, optimiser, schedule, steps) if checkpoint.exists() else 0
 
@@ -138,8 +146,10 @@ def _resume(
     network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")})
     for name, parameter in network.named_parameters():
         optimiser.state[parameter]["momentum_buffer"] = tensors[f"momentum.{name}"].to(parameter.device)
-    for _ in range(epoch * steps):
-        schedule.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the optimiser took its steps in the process that was killed
+        for _ in range(epoch * steps):
+            schedule.step()
     return epoch
 
 

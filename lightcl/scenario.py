@@ -65,6 +65,8 @@ class Stream(Section):
                 raise ValueError("per_device_order needs class_order: shuffled, not a list")
         if self.per_device_order and self.class_order != "shuffled":
             raise ValueError(f"per_device_order needs class_order: shuffled, not {self.class_order}")
+        if self.evaluate_on == "held-out" and self.held_out == 0:
+            raise ValueError("evaluate_on: held-out needs held_out above 0")
         return self
 
 
@@ -303,10 +305,13 @@ def _explain(problem: Mapping[str, Any], file: Path, tree: yaml.Node | None, cha
     tagged = len(raw) > 1 and raw[0] == "method" and raw[1] in _method_names()
     location = [raw[0], *raw[2:]] if tagged else list(raw)
     location = [part for part in location if not (isinstance(part, str) and ("[" in part or part.startswith("tuple")))]
+    kind, given = problem["type"], problem.get("input")
+    if kind == "union_tag_invalid":
+        location.append("name")
     key = ".".join(str(part) for part in location)
     line = _line_of(tree, location)
-    where = f"--set {key}" if key in changed else f"{file}, line {line}" if line else str(file)
-    kind, given = problem["type"], problem.get("input")
+    typed = [change for change in changed if change == key or (line is None and change.startswith(f"{key}."))]
+    where = f"--set {min(typed)}" if typed else f"{file}, line {line}" if line else str(file)
     if kind == "extra_forbidden":
         known = _keys_of(location[:-1], raw)
         return f"{where}: {key}: unknown key{nearest(str(location[-1]), known)} (allowed here: {', '.join(known)})"

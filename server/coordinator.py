@@ -114,6 +114,7 @@ class Coordinator:
         results = self._results()
         if not results["devices_finished"]:
             reasons = sorted({m.dropped for m in self.members})
+            self.folder.fail(results)
             raise RunFailure(f"no device finished its stream: {'; '.join(reasons[:3])}")
         self.folder.finish(results)
         return results
@@ -152,8 +153,9 @@ class Coordinator:
         self._train(grid, chosen, rows)
         # Devices take over the new average when they are tested. Were it not safe on disk by then, a server killed in
         # between would ask them again for tensors that they no longer have.
-        self._save(Pending(rows, time.monotonic() - start))
-        self._finish_round(grid, Pending(rows, time.monotonic() - start), start)
+        pending = Pending(rows, time.monotonic() - start)
+        self._save(pending)
+        self._finish_round(grid, pending, start)
 
     def _finish_round(self, grid: Grid, pending: Pending, start: float) -> None:
         rows = pending.rows

@@ -6,6 +6,7 @@ partition.json  which device holds which sample
 rounds.jsonl    one row a round
 devices.jsonl   one row a device and round; sorted by device; everything that depends on the clock is under "timing"
 results.json    final figures; written last, so its presence means the run was completed
+failure.json    instead of it: why no device finished
 server/         the server's state after the last finished round
 devices/        the devices' states (of a simulation)
 """
@@ -165,6 +166,16 @@ class RunFolder:
 
     def finish(self, results: Mapping[str, Any]) -> None:
         write_atomically(self.path / "results.json", json.dumps(results, indent=2))
+
+    def fail(self, results: Mapping[str, Any]) -> None:
+        """Keeps why a run came to nothing; it is not completed, so it can be resumed."""
+        reasons = {"status": "failed", "dropped": results["dropped"]}
+        write_atomically(self.path / "failure.json", json.dumps(reasons, indent=2))
+
+    def failure(self) -> Row | None:
+        """Why the run failed, or None."""
+        file = self.path / "failure.json"
+        return json.loads(file.read_text()) if file.exists() else None
 
     def results(self) -> Row | None:
         """Final figures, or None where the run has not come to its end."""

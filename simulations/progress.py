@@ -93,18 +93,13 @@ class LiveProgress:
 
 
 def accuracy_table(results: Row) -> Table:
-    """The final figures of a run, in percent."""
+    """The final figures of a run, in percent; the report has the percentiles."""
     devices = results["devices_finished"]
-    table = Table(
-        title=f"After the last task, {devices} device{'s' * (devices != 1)} (mean ± std, 10th to 90th percentile)"
-    )
+    of = f"mean ± standard deviation over {devices} devices" if devices > 1 else "one device"
+    table = Table(title=f"After the last task, {of}")
     for column in ("", "average accuracy", "forgetting", "backward transfer"):
-        table.add_column(column, justify="left" if not column else "right")
-    names = {"til": "TIL (task known)", "cil": "CIL (task not known)"}
-    for setting, name in names.items():
-        cells = []
-        for key in ("average_accuracy", "forgetting", "backward_transfer"):
-            s = results[setting][key]
-            cells.append(f"{s['mean']:.1%} ± {s['std']:.1%}  ({s['p10']:.0%} to {s['p90']:.0%})")
-        table.add_row(name, *cells)
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for setting, name in (("til", "TIL (task known)"), ("cil", "CIL (task not known)")):
+        spreads = [results[setting][key] for key in ("average_accuracy", "forgetting", "backward_transfer")]
+        table.add_row(name, *[f"{s['mean']:.1%}" + (f" ± {s['std']:.1%}" if devices > 1 else "") for s in spreads])
     return table

@@ -132,7 +132,7 @@ class RunRecord:
     def status(self) -> tuple[str, str]:
         """The run's state in words, and how to take it: "good", "warning" or "bad"."""
         if self.results is None:
-            if self.devices and len(self.dropped) == len(self.devices):
+            if len(self.dropped) == self.scenario.fleet.devices:
                 return "stopped: every device is out of the run", "bad"
             return "still running or killed", "warning"
         if self.dropped:
@@ -159,7 +159,7 @@ def read_run(folder: RunFolder) -> RunRecord:
         rounds=folder.rows("rounds.jsonl"),
         devices=[_read_device(mine, scenario.stream.tasks) for mine in by_device.values()],
         failures=_read_failures(rows),
-        dropped=_read_dropped(by_device, results, scenario.server.max_failures),
+        dropped=_read_dropped(by_device, results or folder.failure(), scenario.server.max_failures),
         held=_read_partition(folder.path / "partition.json"),
         last_sign=datetime.fromtimestamp(_written(newest), UTC),
     )

@@ -29,7 +29,7 @@ def simulate_run(
 ) -> None:
     """A fleet in Flower's simulation runtime. Raises RequestError before anything is written, RunFailure later."""
     from server.app import make_app
-    from server.coordinator import Coordinator
+    from server.coordinator import Coordinator, RunFailure
     from simulations.runtime import simulate
 
     folder = RunFolder(path.absolute())
@@ -42,6 +42,9 @@ def simulate_run(
             coordinator = Coordinator(prepared.scenario, folder, str(folder.read()["run"]), progress)
             try:
                 simulate(make_app(coordinator), folder.path / "devices", scenario.fleet.devices, scenario.runtime)
+            except RunFailure:
+                _report(folder, console)  # it shows how far the run came, and why no farther
+                raise
             finally:
                 coordinator.stop.set()  # the server runs in a thread of this process and must end with it
     _conclude(folder, console)
@@ -123,15 +126,18 @@ def _difference(before: Scenario, after: Scenario) -> str:
 
 
 def _conclude(folder: RunFolder, console: Console) -> None:
-    from simulations.report import build_report  # matplotlib takes a second to import
-
     results = folder.results()
     if results:
         console.print(accuracy_table(results))
         if results["dropped"]:
             console.print(f"[yellow]{len(results['dropped'])} devices were put out of the run[/]", highlight=False)
-    shown = os.path.relpath(build_report(folder))
-    console.print(f"report: {shown}", highlight=False, soft_wrap=True)
+    _report(folder, console)
+
+
+def _report(folder: RunFolder, console: Console) -> None:
+    from simulations.report import build_report  # matplotlib takes a second to import
+
+    console.print(f"report: {os.path.relpath(build_report(folder))}", highlight=False, soft_wrap=True)
 
 
 def pretrain_run(

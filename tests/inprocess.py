@@ -1,4 +1,4 @@
-"""A grid that hands messages to the real ClientApp in this process: server and devices are real, only the wire is not."""
+"""A grid that hands messages to the real ClientApp in this process: server and devices are real, the wire is not."""
 
 from __future__ import annotations
 

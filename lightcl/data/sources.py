@@ -115,6 +115,8 @@ def _fingerprint(request: SourceRequest) -> list[Any]:
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         stats = [(str(p.resolve()), s.st_size, s.st_mtime_ns) for p in files for s in [p.stat()]]
         parts.append(hashlib.sha256(json.dumps(stats).encode()).hexdigest())
+    elif request.path is not None:  # somebody's copy of a downloaded set
+        parts.append(str(request.path.resolve()))
     return parts
 
 
@@ -300,20 +302,27 @@ def _image_set(pictures: Sequence[Image.Image], places: Sequence[str], labels: S
 
 def _encode_labels(labels: Sequence[Any], places: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
     """Integer labels stay as they are, names are numbered in sorted order."""
-    if all(isinstance(label, int) for label in labels):
+    kind = int if isinstance(labels[0], int) else str
+    for label, place in zip(labels, places, strict=True):
+        if not isinstance(label, kind):
+            raise RequestError(f"{place}: label {label!r} is neither an integer nor a name like the others")
+    if kind is int:
         values = np.asarray(labels, dtype=np.int64)
         if values.min() < 0:
             raise RequestError(f"{places[int(values.argmin())]}: label {values.min()} is negative")
         return tuple(str(i) for i in range(int(values.max()) + 1)), values
-    for label, place in zip(labels, places, strict=True):
-        if not isinstance(label, str):
-            raise RequestError(f"{place}: label {label!r} is neither an integer nor a name like the others")
     names = sorted(set(labels))
     numbers = {name: i for i, name in enumerate(names)}
     return tuple(names), np.asarray([numbers[label] for label in labels], dtype=np.int64)
 
 
 def _with_same_classes(train: ImageSet, test: ImageSet, path: Path) -> Source:
+    ours, theirs = ("x".join(map(str, images.images.shape[1:])) for images in (train, test))
+    if theirs != ours:
+        raise RequestError(
+            f"{path}: the test images are {theirs}, the training images {ours} (height x width x channels); give both "
+            "splits the same channels, and set data.image_size to bring all to one size"
+        )
     if set(test.classes) <= set(train.classes):
         numbers = {name: i for i, name in enumerate(train.classes)}
         renumber = np.asarray([numbers[name] for name in test.classes], dtype=np.int64)

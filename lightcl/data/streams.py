@@ -107,9 +107,14 @@ class TaskContext:
 
 
 def class_order(scenario: Scenario, classes: int, device: int) -> list[int]:
-    """The order in which a device meets the classes: as in the source, given, or shuffled by the scenario's seed."""
+    """The order in which a device meets the classes: as in the source, given, or shuffled by the scenario's seed.
+
+    Raises RequestError for a given class that the source does not have.
+    """
     order = scenario.stream.class_order
     if isinstance(order, tuple):
+        if max(order) >= classes:
+            raise RequestError(f"stream.class_order: the source has no class {max(order)} (it has 0..{classes - 1})")
         return list(order)
     if order == "natural":
         return list(range(classes))
@@ -144,6 +149,11 @@ def build_stream(scenario: Scenario, source: Source, share: Share, device: int) 
         test = share.test[np.isin(test_labels, classes)]
         mine = numpy_generator(scenario.seed, "held-out", device, number).permutation(mine)
         out = round(len(mine) * scenario.stream.held_out)
+        if scenario.stream.evaluate_on == "held-out" and out == 0:
+            raise RequestError(
+                f"stream.evaluate_on is held-out, but stream.held_out = {scenario.stream.held_out} of the {len(mine)} "
+                f"images that device {device} has for task {number} is none; raise it"
+            )
         if len(mine) - out < 2 or len(test) == 0:
             raise RequestError(
                 f"device {device} has {len(mine) - out} training and {len(test)} test images for task {number} "

@@ -1,6 +1,6 @@
-"""Run by test_device.py in a process of its own: trains a device and hangs in the middle of an epoch, to be killed there.
+"""Run by test_device.py in a process of its own: a device that hangs in the middle of an epoch, to be killed there.
 
-    python -m tests.lightcl.killed_device FOLDER SECTIONS-AS-JSON
+python -m tests.lightcl.killed_device FOLDER SECTIONS-AS-JSON
 """
 
 import json

@@ -94,8 +94,8 @@ def test_a_task_in_parts_is_the_task_in_one_go(tmp_path):
         ([(0, 2), (1, 1)], 0, 2),
         ([(0, 2), (1, 2)], 2, 1),
     ],
-    ids=["skips a task", "too many epochs", "no epoch", "negative task", "no such task", "unfinished task", "back an epoch",
-         "back a task", "beyond the stream"],
+    ids=["skips a task", "too many epochs", "no epoch", "negative task", "no such task", "unfinished task",
+         "back an epoch", "back a task", "beyond the stream"],
 )  # fmt: skip
 def test_requests_out_of_step_are_refused_and_change_nothing(tmp_path, done, task, until):
     device = toys.device(tmp_path)
@@ -245,7 +245,21 @@ def test_death_in_the_middle_of_a_save_loses_that_save_only(tmp_path, monkeypatc
             device.train(0, 2)
     restarted = toys.device(tmp_path)
     assert restarted.position == Position(0, 1)
-    toys.assert_same({k: v for k, v in everything(restarted).items()}, before)
+    toys.assert_same(everything(restarted), before)
+
+
+def test_death_before_the_report_leaves_a_device_that_can_be_asked_again(tmp_path):
+    sections = with_checkpoints({})
+
+    def die_at_the_goal(_: int, epochs: int, __: float) -> None:
+        if epochs == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        toys.device(tmp_path / "killed", **sections).train(0, 2, die_at_the_goal)
+    again, straight = toys.device(tmp_path / "killed", **sections), toys.device(tmp_path / "straight", **sections)
+    assert again.train(0, 2).loss == straight.train(0, 2).loss
+    toys.assert_same(everything(again), everything(straight))
 
 
 def test_a_long_task_is_saved_on_the_way_and_a_short_one_is_not(tmp_path):
@@ -253,7 +267,9 @@ def test_a_long_task_is_saved_on_the_way_and_a_short_one_is_not(tmp_path):
         folder, positions = tmp_path / str(seconds), []
 
         def look(*_: object, folder: Path = folder, positions: list = positions) -> None:
-            positions.append(json.loads((folder / "state.json").read_text()) if (folder / "state.json").exists() else None)
+            positions.append(
+                json.loads((folder / "state.json").read_text()) if (folder / "state.json").exists() else None
+            )
 
         toys.device(folder, training={"epochs": 4, "checkpoint_seconds": seconds}).train(0, 4, look)
         epochs = [p["position"]["epochs"] for p in positions if p]
@@ -348,7 +364,10 @@ def test_state_of_another_device_or_scenario_is_refused(tmp_path, other):
 def test_what_has_no_influence_on_the_numbers_may_change_between_runs(tmp_path):
     toys.device(tmp_path).train(0, 1)
     moved = toys.device(
-        tmp_path, name="renamed", data={"path": tmp_path, "download": False}, runtime={"workers": 8, "accelerator": "auto"}
+        tmp_path,
+        name="renamed",
+        data={"path": tmp_path, "download": False},
+        runtime={"workers": 8, "accelerator": "auto"},
     )
     assert moved.position == Position(0, 1)
 

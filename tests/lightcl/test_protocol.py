@@ -25,7 +25,11 @@ def test_messages_survive_the_way_through_a_record(message):
 
 @pytest.mark.parametrize(
     ("message", "field"),
-    [pytest.param(message, field, id=f"{message.__name__}.{field.name}") for message in MESSAGES for field in fields(message)],
+    [
+        pytest.param(message, field, id=f"{message.__name__}.{field.name}")
+        for message in MESSAGES
+        for field in fields(message)
+    ],
 )
 def test_missing_and_mistyped_fields_are_named(message, field):
     record = example(message).to_record()

@@ -1,7 +1,5 @@
 """The training loop and the evaluation loop."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -69,6 +67,17 @@ def test_training_repeats_bit_by_bit_whatever_the_global_generators_did():
     np.random.default_rng().random()
     assert run(second) == losses
     toys.assert_same(second.state_dict(), first.state_dict())
+
+
+def test_every_epoch_has_batches_of_its_own():
+    scenario, context, networks = toys.scenario(), toys.context(0, [0, 1]), []
+    for epoch in (0, 0, 1):
+        network = toys.network()
+        method = scenario.method.build(network)
+        train_epoch(network, method, make_optimiser(network, scenario), context, scenario, epoch)
+        networks.append(network.state_dict())
+    toys.assert_same(networks[0], networks[1])
+    assert "fc.weight" in toys.changed(networks[2], networks[0])
 
 
 def test_training_learns():

@@ -65,7 +65,11 @@ def regularisation(
     stored_logits: Matrix,
     reduction: str,
 ) -> float:
-    """What β multiplies. sum: Σ_m Σ (mask_m ⊙ (F_m - F*_m))² + Σ (logits - logits*)²; relative: each term over its F*²."""
+    """What β multiplies.
+
+    sum: Σ_m Σ (mask_m ⊙ (F_m - F*_m))² + Σ (logits - logits*)²; relative: each sum over that of its patterns' squares,
+    and the mean over the maps.
+    """
     logit_moved = logit_size = 0.0
     for row, stored_row in zip(logits, stored_logits, strict=True):
         for value, stored_value in zip(row, stored_row, strict=True):

@@ -1,0 +1,503 @@
+"""Where images come from: what is read, what is kept, what is refused."""
+
+import io
+import json
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torchvision
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from lightcl.data import sources
+from lightcl.data.sources import ImageSet, SourceRequest, iter_batches, load_source, split_off_test
+from lightcl.errors import RequestError
+
+
+def picture(value: int, size: int = 8, mode: str = "RGB") -> Image.Image:
+    """A picture of one grey value with a ramp along its first row, so that turning it would show."""
+    pixels = np.full((size, size), value, dtype=np.uint8)
+    pixels[0] = np.arange(size)
+    image = Image.fromarray(pixels)
+    return image if mode == "L" else image.convert(mode)
+
+
+def png(value: int, size: int = 8, mode: str = "RGB") -> bytes:
+    stream = io.BytesIO()
+    picture(value, size, mode).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def pixels(value: int, size: int = 8, mode: str = "RGB") -> np.ndarray:
+    array = np.asarray(picture(value, size, mode))
+    return array[..., None] if mode == "L" else array
+
+
+def values_of(images: ImageSet) -> list[int]:
+    """The grey value each picture was made with."""
+    return [int(image[-1, -1, 0]) for image in images.images]
+
+
+def write_parquet(
+    file: Path, cells: list, labels: list, image_column: str = "image", label_column: str = "label"
+) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({image_column: pa.array(cells), label_column: pa.array(labels)}), file)
+    return file
+
+
+def parquet(path: Path, **options) -> sources.Source:
+    return load_source(SourceRequest("parquet", path, **options))
+
+
+# -- every source --------------------------------------------------------------------------------------------------
+
+
+def test_digits_are_the_bundled_ones():
+    source = load_source(SourceRequest("digits"))
+    bunch = load_digits()
+    assert len(source.train) + len(source.test) == 1797
+    assert source.train.images.shape[1:] == (8, 8, 1)
+    assert (source.channels, source.classes) == (1, tuple("0123456789"))
+    counts = np.bincount(bunch.target)
+    assert np.bincount(source.test.labels).tolist() == [round(n * 0.2) for n in counts.tolist()]
+    known = {
+        (np.round(image * (255 / 16)).astype(np.uint8).tobytes(), label)
+        for image, label in zip(bunch.images, bunch.target, strict=True)
+    }
+    for split in (source.train, source.test):
+        assert {(image.tobytes(), label) for image, label in zip(split.images, split.labels, strict=True)} <= known
+    assert source.train.images.max() == 255
+
+
+def test_digits_in_another_size():
+    source = load_source(SourceRequest("digits", image_size=16))
+    assert source.train.images.shape[1:] == (16, 16, 1)
+
+
+def write_idx(file: Path, array: np.ndarray) -> None:
+    """The format of MNIST: two zero bytes, the type (8: bytes), the number of axes, their lengths, the values."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes())
+
+
+def fashion(root: Path, value: int) -> Path:
+    raw = root / "FashionMNIST" / "raw"
+    for split, labels in (("train", [3, 1, 4, 1]), ("t10k", [5, 9])):
+        images = np.stack([pixels(value + label, 28, "L")[..., 0] for label in labels])
+        write_idx(raw / f"{split}-images-idx3-ubyte", images)
+        write_idx(raw / f"{split}-labels-idx1-ubyte", np.asarray(labels, dtype=np.uint8))
+    return root
+
+
+def test_fashion_mnist_from_a_local_copy(tmp_path):
+    source = load_source(SourceRequest("fashion-mnist", fashion(tmp_path, 100), download=False))
+    assert source.train.labels.tolist() == [3, 1, 4, 1]
+    assert source.test.labels.tolist() == [5, 9]
+    assert values_of(source.train) == [103, 101, 104, 101]
+    assert source.train.images.shape == (4, 28, 28, 1)
+    assert source.classes[9] == "Ankle boot"
+
+
+def test_another_local_copy_is_another_source(tmp_path):
+    first = load_source(SourceRequest("fashion-mnist", fashion(tmp_path / "a", 50), download=False))
+    second = load_source(SourceRequest("fashion-mnist", fashion(tmp_path / "b", 60), download=False))
+    assert values_of(first.train) == [53, 51, 54, 51]
+    assert values_of(second.train) == [63, 61, 64, 61]
+
+
+def test_fashion_mnist_in_another_size(tmp_path):
+    source = load_source(SourceRequest("fashion-mnist", fashion(tmp_path, 10), image_size=14, download=False))
+    assert source.train.images.shape == (4, 14, 14, 1)
+    assert values_of(source.train) == [13, 11, 14, 11]
+
+
+def test_cifar10_from_a_local_copy(tmp_path, monkeypatch):
+    names = [f"class {i}" for i in range(10)]
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+
+    def batch(values: list[int]) -> dict:
+        rows = np.stack([pixels(value, 32).transpose(2, 0, 1).reshape(-1) for value in values])
+        return {"data": rows, "labels": [value % 10 for value in values]}
+
+    for name, content in (
+        ("one", batch([101, 102])),
+        ("two", batch([103])),
+        ("test", batch([214])),
+        ("meta", {"label_names": names}),
+    ):
+        (folder / name).write_bytes(pickle.dumps(content))
+    # torchvision checks the files of the real set; these are ours.
+    kind = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(kind, "train_list", [("one", None), ("two", None)])
+    monkeypatch.setattr(kind, "test_list", [("test", None)])
+    monkeypatch.setattr(kind, "meta", {"filename": "meta", "key": "label_names", "md5": None})
+    source = load_source(SourceRequest("cifar10", tmp_path, download=False))
+    assert np.array_equal(source.train.images, np.stack([pixels(v, 32) for v in (101, 102, 103)]))
+    assert source.train.labels.tolist() == [1, 2, 3]
+    assert source.test.labels.tolist() == [4]
+    assert source.classes == tuple(names)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion-mnist"])
+def test_missing_local_copy_is_an_error_that_says_where_it_was_looked_for(tmp_path, name):
+    with pytest.raises(
+        RequestError, match=rf"data.source '{name}': not found under {tmp_path} .*Set data.path .*data.source=parquet"
+    ):
+        load_source(SourceRequest(name, tmp_path, download=False))
+
+
+# -- parquet -------------------------------------------------------------------------------------------------------
+
+VALUES, LABELS = [10, 20, 30, 40, 50, 60, 70, 80], [0, 1, 0, 1, 0, 1, 0, 1]
+AS_STRUCT = [{"bytes": png(value), "path": None} for value in VALUES]
+AS_BYTES = [png(value) for value in VALUES]
+
+
+@pytest.mark.parametrize("cells", [AS_STRUCT, AS_BYTES], ids=["struct", "bytes"])
+@pytest.mark.parametrize("columns", [{}, {"image_column": "img", "label_column": "fine_label"}])
+def test_parquet_file_is_split_the_same_way_for_every_class(tmp_path, cells, columns):
+    file = write_parquet(tmp_path / "all.parquet", cells, LABELS, **columns)
+    source = parquet(file, test_fraction=0.25)
+    assert sorted(values_of(source.train) + values_of(source.test)) == VALUES
+    assert sorted(source.test.labels.tolist()) == [0, 1]
+    for split in (source.train, source.test):
+        expected = [LABELS[VALUES.index(value)] for value in values_of(split)]
+        assert split.labels.tolist() == expected
+        assert np.array_equal(split.images[0], pixels(values_of(split)[0]))
+    assert (source.classes, source.train.images.dtype) == (("0", "1"), np.uint8)
+
+
+def test_parquet_columns_with_other_names_are_named(tmp_path):
+    file = write_parquet(tmp_path / "all.parquet", AS_BYTES, LABELS, "photo", "kind")
+    source = parquet(file, image_column="photo", label_column="kind")
+    assert len(source.train) + len(source.test) == 8
+
+
+def test_parquet_folder_with_a_test_file(tmp_path):
+    write_parquet(tmp_path / "train-00000-of-00002.parquet", AS_BYTES[:3], LABELS[:3])
+    write_parquet(tmp_path / "train-00001-of-00002.parquet", AS_BYTES[3:6], LABELS[3:6])
+    write_parquet(tmp_path / "test-00000-of-00001.parquet", AS_BYTES[6:], LABELS[6:])
+    source = parquet(tmp_path)
+    assert values_of(source.train) == VALUES[:6]
+    assert values_of(source.test) == VALUES[6:]
+    assert source.test.labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["val.parquet", "validation-0.parquet"])
+def test_parquet_folder_with_a_validation_file(tmp_path, name):
+    write_parquet(tmp_path / "train.parquet", AS_BYTES[:6], LABELS[:6])
+    write_parquet(tmp_path / name, AS_BYTES[6:], LABELS[6:])
+    assert values_of(parquet(tmp_path).test) == VALUES[6:]
+
+
+def test_parquet_folder_without_a_test_file_is_split(tmp_path):
+    write_parquet(tmp_path / "train.parquet", AS_BYTES, LABELS)
+    assert len(parquet(tmp_path, test_fraction=0.5).test) == 4
+
+
+def test_named_labels_are_numbered_in_order_and_the_same_in_both_splits(tmp_path):
+    write_parquet(tmp_path / "train.parquet", AS_BYTES[:3], ["newt", "cat", "dog"])
+    write_parquet(tmp_path / "test.parquet", AS_BYTES[3:5], ["newt", "dog"])
+    source = parquet(tmp_path)
+    assert source.classes == ("cat", "dog", "newt")
+    assert source.train.labels.tolist() == [2, 0, 1]
+    assert source.test.labels.tolist() == [2, 1]
+
+
+def test_integer_labels_stay_as_they_are(tmp_path):
+    write_parquet(tmp_path / "train.parquet", AS_BYTES[:3], [4, 0, 2])
+    write_parquet(tmp_path / "test.parquet", AS_BYTES[3:5], [2, 0])
+    source = parquet(tmp_path)
+    assert source.train.labels.tolist() == [4, 0, 2]
+    assert source.test.labels.tolist() == [2, 0]
+    assert source.classes == ("0", "1", "2", "3", "4")
+
+
+def test_test_split_with_unknown_classes_is_refused(tmp_path):
+    write_parquet(tmp_path / "train.parquet", AS_BYTES[:2], ["cat", "dog"])
+    write_parquet(tmp_path / "test.parquet", AS_BYTES[2:4], ["cat", "newt"])
+    with pytest.raises(RequestError, match=r"test split has classes that the training split lacks: newt"):
+        parquet(tmp_path)
+
+
+def test_grey_images_have_one_channel(tmp_path):
+    file = write_parquet(tmp_path / "grey.parquet", [png(value, mode="L") for value in VALUES], LABELS)
+    assert parquet(file).channels == 1
+
+
+def test_one_coloured_image_makes_all_coloured(tmp_path):
+    cells = [png(10, mode="L"), png(20), png(30, mode="RGBA"), png(40, mode="P")]
+    write_parquet(tmp_path / "train.parquet", cells, [0, 1, 0, 1])
+    write_parquet(tmp_path / "test.parquet", cells[1:2], [0])
+    source = parquet(tmp_path)
+    assert source.channels == 3
+    assert values_of(source.train) == [10, 20, 30, 40]
+
+
+def test_images_are_brought_to_one_size_when_asked_for(tmp_path):
+    file = write_parquet(tmp_path / "a.parquet", [png(10), png(20, 12), png(30, 16), png(40)], [0, 0, 1, 1])
+    source = parquet(file, image_size=8, test_fraction=0.5)
+    assert source.train.images.shape == (2, 8, 8, 3)
+    assert sorted(values_of(source.train) + values_of(source.test)) == [10, 20, 30, 40]
+
+
+def refused(path: Path, message: str, **options) -> None:
+    with pytest.raises(RequestError, match=message):
+        parquet(path, **options)
+
+
+def test_images_of_several_sizes_are_refused(tmp_path):
+    file = write_parquet(tmp_path / "a.parquet", [png(10), png(20), png(30, 12)], [0, 0, 0])
+    refused(file, rf"{file}, row 2: image of 12x12 pixels, but {file}, row 0 has 8x8; set data.image_size")
+
+
+@pytest.mark.parametrize(
+    ("test_picture", "found"), [(png(30, 12), "12x12x3"), (png(30, mode="L"), "8x8x1")], ids=["size", "colour"]
+)
+def test_a_test_split_of_another_shape_is_refused(tmp_path, test_picture, found):
+    write_parquet(tmp_path / "train.parquet", [png(10), png(20)], [0, 0])
+    write_parquet(tmp_path / "test.parquet", [test_picture], [0])
+    refused(tmp_path, rf"{tmp_path}: the test images are {found}, the training images 8x8x3")
+
+
+def test_undecodable_image_is_named_by_file_and_row(tmp_path):
+    file = write_parquet(tmp_path / "a.parquet", [png(10), b"no image", png(30)], [0, 0, 0])
+    refused(file, rf"{file}, row 1: the image does not decode")
+
+
+def test_truncated_image_is_named_by_file_and_row(tmp_path):
+    whole = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(whole, "PNG")
+    write_parquet(tmp_path / "train-0.parquet", [whole.getvalue()], [0])
+    file = write_parquet(tmp_path / "train-1.parquet", [whole.getvalue(), whole.getvalue()[:200]], [0, 0])
+    refused(tmp_path, rf"{file}, row 1: the image does not decode")
+
+
+def test_rows_are_counted_over_batches(tmp_path):
+    cells = [png(10)] * 1100 + [b"no image"]
+    file = write_parquet(tmp_path / "a.parquet", cells, [0] * 1101)
+    refused(file, rf"{file}, row 1100: the image does not decode")
+
+
+def test_cell_without_bytes_is_refused(tmp_path):
+    file = write_parquet(tmp_path / "a.parquet", [{"bytes": png(1), "path": "a"}, {"bytes": None, "path": "b"}], [0, 0])
+    refused(file, rf"{file}, row 1: column 'image' holds no encoded image bytes")
+
+
+def test_missing_columns_are_named_with_those_there_are(tmp_path):
+    file = write_parquet(tmp_path / "a.parquet", AS_BYTES, LABELS, "photo", "kind")
+    refused(file, rf"{file}: no column img or image or images \(it has: photo, kind\); set data.image_column")
+    refused(file, r"no column label or .* \(it has: photo, kind\); set data.label_column", image_column="photo")
+    refused(file, r"no column picture \(it has: photo, kind\)", image_column="picture")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, -3], r"row 1: label -3 is negative"),
+        ([0, None], r"row 1: label None is neither an integer nor a name"),
+        (["cat", None], r"row 1: label None is neither"),
+        ([0.5, 1.5], r"row 0: label 0.5 is neither"),
+    ],
+)
+def test_labels_that_are_none_are_refused(tmp_path, labels, message):
+    file = write_parquet(tmp_path / "a.parquet", AS_BYTES[:2], labels)
+    refused(file, rf"{file}, {message}")
+
+
+def test_missing_paths_are_refused(tmp_path):
+    refused(tmp_path / "nowhere", rf"data.path: no such file or folder: {tmp_path}/nowhere")
+    with pytest.raises(RequestError, match=r"data.source 'parquet' needs data.path"):
+        load_source(SourceRequest("parquet"))
+
+
+def test_folder_without_training_files_is_refused(tmp_path):
+    write_parquet(tmp_path / "all.parquet", AS_BYTES, LABELS)
+    refused(tmp_path, rf"data.path: {tmp_path} holds no train\*.parquet")
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "a.parquet").write_text("not parquet")
+    refused(tmp_path / "a.parquet", rf"{tmp_path}/a.parquet: not a parquet file")
+
+
+def test_empty_file_is_refused(tmp_path):
+    file = tmp_path / "empty.parquet"
+    pq.write_table(pa.table({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}), file)
+    refused(file, r"data.path: no images found")
+
+
+# -- image folders -------------------------------------------------------------------------------------------------
+
+
+def write_folder(root: Path, content: dict[str, list[int]], **options) -> Path:
+    for name, values in content.items():
+        for value in values:
+            file = root / name / f"{value:03}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            picture(value, **options).save(file)
+    return root
+
+
+def folder(path: Path, **options) -> sources.Source:
+    return load_source(SourceRequest("image-folder", path, **options))
+
+
+def test_folder_of_classes_is_split(tmp_path):
+    write_folder(tmp_path, {"cat": [10, 20, 30, 40], "ant": [50, 60]})
+    source = folder(tmp_path, test_fraction=0.5)
+    assert source.classes == ("ant", "cat")
+    assert sorted(source.test.labels.tolist()) == [0, 1, 1]
+    for split in (source.train, source.test):
+        assert split.labels.tolist() == [0 if value in (50, 60) else 1 for value in values_of(split)]
+
+
+@pytest.mark.parametrize("name", ["test", "val"])
+def test_folder_with_train_and_test(tmp_path, name):
+    write_folder(tmp_path / "train", {"cat": [10], "dog": [20, 30], "eel": [40]})
+    write_folder(tmp_path / name, {"dog": [50], "eel": [60]})
+    source = folder(tmp_path)
+    assert source.classes == ("cat", "dog", "eel")
+    assert values_of(source.train) == [10, 20, 30, 40]
+    assert (values_of(source.test), source.test.labels.tolist()) == ([50, 60], [1, 2])
+
+
+def test_folder_with_train_alone_is_split(tmp_path):
+    write_folder(tmp_path / "train", {"cat": [10, 20], "dog": [30, 40]})
+    source = folder(tmp_path, test_fraction=0.5)
+    assert source.classes == ("cat", "dog")
+    assert (len(source.train), len(source.test)) == (2, 2)
+
+
+def test_undecodable_file_is_named(tmp_path):
+    write_folder(tmp_path, {"cat": [10, 20]})
+    (tmp_path / "cat" / "broken.png").write_bytes(b"broken")
+    with pytest.raises(RequestError, match=rf"{tmp_path}/cat/broken.png: the image does not decode"):
+        folder(tmp_path)
+
+
+def test_files_of_several_sizes_are_named(tmp_path):
+    write_folder(tmp_path, {"cat": [10]})
+    write_folder(tmp_path, {"dog": [20]}, size=12)
+    with pytest.raises(
+        RequestError, match=rf"{tmp_path}/dog/020.png: image of 12x12 pixels, but .*/cat/010.png has 8x8"
+    ):
+        folder(tmp_path)
+
+
+@pytest.mark.parametrize("content", [[], ["cat"]], ids=["nothing", "an empty class"])
+def test_folder_without_images_is_refused(tmp_path, content):
+    for name in content:
+        (tmp_path / name).mkdir()
+    with pytest.raises(RequestError, match=rf"data.path: {tmp_path} is no image folder"):
+        folder(tmp_path)
+
+
+def test_file_instead_of_a_folder_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RequestError, match=rf"data.path: {tmp_path}/file is no image folder"):
+        folder(tmp_path / "file")
+
+
+# -- the cache -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[str]:
+    """A list that grows whenever a parquet source is decoded."""
+    counted, read = [], sources._READERS["parquet"]
+
+    def count(request: SourceRequest) -> sources.Source:
+        counted.append(str(request.path))
+        return read(request)
+
+    monkeypatch.setitem(sources._READERS, "parquet", count)
+    return counted
+
+
+def test_images_are_decoded_once_and_memory_mapped(tmp_path, reads):
+    file = write_parquet(tmp_path / "a.parquet", AS_BYTES, LABELS)
+    first, second = parquet(file), parquet(file)
+    assert len(reads) == 1
+    assert isinstance(second.train.images, np.memmap)
+    assert np.array_equal(first.train.images, second.train.images)
+    assert np.array_equal(first.test.labels, second.test.labels)
+    assert second.classes == first.classes
+
+
+def test_changed_files_and_other_wishes_are_decoded_anew(tmp_path, reads):
+    file = write_parquet(tmp_path / "a.parquet", AS_BYTES, LABELS)
+    parquet(file)
+    for count, options in enumerate(({"image_size": 10}, {"test_fraction": 0.5}, {"seed": 1}), start=2):
+        parquet(file, **options)
+        assert len(reads) == count
+    write_parquet(file, [png(value + 1) for value in VALUES], LABELS)
+    os.utime(file, ns=(1, 1))
+    changed = parquet(file)
+    assert len(reads) == 5
+    assert sorted(values_of(changed.train) + values_of(changed.test)) == [value + 1 for value in VALUES]
+
+
+def test_cache_lies_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTCL_CACHE", str(tmp_path / "cache"))
+    assert sources.cache_folder() == tmp_path / "cache"
+    load_source(SourceRequest("digits"))
+    assert len(list((tmp_path / "cache" / "images").iterdir())) == 1
+    monkeypatch.delenv("LIGHTCL_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert sources.cache_folder() == tmp_path / ".cache" / "lightcl"
+
+
+def test_a_reader_that_dies_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTCL_CACHE", str(tmp_path / "cache"))
+    file = write_parquet(tmp_path / "a.parquet", AS_BYTES, LABELS)
+
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dumps", die)  # after the arrays, before the list of classes
+        patch.setattr(sources, "_fingerprint", lambda _: [])
+        with pytest.raises(KeyboardInterrupt):
+            sources._store(
+                tmp_path / "cache" / "images" / "set", sources._READERS["parquet"](SourceRequest("parquet", file))
+            )
+    assert list((tmp_path / "cache" / "images").iterdir()) == []
+
+
+def test_the_second_of_two_processes_leaves_the_firsts_copy(tmp_path):
+    images = ImageSet(np.zeros((2, 4, 4, 1), np.uint8), np.array([0, 1]), ("a", "b"))
+    for _ in range(2):
+        sources._store(tmp_path / "images" / "set", sources.Source(images, images))
+    assert [p.name for p in (tmp_path / "images").iterdir()] == ["set"]
+
+
+# -- splitting and batching ----------------------------------------------------------------------------------------
+
+
+def test_split_takes_the_same_share_of_every_class():
+    labels = np.repeat([0, 1, 2], [10, 20, 5])
+    images = ImageSet(np.arange(35, dtype=np.uint8).reshape(35, 1, 1, 1), labels, ("a", "b", "c"))
+    source = split_off_test(images, 0.2, seed=3)
+    assert np.bincount(source.test.labels).tolist() == [2, 4, 1]
+    assert np.bincount(source.train.labels).tolist() == [8, 16, 4]
+    both = np.concatenate([source.train.images, source.test.images]).flatten()
+    assert sorted(both.tolist()) == list(range(35))
+    again, other = split_off_test(images, 0.2, seed=3), split_off_test(images, 0.2, seed=4)
+    assert np.array_equal(again.test.images, source.test.images)
+    assert not np.array_equal(other.test.images, source.test.images)
+
+
+def test_batches_are_consecutive_and_the_last_may_be_smaller():
+    images = ImageSet(np.arange(7, dtype=np.uint8).reshape(7, 1, 1, 1), np.arange(7), tuple("abcdefg"))
+    batches = list(iter_batches(images, 3))
+    assert [labels.tolist() for _, labels in batches] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert all(pictures.flatten().tolist() == labels.tolist() for pictures, labels in batches)

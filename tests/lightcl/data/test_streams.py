@@ -1,0 +1,262 @@
+"""Images become tasks: which classes, which samples, in which order and batches."""
+
+import numpy as np
+import pytest
+import torch
+
+from lightcl.data.partition import Share, partition
+from lightcl.data.sources import Source
+from lightcl.data.streams import TaskContext, TaskStream, build_stream, class_order, training_batches
+from lightcl.errors import RequestError
+from tests.lightcl import toys
+
+
+@pytest.fixture(scope="module")
+def source() -> Source:
+    return toys.source(classes=6, train=40, test=10)
+
+
+def stream_of(source: Source, device: int = 0, share: Share | None = None, **sections) -> TaskStream:
+    sections = {"stream": {"tasks": 3}} | sections
+    return build_stream(toys.scenario(**sections), source, share or toys.whole(source), device)
+
+
+def classes_of(stream: TaskStream) -> list[tuple[int, ...]]:
+    return [task.classes for task in stream]
+
+
+def test_tasks_take_the_classes_in_turn(source):
+    stream = stream_of(source)
+    assert [task.id for task in stream] == [0, 1, 2]
+    assert classes_of(stream) == [(0, 1), (2, 3), (4, 5)]
+    assert stream.head_classes == 6
+    for task in stream:
+        assert (len(task.train), len(task.held_out), len(task.test)) == (72, 8, 20)  # 80 images, 10 % held out
+
+
+def test_every_sample_lies_where_its_label_says(source):
+    for task in stream_of(source):
+        for samples in (task.train, task.held_out, task.test):
+            assert set(samples.load().labels.tolist()) == set(task.classes)
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological"])
+def test_samples_of_all_devices_and_tasks_are_disjoint(source, kind):
+    fleet = {"devices": 3, "partition": kind} | ({"alpha": 50.0} if kind == "dirichlet" else {})
+    sections = {"fleet": fleet, "stream": {"tasks": 2}}
+    shares = partition(source, toys.scenario(**sections).fleet, 0)
+    streams = [stream_of(source, device, share, **sections) for device, share in enumerate(shares)]
+    tasks = [task for stream in streams for task in stream]
+    used = np.concatenate([part.indices for task in tasks for part in (task.train, task.held_out)])
+    assert len(np.unique(used)) == len(used)
+    tested = np.concatenate([task.test.indices for task in tasks])
+    assert len(np.unique(tested)) == len(tested)
+    for stream, share in zip(streams, shares, strict=True):
+        mine = np.concatenate([part.indices for task in stream for part in (task.train, task.held_out)])
+        assert np.isin(mine, share.train).all()
+        assert all(np.isin(task.test.indices, share.test).all() for task in stream)
+
+
+@pytest.mark.parametrize(("share", "held_out"), [(0.0, 0), (0.1, 8), (0.25, 20), (0.5, 40)])
+def test_held_out_samples_are_kept_out_of_training(source, share, held_out):
+    for task in stream_of(source, stream={"tasks": 3, "held_out": share}):
+        assert len(task.held_out) == held_out
+        both = np.concatenate([task.train.indices, task.held_out.indices])
+        expected = np.flatnonzero(np.isin(source.train.labels, task.classes))
+        assert np.array_equal(np.sort(both), expected)
+
+
+def test_held_out_samples_are_a_function_of_seed_and_device(source):
+    first = stream_of(source)[0].held_out.indices
+    assert np.array_equal(stream_of(source)[0].held_out.indices, first)
+    assert not np.array_equal(stream_of(source, device=1)[0].held_out.indices, first)
+    assert not np.array_equal(stream_of(source, seed=1)[0].held_out.indices, first)
+
+
+# -- order of classes ----------------------------------------------------------------------------------------------
+
+
+def order(device: int = 0, seed: int = 0, **stream) -> list[int]:
+    return class_order(toys.scenario(seed=seed, stream=stream), 10, device)
+
+
+def test_natural_order_is_the_sources():
+    assert order(class_order="natural") == list(range(10))
+
+
+def test_shuffled_order_is_the_same_on_all_devices():
+    shuffled = order(class_order="shuffled")
+    assert sorted(shuffled) == list(range(10))
+    assert shuffled != list(range(10))
+    assert order(device=1, class_order="shuffled") == shuffled
+    assert order(seed=1, class_order="shuffled") != shuffled
+
+
+def test_order_of_each_device_is_its_own_when_asked_for():
+    orders = [order(device, class_order="shuffled", per_device_order=True) for device in range(4)]
+    assert len({tuple(o) for o in orders}) == 4
+    assert all(sorted(o) == list(range(10)) for o in orders)
+    assert order(2, class_order="shuffled", per_device_order=True) == orders[2]
+
+
+def test_listed_order_is_taken_as_it_is(source):
+    stream = stream_of(source, stream={"tasks": 2, "class_order": (5, 0, 3, 1)})
+    assert classes_of(stream) == [(0, 5), (1, 3)]
+
+
+def test_listed_class_that_the_source_does_not_have_is_refused(source):
+    with pytest.raises(RequestError, match=r"stream.class_order: the source has no class 6 \(it has 0\.\.5\)"):
+        stream_of(source, stream={"tasks": 2, "class_order": (5, 0, 3, 6)})
+
+
+def test_pathological_devices_make_tasks_of_their_own_classes(source):
+    sections = {"fleet": {"devices": 6, "partition": "pathological"}, "stream": {"tasks": 2}}
+    shares = partition(source, toys.scenario(**sections).fleet, 0)
+    met = set()
+    for device, share in enumerate(shares):
+        stream = stream_of(source, device, share, **sections)
+        held = set(source.train.labels[share.train].tolist())
+        assert len(held) == 4
+        assert set().union(*classes_of(stream)) == held
+        assert all(len(task.classes) == 2 for task in stream)
+        met.add(tuple(classes_of(stream)))
+    assert len(met) > 1
+
+
+def test_class_that_a_device_lacks_is_missing_from_its_task(source):
+    share = Share(np.flatnonzero(source.train.labels != 3), np.flatnonzero(source.test.labels != 3))
+    assert classes_of(stream_of(source, share=share)) == [(0, 1), (2,), (4, 5)]
+
+
+# -- streams that cannot be ----------------------------------------------------------------------------------------
+
+
+def test_more_classes_than_the_source_has_are_refused(source):
+    with pytest.raises(RequestError, match=r"4 tasks x 2 classes need 8 classes, but data.source has 6"):
+        stream_of(source, stream={"tasks": 4})
+
+
+def test_more_classes_than_a_pathological_device_holds_are_refused(source):
+    held = np.isin(source.train.labels, [1, 2])
+    share = Share(np.flatnonzero(held), np.flatnonzero(np.isin(source.test.labels, [1, 2])))
+    sections = {"fleet": {"partition": "pathological", "classes_per_device": 2}, "stream": {"tasks": 2}}
+    with pytest.raises(RequestError, match=r"2 tasks x 2 classes need 4 classes, but device 3 holds 2"):
+        stream_of(source, 3, share, **sections)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "found"),
+    [
+        ([0], [0, 1], "1 training and 1 test"),  # of class 0 only, so class 1 is not tested either
+        ([], [0], "0 training and 0 test"),
+        ([0, 1, 6, 7], [], "4 training and 0 test"),
+    ],
+)
+def test_task_without_samples_is_refused(source, train, test, found):
+    share = Share(np.asarray(train, dtype=int), np.asarray(test, dtype=int))
+    with pytest.raises(RequestError, match=rf"device 5 has {found} images for task 0 \(classes \[0, 1\]\)"):
+        stream_of(source, 5, share)
+
+
+def test_testing_on_held_out_samples_needs_some(source):
+    share = Share(np.asarray([0, 1, 6, 7]), np.asarray([0, 1]))  # 10 % of four images are none
+    with pytest.raises(
+        RequestError, match=r"evaluate_on is held-out, but stream.held_out = 0.1 of the 4 images .* none"
+    ):
+        stream_of(source, share=share, stream={"tasks": 1, "evaluate_on": "held-out"})
+
+
+# -- samples and batches -------------------------------------------------------------------------------------------
+
+
+def test_samples_are_the_sources_images(source):
+    task = stream_of(source)[1]
+    batch = task.train.load(np.array([3, 0]))
+    for image, label, index in zip(batch.images, batch.labels, task.train.indices[[3, 0]], strict=True):
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), source.train.images[index])
+        assert label == source.train.labels[index]
+    assert batch.images.dtype == torch.uint8
+    assert batch.images.shape == (2, 3, 8, 8)
+
+
+def test_batches_cover_the_samples_in_order(source):
+    samples = stream_of(source)[0].test
+    batches = list(samples.batches(8))
+    assert [len(batch.labels) for batch in batches] == [8, 8, 4]
+    assert torch.equal(torch.cat([batch.labels for batch in batches]), samples.load().labels)
+
+
+def epoch(task, size: int = 8, seed: int = 1, augmentation: str = "none"):
+    return list(training_batches(task, size, seed, augmentation=augmentation, padding=2, device=toys.CPU))
+
+
+def as_bytes(batches) -> list[bytes]:
+    return [image.contiguous().numpy().tobytes() for batch in batches for image in batch.images]
+
+
+def test_an_epoch_sees_every_training_sample_once(source):
+    task = stream_of(source)[0]
+    batches = epoch(task)
+    assert [len(batch.labels) for batch in batches] == [8] * 9
+    assert sorted(as_bytes(batches)) == sorted(as_bytes([task.train.load()]))
+
+
+@pytest.mark.parametrize(("size", "sizes"), [(71, [71]), (35, [35, 35, 2]), (100, [72]), (24, [24, 24, 24])])
+def test_a_single_left_over_sample_is_dropped(source, size, sizes):
+    """Batch-norm has no variance over one value a channel."""
+    assert [len(batch.labels) for batch in epoch(stream_of(source)[0], size)] == sizes
+
+
+@pytest.mark.parametrize("augmentation", ["none", "crop", "crop-flip"])
+def test_batches_are_a_function_of_their_seed(source, augmentation):
+    task = stream_of(source)[0]
+    first = as_bytes(epoch(task, augmentation=augmentation))
+    assert as_bytes(epoch(task, augmentation=augmentation)) == first
+    assert as_bytes(epoch(task, augmentation=augmentation, seed=2)) != first
+
+
+def test_labels_stay_with_their_images_under_augmentation(source):
+    task = stream_of(source)[0]
+    plain, augmented = epoch(task), epoch(task, augmentation="crop-flip")
+    for before, after in zip(plain, augmented, strict=True):
+        assert torch.equal(before.labels, after.labels)
+        assert before.images.shape == after.images.shape
+        assert not torch.equal(before.images, after.images)
+
+
+def test_crop_alone_never_mirrors(source):
+    task = stream_of(source)[0]
+    padded = {image.tobytes() for image in np.asarray(task.train.load().images.permute(0, 2, 3, 1)).copy()}
+    batches = training_batches(task, 8, 1, augmentation="crop", padding=0, device=toys.CPU)
+    assert {image.permute(1, 2, 0).contiguous().numpy().tobytes() for b in batches for image in b.images} == padded
+
+
+# -- what a method sees --------------------------------------------------------------------------------------------
+
+
+def test_samples_for_a_method_are_drawn_without_replacement(source):
+    context = toys.context(1, [2, 3])
+    drawn = as_bytes([context.sample(10, "memory")])
+    assert len(set(drawn)) == 10
+    assert set(drawn) <= set(as_bytes([context.task.train.load()]))
+    assert as_bytes([context.sample(10, "memory")]) == drawn
+    assert as_bytes([context.sample(10, "importance")]) != drawn
+    assert as_bytes([toys.context(1, [2, 3], seed=6).sample(10, "memory")]) != drawn
+    assert len(context.sample(10_000, "memory").labels) == len(context.task.train)
+
+
+def test_only_the_first_task_is_first():
+    assert toys.context(0, [0, 1]).is_first
+    assert not toys.context(1, [0, 1]).is_first
+
+
+def test_labels_become_positions_among_the_classes():
+    positions = TaskContext.position_of(torch.tensor([7, 2, 9, 2]), torch.tensor([2, 7, 9]))
+    assert positions.tolist() == [1, 0, 2, 0]
+
+
+def test_slices_of_a_stream_are_tasks(source):
+    stream = stream_of(source)
+    assert len(stream) == 3
+    assert [task.id for task in stream[:2]] == [0, 1]
+    assert stream[-1].id == 2
