@@ -23,7 +23,7 @@ from lightcl.networks.weights import load_weights, save_weights
 
 @dataclass(frozen=True)
 class Recipe:
-    """SGD with Nesterov momentum, crop and flip; learning rate and, inversely, momentum follow one cycle (Smith 2018)."""
+    """SGD with Nesterov momentum, crop and flip; learning rate and momentum follow one cycle (Smith 2018)."""
 
     width: int = 20
     stem: Stem = "cifar"
