@@ -11,7 +11,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,7 @@ from lightcl.protocol import (
     Trained,
 )
 from lightcl.scenario import Scenario, scenario_from_json
-from lightcl.state import StateError
+from lightcl.state import StateError, only_here
 from lightcl.training import TrainingFailure
 
 Refusable = (RequestError, StateError, OutOfStep, TrainingFailure, ExchangeError, ProtocolError)
@@ -83,21 +83,19 @@ def make_app(state: Path | None = None) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return _answer(message, context, state, _train)
+        return _answer(message, context, state, partial(_with_device, _train))
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        return _answer(message, context, state, _evaluate)
+        return _answer(message, context, state, partial(_with_device, _evaluate))
 
     return app
 
 
-def _answer(
-    message: Message,
-    context: Context,
-    state: Path | None,
-    act: Callable[[Instruction, Scenario, Local, Message], RecordDict],
-) -> Message:
+Act = Callable[[Instruction, Scenario, Local, Message], RecordDict]
+
+
+def _answer(message: Message, context: Context, state: Path | None, act: Act) -> Message:
     local = _local(context, state)
     try:
         instruction = Instruction.from_record(message.content.config_records.get(INSTRUCTION))
@@ -109,18 +107,34 @@ def _answer(
 
 def _greet(instruction: Instruction, scenario: Scenario, local: Local, message: Message) -> RecordDict:
     source = _source(scenario.source_request())
-    return _reply(
-        Greeting(local.partition, local.partitions, local.name, source.channels, len(source.classes)).to_record()
-    )
+    greeting = Greeting(local.partition, local.partitions, local.name, source.channels, len(source.classes))
+    return _reply(greeting.to_record())
 
 
-def _train(instruction: Instruction, scenario: Scenario, local: Local, message: Message) -> RecordDict:
-    device = _open(instruction, scenario, local)
-    try:
-        _receive(device, instruction, message)
-        report = device.train(instruction.task, instruction.until_epoch)
-    except Refusable as error:
-        return _refusal(error, device)
+def _with_device(
+    work: Callable[[EdgeDevice, Instruction], RecordDict],
+    instruction: Instruction,
+    scenario: Scenario,
+    local: Local,
+    message: Message,
+) -> RecordDict:
+    """Opens the device from its state on disk, gives it what the server shares, and lets it work."""
+    source = _source(scenario.source_request())
+    share = Share(np.arange(len(source.train)), np.arange(len(source.test))) if local.own_data else None
+    folder = local.state / instruction.run / f"device-{instruction.device:05d}"
+    with only_here(folder):
+        device = EdgeDevice(scenario, instruction.device, folder, source=source, share=share)
+        try:
+            record = message.content.array_records.get(ARRAYS)
+            if record is not None:
+                device.receive({name: array.numpy() for name, array in record.items()}, instruction.version)
+            return work(device, instruction)
+        except Refusable as error:
+            return _refusal(error, device)
+
+
+def _train(device: EdgeDevice, instruction: Instruction) -> RecordDict:
+    report = device.train(instruction.task, instruction.until_epoch)
     trained = Trained(
         device.number, report.task, report.epochs, device.version, device.prefix_digest, report.examples, report.loss,
         report.seconds, report.peak_memory_mib,
@@ -133,32 +147,12 @@ def _train(instruction: Instruction, scenario: Scenario, local: Local, message: 
     return content
 
 
-def _evaluate(instruction: Instruction, scenario: Scenario, local: Local, message: Message) -> RecordDict:
-    device = _open(instruction, scenario, local)
-    try:
-        _receive(device, instruction, message)
-        report = device.evaluate()
-    except Refusable as error:
-        return _refusal(error, device)
+def _evaluate(device: EdgeDevice, instruction: Instruction) -> RecordDict:
+    report = device.evaluate()
     tested = Tested(
         device.number, report.task, report.epochs, device.version, report.til, report.cil, report.images, report.seconds
     )
     return _reply(tested.to_record())
-
-
-def _open(instruction: Instruction, scenario: Scenario, local: Local) -> EdgeDevice:
-    source = _source(scenario.source_request())
-    share = None
-    if local.own_data:
-        share = Share(np.arange(len(source.train)), np.arange(len(source.test)))
-    folder = local.state / instruction.run / f"device-{instruction.device:05d}"
-    return EdgeDevice(scenario, instruction.device, folder, source=source, share=share)
-
-
-def _receive(device: EdgeDevice, instruction: Instruction, message: Message) -> None:
-    record = message.content.array_records.get(ARRAYS)
-    if record is not None:
-        device.receive({name: array.numpy() for name, array in record.items()}, instruction.version)
 
 
 def _reply(record: dict[str, object]) -> RecordDict:

@@ -5,6 +5,7 @@ The same class serves `lightcl train`, a simulated device and a board, so all th
 
 from __future__ import annotations
 
+import hashlib
 import resource
 import time
 from collections.abc import Mapping
@@ -282,10 +283,14 @@ class EdgeDevice:
 
 
 def scenario_digest(scenario: Scenario) -> str:
-    """Changes with every key that decides a device's numbers; where the data lies and how many workers run do not."""
-    import hashlib
-
+    """Changes with every key that can decide a device's numbers; where the data lies and how long one waits cannot."""
     decisive = scenario.model_dump_json(
-        exclude={"name": True, "data": {"path", "download"}, "runtime": {"workers", "accelerator"}}
+        exclude={
+            "name": True,
+            "data": {"path", "download"},
+            "training": {"checkpoint_seconds"},
+            "server": {"round_timeout", "connect_timeout", "max_failures"},
+            "runtime": {"workers", "accelerator"},
+        }
     )
     return hashlib.sha256(decisive.encode()).hexdigest()[:16]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -74,8 +75,14 @@ def pretrain(
         max_momentum=recipe.max_momentum,
         base_momentum=recipe.base_momentum,
     )
+    facts = {"data": data, "classes": str(len(source.classes))} | {k: str(v) for k, v in asdict(recipe).items()}
     checkpoint = file.with_suffix(".checkpoint")
-    first = _resume(checkpoint, network, optimiser, schedule, steps) if checkpoint.exists() else 0
+    first = 0
+    if checkpoint.exists():
+        with safe_open(checkpoint, "pt") as stored:
+            if stored.metadata() != facts:
+                raise RequestError(f"{checkpoint}: left by a run with another recipe; remove it or name another --out")
+        first = _resume(checkpoint, network, optimiser, schedule, steps)
 
     accuracy = 0.0
     for epoch in range(first, recipe.epochs):
@@ -97,13 +104,10 @@ def pretrain(
             schedule.step()
             total += loss.item()
         accuracy = top1(network, source.test, recipe.bf16)
-        _save_checkpoint(checkpoint, network, optimiser, epoch + 1)
+        _save_checkpoint(checkpoint, network, optimiser, epoch + 1, facts)
         report(EpochReport(epoch + 1, recipe.epochs, total / steps, accuracy, time.monotonic() - start))
 
-    facts = {"data": data, "classes": str(len(source.classes)), "command": command} | {
-        key: str(value) for key, value in asdict(recipe).items()
-    }
-    save_weights(network, file, facts)
+    save_weights(network, file, facts | {"command": command})
     load_weights(network, file, head=True)  # what was stored, rounded to fp16, is what the card speaks of
     accuracy = top1(network, source.test, bf16=False)
     file.with_suffix(".md").write_text(_card(file, recipe, source, data, command, accuracy))
@@ -124,13 +128,15 @@ def top1(network: StagedResNet, images: ImageSet, bf16: bool) -> float:
     return hits / len(images)
 
 
-def _save_checkpoint(file: Path, network: StagedResNet, optimiser: torch.optim.SGD, epoch: int) -> None:
+def _save_checkpoint(
+    file: Path, network: StagedResNet, optimiser: torch.optim.SGD, epoch: int, facts: dict[str, str]
+) -> None:
     tensors: dict[str, Tensor] = {f"network.{k}": v.contiguous() for k, v in network.state_dict().items()}
     for name, parameter in network.named_parameters():
         tensors[f"momentum.{name}"] = optimiser.state[parameter]["momentum_buffer"].contiguous()
     temporary = file.with_suffix(".partial")
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors | {"epoch": torch.tensor(epoch)}, temporary)
+    save_file(tensors | {"epoch": torch.tensor(epoch)}, temporary, metadata=facts)
     temporary.replace(file)
 
 

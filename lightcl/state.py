@@ -6,9 +6,11 @@ point leaves either the old state or the new one.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,18 @@ class StateFolder:
         for file in self.folder.glob("tensors-*.safetensors"):
             if file.name != self._stored:
                 file.unlink(missing_ok=True)
+
+
+@contextmanager
+def only_here(folder: Path) -> Iterator[None]:
+    """Keeps every other process out of `folder` for the length of a `with`; a process that dies lets go of it.
+
+    A message whose answer came too late may still be at work when the same request arrives again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def write_atomically(file: Path, text: str) -> None:
