@@ -20,7 +20,7 @@ from typing import Any
 
 VARIANTS = {
     "LightCL": [],
-    "LightCL, relative β": ["method.reduction=relative", "method.beta=1.0"],
+    "LightCL, relative β = 0.1": ["method.reduction=relative", "method.beta=0.1"],
     "LightCL, β = 0 (freezing only)": ["method.beta=0"],
     "SGD, whole network": ["method.name=sgd"],
 }

@@ -105,7 +105,7 @@ def _quiet() -> Any:
     """Flower's strategies log what the coordinator's own records say better."""
     logger = logging.getLogger("flwr")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(max(level, logging.ERROR))
     try:
         yield
     finally:

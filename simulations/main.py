@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import sys
@@ -142,7 +143,7 @@ def main() -> None:
     from lightcl.training import TrainingFailure
     from server.coordinator import RunFailure, RunStopped
 
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except RequestError as error:
@@ -152,8 +153,17 @@ def main() -> None:
         err.print(f"[red]the run failed:[/] {_plain(error)}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except (KeyboardInterrupt, RunStopped):
-        err.print("interrupted; what was reported is saved: go on with --resume", highlight=False)
-        sys.exit(130)
+        _end_interrupted()
+    except SystemExit as ended:
+        if ended.code == 130:  # Typer turns a KeyboardInterrupt of a command into this
+            _end_interrupted()
+        raise
+
+
+def _end_interrupted() -> None:
+    err.print("interrupted; what was reported is saved: go on with --resume", highlight=False)
+    sys.stdout.flush()
+    os._exit(130)  # Ray, shut down by a signal, aborts when the interpreter ends in the usual way
 
 
 def _plain(error: Exception) -> str:

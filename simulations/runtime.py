@@ -26,29 +26,34 @@ def simulate(server: ServerApp, state: Path, devices: int, runtime: Runtime) -> 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Workers are forked from Ray's own processes; without this each would start as many threads as there are cores.
     os.environ["OMP_NUM_THREADS"] = str(runtime.threads)
-    logging.getLogger("flwr").setLevel(logging.ERROR)
+    # What fails reaches the server as an error reply, or this function as an exception; Flower's log would repeat it,
+    # and after an interruption list every message that the end of Ray cuts off.
+    logging.getLogger("flwr").setLevel(logging.CRITICAL + 1)
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     from flwr.simulation import run_simulation
 
     from client.app import make_app
 
     gpus = _gpu_share(runtime)
-    run_simulation(
-        server_app=server,
-        client_app=make_app(state),
-        num_supernodes=devices,
-        backend_config={
-            "init_args": {
-                "num_cpus": runtime.workers,
-                "log_to_driver": False,
-                "logging_level": logging.ERROR,
-                "include_dashboard": False,
-                "configure_logging": False,
-                "_temp_dir": tempfile.gettempdir() + "/ray",
+    try:
+        run_simulation(
+            server_app=server,
+            client_app=make_app(state),
+            num_supernodes=devices,
+            backend_config={
+                "init_args": {
+                    "num_cpus": runtime.workers,
+                    "log_to_driver": False,
+                    "logging_level": logging.ERROR,
+                    "include_dashboard": False,
+                    "configure_logging": False,
+                    "_temp_dir": tempfile.gettempdir() + "/ray",
+                },
+                "client_resources": {"num_cpus": 1, "num_gpus": gpus},
             },
-            "client_resources": {"num_cpus": 1, "num_gpus": gpus},
-        },
-    )
+        )
+    except SystemExit as error:  # what Ray makes of SIGTERM
+        raise KeyboardInterrupt from error
 
 
 def _gpu_share(runtime: Runtime) -> float:
