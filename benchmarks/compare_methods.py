@@ -3,8 +3,10 @@
     python benchmarks/compare_methods.py simulations/scenarios/cifar10-10-devices.yaml \
         --set data.source=parquet --set data.path=PATH --epochs 5 30 --seeds 0 1 2 --out runs/compare
 
-Every run is `lightcl simulate` with the settings shown in the table. A killed benchmark goes on where it was, and
-`--only-table` prints what there is. Figures: mean over the devices of a run, then mean ± standard error over the seeds.
+Every run is `lightcl simulate` with the settings shown in the table. `--devices 0 1` takes these devices of the fleet
+alone, with `lightcl train`, two runs at a time: under `aggregation: none` they learn exactly what they learn in the
+fleet, and a long training need not be done ten times over. A killed benchmark goes on where it was; `--only-table`
+prints what there is. Figures: mean over the devices, then mean ± standard error over the seeds.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -35,54 +39,73 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--devices", type=int, nargs="+", default=[], help="only these, without Flower")
     parser.add_argument("--only-table", action="store_true")
     chosen = parser.parse_args()
 
     for epochs in chosen.epochs:
-        for seed in chosen.seeds:
-            for name in chosen.variants:
-                if not chosen.only_table and run(chosen, name, epochs, seed):
-                    return 1
+        cells = [(name, seed) for seed in chosen.seeds for name in chosen.variants]
+        runs = [one for name, seed in cells for one in commands(chosen, name, epochs, seed)]
+        if not chosen.only_table and not carry_out(runs, jobs=2 if chosen.devices else 1):
+            return 1
         print(table(chosen, epochs), flush=True)
     return 0
 
 
-def folder(chosen: argparse.Namespace, name: str, epochs: int, seed: int) -> Path:
-    plain = "".join(c if c.isalnum() else "-" for c in name.replace("β", "beta"))
-    return Path(chosen.out) / f"{plain}-{epochs}-epochs-seed-{seed}"
+def folders(chosen: argparse.Namespace, name: str, epochs: int, seed: int) -> list[Path]:
+    """The run folders behind one cell of the table: the fleet's, or one a device."""
+    plain = re.sub(r"[^A-Za-z0-9.]+", "-", name.replace("β", "beta")).strip("-")
+    stem = f"{plain}-{epochs}-epochs-seed-{seed}"
+    return [Path(chosen.out) / f"{stem}{f'-device-{d}' if d >= 0 else ''}" for d in chosen.devices or [-1]]
 
 
-def run(chosen: argparse.Namespace, name: str, epochs: int, seed: int) -> int:
-    """One simulation; returns its exit code. One that is complete already takes no time."""
-    out = folder(chosen, name, epochs, seed)
-    if (out / "results.json").exists():
-        return 0
+def commands(chosen: argparse.Namespace, name: str, epochs: int, seed: int) -> list[list[str]]:
+    """The runs that are not complete yet."""
     changes = [*chosen.changes, *VARIANTS[name], f"training.epochs={epochs}", f"seed={seed}"]
-    command = [str(Path(sys.executable).with_name("lightcl")), "simulate", str(chosen.scenario), "--out", str(out)]
-    command += [part for change in changes for part in ("--set", change)]
-    if (out / "run.json").exists():
-        command.append("--resume")
-    print(" ".join(command), flush=True)
-    return subprocess.run(command, check=False).returncode
+    settings = [part for change in changes for part in ("--set", change)]
+    found = []
+    for device, out in zip(chosen.devices or [-1], folders(chosen, name, epochs, seed), strict=True):
+        if (out / "results.json").exists():
+            continue
+        kind = ["simulate"] if device < 0 else ["train", "--device", str(device)]
+        lightcl = str(Path(sys.executable).with_name("lightcl"))
+        command = [lightcl, *kind, str(chosen.scenario), "--out", str(out), *settings]
+        found.append(command + (["--resume"] if (out / "run.json").exists() else []))
+    return found
+
+
+def carry_out(runs: list[list[str]], jobs: int) -> bool:
+    """Runs the commands, `jobs` at a time; False where one failed."""
+
+    def one(command: list[str]) -> int:
+        print(" ".join(command), flush=True)
+        return subprocess.run(command, check=False).returncode
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return not any(pool.map(one, runs))
 
 
 def table(chosen: argparse.Namespace, epochs: int) -> str:
+    devices = f"devices {', '.join(map(str, chosen.devices))}" if chosen.devices else "all devices"
     lines = [
-        f"\n{epochs} epochs a task, {chosen.scenario.name}, percent: mean ± standard error over seeds",
+        f"\n{epochs} epochs a task, {chosen.scenario.name}, {devices}, percent: mean ± standard error over seeds",
         "| method | seeds | TIL | TIL forgetting | CIL | CIL forgetting | seconds a run |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in chosen.variants:
-        results = [
-            json.loads(file.read_text())
-            for seed in chosen.seeds
-            if (file := folder(chosen, name, epochs, seed) / "results.json").exists()
-        ]
-        if results:
-            cells = [spread([r[s][key]["mean"] for r in results]) for s, key in FIGURES]
-            seconds = fmean(r["timing"]["seconds"] for r in results)
-            lines.append(f"| {name} | {len(results)} | {' | '.join(cells)} | {seconds:.0f} |")
+        seeds = [read(folders(chosen, name, epochs, seed)) for seed in chosen.seeds]
+        complete = [results for results in seeds if results]
+        if complete:
+            cells = [spread([fmean(r[s][key]["mean"] for r in results) for results in complete]) for s, key in FIGURES]
+            seconds = fmean(fmean(r["timing"]["seconds"] for r in results) for results in complete)
+            lines.append(f"| {name} | {len(complete)} | {' | '.join(cells)} | {seconds:.0f} |")
     return "\n".join(lines)
+
+
+def read(runs: list[Path]) -> list[Any]:
+    """Their results, or none where one is not complete."""
+    files = [run / "results.json" for run in runs]
+    return [json.loads(file.read_text()) for file in files] if all(file.exists() for file in files) else []
 
 
 def spread(values: list[Any]) -> str:
