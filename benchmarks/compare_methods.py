@@ -24,7 +24,7 @@ from typing import Any
 
 VARIANTS = {
     "LightCL": [],
-    "LightCL, relative β = 0.1": ["method.reduction=relative", "method.beta=0.1"],
+    "LightCL, scale-free": ["method.preset=scale-free"],
     "LightCL, β = 0 (freezing only)": ["method.beta=0"],
     "SGD, whole network": ["method.name=sgd"],
 }

@@ -40,7 +40,8 @@ class LiveProgress:
         self._live.stop()
 
     def connected(self, devices: int, wanted: int) -> None:
-        self._live.update(self._bar, description=f"{devices} of {wanted} devices connected")
+        if devices:  # until the first one the runtime is still starting
+            self._live.update(self._bar, description=f"{devices} of {wanted} devices connected")
 
     def round_started(self, number: int, rounds_left: int, devices: int) -> None:
         self._started = self._started or time.monotonic()

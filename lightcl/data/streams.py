@@ -90,6 +90,11 @@ class TaskContext:
     device: torch.device
 
     @property
+    def old_classes(self) -> Tensor:
+        """The classes seen before this task, sorted."""
+        return self.seen_classes[~torch.isin(self.seen_classes, self.task_classes)]
+
+    @property
     def is_first(self) -> bool:
         return self.task.id == 0
 

@@ -8,7 +8,12 @@ arXiv 2407.10545.
 F* and logits* are recorded before each task on `memory_size` samples *of that task*; no old sample is kept. Deviations
 of the default from the paper's code, all selectable: the prefix is frozen with its batch-norm, exactly `keep` channels
 are vital, and the suffix's batch-norm uses its running statistics on the memory samples (`memory_batch_norm`), so the
-patterns are those of the network that will be tested.
+patterns are those of the network that will be tested. In every preset importance is taken in evaluation mode on
+un-augmented images, and memory samples never move a running statistic.
+
+`preset: scale-free` is ours: drift is measured without a unit (`reduction`), so that one β serves every width, and only
+the logits of classes seen before are held (`held_logits`): holding those of the new classes to what they were before
+anything was learned of them works against the cross-entropy.
 """
 
 from __future__ import annotations
@@ -25,15 +30,19 @@ from lightcl.feature_memory import Reduction, VitalSelection, channel_importance
 from lightcl.methods.base import Method, MethodParameters
 from lightcl.networks.resnet import FeatureMaps, StagedResNet
 
-Preset = Literal["default", "paper"]
-PRESETS: dict[str, dict[str, str]] = {
-    "default": {"vital_selection": "exact", "memory_batch_norm": "eval"},
+Preset = Literal["default", "paper", "scale-free"]
+PRESETS: dict[str, dict[str, str | float]] = {
+    "default": {},
+    "scale-free": {"reduction": "relative", "beta": 1.0, "held_logits": "old"},
     "paper": {"vital_selection": "paper", "memory_batch_norm": "train"},
 }
 
 
 class LightCLParameters(MethodParameters):
-    """`lightcl`: the defaults are the paper's values; `preset: paper` also takes over its implementation details."""
+    """`lightcl`: the defaults are the paper's values; `preset: paper` also takes over its implementation details.
+
+    A preset fills the keys that the scenario leaves out.
+    """
 
     name: Literal["lightcl"] = "lightcl"
     preset: Preset = "default"
@@ -41,6 +50,8 @@ class LightCLParameters(MethodParameters):
     """Weight of the regularisation; 0 switches it off (freezing only)."""
     reduction: Reduction = "sum"
     """"sum" is the paper's; "relative" measures drift without a unit, so that `beta` means the same at every width."""
+    held_logits: Literal["all", "old"] = "all"
+    """Logits held to the stored ones: the whole head's (the paper), or those of classes seen before this task."""
     ratio: float = Field(default=0.15, gt=0, le=1)
     """Share of a map's channels that become vital with each task."""
     memory_size: int = Field(default=15, ge=1)
@@ -74,7 +85,8 @@ class LightCL(Method):
         self.parameters = parameters
         self.vital: dict[str, Tensor] = {}
         self.patterns: FeatureMaps = {}
-        self.logits: Tensor | None = None
+        self.logits: Tensor | None = None  # of the held classes
+        self.held: Tensor | None = None  # their columns of the head
         self.memory: Tensor | None = (
             None  # prefix outputs of the memory samples, or the samples where nothing is frozen
         )
@@ -86,18 +98,22 @@ class LightCL(Method):
         samples = context.sample(self.parameters.memory_size, purpose="memory").images
         # The prefix never changes during a task, so its outputs are computed once and not at every step.
         self.memory = self.network.features(samples)
+        if self.parameters.held_logits == "old":
+            self.held = context.old_classes
+        else:
+            self.held = torch.arange(self.network.classes, device=context.device)
         maps: FeatureMaps = {}
         with torch.no_grad(), self._memory_mode():
-            self.logits = self.network.classify(self.memory, maps).float()
+            self.logits = self.network.classify(self.memory, maps)[:, self.held].float()
         self.patterns = {name: maps[name].float() for name in self.vital}
 
     def loss(self, batch: Batch, context: TaskContext) -> Tensor:
         loss = super().loss(batch, context)
-        if self.memory is None or self.logits is None:
+        if self.memory is None or self.logits is None or self.held is None:
             return loss
         maps: FeatureMaps = {}
         with self._memory_mode():
-            logits = self.network.classify(self.memory, maps)
+            logits = self.network.classify(self.memory, maps)[:, self.held]
         reduction = self.parameters.reduction
         moved = drift(maps, self.patterns, self.vital, reduction) + logit_drift(logits, self.logits, reduction)
         return loss + self.parameters.beta * moved
@@ -118,14 +134,14 @@ class LightCL(Method):
     def state_dict(self) -> dict[str, Tensor]:
         state = {f"vital/{name}": mask for name, mask in self.vital.items()}
         state |= {f"pattern/{name}": stored for name, stored in self.patterns.items()}
-        if self.memory is not None and self.logits is not None:
-            state |= {"memory": self.memory, "logits": self.logits}
+        if self.memory is not None and self.logits is not None and self.held is not None:
+            state |= {"memory": self.memory, "logits": self.logits, "held": self.held}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.vital = {k.removeprefix("vital/"): v for k, v in state.items() if k.startswith("vital/")}
         self.patterns = {k.removeprefix("pattern/"): v for k, v in state.items() if k.startswith("pattern/")}
-        self.memory, self.logits = state.get("memory"), state.get("logits")
+        self.memory, self.logits, self.held = state.get("memory"), state.get("logits"), state.get("held")
 
     def _memory_mode(self) -> _evaluating | _keeping_statistics:
         if self.parameters.memory_batch_norm == "eval":
