@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from pydantic import ValidationError
 
 from lightcl.data.partition import Share
 from lightcl.data.sources import Source, SourceRequest, load_source
@@ -65,7 +66,10 @@ class Local:
             values["runtime"]["accelerator"] = self.accelerator
         if self.threads:
             values["runtime"]["threads"] = self.threads
-        return Scenario.model_validate(values)
+        try:
+            return Scenario.model_validate(values)
+        except ValidationError as error:
+            raise RequestError(f"--node-config of {self.name}: {error}") from error
 
 
 def default_state_folder() -> Path:
@@ -96,8 +100,8 @@ Act = Callable[[Instruction, Scenario, Local, Message], RecordDict]
 
 
 def _answer(message: Message, context: Context, state: Path | None, act: Act) -> Message:
-    local = _local(context, state)
     try:
+        local = _local(context, state)
         instruction = Instruction.from_record(message.content.config_records.get(INSTRUCTION))
         content = act(instruction, local.apply(scenario_from_json(instruction.scenario)), local, message)
     except Refusable as error:
@@ -112,28 +116,35 @@ def _greet(instruction: Instruction, scenario: Scenario, local: Local, message: 
 
 
 def _with_device(
-    work: Callable[[EdgeDevice, Instruction], RecordDict],
+    work: Callable[[EdgeDevice, Instruction, Callable[[], None]], RecordDict],
     instruction: Instruction,
     scenario: Scenario,
     local: Local,
     message: Message,
 ) -> RecordDict:
-    """Opens the device from its state on disk, gives it what the server shares, and lets it work."""
+    """Opens the device from its state on disk and lets it work; `receive` gives it what the server shares."""
     source = _source(scenario.source_request())
     share = Share(np.arange(len(source.train)), np.arange(len(source.test))) if local.own_data else None
+    if not instruction.run.isalnum():  # it becomes a folder's name
+        raise ProtocolError(f"Instruction.run is {instruction.run!r}, expected letters and digits")
     folder = local.state / instruction.run / f"device-{instruction.device:05d}"
     with only_here(folder):
         device = EdgeDevice(scenario, instruction.device, folder, source=source, share=share)
-        try:
+
+        def receive() -> None:
             record = message.content.array_records.get(ARRAYS)
             if record is not None:
                 device.receive({name: array.numpy() for name, array in record.items()}, instruction.version)
-            return work(device, instruction)
+
+        try:
+            return work(device, instruction, receive)
         except Refusable as error:
             return _refusal(error, device)
 
 
-def _train(device: EdgeDevice, instruction: Instruction) -> RecordDict:
+def _train(device: EdgeDevice, instruction: Instruction, receive: Callable[[], None]) -> RecordDict:
+    if device.may_receive(instruction.task, instruction.until_epoch):
+        receive()
     report = device.train(instruction.task, instruction.until_epoch)
     trained = Trained(
         device.number, report.task, report.epochs, device.version, device.prefix_digest, report.examples, report.loss,
@@ -147,7 +158,9 @@ def _train(device: EdgeDevice, instruction: Instruction) -> RecordDict:
     return content
 
 
-def _evaluate(device: EdgeDevice, instruction: Instruction) -> RecordDict:
+def _evaluate(device: EdgeDevice, instruction: Instruction, receive: Callable[[], None]) -> RecordDict:
+    device.check_at(instruction.task, instruction.until_epoch)
+    receive()
     report = device.evaluate()
     tested = Tested(
         device.number, report.task, report.epochs, device.version, report.til, report.cil, report.images, report.seconds
@@ -165,18 +178,29 @@ def _refusal(error: Exception, device: EdgeDevice | None = None) -> RecordDict:
 
 
 def _local(context: Context, state: Path | None) -> Local:
+    """The node's configuration. Raises RequestError naming the key."""
     node = context.node_config
-    partition = int(node.get("partition-id", 0))
+
+    def number(key: str, default: int) -> int:
+        value = node.get(key, default)
+        if isinstance(value, bool) or not str(value).isdecimal():
+            raise RequestError(f"--node-config {key} is {value!r}, expected a whole number")
+        return int(value)
+
+    own_data = node.get("own-data", False)
+    if not isinstance(own_data, bool):
+        raise RequestError(f"--node-config own-data is {own_data!r}, expected true or false (without quotes)")
+    partition = number("partition-id", 0)
     folder = node.get("state-dir")
     return Local(
         partition=partition,
-        partitions=int(node.get("num-partitions", 0)),
+        partitions=number("num-partitions", 0),
         name=str(node.get("name") or f"{socket.gethostname()}-{partition}"),
         state=Path(str(folder)).expanduser() if folder else state or default_state_folder(),
         data_path=str(node["data-path"]) if node.get("data-path") else None,
-        own_data=bool(node.get("own-data", False)),
+        own_data=own_data,
         accelerator=str(node["accelerator"]) if node.get("accelerator") else None,
-        threads=int(node["threads"]) if node.get("threads") else None,
+        threads=number("threads", 0) or None,
     )
 
 

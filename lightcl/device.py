@@ -28,7 +28,7 @@ from lightcl.networks.weights import digest
 from lightcl.scenario import Scenario
 from lightcl.seeds import derive
 from lightcl.state import StateError, StateFolder
-from lightcl.training import OnEpoch, evaluate, make_optimiser, train_epoch
+from lightcl.training import OnEpoch, autocast, evaluate, make_optimiser, train_epoch
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class EdgeDevice:
             self.position = Position(task, 0)
             self.optimiser = make_optimiser(self.network, self.scenario)
             self.network.train()
-            with torch.autocast(self.accelerator.type, torch.bfloat16, enabled=self._bf16):
+            with autocast(self.scenario, self.accelerator):
                 self.method.begin_task(context)
         loss = float("nan")
         for epoch in range(self.position.epochs, until_epoch):
@@ -142,7 +142,7 @@ class EdgeDevice:
             self.position = Position(task, epoch + 1)
             if epoch + 1 == self.scenario.training.epochs:
                 self.network.eval()
-                with torch.autocast(self.accelerator.type, torch.bfloat16, enabled=self._bf16):
+                with autocast(self.scenario, self.accelerator):
                     self.method.end_task(context)
             elif (
                 epoch + 1 < until_epoch
@@ -196,11 +196,29 @@ class EdgeDevice:
     # -- exchange ----------------------------------------------------------------------------------------------
 
     def receive(self, arrays: Mapping[str, np.ndarray], version: int) -> None:
-        """Takes over shared tensors of a version it does not have yet. Raises ExchangeError and changes nothing."""
-        if version != self.version:
+        """Takes over shared tensors of a newer version. Raises ExchangeError and changes nothing."""
+        if version > self.version:
             adopt_(self.network, arrays, self.scenario.server.aggregation)
             self.version = version
             self._save()
+
+    def may_receive(self, task: int, until_epoch: int) -> bool:
+        """Whether shared tensors may replace the device's own before it trains `task` until `until_epoch`.
+
+        Not where that training is done or under way: its answer was lost, or it was killed in between, and what it has
+        learned since would be lost as well.
+        """
+        reported = self.last_report and Position(self.last_report.task, self.last_report.epochs)
+        begun = self.position != Position() and self.position != reported
+        return not begun and self.position != Position(task, until_epoch)
+
+    def check_at(self, task: int, epochs: int) -> None:
+        """Raises OutOfStep where the device is not at this point of its stream."""
+        if self.position != Position(task, epochs):
+            raise OutOfStep(
+                f"device {self.number} is at epoch {self.position.epochs} of task {self.position.task}, "
+                f"not at epoch {epochs} of task {task}"
+            )
 
     def outgoing(self) -> Arrays:
         return outgoing(self.network, self.scenario.server.aggregation)
@@ -276,10 +294,6 @@ class EdgeDevice:
             derive(self.scenario.seed, "device", self.number, "task", task),
             self.accelerator,
         )
-
-    @property
-    def _bf16(self) -> bool:
-        return self.scenario.training.precision == "bf16"
 
 
 def scenario_digest(scenario: Scenario) -> str:

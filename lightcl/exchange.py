@@ -1,8 +1,9 @@
 """Exactly what may leave a device, under which names, and how it is combined.
 
 Tensors: the suffix (parameters and batch-norm statistics) and, under `suffix+head`, the head. Never the prefix, the
-memory samples, the stored patterns, the vital masks or images. Numbers: those of `TRAIN_NUMBERS` and
-`EVALUATION_NUMBERS`. Batch-norm's integer counters stay local: averaging them has no meaning.
+memory samples, the stored patterns, the vital masks or images. Batch-norm's integer counters stay local: averaging them
+has no meaning. Beside tensors a device sends the fields of `Greeting`, `Trained`, `Tested` and, where it refuses, of
+`Refusal` (whose reason is a text that may name a file); all of them stand in `lightcl/protocol.py`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,6 @@ from lightcl.networks.resnet import StagedResNet
 
 Aggregation = Literal["none", "suffix", "suffix+head"]
 Arrays = dict[str, np.ndarray]
-
-TRAIN_NUMBERS = ("device", "task", "epochs", "examples", "loss", "seconds", "peak-memory-mib", "version")
-EVALUATION_NUMBERS = ("device", "task", "epochs", "til", "cil", "images", "seconds", "version")
 
 
 class ExchangeError(Exception):
@@ -65,6 +63,8 @@ def check(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]
             raise ExchangeError(f"tensor {name!r} holds {array.dtype}, expected floating-point values")
         if not np.isfinite(array).all():
             raise ExchangeError(f"tensor {name!r} holds values that are not finite")
+        if name.endswith("running_var") and (array < 0).any():
+            raise ExchangeError(f"tensor {name!r} holds a negative variance")
 
 
 def is_statistic(name: str) -> bool:

@@ -32,7 +32,11 @@ class _Record:
         values = {}
         for field in fields(cls):  # type: ignore[arg-type]
             value = record.get(field.name) if hasattr(record, "get") else None
-            if not isinstance(value, types[str(field.type)]):  # type: ignore[arg-type]
+            kind = types[str(field.type)]
+            fits = isinstance(value, kind) and not isinstance(value, bool)  # type: ignore[arg-type]
+            if fits and isinstance(value, list):
+                fits = all(isinstance(item, types[str(field.type)[5:-1]]) for item in value)  # type: ignore[arg-type]
+            if not fits:
                 raise ProtocolError(f"{cls.__name__}.{field.name} is {value!r}, expected {field.type}")
             values[field.name] = value
         return cls(**values)

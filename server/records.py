@@ -165,12 +165,13 @@ class RunFolder:
                 write_atomically(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
 
     def finish(self, results: Mapping[str, Any]) -> None:
+        (self.path / "failure.json").unlink(missing_ok=True)
         write_atomically(self.path / "results.json", json.dumps(results, indent=2))
 
-    def fail(self, results: Mapping[str, Any]) -> None:
+    def fail(self, reason: str, dropped: Mapping[str, str]) -> None:
         """Keeps why a run came to nothing; it is not completed, so it can be resumed."""
-        reasons = {"status": "failed", "dropped": results["dropped"]}
-        write_atomically(self.path / "failure.json", json.dumps(reasons, indent=2))
+        content = {"status": "failed", "reason": reason, "dropped": dict(dropped)}
+        write_atomically(self.path / "failure.json", json.dumps(content, indent=2))
 
     def failure(self) -> Row | None:
         """Why the run failed, or None."""

@@ -141,7 +141,8 @@ def main() -> None:
     """Entry point: turns exceptions into one screen of text and an exit code."""
     from lightcl.state import StateError
     from lightcl.training import TrainingFailure
-    from server.coordinator import RunFailure, RunStopped
+    from server.coordinator import RunFailure
+    from server.fleet import RunStopped
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
