@@ -189,3 +189,94 @@ def test_a_prefix_that_is_not_the_fleets_is_refused(tmp_path: Path) -> None:
 
     results = start(small(server={"max_failures": 1}), tmp_path / "run").run(InProcessGrid(tmp_path / "s", 3, tamper))
     assert "frozen prefix 0000000000000000 is not the fleet's" in results["dropped"]["0"]
+
+
+def _is(message: Message, kind: str, round_number: int, device: int) -> bool:
+    told = message.content["instruction"]
+    return message.metadata.message_type == kind and (told.get("round"), told["device"]) == (round_number, device)
+
+
+def test_what_a_device_learned_survives_a_lost_answer(tmp_path: Path) -> None:
+    """Its own tensors arrive with the next answer, not the average that the server made without it."""
+    trained: list[np.ndarray] = []
+
+    def lose(message: Message, reply: Message) -> Message | None:
+        if message.metadata.message_type == "train" and message.content["instruction"]["device"] == 1:
+            trained.append(reply.content["arrays"]["layer4.1.conv2.weight"].numpy())
+        return None if _is(message, "train", 1, 1) else reply
+
+    scenario = small(server={"aggregation": "suffix", "round_timeout": 0.3, "fraction": 1.0}, stream={"tasks": 1})
+    coordinator = start(scenario, tmp_path / "run")
+    grid = InProcessGrid(tmp_path / "s", 3, lose)
+    assert coordinator.run(grid)["devices_finished"] == 3
+    assert len(trained) == 2
+    np.testing.assert_array_equal(trained[0], trained[1])
+    second = [m for m in grid.sent if _is(m, "train", 2, 1)]
+    assert second[0].content.array_records, "the server had a newer average to offer"
+
+
+def test_a_device_whose_test_was_lost_is_only_tested_again(tmp_path: Path) -> None:
+    def lose(message: Message, reply: Message) -> Message | None:
+        return None if _is(message, "evaluate", 1, 1) else reply
+
+    scenario = small(server={"aggregation": "suffix", "round_timeout": 0.3}, stream={"tasks": 1})
+    grid = InProcessGrid(tmp_path / "s", 3, lose)
+    results = start(scenario, tmp_path / "run").run(grid)
+    assert (results["devices_finished"], results["rounds"]) == (3, 2)
+    assert [m.metadata.message_type for m in grid.sent if m.content["instruction"].get("round") == 2] == ["evaluate"]
+
+
+def test_late_messages_change_nothing(tmp_path: Path) -> None:
+    """Those of a round that timed out may run long after: older tensors, older goals."""
+    scenario = small(server={"aggregation": "suffix"})
+    grid = InProcessGrid(tmp_path / "s", 3)
+    start(scenario, tmp_path / "run").run(grid)
+    files = {f: f.read_bytes() for f in (tmp_path / "s").rglob("*.safetensors")}
+    sent = [m for m in grid.sent if m.metadata.message_type != "query"]
+    last = {m.content["instruction"]["device"]: m for m in sent if m.metadata.message_type == "evaluate"}
+    for message in sent:
+        if message is not last[message.content["instruction"]["device"]]:
+            reply = grid.app(message, grid.nodes[message.metadata.dst_node_id])
+            told = message.content["instruction"]
+            if told["task"] == 0:
+                assert "OutOfStep" in reply.content["reply"]["reason"]
+    assert {f: f.read_bytes() for f in (tmp_path / "s").rglob("*.safetensors")} == files
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("til", ["good"]), ("til", []), ("cil", [1.5]), ("images", [1, 2]), ("device", 2), ("task", 1), ("seconds", "fast")],
+)
+def test_a_test_that_makes_no_sense_is_refused(tmp_path: Path, field: str, value: Any) -> None:
+    def spoil(message: Message, reply: Message) -> Message:
+        if _is(message, "evaluate", 1, 0):
+            reply.content["reply"][field] = value
+        return reply
+
+    listener = Silent()
+    results = start(small(), tmp_path / "run", listener).run(InProcessGrid(tmp_path / "s", 3, spoil))
+    assert [d for d, _ in listener.refusals] == [0]
+    assert results["devices_finished"] == 3
+
+
+def test_a_board_that_cannot_take_part_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    grid = InProcessGrid(tmp_path / "s", 3)
+    grid.nodes[101].node_config["own-data"] = "yes"
+    listener = Silent()
+    scenario = small(server={"connect_timeout": 0.5})
+    results = start(scenario, tmp_path / "run", listener).run(grid)
+    assert results["devices_finished"] == 2
+    assert "own-data is 'yes', expected true or false" in listener.refusals[0][1]
+    assert "not connected" in results["dropped"]["1"]
+    # Resumed with the board mended, it learns what it missed.
+    (tmp_path / "run" / "results.json").unlink()
+    del grid.nodes[101].node_config["own-data"]
+    assert start(scenario, tmp_path / "run").run(grid)["devices_finished"] == 3
+
+
+def test_when_nobody_comes_the_reason_is_kept(tmp_path: Path) -> None:
+    grid = InProcessGrid(tmp_path / "s", 3)
+    grid.nodes.clear()
+    with pytest.raises(RunFailure, match="none of 3 devices is connected"):
+        start(small(server={"connect_timeout": 0.3}), tmp_path / "run").run(grid)
+    assert "connect_timeout" in json.loads((tmp_path / "run" / "failure.json").read_text())["reason"]
