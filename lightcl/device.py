@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightcl.data.partition import Share, partition
+from lightcl.data.partition import Share, share_of
 from lightcl.data.sources import Source, load_source
 from lightcl.data.streams import TaskContext, TaskStream, build_stream
 from lightcl.errors import RequestError
@@ -88,7 +88,7 @@ class EdgeDevice:
         if source is None:
             source = load_source(scenario.source_request())
         if share is None:
-            share = partition(source, scenario.fleet, scenario.seed)[number]
+            share = share_of(source, scenario.fleet, scenario.seed, number)
         self.stream: TaskStream = build_stream(scenario, source, share, number)
         self.accelerator = choose_accelerator(scenario.runtime.accelerator)
         torch.set_num_threads(scenario.runtime.threads)

@@ -22,7 +22,7 @@ StrategyName = Literal["FedAvg", "FedAvgM", "FedAdam", "FedAdagrad", "FedYogi", 
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Data(Section):
@@ -208,8 +208,9 @@ def load_scenario(file: Path, changes: Sequence[str] = ()) -> Scenario:
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         raise RequestError(f"{file}: not valid YAML: {error}") from error
+    _refuse_twins(tree, file)
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -271,7 +272,7 @@ def _apply(values: dict[str, Any], change: str) -> str:
         raise RequestError(f"--set {change}: expected KEY=VALUE, for instance training.epochs=5")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise RequestError(f"--set {key}: {text!r} is not a YAML value ({error})") from error
     *path, last = key.split(".")
     section = values
@@ -322,6 +323,18 @@ def _explain(problem: Mapping[str, Any], file: Path, tree: yaml.Node | None, cha
     if kind == "value_error":
         return f"{where}: {message}"
     return f"{where}: {key}: {message[0].lower()}{message[1:]}, not {json.dumps(given, default=str)}"
+
+
+def _refuse_twins(node: yaml.Node | None, file: Path) -> None:
+    """Raises RequestError for a key that stands twice in one section; YAML would take the last one silently."""
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise RequestError(f"{file}, line {line}: key {key.value!r} stands in line {seen[key.value]} already")
+            seen[key.value] = line
+            _refuse_twins(value, file)
 
 
 def _method_names() -> list[str]:

@@ -34,10 +34,18 @@ class Aggregator:
     def __init__(self, section: Server, initial: Arrays) -> None:
         self.arrays: Arrays = initial
         self.version = 0
+        self._strategy = self.check(section)
+
+    @staticmethod
+    def check(section: Server) -> strategies.FedAvg:
+        """The strategy that the section names. Raises RequestError for an option that it does not take."""
         kind: type[strategies.FedAvg] = getattr(strategies, section.strategy)
         _check_options(kind, section.strategy_options)
         with _quiet():
-            self._strategy = kind(fraction_train=0.0, fraction_evaluate=0.0, **cast(Any, section.strategy_options))
+            try:
+                return kind(fraction_train=0.0, fraction_evaluate=0.0, **cast(Any, section.strategy_options))
+            except Exception as error:  # each strategy has exceptions of its own
+                raise RequestError(f"server.strategy_options: {kind.__name__} refuses them: {error}") from error
 
     def update(self, replies: Sequence[tuple[Message, Arrays, float]], round_number: int, grid: Grid) -> None:
         """Moves the shared tensors by checked `(instruction, arrays, weight)` replies of one round."""

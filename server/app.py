@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import uuid
+import shlex
 from pathlib import Path
 
 from flwr.app import Context
@@ -11,7 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from lightcl.scenario import load_scenario
 from server.coordinator import Coordinator
-from server.provenance import describe_run
+from server.preparation import open_remote_run, open_run
 from server.records import Row, RunFolder
 
 logger = logging.getLogger("flwr")
@@ -61,13 +61,15 @@ def main(grid: Grid, context: Context) -> None:
     config = context.run_config
     wanted = Path(str(config.get("scenario", "quickstart")))
     bundled = Path(__file__).parent.parent / "simulations" / "scenarios" / f"{wanted}.yaml"
-    changes = [change for change in str(config.get("set", "")).split(" ") if change]
-    scenario = load_scenario(bundled if bundled.exists() else wanted, changes)
+    scenario = load_scenario(bundled if bundled.exists() else wanted, shlex.split(str(config.get("set", ""))))
     folder = RunFolder(Path(str(config.get("out") or f"runs/{scenario.name}-{context.run_id}")).absolute())
-    folder.prepare(resume=bool(config.get("resume", False)), overwrite=False)
-    if not folder.exists:
-        folder.begin(scenario, describe_run(f"flwr run ({wanted})", uuid.uuid4().hex[:12]), [])
+    command, resume = f"flwr run ({wanted})", bool(config.get("resume", False))
+    if scenario.data.path is None or scenario.data.path.exists():
+        open_run(folder, scenario, command, "fleet", resume=resume, overwrite=False)
+    else:
+        open_remote_run(folder, scenario, command, resume=resume)
     run = str(folder.read()["run"])
-    results = Coordinator(scenario, folder, run, LogListener()).run(grid)
+    with folder.held():
+        results = Coordinator(scenario, folder, run, LogListener()).run(grid)
     logger.info("TIL %.1f %%, CIL %.1f %%; run folder: %s", 100 * results["til"]["average_accuracy"]["mean"],
                 100 * results["cil"]["average_accuracy"]["mean"], folder.path)  # fmt: skip

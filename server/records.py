@@ -13,10 +13,12 @@ devices/        the devices' states (of a simulation)
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -28,6 +30,12 @@ from lightcl.scenario import Scenario
 from lightcl.state import write_atomically
 
 Row = dict[str, Any]
+LOCK = ".lock"
+OWN = (
+    "run.json", "scenario.yaml", "partition.json", "rounds.jsonl", "devices.jsonl", "results.json", "failure.json",
+    "report.html", "plots", "server", "devices", LOCK,
+)  # fmt: skip
+"""Everything that may lie in a run folder."""
 
 
 def device_row(round_number: int, device: int, name: str, task: int, epochs: int) -> Row:
@@ -104,29 +112,51 @@ class RunFolder:
         return (self.path / "results.json").exists()
 
     def prepare(self, *, resume: bool, overwrite: bool) -> None:
-        """Checks that the folder may be written to; nothing is written unless `overwrite` empties it.
+        """Checks that the folder may be written to; nothing is touched unless `overwrite` empties it.
 
         Raises RequestError for an existing run without `resume` or `overwrite`, and for a folder of other files.
         """
+        if resume and overwrite:
+            raise RequestError("--resume and --overwrite: choose one")
         if self.path.exists() and not self.path.is_dir():
             raise RequestError(f"--out: {self.path} is a file, not a folder")
-        if self.exists and overwrite:
-            shutil.rmtree(self.path)
-        elif self.exists and not resume:
-            raise RequestError(f"--out: {self.path} holds a run; go on with --resume or replace it with --overwrite")
-        elif resume and not self.exists:
+        foreign = sorted(f.name for f in self.path.iterdir() if f.name not in OWN) if self.path.exists() else []
+        if foreign and not self.exists:
+            raise RequestError(f"--out: {self.path} holds other files ({', '.join(foreign[:3])}); name another folder")
+        if resume and not self.exists:
             raise RequestError(f"--resume: {self.path} holds no run")
-        elif self.path.exists() and not self.exists and any(self.path.iterdir()):
-            raise RequestError(f"--out: {self.path} is not empty and holds no run; name another folder")
+        if self.exists and not resume and not overwrite:
+            raise RequestError(f"--out: {self.path} holds a run; go on with --resume or replace it with --overwrite")
+        if overwrite and self.exists:
+            (self.path / "run.json").unlink()  # first: a run that is half gone is none
+        if not resume and self.path.is_dir():  # also what a run left that was killed while it began
+            for name in OWN:
+                shutil.rmtree(self.path / name, ignore_errors=True)
+                (self.path / name).unlink(missing_ok=True)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps a second process from writing to the same run. Raises RequestError."""
+        with (self.path / LOCK).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RequestError(f"{self.path}: another process is at work on this run") from error
+            yield
 
     def begin(self, scenario: Scenario, run: Mapping[str, Any], partition: Iterable[Mapping[str, Any]]) -> None:
-        """Writes what is known before the first round. run.json is last: a run exists once it is there."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / "scenario.yaml", scenario.to_yaml())
-        write_atomically(self.path / "partition.json", json.dumps(list(partition)))
-        write_atomically(
-            self.path / "run.json", json.dumps({**run, "scenario": scenario.model_dump(mode="json")}, indent=2)
-        )
+        """Writes what is known before the first round. run.json is last: a run exists once it is there.
+
+        Raises RequestError where the folder cannot be written to.
+        """
+        about = {**run, "scenario": scenario.model_dump(mode="json")}
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / "scenario.yaml", scenario.to_yaml())
+            write_atomically(self.path / "partition.json", json.dumps(list(partition)))
+            write_atomically(self.path / "run.json", json.dumps(about, indent=2))
+        except OSError as error:
+            raise RequestError(f"--out: {self.path} cannot be written to ({error.strerror})") from error
 
     def read(self) -> Row:
         """run.json. Raises RequestError where there is none or it cannot be read."""
@@ -134,6 +164,8 @@ class RunFolder:
             values: Row = json.loads((self.path / "run.json").read_text())
         except (OSError, ValueError) as error:
             raise RequestError(f"{self.path} holds no readable run.json ({error})") from error
+        if not isinstance(values, dict) or not isinstance(values.get("scenario"), dict):
+            raise RequestError(f"{self.path / 'run.json'}: not the record of a run (it has no scenario)")
         return values
 
     def append(self, name: str, rows: Iterable[Row]) -> None:

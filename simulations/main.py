@@ -71,7 +71,7 @@ def train(
 @app.command()
 def validate(scenario: ScenarioFile, changes: Changes = None) -> None:
     """Check a scenario against its data and weights without running it."""
-    from simulations.preparation import prepare
+    from server.preparation import prepare
 
     prepared = prepare(load_scenario(scenario, changes or []))
     checked, sizes = prepared.scenario, [len(share.train) for share in prepared.shares]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import uuid
 from pathlib import Path
 from typing import cast, get_args
 
@@ -12,15 +11,14 @@ import torch
 from rich.console import Console
 
 from lightcl.data.sources import SourceName, SourceRequest, load_source
-from lightcl.device import EdgeDevice, scenario_digest
+from lightcl.device import EdgeDevice
 from lightcl.errors import RequestError, nearest
 from lightcl.networks.resnet import Stem
 from lightcl.pretraining import EpochReport, Recipe
 from lightcl.pretraining import pretrain as run_pretraining
 from lightcl.scenario import Scenario
-from server.provenance import describe_run
+from server.preparation import Prepared, open_run
 from server.records import RunFolder, device_row, round_row, run_results
-from simulations.preparation import Prepared, prepare
 from simulations.progress import LiveProgress, accuracy_table
 
 
@@ -28,18 +26,24 @@ def simulate_run(
     scenario: Scenario, path: Path, *, command: str, resume: bool, overwrite: bool, console: Console
 ) -> None:
     """A fleet in Flower's simulation runtime. Raises RequestError before anything is written, RunFailure later."""
+    folder = RunFolder(path.absolute())
+    prepared = open_run(folder, scenario, command, "fleet", resume=resume, overwrite=overwrite)
+    with folder.held():
+        _simulate(prepared.scenario, folder, console)
+    _conclude(folder, console)
+
+
+def _simulate(scenario: Scenario, folder: RunFolder, console: Console) -> None:
     from server.app import make_app
     from server.coordinator import Coordinator, RunFailure
     from simulations.runtime import simulate
 
-    folder = RunFolder(path.absolute())
-    prepared = _open_run(folder, scenario, command, resume=resume, overwrite=overwrite)
     if folder.completed:
         console.print("the run was complete already", highlight=False)
     else:
         rounds = scenario.stream.tasks * scenario.server.rounds_per_task * scenario.fleet.devices
         with LiveProgress(console, rounds) as progress:
-            coordinator = Coordinator(prepared.scenario, folder, str(folder.read()["run"]), progress)
+            coordinator = Coordinator(scenario, folder, str(folder.read()["run"]), progress)
             try:
                 simulate(make_app(coordinator), folder.path / "devices", scenario.fleet.devices, scenario.runtime)
             except RunFailure:
@@ -47,23 +51,31 @@ def simulate_run(
                 raise
             finally:
                 coordinator.stop.set()  # the server runs in a thread of this process and must end with it
-    _conclude(folder, console)
 
 
 def train_run(
     scenario: Scenario, number: int, path: Path, *, command: str, resume: bool, overwrite: bool, console: Console
 ) -> None:
-    """One device's stream in this process; the rows are those the server would write of it."""
+    """One device's stream in this process; its rows are the server's, with all of a task in one round."""
     folder = RunFolder(path.absolute())
-    prepared = _open_run(folder, scenario, command, resume=resume, overwrite=overwrite)
+    prepared = open_run(folder, scenario, command, f"device {number}", resume=resume, overwrite=overwrite)
+    with folder.held():
+        _train(prepared, number, folder, console)
+    _conclude(folder, console)
+
+
+def _train(prepared: Prepared, number: int, folder: RunFolder, console: Console) -> None:
+    scenario = prepared.scenario
     tasks, epochs = scenario.stream.tasks, scenario.training.epochs
     device = EdgeDevice(
         scenario, number, folder.path / "devices" / f"device-{number:05d}", source=prepared.source,
         share=prepared.shares[number],
     )  # fmt: skip
-    folder.forget_after(_tested(device))
+    # The device may be one task ahead of the rows: it repeats no work, it only says again what came out.
+    done = min(len(device.rows["til"]), len(folder.rows("rounds.jsonl")))
+    folder.forget_after(done)
     with LiveProgress(console, tasks) as progress:
-        for task in range(_tested(device), tasks):
+        for task in range(done, tasks):
             start = time.monotonic()
             progress.round_started(task + 1, tasks - task, 1)
             progress.phase_started("train", 1)
@@ -86,43 +98,6 @@ def train_run(
             folder.append("rounds.jsonl", [summary])
             progress.round_finished(summary)
     folder.finish(run_results([device.rows], tasks, devices=1, dropped={}, rounds=folder.rows("rounds.jsonl")))
-    _conclude(folder, console)
-
-
-def _tested(device: EdgeDevice) -> int:
-    """Tasks that were learned and tested, and whose rows therefore may stand in the run folder."""
-    return len(device.rows["til"])
-
-
-def _open_run(folder: RunFolder, scenario: Scenario, command: str, *, resume: bool, overwrite: bool) -> Prepared:
-    """Checks the request as a whole, and only then writes."""
-    prepared = prepare(scenario)
-    if resume and folder.exists:
-        before = Scenario.model_validate(folder.read()["scenario"])
-        if scenario_digest(before) != scenario_digest(scenario):
-            raise RequestError(
-                f"--resume: the run in {folder.path} has another scenario ({_difference(before, scenario)}); "
-                "give the same one, or another --out"
-            )
-    folder.prepare(resume=resume, overwrite=overwrite)
-    if not folder.exists:
-        folder.begin(scenario, describe_run(command, uuid.uuid4().hex[:12]), prepared.partition_rows())
-    return prepared
-
-
-def _difference(before: Scenario, after: Scenario) -> str:
-    """The first key in which two scenarios differ."""
-    old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
-    for section in old:
-        if old[section] == new[section]:
-            continue
-        if not isinstance(old[section], dict):
-            return f"{section} was {old[section]!r}, now {new[section]!r}"
-        for key in sorted(old[section].keys() | new[section].keys()):
-            was, now = old[section].get(key), new[section].get(key)
-            if was != now:
-                return f"{section}.{key} was {was!r}, now {now!r}"
-    return "no key differs"
 
 
 def _conclude(folder: RunFolder, console: Console) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,17 +34,35 @@ def partition(source: Source, fleet: Fleet, seed: int) -> list[Share]:
 
     Raises RequestError where the partition cannot be made or leaves a device empty.
     """
-    key = json.dumps(
-        [fleet.model_dump(mode="json"), seed, _digest(source.train.labels), _digest(source.test.labels), 1]
-    )
+    return _shares(source, fleet, seed, range(fleet.devices))
+
+
+def share_of(source: Source, fleet: Fleet, seed: int, device: int) -> Share:
+    """One device's share alone: in a fleet of thousands the others' would take longer to read than to train on."""
+    return _shares(source, fleet, seed, [device])[0]
+
+
+def _shares(source: Source, fleet: Fleet, seed: int, devices: Sequence[int]) -> list[Share]:
+    labels = [_digest(source.train.labels), _digest(source.test.labels)]
+    key = json.dumps([fleet.model_dump(mode="json"), seed, labels, 2])
     file = cache_folder() / "partitions" / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
-    if file.exists():
-        with np.load(file) as stored:
-            return [Share(stored[f"train{i}"], stored[f"test{i}"]) for i in range(fleet.devices)]
-    train = _split_train(source.train.labels, fleet, seed)
-    test = _split_test(source.test.labels, source.train.labels, train, fleet, seed)
-    _remember(file, train, test)
-    return [Share(*pair) for pair in zip(train, test, strict=True)]
+    if not file.exists():
+        train = _split_train(source.train.labels, fleet, seed)
+        arrays = {f"train{i}": a for i, a in enumerate(train)}
+        if fleet.test_data == "share":
+            test = _split_test(source.test.labels, source.train.labels, train, seed)
+            arrays |= {f"test{i}": a for i, a in enumerate(test)}
+        _remember(file, arrays)
+    with np.load(file) as stored:  # reads only the arrays that are asked for
+        if fleet.test_data == "share":
+            return [Share(stored[f"train{i}"], stored[f"test{i}"]) for i in devices]
+        mine = [stored[f"train{i}"] for i in devices]
+    return [Share(train, _tests_of(source.train.labels[train], source.test.labels)) for train in mine]
+
+
+def _tests_of(train_labels: np.ndarray, test_labels: np.ndarray) -> np.ndarray:
+    """All test images of the classes that a device holds."""
+    return np.flatnonzero(np.isin(test_labels, np.unique(train_labels)))
 
 
 def _split_train(labels: np.ndarray, fleet: Fleet, seed: int) -> list[np.ndarray]:
@@ -85,13 +105,9 @@ def _split_train(labels: np.ndarray, fleet: Fleet, seed: int) -> list[np.ndarray
     return shares
 
 
-def _split_test(
-    labels: np.ndarray, train_labels: np.ndarray, train: list[np.ndarray], fleet: Fleet, seed: int
-) -> list[np.ndarray]:
-    """Test images of the classes a device trains on: all of them, or its part of them ("share")."""
+def _split_test(labels: np.ndarray, train_labels: np.ndarray, train: list[np.ndarray], seed: int) -> list[np.ndarray]:
+    """Every class's test images, dealt out among the devices that train on the class."""
     held = [np.unique(train_labels[indices]) for indices in train]
-    if fleet.test_data == "whole":
-        return [np.flatnonzero(np.isin(labels, classes)) for classes in held]
     shares: list[list[np.ndarray]] = [[] for _ in train]
     for label in np.unique(labels):
         holders = [device for device, classes in enumerate(held) if label in classes]
@@ -101,11 +117,12 @@ def _split_test(
     return [np.sort(np.concatenate(parts)) if parts else np.empty(0, dtype=np.int64) for parts in shares]
 
 
-def _remember(file: Path, train: list[np.ndarray], test: list[np.ndarray]) -> None:
+def _remember(file: Path, arrays: dict[str, np.ndarray]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {f"train{i}": a for i, a in enumerate(train)} | {f"test{i}": a for i, a in enumerate(test)}
     with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npz", delete=False) as temporary:
         np.savez(temporary, **arrays)  # type: ignore[arg-type]
+        temporary.flush()
+        os.fsync(temporary.fileno())
     Path(temporary.name).replace(file)
 
 

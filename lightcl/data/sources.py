@@ -24,6 +24,7 @@ from lightcl.errors import RequestError
 
 SourceName = Literal["digits", "cifar10", "cifar100", "fashion-mnist", "parquet", "image-folder"]
 IMAGE_COLUMNS = ("img", "image", "images")
+TEST_SPLITS = ("test", "val")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target")
 
 
@@ -79,7 +80,9 @@ def load_source(request: SourceRequest) -> Source:
 
     Raises RequestError for a missing path, an unreadable image, images of several sizes, or labels out of range.
     """
-    key = json.dumps([_fingerprint(request), request.image_size, request.test_fraction, request.seed, 2])
+    # Where the source brings its own test split, neither fraction nor seed decides anything.
+    split = None if _has_test_split(request) else (request.test_fraction, request.seed)
+    key = json.dumps([_fingerprint(request), request.image_size, split, 3])
     folder = cache_folder() / "images" / hashlib.sha256(key.encode()).hexdigest()[:20]
     if not (folder / "classes.json").exists():
         _store(folder, _READERS[request.name](request))
@@ -126,6 +129,14 @@ def _existing(request: SourceRequest) -> Path:
     if not request.path.exists():
         raise RequestError(f"data.path: no such file or folder: {request.path}")
     return request.path
+
+
+def _has_test_split(request: SourceRequest) -> bool:
+    if request.name in ("cifar10", "cifar100", "fashion-mnist"):
+        return True
+    names = [f"{name}{'*.parquet' if request.name == 'parquet' else ''}" for name in TEST_SPLITS]
+    folder = request.path
+    return folder is not None and folder.is_dir() and any(next(folder.glob(name), None) for name in names)
 
 
 def split_off_test(images: ImageSet, fraction: float, seed: int) -> Source:
@@ -190,7 +201,7 @@ def _parquet(request: SourceRequest) -> Source:
     if not train:
         raise RequestError(f"data.path: {path} holds no train*.parquet (a single file may be named instead)")
     images = _read_parquet(train, request)
-    for name in ("test", "val"):
+    for name in TEST_SPLITS:
         files = sorted(path.glob(f"{name}*.parquet"))
         if files:
             return _with_same_classes(images, _read_parquet(files, request), path)
@@ -212,17 +223,22 @@ def _read_parquet(files: Sequence[Path], request: SourceRequest) -> ImageSet:
         names = table.schema_arrow.names
         image_column = _column(file, names, request.image_column, IMAGE_COLUMNS, "image_column")
         label_column = _column(file, names, request.label_column, LABEL_COLUMNS, "label_column")
-        row = 0
-        for batch in table.iter_batches(1024, columns=[image_column, label_column]):
-            for cell, label in zip(batch[image_column].to_pylist(), batch[label_column].to_pylist(), strict=True):
-                place = f"{file}, row {row}"
-                content = cell.get("bytes") if isinstance(cell, dict) else cell
-                if not isinstance(content, bytes):
-                    raise RequestError(f"{place}: column {image_column!r} holds no encoded image bytes")
-                pictures.append(_decode(io.BytesIO(content), place, request.image_size))
-                places.append(place)
-                labels.append(label)
-                row += 1
+        try:
+            rows = [
+                pair
+                for batch in table.iter_batches(1024, columns=[image_column, label_column])
+                for pair in zip(batch[image_column].to_pylist(), batch[label_column].to_pylist(), strict=True)
+            ]
+        except (pa.ArrowException, OSError) as error:
+            raise RequestError(f"{file}: damaged ({error})") from error
+        for row, (cell, label) in enumerate(rows):
+            place = f"{file}, row {row}"
+            content = cell.get("bytes") if isinstance(cell, dict) else cell
+            if not isinstance(content, bytes):
+                raise RequestError(f"{place}: column {image_column!r} holds no encoded image bytes")
+            pictures.append(_decode(io.BytesIO(content), place, request.image_size))
+            places.append(place)
+            labels.append(label)
     return _image_set(pictures, places, labels)
 
 
@@ -239,7 +255,7 @@ def _image_folder(request: SourceRequest) -> Source:
     path = _existing(request)
     if (path / "train").is_dir():
         images = _read_folder(path / "train", request)
-        for name in ("test", "val"):
+        for name in TEST_SPLITS:
             if (path / name).is_dir():
                 return _with_same_classes(images, _read_folder(path / name, request), path)
         return split_off_test(images, request.test_fraction, request.seed)
@@ -273,9 +289,11 @@ _READERS: dict[str, Callable[[SourceRequest], Source]] = {
 def _decode(file: str | io.BytesIO, place: str, size: int | None) -> Image.Image:
     try:
         with Image.open(file) as picture:
-            grey = picture.mode in ("1", "L", "LA", "I;16")
-            converted = picture.convert("L" if grey else "RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            if picture.mode.startswith("I"):  # 16 bits a pixel; convert() would clip them to white
+                converted = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
+            else:
+                converted = picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB")
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise RequestError(f"{place}: the image does not decode ({error})") from error
     return converted if size is None else _resized(converted, size)
 

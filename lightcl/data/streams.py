@@ -131,7 +131,7 @@ def build_stream(scenario: Scenario, source: Source, share: Share, device: int) 
     """Cuts a device's share into tasks of `classes_per_task` classes.
 
     Under the pathological partition the tasks are cut from the classes that the device holds; otherwise from all
-    classes, and a class that the device happens to lack is missing from its task.
+    classes; one that the device happens to lack stays among its task's answers, but it is not trained or tested on it.
     Raises RequestError where the classes do not suffice or a task has no sample.
     """
     wanted = scenario.stream.tasks * scenario.stream.classes_per_task
@@ -149,9 +149,9 @@ def build_stream(scenario: Scenario, source: Source, share: Share, device: int) 
     tasks = []
     for number in range(scenario.stream.tasks):
         first = number * scenario.stream.classes_per_task
-        classes = sorted(c for c in order[first : first + scenario.stream.classes_per_task] if c in held)
+        classes = sorted(order[first : first + scenario.stream.classes_per_task])
         mine = share.train[np.isin(train_labels, classes)]
-        test = share.test[np.isin(test_labels, classes)]
+        test = share.test[np.isin(test_labels, [c for c in classes if c in held])]
         mine = numpy_generator(scenario.seed, "held-out", device, number).permutation(mine)
         out = round(len(mine) * scenario.stream.held_out)
         if scenario.stream.evaluate_on == "held-out" and out == 0:
@@ -162,8 +162,8 @@ def build_stream(scenario: Scenario, source: Source, share: Share, device: int) 
         if len(mine) - out < 2 or len(test) == 0:
             raise RequestError(
                 f"device {device} has {len(mine) - out} training and {len(test)} test images for task {number} "
-                f"(classes {order[first : first + scenario.stream.classes_per_task]}); at least 2 and 1 are "
-                "needed: use fewer devices, a larger fleet.alpha, another seed, or fleet.test_data=whole"
+                f"(classes {classes}); at least 2 and 1 are needed: use "
+                "fewer devices, a larger fleet.alpha, another seed, or fleet.test_data=whole"
             )
         tasks.append(
             Task(

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lightcl.data.streams import Batch, TaskContext
 from lightcl.feature_memory import Reduction, VitalSelection, channel_importance, drift, logit_drift, vital_channels
 from lightcl.methods.base import Method, MethodParameters
-from lightcl.networks.resnet import FeatureMaps, StagedResNet
+from lightcl.networks.resnet import FeatureMaps, Stage, StagedResNet
 
 Preset = Literal["default", "paper", "scale-free"]
 PRESETS: dict[str, dict[str, str | float]] = {
@@ -97,7 +97,8 @@ class LightCL(Method):
             return
         samples = context.sample(self.parameters.memory_size, purpose="memory").images
         # The prefix never changes during a task, so its outputs are computed once and not at every step.
-        self.memory = self.network.features(samples)
+        with _keeping_statistics(self.network.prefix):
+            self.memory = self.network.features(samples)
         if self.parameters.held_logits == "old":
             self.held = context.old_classes
         else:
@@ -146,7 +147,7 @@ class LightCL(Method):
     def _memory_mode(self) -> _evaluating | _keeping_statistics:
         if self.parameters.memory_batch_norm == "eval":
             return _evaluating(self.network)
-        return _keeping_statistics(self.network)
+        return _keeping_statistics(self.network.suffix)
 
 
 class _evaluating:
@@ -166,8 +167,8 @@ class _evaluating:
 class _keeping_statistics:
     """Batch statistics without moving the running ones: memory samples are no part of the data's distribution."""
 
-    def __init__(self, network: StagedResNet) -> None:
-        norms = [m for _, block in network.suffix.named_modules() for m in block.modules()]
+    def __init__(self, stage: Stage) -> None:
+        norms = [m for _, block in stage.named_modules() for m in block.modules()]
         self.norms = [m for m in norms if isinstance(m, nn.BatchNorm2d)]
 
     def __enter__(self) -> None:

@@ -97,7 +97,7 @@ def load_tensors(network: StagedResNet, stored: Mapping[str, Tensor], origin: st
             source = stored.get(name)
             if source is None:
                 raise RequestError(f"{origin}: tensor {name!r} is missing")
-            if name == "conv1.weight" and source.shape[1] == 3 and target.shape[1] == 1:
+            if name == "conv1.weight" and source.ndim == 4 and source.shape[1] == 3 and target.shape[1] == 1:
                 source = source.float().sum(1, keepdim=True)
             if source.shape != target.shape:
                 raise RequestError(

@@ -245,7 +245,15 @@ def test_late_messages_change_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("til", ["good"]), ("til", []), ("cil", [1.5]), ("images", [1, 2]), ("device", 2), ("task", 1), ("seconds", "fast")],
+    [
+        ("til", ["good"]),
+        ("til", []),
+        ("cil", [1.5]),
+        ("images", [1, 2]),
+        ("device", 2),
+        ("task", 1),
+        ("seconds", "fast"),
+    ],
 )
 def test_a_test_that_makes_no_sense_is_refused(tmp_path: Path, field: str, value: Any) -> None:
     def spoil(message: Message, reply: Message) -> Message:

@@ -1,0 +1,123 @@
+"""Everything about a scenario that can be checked before the first write and the first training step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from lightcl.data.partition import Share, partition
+from lightcl.data.sources import Source, load_source
+from lightcl.data.streams import build_stream
+from lightcl.device import choose_accelerator, scenario_digest
+from lightcl.errors import RequestError
+from lightcl.exchange import outgoing
+from lightcl.networks.build import build_network
+from lightcl.networks.weights import digest
+from lightcl.scenario import Scenario, scenario_from_json
+from server.aggregation import Aggregator
+from server.provenance import describe_run
+from server.records import RunFolder
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A scenario that can be carried out, with its images and who gets which."""
+
+    scenario: Scenario
+    source: Source
+    shares: list[Share]
+    prefix: str
+    """Fingerprint of the frozen prefix."""
+
+    @property
+    def images(self) -> str:
+        """Fingerprint of all images and labels."""
+        total = hashlib.sha256()
+        for split in (self.source.train, self.source.test):
+            total.update(np.ascontiguousarray(split.images).data)
+            total.update(np.ascontiguousarray(split.labels).data)
+        return total.hexdigest()[:16]
+
+    def partition_rows(self) -> Iterator[dict[str, object]]:
+        """For partition.json: the indices into the source's training and test split that each device holds."""
+        whole = self.scenario.fleet.test_data == "whole"
+        for device, share in enumerate(self.shares):
+            test = "all test images of its classes" if whole else share.test.tolist()
+            yield {"device": device, "train": share.train.tolist(), "test": test}
+
+
+def prepare(scenario: Scenario) -> Prepared:
+    """Loads the images and the weights, cuts every device's stream. Raises RequestError for what cannot be done."""
+    choose_accelerator(scenario.runtime.accelerator)
+    Aggregator.check(scenario.server)
+    source = load_source(scenario.source_request())
+    shares = partition(source, scenario.fleet, scenario.seed)
+    for device, share in enumerate(shares):
+        build_stream(scenario, source, share, device)
+    network = build_network(scenario, in_channels=source.channels, classes=len(source.classes))
+    if scenario.server.aggregation != "none" and not outgoing(network, scenario.server.aggregation):
+        raise RequestError(
+            f"server.aggregation {scenario.server.aggregation!r} has nothing to share: every block is frozen"
+        )
+    return Prepared(scenario, source, shares, digest(network.prefix))
+
+
+def open_run(
+    folder: RunFolder, scenario: Scenario, command: str, kind: str, *, resume: bool, overwrite: bool
+) -> Prepared:
+    """Checks the request as a whole, and only then writes; `kind` is "fleet" or "device N". Raises RequestError."""
+    if resume and folder.exists:
+        _check_same(folder, scenario, {"kind": kind})
+    elif not (overwrite and folder.exists):
+        folder.prepare(resume=resume, overwrite=overwrite)
+    prepared = prepare(scenario)
+    facts = {"kind": kind, "images": prepared.images, "prefix": prepared.prefix}
+    if resume:
+        _check_same(folder, scenario, facts)
+    folder.prepare(resume=resume, overwrite=overwrite)
+    if not folder.exists:
+        folder.begin(scenario, describe_run(command, uuid.uuid4().hex[:12]) | facts, prepared.partition_rows())
+    return prepared
+
+
+def open_remote_run(folder: RunFolder, scenario: Scenario, command: str, *, resume: bool) -> None:
+    """For boards whose images the server does not have: they check the rest of the scenario themselves."""
+    Aggregator.check(scenario.server)
+    if resume and folder.exists:
+        _check_same(folder, scenario, {"kind": "fleet"})
+    folder.prepare(resume=resume, overwrite=False)
+    if not folder.exists:
+        folder.begin(scenario, describe_run(command, uuid.uuid4().hex[:12]) | {"kind": "fleet"}, [])
+
+
+def _check_same(folder: RunFolder, scenario: Scenario, facts: Mapping[str, str]) -> None:
+    """Raises RequestError where the run in the folder is not the one that is to go on."""
+    about = folder.read()
+    before = scenario_from_json(json.dumps(about["scenario"]))
+    differences = [
+        f"{key} was {about.get(key)!r}, now {value!r}" for key, value in facts.items() if about.get(key) != value
+    ]
+    if scenario_digest(before) != scenario_digest(scenario):
+        differences.insert(0, _difference(before, scenario))
+    if differences:
+        raise RequestError(f"--resume: the run in {folder.path} is another one ({differences[0]}); name another --out")
+
+
+def _difference(before: Scenario, after: Scenario) -> str:
+    """The first key in which two scenarios differ."""
+    old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
+    for section in old:
+        if old[section] == new[section]:
+            continue
+        if not isinstance(old[section], dict):
+            return f"{section} was {old[section]!r}, now {new[section]!r}"
+        for key in sorted(old[section].keys() | new[section].keys()):
+            was, now = old[section].get(key), new[section].get(key)
+            if was != now:
+                return f"{section}.{key} was {was!r}, now {now!r}"
+    return "no key differs"
