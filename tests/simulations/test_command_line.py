@@ -50,6 +50,10 @@ def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("network.weights=nothing.safetensors", "no such file"),
         ("method.name=lightcll", "unknown method 'lightcll'"),
         ("server.strategy_options={momentum: 1}", "has no such option"),
+        ("server={strategy: FedTrimmedAvg, strategy_options: {beta: 0.7}}", "server.strategy_options: FedTrimmedAvg"),
+        ("network={weights: none, width: 4, freeze: layer4}", "has nothing to share"),
+        ("training.learning_rate=.inf", "finite number"),
+        ("name=2024-13-45", "not a YAML value"),
         ("runtime.accelerator=tpu", "'auto', 'cpu' or 'cuda'"),
         ("training", "expected KEY=VALUE"),
     ],
@@ -57,7 +61,7 @@ def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_wrong_request_ends_with_2_and_writes_nothing(
     scenario: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], change: str, said: str
 ) -> None:
-    more = ["--set", "server.aggregation=suffix"] if "strategy" in change else []
+    more = ["--set", "server.aggregation=suffix"] if "freeze: layer4" in change else []
     assert lightcl(monkeypatch, "simulate", scenario, "--set", change, *more, "--out", "run") == 2
     assert said in capfd.readouterr().err
     assert not Path("run").exists()
@@ -71,6 +75,9 @@ def test_missing_and_broken_scenario_files(
     scenario.write_text("name: x\nstream: [1, 2\n")
     assert lightcl(monkeypatch, "validate", scenario) == 2
     assert "not valid YAML" in capfd.readouterr().err
+    scenario.write_text(SCENARIO + "name: again\n")
+    assert lightcl(monkeypatch, "validate", scenario) == 2
+    assert "line 6: key 'name' stands in line 1 already" in capfd.readouterr().err
     scenario.write_text(SCENARIO + "typo:\n  a: 1\n")
     assert lightcl(monkeypatch, "validate", scenario) == 2
     assert "tiny.yaml, line 6: typo: unknown key" in capfd.readouterr().err
@@ -93,6 +100,11 @@ def test_one_device_from_the_command_line_to_the_report(
     assert "--resume" in capfd.readouterr().err
     assert lightcl(monkeypatch, "train", scenario, "--out", "run", "--resume", "--set", "seed=1") == 2
     assert "seed was 0, now 1" in capfd.readouterr().err
+    assert lightcl(monkeypatch, "train", scenario, "--device", 0, "--out", "run", "--resume") == 2
+    assert "kind was 'device 1', now 'device 0'" in capfd.readouterr().err
+    assert lightcl(monkeypatch, "train", scenario, "--out", "run", "--resume", "--overwrite") == 2
+    assert lightcl(monkeypatch, "train", scenario, "--out", "tiny.yaml/run") == 2
+    assert "tiny.yaml/run cannot be written to" in capfd.readouterr().err
     before = Path("run/devices.jsonl").read_text()
     assert lightcl(monkeypatch, "train", scenario, "--device", 1, "--out", "run", "--resume") == 0
     assert Path("run/devices.jsonl").read_text() == before
@@ -104,6 +116,24 @@ def test_an_existing_folder_of_other_files_is_left_alone(scenario: Path, monkeyp
     for option in ([], ["--overwrite"], ["--resume"]):
         assert lightcl(monkeypatch, "train", scenario, "--out", "mine", *option) == 2
     assert [f.name for f in Path("mine").iterdir()] == ["notes.txt"]
+
+
+def test_a_run_killed_while_it_began_is_begun_anew(scenario: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("run/plots").mkdir(parents=True)
+    Path("run/scenario.yaml").write_text("half")
+    assert lightcl(monkeypatch, "train", scenario, "--out", "run") == 0
+
+
+def test_a_row_that_a_kill_cut_off_is_written_again(scenario: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lightcl(monkeypatch, "train", scenario, "--out", "run") == 0
+    whole = Path("run/rounds.jsonl").read_text().splitlines()
+    Path("run/rounds.jsonl").write_text(whole[0] + "\n" + whole[1][:20])
+    Path("run/results.json").unlink()
+    assert lightcl(monkeypatch, "train", scenario, "--out", "run", "--resume") == 0
+    assert [json.loads(line)["til"] for line in Path("run/rounds.jsonl").read_text().splitlines()] == [
+        json.loads(line)["til"] for line in whole
+    ]
+    assert len(Path("run/devices.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_device_that_the_fleet_does_not_have(
