@@ -1,8 +1,8 @@
 """A device as a Flower ClientApp: decode a message, let the device work, encode the reply.
 
 On a board, local matters come from the SuperNode's `--node-config`: `partition-id` (which device of the fleet this is;
-with `num-partitions`, which devices: see Greeting), `name`, `data-path`, `own-data` (all of the local data is this
-device's), `state-dir`, `accelerator`, `threads`.
+with `num-partitions`, which devices: see Greeting), `name`, `data-path`, `weights-path`, `own-data` (all of the
+local data is this device's), `state-dir`, `accelerator`, `threads`.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Local:
     name: str
     state: Path
     data_path: str | None = None
+    weights_path: str | None = None
     own_data: bool = False
     accelerator: str | None = None
     threads: int | None = None
@@ -62,6 +63,8 @@ class Local:
         values = scenario.model_dump(mode="json")
         if self.data_path:
             values["data"]["path"] = self.data_path
+        if self.weights_path:
+            values["network"]["weights"] = self.weights_path
         if self.accelerator:
             values["runtime"]["accelerator"] = self.accelerator
         if self.threads:
@@ -111,7 +114,9 @@ def _answer(message: Message, context: Context, state: Path | None, act: Act) ->
 
 def _greet(instruction: Instruction, scenario: Scenario, local: Local, message: Message) -> RecordDict:
     source = _source(scenario.source_request())
-    greeting = Greeting(local.partition, local.partitions, local.name, source.channels, len(source.classes))
+    greeting = Greeting(
+        local.partition, local.partitions, local.name, source.channels, len(source.classes), source.labels
+    )
     return _reply(greeting.to_record())
 
 
@@ -198,6 +203,7 @@ def _local(context: Context, state: Path | None) -> Local:
         name=str(node.get("name") or f"{socket.gethostname()}-{partition}"),
         state=Path(str(folder)).expanduser() if folder else state or default_state_folder(),
         data_path=str(node["data-path"]) if node.get("data-path") else None,
+        weights_path=str(node["weights-path"]) if node.get("weights-path") else None,
         own_data=own_data,
         accelerator=str(node["accelerator"]) if node.get("accelerator") else None,
         threads=number("threads", 0) or None,

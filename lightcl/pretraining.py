@@ -75,7 +75,10 @@ def pretrain(
         max_momentum=recipe.max_momentum,
         base_momentum=recipe.base_momentum,
     )
-    facts = {"data": data, "classes": str(len(source.classes))} | {k: str(v) for k, v in asdict(recipe).items()}
+    shape = "x".join(map(str, source.train.images.shape))
+    facts = {"data": data, "images": shape, "classes": str(len(source.classes))} | {
+        k: str(v) for k, v in asdict(recipe).items()
+    }
     checkpoint = file.with_suffix(".checkpoint")
     first = 0
     if checkpoint.exists():

@@ -68,6 +68,8 @@ class Greeting(_Record):
     name: str
     channels: int
     classes: int
+    labels: str
+    """Fingerprint of the class names in their order: averaging heads makes sense only where class 3 is class 3."""
 
 
 @dataclass(frozen=True)

@@ -250,6 +250,8 @@ def scenario_keys() -> str:
     ]
     sections += [("method", member) for member in get_args(AnyMethod)]
     lines = ["# Scenario keys", "", "Made by `lightcl schema --markdown`; every key may be left out."]
+    lines += ["", "| key | default |", "|---|---|"]
+    lines += [f"| `{key}` | `{json.dumps(Scenario.model_fields[key].default)}` |" for key in ("name", "seed")]
     for name, section in sections:
         chosen = section.model_fields["name"].default if name == "method" else ""
         lines += [

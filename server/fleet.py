@@ -96,7 +96,7 @@ class Fleet:
             raise ProtocolError(f"a node cannot take part: {record['reason']}")
         greeting = Greeting.from_record(record)
         first = self.first or greeting
-        for key in ("partitions", "channels", "classes"):
+        for key in ("partitions", "channels", "classes", "labels"):
             if getattr(greeting, key) != getattr(first, key):
                 mine, theirs = getattr(greeting, key), getattr(first, key)
                 raise ProtocolError(f"node {greeting.name!r} has {key} {mine}, node {first.name!r} {theirs}")

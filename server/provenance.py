@@ -11,7 +11,7 @@ from typing import Any
 
 LIBRARIES = (
     "lightcl-fleet", "flwr", "flwr-datasets", "ray", "torch", "torchvision", "numpy", "pydantic", "PyYAML", "datasets",
-    "scikit-learn", "safetensors",
+    "scikit-learn", "scipy", "safetensors", "pillow", "pyarrow",
 )  # fmt: skip
 
 
@@ -39,6 +39,8 @@ def _git_commit() -> str | None:
     """The checkout's commit, with "+changes" where the tree differs from it; None outside a checkout."""
     here = Path(__file__).parent
     try:
+        # An installed copy may lie inside some other repository.
+        subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True, check=True)
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
         ).stdout.strip()

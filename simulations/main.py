@@ -162,7 +162,7 @@ def main() -> None:
 
 
 def _end_interrupted() -> None:
-    err.print("interrupted; what was reported is saved: go on with --resume", highlight=False)
+    err.print("interrupted; what a run had reported is saved: go on with --resume", highlight=False)
     sys.stdout.flush()
     os._exit(130)  # Ray, shut down by a signal, aborts when the interpreter ends in the usual way
 

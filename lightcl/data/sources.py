@@ -55,6 +55,11 @@ class Source:
     def channels(self) -> int:
         return int(self.train.images.shape[3])
 
+    @property
+    def labels(self) -> str:
+        """Fingerprint of the class names, in order."""
+        return hashlib.sha256(json.dumps(self.classes).encode()).hexdigest()[:16]
+
 
 @dataclass(frozen=True)
 class SourceRequest:
