@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lightcl.data.partition import Share, share_of
 from lightcl.data.sources import Source, load_source
-from lightcl.data.streams import TaskContext, TaskStream, build_stream
+from lightcl.data.streams import build_stream
+from lightcl.data.tasks import TaskContext, TaskStream
 from lightcl.errors import RequestError
 from lightcl.exchange import Arrays, adopt_, outgoing
 from lightcl.metrics import AccuracyMatrix

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightcl.data.streams import Task, TaskContext, training_batches
+from lightcl.data.streams import training_batches
+from lightcl.data.tasks import Task, TaskContext
 from lightcl.methods import Method
 from lightcl.networks.resnet import StagedResNet
 from lightcl.scenario import Scenario

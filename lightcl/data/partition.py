@@ -9,16 +9,13 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lightcl.data.sources import Source, cache_folder
 from lightcl.errors import RequestError
+from lightcl.scenario import Fleet
 from lightcl.seeds import derive, numpy_generator
-
-if TYPE_CHECKING:
-    from lightcl.scenario import Fleet
 
 
 @dataclass(frozen=True)

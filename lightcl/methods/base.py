@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightcl.data.streams import Batch, TaskContext
+from lightcl.data.tasks import Batch, TaskContext
 from lightcl.networks.resnet import StagedResNet
 
 

@@ -25,7 +25,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lightcl.data.streams import Batch, TaskContext
+from lightcl.data.tasks import Batch, TaskContext
 from lightcl.feature_memory import Reduction, VitalSelection, channel_importance, drift, logit_drift, vital_channels
 from lightcl.methods.base import Method, MethodParameters
 from lightcl.networks.resnet import FeatureMaps, Stage, StagedResNet

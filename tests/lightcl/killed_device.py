@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lightcl.data.streams import TaskContext
+from lightcl.data.tasks import TaskContext
 from tests.lightcl import toys
 
 HANG_IN = (1, 2)

@@ -6,7 +6,7 @@ import torch
 
 from lightcl import training
 from lightcl.data.sources import ImageSet
-from lightcl.data.streams import Samples, Task
+from lightcl.data.tasks import Samples, Task
 from lightcl.networks.resnet import StagedResNet
 from lightcl.training import TaskAccuracy, TrainingFailure, evaluate, make_optimiser, train_epoch
 from tests.lightcl import toys

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightcl.data.partition import Share
 from lightcl.data.sources import ImageSet, Source
-from lightcl.data.streams import Samples, Task, TaskContext
+from lightcl.data.tasks import Samples, Task, TaskContext
 from lightcl.device import EdgeDevice
 from lightcl.networks.resnet import StagedResNet
 from lightcl.scenario import Scenario

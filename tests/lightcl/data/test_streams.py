@@ -6,7 +6,8 @@ import torch
 
 from lightcl.data.partition import Share, partition
 from lightcl.data.sources import Source
-from lightcl.data.streams import TaskContext, TaskStream, build_stream, class_order, training_batches
+from lightcl.data.streams import build_stream, class_order, training_batches
+from lightcl.data.tasks import TaskContext, TaskStream
 from lightcl.errors import RequestError
 from tests.lightcl import toys
 
