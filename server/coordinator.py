@@ -31,7 +31,7 @@ from lightcl.seeds import numpy_generator
 from lightcl.state import StateFolder
 from server.aggregation import Aggregator
 from server.fleet import Fleet, record_of
-from server.records import Row, RunFolder, device_row, round_row, run_results
+from server.records import Row, RunFolder, add_test_, add_training_, device_row, round_row, run_results
 
 GREETING_SECONDS = 30.0
 
@@ -179,9 +179,8 @@ class Coordinator:
                 continue
             member.task, member.epochs, member.version = report.task, report.epochs, report.version
             row = rows[member.number]
-            row |= {"task": report.task, "epochs": report.epochs, "examples": report.examples, "loss": report.loss}
+            add_training_(row, report)
             row["bytes_up"] += size_in_bytes(arrays)
-            row["timing"] |= {"train_seconds": report.seconds, "peak_memory_mib": report.peak_memory_mib}
             if arrays:
                 accepted.append((sent[member.number], arrays, float(report.examples)))
         if self.aggregator is not None:
@@ -198,9 +197,7 @@ class Coordinator:
                 continue
             member.version = report.version
             member.rows["til"][report.task], member.rows["cil"][report.task] = report.til, report.cil
-            row = rows[member.number]
-            row |= {"til": report.til, "cil": report.cil, "images": report.images}
-            row["timing"]["evaluate_seconds"] = report.seconds
+            add_test_(rows[member.number], report)
 
     def _checked_test(self, reply: Message, member: Member) -> Tested:
         report = Tested.from_record(record_of(reply))

@@ -24,8 +24,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from lightcl.device import EvaluationReport, TrainReport
 from lightcl.errors import RequestError
 from lightcl.metrics import AccuracyMatrix, Spread, fleet_summary
+from lightcl.protocol import Tested, Trained
 from lightcl.scenario import Scenario
 from lightcl.state import write_atomically
 
@@ -50,6 +52,18 @@ def device_row(round_number: int, device: int, name: str, task: int, epochs: int
         "bytes_up": 0,
         "timing": {},
     }
+
+
+def add_training_(row: Row, report: Trained | TrainReport) -> None:
+    """Enters into a device's row what came out of its training."""
+    row |= {"task": report.task, "epochs": report.epochs, "examples": report.examples, "loss": report.loss}
+    row["timing"] |= {"train_seconds": report.seconds, "peak_memory_mib": report.peak_memory_mib}
+
+
+def add_test_(row: Row, report: Tested | EvaluationReport) -> None:
+    """Enters into a device's row what came out of its test."""
+    row |= {"til": report.til, "cil": report.cil, "images": report.images}
+    row["timing"]["evaluate_seconds"] = report.seconds
 
 
 def round_row(rows: Sequence[Row], finished: int, training_seconds: float, seconds: float) -> Row:

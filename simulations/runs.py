@@ -18,7 +18,7 @@ from lightcl.pretraining import EpochReport, Recipe
 from lightcl.pretraining import pretrain as run_pretraining
 from lightcl.scenario import Scenario
 from server.preparation import Prepared, open_run
-from server.records import RunFolder, device_row, round_row, run_results
+from server.records import RunFolder, add_test_, add_training_, device_row, round_row, run_results
 from simulations.progress import LiveProgress, accuracy_table
 
 
@@ -86,13 +86,8 @@ def _train(prepared: Prepared, number: int, folder: RunFolder, console: Console)
             progress.phase_started("evaluate", 1)
             tested = device.evaluate()
             progress.device_done(number, "evaluate")
-            row |= {"examples": trained.examples, "loss": trained.loss}
-            row |= {"til": tested.til, "cil": tested.cil, "images": tested.images}
-            row["timing"] = {
-                "train_seconds": trained.seconds,
-                "peak_memory_mib": trained.peak_memory_mib,
-                "evaluate_seconds": tested.seconds,
-            }
+            add_training_(row, trained)
+            add_test_(row, tested)
             folder.append("devices.jsonl", [row])
             summary = round_row([row], int(task == tasks - 1), training_seconds, time.monotonic() - start)
             folder.append("rounds.jsonl", [summary])
