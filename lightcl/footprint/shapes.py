@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightcl.networks.resnet import StagedResNet
+from lightcl.networks.resnet import BasicBlock, StagedResNet
 
 Image = tuple[int, int, int]
 """Channels, height, width."""
@@ -126,11 +126,12 @@ def shape_of(network: StagedResNet, image: Image) -> NetworkShape:
             blocks.append(Block(name, frozen, first, pooled=pooled))
             continue
         block = network.get_submodule(name)
+        assert isinstance(block, BasicBlock)
         first, size = _convolution(f"{name}.conv1", block.conv1, block.bn1, height, width)
         second, size = _convolution(f"{name}.conv2", block.conv2, block.bn2, *size)
         shortcut = None
         if block.downsample is not None:
-            convolution, norm = block.downsample.children()  # type: ignore[operator, union-attr]
+            convolution, norm = block.downsample.children()
             shortcut, _ = _convolution(f"{name}.downsample", convolution, norm, height, width)
         height, width = size
         blocks.append(Block(name, frozen, first, second, shortcut))
@@ -142,12 +143,13 @@ def _convolution(
 ) -> tuple[Convolution, tuple[int, int]]:
     """The convolution on inputs of this size, and the size of its outputs."""
     assert isinstance(layer, nn.Conv2d)
-    out = tuple(
-        (side + 2 * int(padding) - kernel) // stride + 1
-        for side, padding, kernel, stride in zip(
-            (height, width), layer.padding, layer.kernel_size, layer.stride, strict=True
-        )
-    )
+    sides = []
+    for side, padding, kernel, stride in zip(
+        (height, width), layer.padding, layer.kernel_size, layer.stride, strict=True
+    ):
+        assert isinstance(padding, int)
+        sides.append((side + 2 * padding - kernel) // stride + 1)
+    out = tuple(sides)
     positions, weights = out[0] * out[1], layer.weight.numel()
     shape = Convolution(
         name,

@@ -102,9 +102,7 @@ def footprint(network: StagedResNet, cost: StepCost, workload: Workload) -> Foot
     shape = shape_of(network, workload.image)
     step = _Step(shape, cost, workload)
     step.play()
-    return Footprint(
-        step.worst, step.moment, step_flops(shape, cost, workload), training_flops(shape, cost, workload)
-    )
+    return Footprint(step.worst, step.moment, step_flops(shape, cost, workload), training_flops(shape, cost, workload))
 
 
 # -- FLOPs ---------------------------------------------------------------------------------------------------------
@@ -224,6 +222,7 @@ class _Step:
         """No graph is kept, so only the worst of its moments counts."""
         unit = samples * self.size
         image = samples * self.workload.image[0] * self.workload.image[1] * self.workload.image[2] * FP32
+        before = 0
         for block in self.shape.frozen:
             x = image if block.second is None else unit * before
             for name, others, layout in _moments(block):
