@@ -2,8 +2,16 @@
 
 from lightcl.methods.base import Method, MethodParameters
 from lightcl.methods.lightcl import LightCLParameters
+from lightcl.methods.lightcl_sparse import LightCLSparseParameters
 from lightcl.methods.sgd import SGDParameters
 
-AnyMethod = LightCLParameters | SGDParameters
+AnyMethod = LightCLParameters | LightCLSparseParameters | SGDParameters
 
-__all__ = ["AnyMethod", "LightCLParameters", "Method", "MethodParameters", "SGDParameters"]
+__all__ = [
+    "AnyMethod",
+    "LightCLParameters",
+    "LightCLSparseParameters",
+    "Method",
+    "MethodParameters",
+    "SGDParameters",
+]

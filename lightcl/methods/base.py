@@ -31,6 +31,9 @@ class MethodParameters(BaseModel):
     def default_frozen_batch_norm(self) -> Literal["eval", "train"]:
         return "eval"
 
+    def shape_(self, network: StagedResNet) -> None:
+        """Called once the weights are loaded and before the network is used: may make it smaller."""
+
     def build(self, network: StagedResNet) -> Method:
         raise NotImplementedError
 
