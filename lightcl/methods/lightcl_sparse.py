@@ -41,4 +41,4 @@ class LightCLSparseParameters(LightCLParameters):
         return PAPER_SPARSITY | dict(values) if isinstance(values, Mapping) else values
 
     def shape_(self, network: StagedResNet) -> None:
-        prune_(network, self.channel_sparsity, self.channel_score)
+        prune_(network, {str(layer): share for layer, share in self.channel_sparsity.items()}, self.channel_score)
