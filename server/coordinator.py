@@ -217,7 +217,7 @@ class Coordinator:
         if self._shapes and report.channel_sets != self._channel_sets:
             raise ProtocolError(
                 f"device {number} has kept other channels ({report.channel_sets}) than the fleet "
-                f"({self._channel_sets}), so its tensors are not averaged: it did not prune the weights that the server did"
+                f"({self._channel_sets}), so its tensors are not averaged: it pruned other weights than the server"
             )
         if report.examples <= 0 or not np.isfinite(report.loss):
             raise ProtocolError(f"{report.examples} examples with a loss of {report.loss}")
