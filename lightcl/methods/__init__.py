@@ -1,14 +1,16 @@
 """Continual-learning methods, one file each, named as the literature names them."""
 
 from lightcl.methods.base import Method, MethodParameters
+from lightcl.methods.joint import JointParameters
 from lightcl.methods.lightcl import LightCLParameters
 from lightcl.methods.lightcl_sparse import LightCLSparseParameters
 from lightcl.methods.sgd import SGDParameters
 
-AnyMethod = LightCLParameters | LightCLSparseParameters | SGDParameters
+AnyMethod = LightCLParameters | LightCLSparseParameters | SGDParameters | JointParameters
 
 __all__ = [
     "AnyMethod",
+    "JointParameters",
     "LightCLParameters",
     "LightCLSparseParameters",
     "Method",

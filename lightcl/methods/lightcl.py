@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lightcl.data.tasks import Batch, TaskContext
 from lightcl.feature_memory import Reduction, VitalSelection, channel_importance, drift, logit_drift, vital_channels
-from lightcl.methods.base import Method, MethodParameters
+from lightcl.methods.base import Method, MethodParameters, StepCost
 from lightcl.networks.resnet import FeatureMaps, Stage, StagedResNet
 
 Preset = Literal["default", "paper", "scale-free"]
@@ -74,6 +74,10 @@ class LightCLParameters(MethodParameters):
     @property
     def default_frozen_batch_norm(self) -> Literal["eval", "train"]:
         return "train" if self.preset == "paper" else "eval"
+
+    def cost(self) -> StepCost:
+        memory = self.memory_size if self.beta else 0
+        return StepCost(held=memory, pattern_samples=memory)
 
     def build(self, network: StagedResNet) -> Method:
         return LightCL(network, self)

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from lightcl.device import EdgeDevice
 from lightcl.errors import RequestError
 from lightcl.exchange import outgoing, size_in_bytes
-from lightcl.methods import LightCLSparseParameters
+from lightcl.methods import LightCLParameters, LightCLSparseParameters
+from lightcl.methods.base import StepCost
 from lightcl.networks.build import build_network
 from lightcl.networks.resnet import StagedResNet
 from lightcl.networks.weights import digest, save_weights
@@ -125,3 +126,8 @@ def test_state_saved_with_other_channels_is_not_taken_over(tmp_path: Path):
     save_weights(toys.network(seed=2), file, {})
     with pytest.raises(StateError, match="was saved with other channels"):
         toys.device(tmp_path / "state", **sections)
+
+
+def test_a_step_costs_what_lightcls_does():
+    assert LightCLSparseParameters().cost() == LightCLParameters().cost() == StepCost(held=15, pattern_samples=15)
+    assert LightCLSparseParameters(beta=0).cost() == StepCost()
