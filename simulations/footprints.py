@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class MethodFootprint:
         return self.rehearsed or self.counted
 
     def to_json(self) -> dict[str, Any]:
-        result = {"method": self.method, "freeze": self.freeze, "theory": self.counted.to_json()}
+        result: dict[str, Any] = {"method": self.method, "freeze": self.freeze, "theory": self.counted.to_json()}
         if self.rehearsed and self.measured:
             result["theory_second_task"] = self.rehearsed.to_json()
             result["measured"] = self.measured.to_json()
@@ -70,12 +71,9 @@ def footprint_run(
     for name in names:
         if measuring:
             console.print(f"measuring {name} in fresh processes ...", style="dim", highlight=False)
-        stream = build_stream(
-            variant := as_method(scenario, name),
-            source,
-            share_of(source, scenario.fleet, scenario.seed, device),
-            device,
-        )
+        variant = as_method(scenario, name)
+        share = share_of(source, variant.fleet, variant.seed, device)
+        stream = build_stream(variant, source, share, device)
         results.append(_footprint_of(variant, stream, image, measuring))
     if json_to:
         _write_json({"command": command, "image": image, "methods": [r.to_json() for r in results]}, json_to)
@@ -84,7 +82,7 @@ def footprint_run(
     if picture:
         from simulations.plots import LIGHT, footprint_bars, png
 
-        parts = {r.method: dict(r.shown.memory) for r in results}
+        parts = {r.method: {str(c): n for c, n in r.shown.memory.items()} for r in results}
         dots = {r.method: r.measured.training for r in results if r.measured}
         picture.write_bytes(png(footprint_bars(parts, dots, LIGHT)))
         if json_to != "-":
@@ -134,8 +132,6 @@ def _chosen(scenario: Scenario, methods: str | None, all_methods: bool) -> list[
 
 
 def _write_json(values: Any, to: str) -> None:
-    import sys
-
     text = json.dumps(values, indent=2) + "\n"
     if to == "-":
         sys.stdout.write(text)
@@ -226,9 +222,9 @@ def table1_run(*, json_to: str | None, console: Console) -> None:
         if row.note:
             console.print(f"[bold]{_label(row)}[/]: {row.note}.", highlight=False)
     console.print(
-        "theory: the paper's rule (lightcl/footprint/paper.py). own: this project's count of the same training; memory is "
-        "the peak of a step of what really runs, so both maps of a block's convolutions, gradients and temporaries are "
-        "in it; masked weights (SparCL) save none of it.",
+        "theory: the paper's rule (lightcl/footprint/paper.py). own: this project's count of the same training; memory "
+        "is the peak of a step of what really runs, so all maps that batch-norm and ReLU keep and temporaries are in it; "
+        "masked weights (SparCL) save none of it.",
         style="dim", highlight=False,
     )  # fmt: skip
 

@@ -249,8 +249,8 @@ def footprint_bars(parts: Mapping[str, Mapping[str, int]], measured: Mapping[str
     axes.invert_yaxis()
     axes.set_xlim(0, 1.09 * max(base.max(), max(measured.values(), default=0) / 2**20))
     figure.legend(
-        handles=handles, loc="outside upper left", ncols=min(5, len(handles)), frameon=False, fontsize=FONT, labelcolor=theme.ink,
-        handlelength=1.2, handletextpad=0.5, columnspacing=1.4,
+        handles=handles, loc="outside upper left", ncols=min(5, len(handles)), frameon=False, fontsize=FONT,
+        labelcolor=theme.ink, handlelength=1.2, handletextpad=0.5, columnspacing=1.4,
     )  # fmt: skip
     return figure
 

@@ -1,8 +1,8 @@
 """The FLOPs and memory columns of the paper's Table 1, beside what its counting rules give.
 
 Wang, Cheng, Ji, Huang: "LightCL", ASP-DAC 2025 (arXiv 2407.10545). ResNet-18 of width 64, batch 32, 15 samples in the
-memory or buffer; Split CIFAR-10: 5 tasks, 45,000 images, 50 epochs, 32x32; Split Tiny-ImageNet: 10 tasks, 90,000 images,
-100 epochs, 64x64. MB are MiB (2^20 bytes), numbers fp32. With P the parameters, and a the outputs of the 3x3
+memory or buffer; Split CIFAR-10: 5 tasks, 45,000 images, 50 epochs, 32x32; Split Tiny-ImageNet: 10 tasks, 90,000
+images, 100 epochs, 64x64. MB are MiB (2^20 bytes), numbers fp32. With P the parameters, and a the outputs of the 3x3
 convolutions of one image and its logits (shortcuts are not counted):
 
     memory  SGD, JOINT 2P + 32a; EWC + P; PNN + 4P; FDR, ER + 15a; DER++ + 30a
@@ -92,13 +92,13 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "lightcl", "LightCL", 0, (5.4e15, 8.6e16), (92.8, 128.0),
-        "memory: P, the suffix's gradients, its maps for 47 samples and 15 patterns; how the frozen part and the rest is "
-        "counted the paper does not say (P + gradients + 47 x twice the suffix's maps + 6.4 MiB meets both figures)",
+        "memory: P, the suffix's gradients, its maps for 47 samples and 15 patterns; how the frozen part and the rest "
+        "are counted the paper does not say (P + gradients + 47 x twice the suffix's maps + 6.4 MiB meets both figures)",
     ),
     Row(
         "lightcl-sparse", "LightCL", 0.9, (2.3e15, 3.7e16), (25.0, 87.1),
-        "FLOPs: layers weighted with their kept outputs, inputs not. Memory: as LightCL, so weighted; the paper's grows by "
-        "62.1 MiB from 32x32 to 64x64, more than its dense row's 35.2, which no rule that only removes can give",
+        "FLOPs: layers weighted with their kept outputs, inputs not. Memory: as LightCL, so weighted; the paper's grows "
+        "by 62.1 MiB from 32x32 to 64x64, more than its dense row's 35.2, which no rule that only removes can give",
     ),
 )  # fmt: skip
 

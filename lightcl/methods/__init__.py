@@ -3,8 +3,17 @@
 from lightcl.methods.base import Method, MethodParameters
 from lightcl.methods.joint import JointParameters
 from lightcl.methods.lightcl import LightCLParameters
+from lightcl.methods.lightcl_sparse import LightCLSparseParameters
 from lightcl.methods.sgd import SGDParameters
 
-AnyMethod = LightCLParameters | SGDParameters | JointParameters
+AnyMethod = LightCLParameters | LightCLSparseParameters | SGDParameters | JointParameters
 
-__all__ = ["AnyMethod", "JointParameters", "LightCLParameters", "Method", "MethodParameters", "SGDParameters"]
+__all__ = [
+    "AnyMethod",
+    "JointParameters",
+    "LightCLParameters",
+    "LightCLSparseParameters",
+    "Method",
+    "MethodParameters",
+    "SGDParameters",
+]

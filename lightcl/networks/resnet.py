@@ -155,7 +155,9 @@ class StagedResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        self._layers = tuple(f"layer{i + 1}" for i in range(len(blocks_per_layer)))
+        self.layer_names = tuple(f"layer{i + 1}" for i in range(len(blocks_per_layer)))
+        self.kept_channels: dict[str, Tensor] = {}
+        """Original indices of the channels left, by channel set (lightcl/pruning.py); empty: all are there."""
         self.freeze(freeze)
 
     # -- stages ------------------------------------------------------------------------------------------------
@@ -163,7 +165,7 @@ class StagedResNet(nn.Module):
     @property
     def block_names(self) -> tuple[str, ...]:
         """Every block in order: stem, layer1.0, layer1.1, layer2.0 ..."""
-        inner = [f"{layer}.{i}" for layer in self._layers for i in range(len(self.get_submodule(layer)))]  # type: ignore[arg-type]
+        inner = [f"{layer}.{i}" for layer in self.layer_names for i in range(len(self.get_submodule(layer)))]  # type: ignore[arg-type]
         return ("stem", *inner)
 
     def freeze(self, point: str) -> None:
@@ -173,7 +175,7 @@ class StagedResNet(nn.Module):
         """
         names = self.block_names
         boundaries = {"none": 0} | {name: i + 1 for i, name in enumerate(names)}
-        for layer in self._layers:
+        for layer in self.layer_names:
             boundaries[layer] = max(i + 1 for i, name in enumerate(names) if name.rpartition(".")[0] == layer)
         if point not in boundaries:
             raise RequestError(
