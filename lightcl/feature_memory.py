@@ -56,16 +56,39 @@ def drift(maps: FeatureMaps, stored: FeatureMaps, vital: Mapping[str, Tensor], r
     - "relative" (ours): the mean over the maps of Σ(mask ⊙ (F - F*))² / Σ(mask ⊙ F*)². It has no unit, so a β means
       the same at every width, resolution and memory size.
     """
-    terms = []
-    for name, mask in vital.items():
-        # Indexing first keeps the graph's temporaries at the vital share of the map instead of the whole of it.
-        now, then = maps[name][:, mask].float(), stored[name]
-        term = (now - then).square().sum()
-        terms.append(term if reduction == "sum" else term / then.square().sum().clamp_min(1e-12))
-    if not terms:  # everything but the head is frozen
-        return torch.zeros(())
-    total = torch.stack(terms)
-    return total.sum() if reduction == "sum" else total.mean()
+    moving = DriftingMaps(stored, vital, reduction)
+    for name in vital:
+        moving[name] = maps[name]
+    return moving.drift()
+
+
+class DriftingMaps(dict[str, Tensor]):
+    """Stands where feature maps are collected by name, and keeps of each only how far it has drifted (see `drift`).
+
+    Autograd goes back in the order of creation: were the terms made after the whole forward pass, there would be a
+    full-sized gradient of every map before the first of them is used. Made while the maps come, each has its turn.
+    """
+
+    def __init__(self, stored: FeatureMaps, vital: Mapping[str, Tensor], reduction: Reduction) -> None:
+        super().__init__()
+        self.stored, self.vital, self.reduction = stored, vital, reduction
+        self.terms: list[Tensor] = []
+
+    def __setitem__(self, name: str, feature_map: Tensor) -> None:
+        if name in self.vital:
+            # Indexing first keeps the graph's temporaries at the vital share of the map instead of the whole of it.
+            now, then = feature_map[:, self.vital[name]].float(), self.stored[name]
+            term = (now - then).square().sum()
+            if self.reduction == "relative":
+                term = term / then.square().sum().clamp_min(1e-12)
+            self.terms.append(term)
+
+    def drift(self) -> Tensor:
+        """The scalar over all maps that came."""
+        if not self.terms:  # everything but the head is frozen
+            return torch.zeros(())
+        total = torch.stack(self.terms)
+        return total.sum() if self.reduction == "sum" else total.mean()
 
 
 def logit_drift(logits: Tensor, stored: Tensor, reduction: Reduction) -> Tensor:

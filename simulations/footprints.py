@@ -179,6 +179,7 @@ def _memory_table(results: Sequence[MethodFootprint], reference: MethodFootprint
     if pairs:
         table.add_row("while testing", *(f"{m.evaluation / MIB:.1f}" for m, _ in pairs))
         table.add_row("process over idle", *(_mib(m.resident) for m, _ in pairs))
+        table.add_row("  while preparing", *(_mib(m.resident_preparing) for m, _ in pairs))
     table.add_section()
     table.add_row("FLOPs of a step", *(f"{r.shown.step_flops:.3g}" for r in results))
     table.add_row("FLOPs of training", *(f"{r.counted.training_flops:.3g}" for r in results))
@@ -223,7 +224,7 @@ def table1_run(*, json_to: str | None, console: Console) -> None:
             console.print(f"[bold]{_label(row)}[/]: {row.note}.", highlight=False)
     console.print(
         "theory: the paper's rule (lightcl/footprint/paper.py). own: this project's count of the same training; memory "
-        "is the peak of a step of what really runs, so all maps that batch-norm and ReLU keep and temporaries are in it; "
+        "is the peak of a step of what really runs, so all that batch-norm and ReLU keep and temporaries are in it; "
         "masked weights (SparCL) save none of it.",
         style="dim", highlight=False,
     )  # fmt: skip

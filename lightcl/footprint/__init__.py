@@ -1,4 +1,4 @@
-"""FLOPs and memory of training: counted (theory.py), as the paper counts them (paper.py), and measured (measured.py)."""
+"""FLOPs and memory of training: counted (theory.py), as the paper counts them (paper.py), measured (measured.py)."""
 
 from lightcl.footprint.theory import CATEGORIES, Category, Footprint, Workload, footprint, workload_of
 

@@ -1,8 +1,8 @@
 """The peak memory of real training, measured in a fresh process: tensors, and the process as a whole.
 
 Tensors on the CPU: PyTorch's profiler reports every allocation and release with the sum that is alive after it, so the
-peak is exact and not sampled. On a GPU: `torch.cuda.max_memory_allocated`. The process: the highest resident set since
-the network was begun (VmHWM, which Linux lets a process reset), over what was resident before, with all imported and
+peak is exact and not sampled. On a GPU: `torch.cuda.max_memory_allocated`. The process: the highest resident set
+(VmHWM, which Linux lets a process reset) over what was resident before the network was made, with all imported and
 PyTorch warmed up. The profiler takes memory itself, so the process is measured in another one, without it.
 
 What runs is the device's own code (`EdgeDevice.train`) on noise images: a first task, then the second, which is what is
@@ -43,13 +43,15 @@ Way = Literal["tensors", "process"]
 
 @dataclass(frozen=True)
 class Measurement:
-    """Bytes. `training` and `evaluation` are peaks of tensors; `resident` is the process's over its idle baseline."""
+    """Bytes. `training` and `evaluation` are peaks of tensors; the others are the process's over its idle baseline."""
 
     accelerator: str
     training: int
     evaluation: int
     resident: int | None
-    """None where the system does not tell."""
+    """While training; None where the system does not tell."""
+    resident_preparing: int | None
+    """While the network is made and the first task is learned."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,7 +63,9 @@ def measure(scenario: Scenario, image: Image, classes: int) -> Measurement:
     Raises RequestError where the process ends with an error: its last words say why.
     """
     tensors, process = (_in_fresh_process(scenario, image, classes, way) for way in ("tensors", "process"))
-    return Measurement(tensors["accelerator"], tensors["training"], tensors["evaluation"], process["resident"])
+    return Measurement(
+        tensors["accelerator"], tensors["training"], tensors["evaluation"], process["training"], process["preparation"]
+    )
 
 
 def rehearsal(scenario: Scenario, image: Image, classes: int) -> tuple[Scenario, Source]:
@@ -123,16 +127,19 @@ def peak_allocations(parts: dict[str, Callable[[], object]]) -> dict[str, int]:
         events = json.loads(file.read_text())["traceEvents"]
     # Device type 0 is the CPU. Of a part only the span counts: what is alive at its start was allocated before.
     moments = sorted(
-        (event["ts"], event["args"]["Total Allocated"])
+        (event["ts"], event["args"]["Total Allocated"], event["args"]["Bytes"])
         for event in events
         if event.get("name") == "[memory]" and event["args"].get("Device Type") == 0
     )
+    # PyTorch counts on from an earlier profile of the same process; what that one left is not ours.
+    earlier = moments[0][1] - moments[0][2] if moments else 0
     spans = {e["name"]: (e["ts"], e["ts"] + e["dur"]) for e in events if str(e.get("name")).startswith("part ")}
     peaks = {}
     for name in parts:
         start, end = spans[f"part {name}"]
-        before = [bytes_ for at, bytes_ in moments if at < start]
-        peaks[name] = max([*before[-1:], *(bytes_ for at, bytes_ in moments if start <= at <= end), 0])
+        before = [total for at, total, _ in moments if at < start]
+        peaks[name] = max([*before[-1:], *(total for at, total, _ in moments if start <= at <= end)], default=0)
+        peaks[name] = max(0, peaks[name] - earlier)
     return peaks
 
 
@@ -157,6 +164,19 @@ def _resident(key: Literal["VmRSS", "VmHWM"]) -> int | None:
     except OSError:
         return None
     return int(found[1]) * 1024 if found else None
+
+
+def _resident_peaks(parts: dict[str, Callable[[], object]]) -> dict[str, int | None]:
+    """Runs the parts in turn and gives the highest resident set in each, over what was resident at the start."""
+    baseline = _resident("VmRSS")
+    peaks: dict[str, int | None] = {}
+    for name, part in parts.items():
+        with suppress(OSError):  # not allowed everywhere; a part's peak is then the highest of all parts so far
+            Path("/proc/self/clear_refs").write_text("5")
+        part()
+        highest = _resident("VmHWM")
+        peaks[name] = None if baseline is None or highest is None else highest - baseline
+    return peaks
 
 
 def _warm_up() -> None:
@@ -189,9 +209,15 @@ def _in_fresh_process(scenario: Scenario, image: Image, classes: int, way: Way) 
 def _serve() -> None:
     """Reads a request from the standard input and writes the result to the standard output."""
     request = json.load(sys.stdin)
-    image = tuple(request["image"])
-    given = scenario_from_json(request["scenario"])
-    scenario, source = rehearsal(given, (image[0], image[1], image[2]), request["classes"])
+    channels, height, width = request["image"]
+    scenario = scenario_from_json(request["scenario"])
+    result = measure_here(scenario, (channels, height, width), request["classes"], request["way"])
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+def measure_here(scenario: Scenario, image: Image, classes: int, way: Way) -> dict[str, Any]:
+    """The peaks of preparation (network and first task), training and evaluation, in this process."""
+    scenario, source = rehearsal(scenario, image, classes)
     accelerator = choose_accelerator(scenario.runtime.accelerator)
     torch.set_num_threads(scenario.runtime.threads)
     _warm_up()
@@ -209,18 +235,11 @@ def _serve() -> None:
             "training": lambda: devices[0].train(len(devices[0].stream) - 1, 1),
             "evaluation": lambda: devices[0].evaluate(),
         }
-        result: dict[str, Any] = {"accelerator": accelerator.type}
-        if request["way"] == "tensors":
-            result |= _peak_on_gpu(parts) if accelerator.type == "cuda" else peak_allocations(parts)
+        if way == "process":
+            peaks: dict[str, Any] = _resident_peaks(parts)
         else:
-            baseline = _resident("VmRSS")
-            with suppress(OSError):  # not allowed everywhere; the imports' own peak lies hardly above the baseline
-                Path("/proc/self/clear_refs").write_text("5")
-            for part in parts.values():
-                part()
-            highest = _resident("VmHWM")
-            result["resident"] = None if baseline is None or highest is None else highest - baseline
-    sys.stdout.write(json.dumps(result) + "\n")
+            peaks = dict(_peak_on_gpu(parts) if accelerator.type == "cuda" else peak_allocations(parts))
+    return peaks | {"accelerator": accelerator.type}
 
 
 if __name__ == "__main__":

@@ -93,12 +93,13 @@ ROWS: tuple[Row, ...] = (
     Row(
         "lightcl", "LightCL", 0, (5.4e15, 8.6e16), (92.8, 128.0),
         "memory: P, the suffix's gradients, its maps for 47 samples and 15 patterns; how the frozen part and the rest "
-        "are counted the paper does not say (P + gradients + 47 x twice the suffix's maps + 6.4 MiB meets both figures)",
+        "are counted the paper does not say (P + gradients + 47 x twice the suffix's maps + 6.4 MiB meets both "
+        "figures)",
     ),
     Row(
         "lightcl-sparse", "LightCL", 0.9, (2.3e15, 3.7e16), (25.0, 87.1),
-        "FLOPs: layers weighted with their kept outputs, inputs not. Memory: as LightCL, so weighted; the paper's grows "
-        "by 62.1 MiB from 32x32 to 64x64, more than its dense row's 35.2, which no rule that only removes can give",
+        "FLOPs: layers weighted with their kept outputs, inputs not. Memory: as LightCL, so weighted; the paper's "
+        "grows by 62.1 MiB from 32x32 to 64x64, more than its dense row's 35.2: no rule that only removes gives that",
     ),
 )  # fmt: skip
 

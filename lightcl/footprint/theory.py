@@ -178,7 +178,8 @@ class _Step:
         shape, cost, workload = self.shape, self.cost, self.workload
         samples = workload.batch + cost.replayed
         self._hold_for_good()
-        self._prefix(samples)
+        # Before the first step of a task the memory samples pass the prefix, and there may be more of them.
+        self._prefix(max(samples, cost.pattern_samples))
         if shape.frozen:
             self.hold("kept activations", samples * shape.features * self.size)
         self._forward(samples)

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from lightcl.data.tasks import Batch, TaskContext
 from lightcl.feature_memory import (
+    DriftingMaps,
     Reduction,
     VitalSelection,
     channel_importance,
-    drift,
     logit_drift,
     vital_channels,
     vital_patterns,
@@ -125,11 +125,11 @@ class LightCL(Method):
         loss = super().loss(batch, context)
         if self.memory is None or self.logits is None or self.held is None:
             return loss
-        maps: FeatureMaps = {}
+        reduction = self.parameters.reduction
+        maps = DriftingMaps(self.patterns, self.vital, reduction)
         with self._memory_mode():
             logits = self.network.classify(self.memory, maps)[:, self.held]
-        reduction = self.parameters.reduction
-        moved = drift(maps, self.patterns, self.vital, reduction) + logit_drift(logits, self.logits, reduction)
+        moved = maps.drift() + logit_drift(logits, self.logits, reduction)
         return loss + self.parameters.beta * moved
 
     @torch.no_grad()

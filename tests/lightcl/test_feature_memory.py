@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightcl.feature_memory import channel_importance, drift, logit_drift, vital_channels
+from lightcl.feature_memory import channel_importance, drift, logit_drift, vital_channels, vital_patterns
 from tests.reference import regularisation as reference
 
 
@@ -79,7 +79,7 @@ def test_vital_channels_agree_with_the_reference(channels, ratio):
 
 
 MAPS = {"a": torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]]), "b": torch.tensor([[[[2.0]]]])}
-STORED = {"a": torch.tensor([[[[9.0, 9.0]], [[1.0, 1.0]]]]), "b": torch.tensor([[[[5.0]]]])}
+STORED = {"a": torch.tensor([[[[1.0, 1.0]]]]), "b": torch.tensor([[[[5.0]]]])}  # of vital channels alone
 VITAL = {"a": torch.tensor([False, True]), "b": torch.tensor([True])}
 
 
@@ -101,7 +101,7 @@ def test_regularisation_agrees_with_the_reference(reduction):
     stored = {"one": random(3, 6, 2, 2, seed=3), "two": random(3, 4, 1, 3, seed=4)}
     vital = {"one": random(6, seed=5) > 0, "two": torch.tensor([True, False, False, True])}
     logits, stored_logits = random(3, 5, seed=6), random(3, 5, seed=7)
-    fast = drift(maps, stored, vital, reduction) + logit_drift(logits, stored_logits, reduction)
+    fast = drift(maps, vital_patterns(stored, vital), vital, reduction) + logit_drift(logits, stored_logits, reduction)
     literal = reference.regularisation(
         {name: m.tolist() for name, m in maps.items()},
         {name: m.tolist() for name, m in stored.items()},
@@ -120,6 +120,10 @@ def test_only_vital_channels_are_held(reduction):
     # d/dx of (x - x*)²: 2(3-1) = 4 and 2(4-1) = 6, over the pattern's 2 under "relative"
     scale = 1.0 if reduction == "sum" else 0.5
     assert now.grad.tolist() == [[[[0.0, 0.0]], [[4.0 * scale, 6.0 * scale]]]]
+
+
+def test_patterns_are_the_vital_channels():
+    assert {n: p.tolist() for n, p in vital_patterns(MAPS, VITAL).items()} == {"a": [[[[3.0, 4.0]]]], "b": [[[[2.0]]]]}
 
 
 @pytest.mark.parametrize("reduction", ["sum", "relative"])
