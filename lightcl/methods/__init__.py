@@ -3,8 +3,17 @@
 from lightcl.methods.base import Method, MethodParameters
 from lightcl.methods.joint import JointParameters
 from lightcl.methods.lightcl import LightCLParameters
+from lightcl.methods.lightcl_plus import LightCLPlusParameters
 from lightcl.methods.sgd import SGDParameters
 
-AnyMethod = LightCLParameters | SGDParameters | JointParameters
+AnyMethod = LightCLParameters | LightCLPlusParameters | SGDParameters | JointParameters
 
-__all__ = ["AnyMethod", "JointParameters", "LightCLParameters", "Method", "MethodParameters", "SGDParameters"]
+__all__ = [
+    "AnyMethod",
+    "JointParameters",
+    "LightCLParameters",
+    "LightCLPlusParameters",
+    "Method",
+    "MethodParameters",
+    "SGDParameters",
+]
