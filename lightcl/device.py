@@ -26,6 +26,7 @@ from lightcl.exchange import Arrays, adopt_, outgoing, outgoing_statistics
 from lightcl.metrics import AccuracyMatrix
 from lightcl.networks.build import build_network
 from lightcl.networks.weights import digest
+from lightcl.pruning import channel_digest
 from lightcl.scenario import Scenario
 from lightcl.seeds import derive
 from lightcl.state import StateError, StateFolder
@@ -96,6 +97,7 @@ class EdgeDevice:
         self.network = build_network(scenario, in_channels=source.channels, classes=self.stream.head_classes)
         self.network.to(self.accelerator)
         self.prefix_digest = digest(self.network.prefix)
+        self.channel_digest = channel_digest(self.network)
         self.method = scenario.method.build(self.network)
         self.optimiser = make_optimiser(self.method, scenario)
         self.position = self._start = Position(self.stream.first)
@@ -236,6 +238,7 @@ class EdgeDevice:
         return {
             "device": self.number,
             "scenario": scenario_digest(self.scenario),
+            "channels": self.channel_digest,
             "position": asdict(self.position),
             "version": self.version,
             "report": asdict(self.last_report) if self.last_report else None,
@@ -261,6 +264,11 @@ class EdgeDevice:
             raise StateError(
                 f"{self._state.folder}: holds the state of device {values['device']} under another scenario; "
                 "use another folder or remove this one"
+            )
+        if values.get("channels", self.channel_digest) != self.channel_digest:
+            raise StateError(
+                f"{self._state.folder}: was saved with other channels ({values['channels']}, now "
+                f"{self.channel_digest}): the weights that were pruned are not the same; name those of the first run"
             )
         with torch.no_grad():
             for name, target in self._changing_tensors().items():

@@ -100,6 +100,65 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
 
 
 @app.command()
+def footprint(
+    scenario: Annotated[Path | None, typer.Argument(metavar="SCENARIO", help="A YAML scenario")] = None,
+    changes: Changes = None,
+    table1: Annotated[bool, typer.Option("--table1", help="The paper's Table 1 (without a scenario)")] = False,
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Methods to compare, by comma; those other than the scenario's with their own defaults"),
+    ] = None,
+    all_methods: Annotated[bool, typer.Option("--all-methods", help="Compare all methods")] = False,
+    device: Annotated[int, typer.Option("--device", min=0, help="Whose images FLOPs are counted for")] = 0,
+    measuring: Annotated[
+        bool, typer.Option("--measure", help="Run real training steps in fresh processes and report the peak")
+    ] = False,
+    json_to: Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Write JSON; - prints it")] = None,
+    picture: Annotated[Path | None, typer.Option("--picture", metavar="FILE.png", help="Draw stacked bars")] = None,
+) -> None:
+    """Count FLOPs and memory of training by method, and measure memory; MiB are 2^20 bytes."""
+    from simulations.footprints import footprint_run, table1_run
+
+    if table1:
+        if scenario or changes or methods or all_methods or measuring or picture:
+            raise RequestError("--table1 is the paper's own setting: it takes no scenario and only --json beside it")
+        table1_run(json_to=json_to, console=out)
+        return
+    if scenario is None:
+        raise RequestError("footprint: name a SCENARIO, or --table1 for the paper's setting")
+    loaded = load_scenario(scenario, changes or [])
+    if device >= loaded.fleet.devices:
+        count = loaded.fleet.devices
+        raise RequestError(f"--device {device}: the fleet has {count} devices (allowed: 0 to {count - 1})")
+    footprint_run(
+        loaded, methods=methods, all_methods=all_methods, device=device, measuring=measuring, json_to=json_to,
+        picture=picture, command=_command(), console=err if json_to == "-" else out,
+    )  # fmt: skip
+
+
+@app.command()
+def plan(
+    scenario: ScenarioFile,
+    budget: Annotated[float, typer.Option("--budget-mb", min=0, help="Memory for training, in MiB (2^20 bytes)")],
+    changes: Changes = None,
+    file: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE.yaml", help="Default: <name>-<budget>mb.yaml")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file")] = False,
+    whole: Annotated[bool, typer.Option("--all", help="Print all settings, not only those around the choice")] = False,
+    json_to: Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Write JSON; - prints it")] = None,
+) -> None:
+    """Fit a LightCL scenario into a memory budget: freeze point, sparsity, batch and memory size."""
+    from simulations.footprints import plan_run
+
+    loaded = load_scenario(scenario, changes or [])
+    plan_run(
+        loaded, budget, file=file, overwrite=overwrite, whole=whole, json_to=json_to,
+        console=err if json_to == "-" else out,
+    )  # fmt: skip
+
+
+@app.command()
 def pretrain(
     source: Annotated[str, typer.Option(help="digits, cifar10, cifar100, fashion-mnist, parquet or image-folder")],
     weights: Annotated[

@@ -200,6 +200,61 @@ def _stacked(
     return figure
 
 
+# -- footprint -----------------------------------------------------------------------------------------------------
+
+PART_COLOURS: Mapping[str, str] = {
+    "parameters": "#33475b", "gradients": "#6f8396", "optimiser state": "#a9b6c6", "kept activations": "#1b8a7a",
+    "frozen part": "#7cc4b5", "temporaries": "#e3c567", "buffer": "#c8566b", "weight copies": "#8c4a86",
+    "patterns": "#b98fc9", "masks": "#3f2b6b",
+}  # fmt: skip
+"""Greys are what is as large as the weights, greens are activations; the rest is what methods add."""
+
+
+def footprint_bars(parts: Mapping[str, Mapping[str, int]], measured: Mapping[str, int], theme: Theme) -> Figure:
+    """`parts[method][category]`: bytes, stacked from left to right; `measured[method]`: bytes, as a mark on the bar."""
+    names = list(parts)
+    figure, axes = _axes(theme, "memory of a training step (MiB)", "", size=(SIZE[0] + 1.6, 1.5 + 0.36 * len(names)))
+    axes.grid(visible=False, axis="y")
+    axes.grid(axis="x", color=theme.grid, linewidth=0.9)
+    places = np.arange(len(names))
+    base = np.zeros(len(names))
+    handles: list[Any] = []
+    for category, colour in PART_COLOURS.items():
+        widths = np.array([parts[name].get(category, 0) for name in names]) / 2**20
+        # What is too thin to be seen would only be a colour in the legend that nobody finds.
+        if widths.max() > 0.004 * max(sum(p.values()) for p in parts.values()) / 2**20:
+            axes.barh(
+                places, widths, 0.62, left=base, color=colour, zorder=2, edgecolor=theme.background, linewidth=0.6
+            )
+            handles.append(Patch(color=colour, label=category))
+        base = base + widths
+    for place, name, total in zip(places, names, base, strict=True):
+        end = max(total, measured.get(name, 0) / 2**20)
+        axes.annotate(
+            f"{total:.0f}",
+            (end, place),
+            (6, 0),
+            textcoords="offset points",
+            va="center",
+            color=theme.ink,
+            fontsize=FONT,
+        )
+        if name in measured:
+            at = measured[name] / 2**20
+            axes.vlines(at, place - 0.42, place + 0.42, color=theme.ink, linewidth=1.8, zorder=3)
+    if measured:
+        handles.append(Line2D([], [], color=theme.ink, linewidth=1.8, marker="", label="measured"))
+    axes.set_yticks(places, names)
+    axes.tick_params(axis="y", labelcolor=theme.ink)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.09 * max(base.max(), max(measured.values(), default=0) / 2**20))
+    figure.legend(
+        handles=handles, loc="outside upper left", ncols=min(5, len(handles)), frameon=False, fontsize=FONT,
+        labelcolor=theme.ink, handlelength=1.2, handletextpad=0.5, columnspacing=1.4,
+    )  # fmt: skip
+    return figure
+
+
 # -- style ---------------------------------------------------------------------------------------------------------
 
 
