@@ -61,11 +61,32 @@ def train(
     from simulations.runs import train_run
 
     loaded = load_scenario(scenario, changes or [])
-    if device >= loaded.fleet.devices:
-        count = loaded.fleet.devices
-        raise RequestError(f"--device {device}: the fleet has {count} devices (allowed: 0 to {count - 1})")
+    _check_device(device, loaded)
     path = out_folder or _default_folder(loaded, f"-device-{device}")
     train_run(loaded, device, path, command=_command(), resume=resume, overwrite=overwrite, console=out)
+
+
+@app.command()
+def analyse(
+    scenario: ScenarioFile, changes: Changes = None,
+    device: Annotated[int, typer.Option("--device", min=0, help="Whose stream is analysed")] = 0,
+    threshold: Annotated[
+        float | None,
+        typer.Option("--threshold", min=0, max=1, help="What a block needs to be frozen; network.freeze_threshold"),
+    ] = None,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder; default: runs/<scenario's name>-<seed>-analysis-<device>")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the analysis in --out")] = False,
+) -> None:  # fmt: skip
+    """Measure how general every block is on one device's stream, and name a freeze point."""
+    from simulations.runs import analyse_run
+
+    given = [] if threshold is None else [f"network.freeze_threshold={threshold}"]
+    loaded = load_scenario(scenario, [*(changes or []), *given])
+    _check_device(device, loaded)
+    path = out_folder or _default_folder(loaded, f"-analysis-{device}")
+    analyse_run(loaded, device, path, command=_command(), overwrite=overwrite, console=out)
 
 
 @app.command()
@@ -127,6 +148,12 @@ def pretrain(
         epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, fp32=fp32, flip=not no_flip, seed=seed,
         threads=threads, overwrite=overwrite, command=_command(), console=out,
     )  # fmt: skip
+
+
+def _check_device(number: int, scenario: Scenario) -> None:
+    count = scenario.fleet.devices
+    if number >= count:
+        raise RequestError(f"--device {number}: the fleet has {count} devices (allowed: 0 to {count - 1})")
 
 
 def _default_folder(scenario: Scenario, suffix: str = "") -> Path:
