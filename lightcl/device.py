@@ -54,7 +54,7 @@ class TrainReport:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Accuracies on tasks 0..task, in 0..1, and the images behind each."""
+    """Accuracies on tasks 0..task, in 0..1, and the images behind each; `cil` is empty where it is not tested."""
 
     task: int
     epochs: int
@@ -97,8 +97,8 @@ class EdgeDevice:
         self.network.to(self.accelerator)
         self.prefix_digest = digest(self.network.prefix)
         self.method = scenario.method.build(self.network)
-        self.optimiser = make_optimiser(self.network, scenario)
-        self.position = Position()
+        self.optimiser = make_optimiser(self.method, scenario)
+        self.position = self._start = Position(self.stream.first)
         self.version = 0
         self.last_report: TrainReport | None = None
         self.rows: dict[str, dict[int, list[float]]] = {"til": {}, "cil": {}}
@@ -133,13 +133,13 @@ class EdgeDevice:
         context = self._context(task)
         if self.position.task != task or self.position.epochs == 0:
             self.position = Position(task, 0)
-            self.optimiser = make_optimiser(self.network, self.scenario)
             self.network.train()
             with autocast(self.scenario, self.accelerator):
                 self.method.begin_task(context)
+            self.optimiser = make_optimiser(self.method, self.scenario)
         loss = float("nan")
         for epoch in range(self.position.epochs, until_epoch):
-            loss = train_epoch(self.network, self.method, self.optimiser, context, self.scenario, epoch)
+            loss = train_epoch(self.method, self.optimiser, context, self.scenario, epoch)
             self.position = Position(task, epoch + 1)
             if epoch + 1 == self.scenario.training.epochs:
                 self.network.eval()
@@ -187,16 +187,18 @@ class EdgeDevice:
         """Tests all tasks up to the current one, keeps the row of the accuracy matrix, and saves the state."""
         start = time.monotonic()
         task = self.position.task
-        results = evaluate(self.network, self.stream[: task + 1], self.scenario, self.accelerator)
+        results = evaluate(self.method, self.stream[: task + 1], self.scenario, self.accelerator)
         report = EvaluationReport(
             task,
             self.position.epochs,
             [r.til for r in results],
-            [r.cil for r in results],
+            [r.cil for r in results] if "cil" in self.scenario.settings else [],
             [r.images for r in results],
             time.monotonic() - start,
         )
-        self.rows["til"][task], self.rows["cil"][task] = report.til, report.cil
+        self.rows["til"][task] = report.til
+        if report.cil:
+            self.rows["cil"][task] = report.cil
         if self.last_report is None:  # nothing is trained yet, so perhaps no tensors are saved
             self._save()
         else:
@@ -219,7 +221,7 @@ class EdgeDevice:
         learned since would be lost as well.
         """
         reported = self.last_report and Position(self.last_report.task, self.last_report.epochs)
-        begun = self.position != Position() and self.position != reported
+        begun = self.position != self._start and self.position != reported
         return not begun and self.position != Position(task, until_epoch)
 
     def check_at(self, task: int, epochs: int) -> None:
@@ -248,7 +250,7 @@ class EdgeDevice:
     def _save(self) -> None:
         tensors = {f"network/{name}": tensor for name, tensor in self._changing_tensors().items()}
         tensors |= {f"method/{name}": tensor for name, tensor in self.method.state_dict().items()}
-        for name, parameter in self._trained():
+        for name, parameter in self.method.trainable().items():
             momentum = self.optimiser.state.get(parameter, {}).get("momentum_buffer")
             if momentum is not None:
                 tensors[f"momentum/{name}"] = momentum
@@ -271,7 +273,8 @@ class EdgeDevice:
         self.method.load_state_dict(
             {k.removeprefix("method/"): v.to(self.accelerator) for k, v in tensors.items() if k.startswith("method/")}
         )
-        for name, parameter in self._trained():
+        self.optimiser = make_optimiser(self.method, self.scenario)
+        for name, parameter in self.method.trainable().items():
             momentum = tensors.get(f"momentum/{name}")
             if momentum is not None:
                 self.optimiser.state[parameter]["momentum_buffer"] = momentum.to(self.accelerator)
@@ -291,18 +294,19 @@ class EdgeDevice:
             tensors |= {n: t for n, t in self.network.prefix.state_dict().items() if n in buffers}
         return tensors
 
-    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
-        return [(n, p) for n, p in self.network.named_parameters() if p.requires_grad]
-
     def _context(self, task: int) -> TaskContext:
         seen = sorted({c for t in self.stream[: task + 1] for c in t.classes})
+        to_learn = self.stream.to_learn(task)
         return TaskContext(
-            self.stream[task],
-            torch.tensor(self.stream[task].classes, device=self.accelerator),
+            to_learn,
+            torch.tensor(to_learn.classes, device=self.accelerator),
             torch.tensor(seen, device=self.accelerator),
             self.scenario.training.batch_size,
             derive(self.scenario.seed, "device", self.number, "task", task),
             self.accelerator,
+            self.scenario.training.epochs,
+            self.scenario.augmentation,
+            self.scenario.data.crop_padding,
         )
 
 

@@ -38,8 +38,10 @@ class AccuracyMatrix:
         t = self.last
         if t < 1:
             return np.empty(0)
-        # Before task k was learned (rows above k) it was not tested; nanmax leaves those out.
-        lost: np.ndarray = np.nanmax(self.values[:t, :t], axis=0) - self.values[t, :t]
+        # Before task k was learned (rows above k) it was not tested. Under joint training nothing was, and nothing
+        # can be forgotten.
+        before = np.fmax.reduce(self.values[:t, :t], axis=0)
+        lost: np.ndarray = np.where(np.isnan(before), 0.0, before - self.values[t, :t])
         return lost
 
     def forgetting(self) -> float:
@@ -52,7 +54,8 @@ class AccuracyMatrix:
         t = self.last
         if t < 1:
             return 0.0
-        return float(np.mean(self.values[t, :t] - np.diagonal(self.values)[:t]))
+        gained = self.values[t, :t] - np.diagonal(self.values)[:t]
+        return float(np.mean(np.where(np.isnan(gained), 0.0, gained)))
 
     def summary(self) -> dict[str, float]:
         return {

@@ -13,9 +13,11 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lightcl.data.augment import Augmentation
 from lightcl.data.sources import SourceName, SourceRequest
 from lightcl.errors import RequestError, nearest
 from lightcl.methods import AnyMethod, LightCLParameters
+from lightcl.methods.base import Setting
 from lightcl.networks.resnet import Stem
 
 StrategyName = Literal["FedAvg", "FedAvgM", "FedAdam", "FedAdagrad", "FedYogi", "FedMedian", "FedTrimmedAvg"]
@@ -39,7 +41,7 @@ class Data(Section):
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
     """Share of every class that becomes the test split where the source brings none."""
     download: bool = True
-    augmentation: Literal["auto", "none", "crop", "crop-flip"] = "auto"
+    augmentation: Literal["auto"] | Augmentation = "auto"
     """auto: random crop and horizontal flip (the paper), but nothing on digits, which a flip would change."""
     crop_padding: int = Field(default=4, ge=0)
 
@@ -55,6 +57,8 @@ class Stream(Section):
     """Share of every task's training samples kept out of training."""
     evaluate_on: Literal["test", "held-out"] = "test"
     """Choose hyperparameters on the held-out samples, report on the test split."""
+    settings: Literal["auto", "til", "til+cil"] = "auto"
+    """Test with the task known (til), or also with it not known (cil); auto: all that the method can be tested for."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -161,6 +165,16 @@ class Scenario(Section):
                     f"stream.class_order lists {len(self.stream.class_order)} classes, but {self.stream.tasks} tasks x "
                     f"{self.stream.classes_per_task} classes need {wanted}"
                 )
+        if self.stream.settings == "til+cil" and "cil" not in self.method.settings:
+            raise ValueError(
+                f"stream.settings asks for cil, but method {self.method.name} answers only where the task is known "
+                "(allowed: auto, til)"
+            )
+        if self.server.aggregation != "none" and not self.method.shareable:
+            raise ValueError(
+                f"server.aggregation is {self.server.aggregation!r}, but what method {self.method.name} trains differs "
+                "from device to device and cannot be averaged (allowed: none)"
+            )
         if self.server.rounds_per_task > self.training.epochs:
             raise ValueError(
                 f"server.rounds_per_task is {self.server.rounds_per_task}, but training.epochs gives only "
@@ -182,10 +196,20 @@ class Scenario(Section):
         )  # fmt: skip
 
     @property
-    def augmentation(self) -> Literal["none", "crop", "crop-flip"]:
+    def augmentation(self) -> Augmentation:
         if self.data.augmentation != "auto":
             return self.data.augmentation
         return "none" if self.data.source == "digits" else "crop-flip"
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """What the devices are tested for."""
+        return ("til",) if self.stream.settings == "til" else self.method.settings
+
+    @property
+    def first_task(self) -> int:
+        """The task a stream begins with: joint training waits until all are there."""
+        return self.stream.tasks - 1 if self.method.joint else 0
 
     def epochs_until(self, part: int) -> int:
         """Epochs of a task that are done after its round number `part` (1-based): spread as evenly as they go."""

@@ -11,7 +11,6 @@ from torch import Tensor
 from lightcl.data.streams import training_batches
 from lightcl.data.tasks import Task, TaskContext
 from lightcl.methods import Method
-from lightcl.networks.resnet import StagedResNet
 from lightcl.scenario import Scenario
 from lightcl.seeds import derive
 
@@ -31,11 +30,11 @@ class TaskAccuracy:
     images: int
 
 
-def make_optimiser(network: StagedResNet, scenario: Scenario) -> torch.optim.SGD:
-    """SGD over everything that is not frozen."""
+def make_optimiser(method: Method, scenario: Scenario) -> torch.optim.SGD:
+    """SGD over everything that the method trains."""
     training = scenario.training
     return torch.optim.SGD(
-        [p for p in network.parameters() if p.requires_grad],
+        list(method.trainable().values()),
         lr=training.learning_rate,
         momentum=training.momentum,
         weight_decay=training.weight_decay,
@@ -43,7 +42,6 @@ def make_optimiser(network: StagedResNet, scenario: Scenario) -> torch.optim.SGD
 
 
 def train_epoch(
-    network: StagedResNet,
     method: Method,
     optimiser: torch.optim.Optimizer,
     context: TaskContext,
@@ -55,14 +53,14 @@ def train_epoch(
     The batches depend on the scenario's seed, the device, the task and the epoch alone (through `context.seed`).
     Raises TrainingFailure where the loss is no longer a number.
     """
-    network.train()
+    method.network.train()
     losses: list[Tensor] = []
     batches = training_batches(
-        context.task,
+        method.select(context.task.train, context, epoch),
         context.batch_size,
         derive(context.seed, "epoch", epoch),
-        augmentation=scenario.augmentation,
-        padding=scenario.data.crop_padding,
+        augmentation=context.augmentation,
+        padding=context.padding,
         device=context.device,
     )
     for batch in batches:
@@ -70,9 +68,11 @@ def train_epoch(
             loss = method.loss(batch, context)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        method.before_step(batch, context)
         optimiser.step()
         method.after_step(batch, context)
         losses.append(loss.detach())
+    method.end_epoch(context, epoch)
     mean = float(torch.stack(losses).mean())
     if not mean < float("inf"):  # also catches NaN
         raise TrainingFailure(
@@ -83,11 +83,9 @@ def train_epoch(
 
 
 @torch.no_grad()
-def evaluate(
-    network: StagedResNet, tasks: Sequence[Task], scenario: Scenario, device: torch.device
-) -> list[TaskAccuracy]:
+def evaluate(method: Method, tasks: Sequence[Task], scenario: Scenario, device: torch.device) -> list[TaskAccuracy]:
     """Accuracy on each task. TIL: argmax over the task's classes; CIL: argmax over all classes of the head."""
-    network.eval()
+    method.network.eval()
     results = []
     for task in tasks:
         samples = task.test if scenario.stream.evaluate_on == "test" else task.held_out
@@ -96,7 +94,7 @@ def evaluate(
         for batch in samples.batches(EVALUATION_BATCH):
             labels = batch.labels.to(device)
             with autocast(scenario, device):
-                logits = network(batch.images.to(device)).float()
+                logits = method.predict(batch.images.to(device)).float()
             til += int((classes[logits[:, classes].argmax(1)] == labels).sum())
             cil += int((logits.argmax(1) == labels).sum())
         count = len(samples)

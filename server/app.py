@@ -44,9 +44,9 @@ class LogListener:
         pass
 
     def round_finished(self, row: Row) -> None:
-        til, cil = row["til"], row["cil"]
-        if til:
-            logger.info("round %d: TIL %.1f %%, CIL %.1f %%", row["round"], 100 * til["mean"], 100 * cil["mean"])
+        if row["til"]:
+            accuracy = ", ".join(f"{s.upper()} {100 * row[s]['mean']:.1f} %" for s in ("til", "cil") if row[s])
+            logger.info("round %d: %s", row["round"], accuracy)
 
     def refused(self, device: int, reason: str) -> None:
         logger.warning("device %d: %s", device, reason)
@@ -76,5 +76,7 @@ def main(grid: Grid, context: Context) -> None:
     run = str(folder.read()["run"])
     with folder.held():
         results = Coordinator(scenario, folder, run, LogListener()).run(grid)
-    logger.info("TIL %.1f %%, CIL %.1f %%; run folder: %s", 100 * results["til"]["average_accuracy"]["mean"],
-                100 * results["cil"]["average_accuracy"]["mean"], folder.path)  # fmt: skip
+    for setting in ("til", "cil"):
+        if results[setting]:
+            logger.info("%s %.1f %%", setting.upper(), 100 * results[setting]["average_accuracy"]["mean"])
+    logger.info("run folder: %s", folder.path)

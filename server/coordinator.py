@@ -81,7 +81,7 @@ class Coordinator:
 
     def __init__(self, scenario: Scenario, folder: RunFolder, run: str, listener: Listener) -> None:
         self.scenario, self.folder, self.run_id, self.listener = scenario, folder, run, listener
-        self.members = [Member(number) for number in range(scenario.fleet.devices)]
+        self.members = [Member(number, scenario.first_task) for number in range(scenario.fleet.devices)]
         self.round = 0
         self._state = StateFolder(folder.path / "server")
         self._scenario_json = scenario.model_dump_json()
@@ -196,14 +196,20 @@ class Coordinator:
                 self._refuse(rows, member.number, str(error))
                 continue
             member.version = report.version
-            member.rows["til"][report.task], member.rows["cil"][report.task] = report.til, report.cil
+            member.rows["til"][report.task] = report.til
+            if report.cil:
+                member.rows["cil"][report.task] = report.cil
             add_test_(rows[member.number], report)
 
     def _checked_test(self, reply: Message, member: Member) -> Tested:
         report = Tested.from_record(record_of(reply))
         _expect(report, member.number, member.task, member.epochs)
-        if not len(report.til) == len(report.cil) == len(report.images) == member.task + 1:
-            raise ProtocolError(f"a test of {len(report.til)} tasks, asked for {member.task + 1}")
+        tested = member.task + 1
+        cil = tested if "cil" in self.scenario.settings else 0
+        if (len(report.til), len(report.cil), len(report.images)) != (tested, cil, tested):
+            raise ProtocolError(
+                f"a test of {len(report.til)} tasks (TIL) and {len(report.cil)} (CIL), asked for {tested} and {cil}"
+            )
         if not all(0 <= accuracy <= 1 for accuracy in [*report.til, *report.cil]):
             raise ProtocolError("an accuracy outside 0..1")
         return report

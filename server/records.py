@@ -64,13 +64,14 @@ def add_training_(row: Row, report: Trained | TrainReport) -> None:
 
 def add_test_(row: Row, report: Tested | EvaluationReport) -> None:
     """Enters into a device's row what came out of its test."""
-    row |= {"til": report.til, "cil": report.cil, "images": report.images}
+    row |= {"til": report.til, "images": report.images}
+    if report.cil:
+        row["cil"] = report.cil
     row["timing"]["evaluate_seconds"] = report.seconds
 
 
 def round_row(rows: Sequence[Row], finished: int, training_seconds: float, seconds: float) -> Row:
     """One round over its devices' rows. `til` and `cil` are the spread of the devices' average accuracies so far."""
-    tested = [row for row in rows if "til" in row]
     losses = [row["loss"] for row in rows if "loss" in row]
     return {
         "round": rows[0]["round"],
@@ -79,12 +80,17 @@ def round_row(rows: Sequence[Row], finished: int, training_seconds: float, secon
         "failed": sum("error" in row for row in rows),
         "devices_finished": finished,
         "loss": fmean(losses) if losses else None,
-        "til": asdict(Spread.of([fmean(row["til"]) for row in tested])) if tested else None,
-        "cil": asdict(Spread.of([fmean(row["cil"]) for row in tested])) if tested else None,
+        "til": _spread([row["til"] for row in rows if "til" in row]),
+        "cil": _spread([row["cil"] for row in rows if "cil" in row]),
         "bytes_down": sum(row["bytes_down"] for row in rows),
         "bytes_up": sum(row["bytes_up"] for row in rows),
         "timing": {"train_seconds": training_seconds, "seconds": seconds},
     }
+
+
+def _spread(accuracies: Sequence[Sequence[float]]) -> dict[str, float] | None:
+    """Of the devices' average accuracies; None where none was tested."""
+    return asdict(Spread.of([fmean(row) for row in accuracies])) if accuracies else None
 
 
 def run_results(
@@ -95,11 +101,15 @@ def run_results(
     dropped: Mapping[str, str],
     rounds: Sequence[Row],
 ) -> Row:
-    """Final figures over the devices that finished their stream: `finished[d][setting][t]` is a row of a matrix."""
-    figures = {}
+    """Final figures over the devices that finished their stream: `finished[d][setting][t]` is a row of a matrix.
+
+    A setting in which nobody was tested has no figures: None.
+    """
+    figures: dict[str, Any] = {}
     for setting in ("til", "cil"):
-        matrices = [AccuracyMatrix.from_rows(rows[setting], tasks) for rows in finished]
-        figures[setting] = {key: asdict(spread) for key, spread in fleet_summary(matrices).items()}
+        matrices = [AccuracyMatrix.from_rows(rows[setting], tasks) for rows in finished if rows[setting]]
+        summary = {key: asdict(spread) for key, spread in fleet_summary(matrices).items()}
+        figures[setting] = summary if matrices or setting == "til" else None
     return {
         "status": "completed",
         "devices": devices,

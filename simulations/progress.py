@@ -75,7 +75,8 @@ class LiveProgress:
 
     def round_finished(self, row: Row) -> None:
         if row["til"]:
-            self._accuracy = f"TIL {row['til']['mean']:.1%}  CIL {row['cil']['mean']:.1%}"
+            tested = [s for s in ("til", "cil") if row[s]]
+            self._accuracy = "  ".join(f"{s.upper()} {row[s]['mean']:.1%}" for s in tested)
         if not self.console.is_terminal:
             failed = f", {row['failed']} failed" if row["failed"] else ""
             self.console.print(
@@ -161,6 +162,8 @@ def accuracy_table(results: Row) -> Table:
     for column in ("", "average accuracy", "forgetting", "backward transfer"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for setting, name in (("til", "TIL (task known)"), ("cil", "CIL (task not known)")):
+        if not results[setting]:  # the method answers only where the task is known
+            continue
         spreads = [results[setting][key] for key in ("average_accuracy", "forgetting", "backward_transfer")]
         table.add_row(name, *[f"{s['mean']:.1%}" + (f" ± {s['std']:.1%}" if devices > 1 else "") for s in spreads])
     return table

@@ -70,8 +70,8 @@ class DeviceRecord:
 
     @cached_property
     def figures(self) -> dict[str, dict[str, float]]:
-        """`["til" | "cil"][figure]`, figures as in AccuracyMatrix.summary; empty before the first test."""
-        return {s: getattr(self, s).summary() for s in SETTINGS} if self.tasks_done else {}
+        """`["til" | "cil"][figure]`, figures as in AccuracyMatrix.summary, of the settings it was tested in."""
+        return {s: getattr(self, s).summary() for s in SETTINGS if getattr(self, s).last >= 0}
 
 
 @dataclass(frozen=True)
@@ -273,21 +273,22 @@ class Picture:
 
 def _draw(run: RunRecord) -> list[Picture]:
     """The figures that there is something to draw in."""
-    matrices = {s: [getattr(device, s) for device in run.tested] for s in SETTINGS}
+    settings = run.scenario.settings
+    matrices = {s: [getattr(device, s) for device in run.tested] for s in settings}
     several = run.scenario.stream.tasks > 1
     drawn: list[tuple[str, str, Any, tuple[Any, ...]]] = []
     if run.tested:
-        curves = {s: spread_over_tasks(matrices[s]) for s in SETTINGS}
-        ends = ", ".join(f"{s.upper()} {percent(curves[s][-1].mean)} %" for s in SETTINGS)
+        curves = {s: spread_over_tasks(matrices[s]) for s in settings}
+        ends = ", ".join(f"{s.upper()} {percent(curves[s][-1].mean)} %" for s in settings)
         alt = f"Average accuracy after each task; after the last one: {ends}"
         drawn.append(("accuracy", alt, plots.accuracy_over_tasks, (curves, chance(run.scenario))))
     if run.tested and several:
-        for s in SETTINGS:
+        for s in settings:
             alt = f"Mean accuracy matrix, {s.upper()}"
             drawn.append((f"matrix-{s}", alt, plots.accuracy_matrix, (mean_matrix(matrices[s]),)))
     # The same devices as in the headline, so that the bars average to its figure.
-    bars = {s: spread_of_forgetting([getattr(device, s) for device in run.compared]) for s in SETTINGS}
-    if bars["til"]:
+    bars = {s: spread_of_forgetting([getattr(device, s) for device in run.compared]) for s in settings}
+    if bars["til"] and not run.scenario.method.joint:
         drawn.append(("forgetting", "Forgetting of each task", plots.forgetting_per_task, (bars,)))
     if run.rounds:
         numbers = [row["round"] for row in run.rounds]
@@ -376,7 +377,7 @@ def _render(run: RunRecord, pictures: Sequence[Picture]) -> str:
         "base64": lambda data: base64.b64encode(data).decode("ascii"),
     }
     environment.globals |= {"percent": percent, "points": points}
-    summary = {s: fleet_summary([getattr(device, s) for device in run.compared]) for s in SETTINGS}
+    summary = {s: fleet_summary([getattr(device, s) for device in run.compared]) for s in run.scenario.settings}
     return environment.get_template("report.html.j2").render(
         run=run,
         summary=summary,

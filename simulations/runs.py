@@ -83,7 +83,7 @@ def train_run(
 
 def _train(prepared: Prepared, number: int, folder: RunFolder, console: Console) -> None:
     scenario = prepared.scenario
-    tasks, epochs = scenario.stream.tasks, scenario.training.epochs
+    first, tasks, epochs = scenario.first_task, scenario.stream.tasks, scenario.training.epochs
     device = EdgeDevice(
         scenario, number, folder.path / "devices" / f"device-{number:05d}", source=prepared.source,
         share=prepared.shares[number],
@@ -91,12 +91,12 @@ def _train(prepared: Prepared, number: int, folder: RunFolder, console: Console)
     # The device may be one task ahead of the rows: it repeats no work, it only says again what came out.
     done = min(len(device.rows["til"]), len(folder.rows("rounds.jsonl")))
     folder.forget_after(done)
-    with LiveProgress(console, tasks) as progress:
-        for task in range(done, tasks):
-            start = time.monotonic()
-            progress.round_started(task + 1, tasks - task, 1)
+    with LiveProgress(console, tasks - first) as progress:
+        for task in range(first + done, tasks):
+            start, number_of_round = time.monotonic(), task - first + 1
+            progress.round_started(number_of_round, tasks - task, 1)
             progress.phase_started("train", 1)
-            row = device_row(task + 1, number, f"device-{number}", task, epochs)
+            row = device_row(number_of_round, number, f"device-{number}", task, epochs)
             trained = device.train(task, epochs, progress.epoch_done)
             training_seconds = time.monotonic() - start
             progress.device_done(number, "train")

@@ -1,7 +1,19 @@
 """The paper's augmentation, for a whole batch at once: random crop with padding, random horizontal flip."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+Augmentation = Literal["none", "crop", "crop-flip"]
+
+
+def augmented(images: Tensor, generator: torch.Generator, kind: Augmentation, padding: int) -> Tensor:
+    """uint8 images `[N, C, H, W]` under the augmentation of that name; of the same shape and type."""
+    if kind == "none":
+        return images
+    cropped = random_crop_flip(images.permute(0, 2, 3, 1), generator, padding=padding, flip=kind == "crop-flip")
+    return cropped.permute(0, 3, 1, 2)
 
 
 def random_crop_flip(images: Tensor, generator: torch.Generator, padding: int = 4, flip: bool = True) -> Tensor:

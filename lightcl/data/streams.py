@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from lightcl.data.augment import random_crop_flip
+from lightcl.data.augment import Augmentation, augmented
 from lightcl.data.partition import Share
 from lightcl.data.sources import Source
 from lightcl.data.tasks import Batch, Samples, Task, TaskStream
@@ -79,27 +79,22 @@ def build_stream(scenario: Scenario, source: Source, share: Share, device: int) 
                 Samples(source.test, test),
             )
         )
-    return TaskStream(tasks, len(source.classes))
+    return TaskStream(tasks, len(source.classes), scenario.method.joint)
 
 
 def training_batches(
-    task: Task, size: int, seed: int, *, augmentation: str, padding: int, device: torch.device
+    samples: Samples, size: int, seed: int, *, augmentation: Augmentation, padding: int, device: torch.device
 ) -> Iterator[Batch]:
     """One epoch of shuffled, augmented batches; the last one is dropped where a single sample would be left over.
 
     (Batch-norm has no variance over one value a channel.)
     """
     generator = torch_generator(seed, "batches")
-    order = torch.randperm(len(task.train), generator=generator).numpy()
+    order = torch.randperm(len(samples), generator=generator).numpy()
     for start in range(0, len(order), size):
         members = order[start : start + size]
         if len(members) < 2:
             return
-        batch = task.train.load(members)
-        images = batch.images
-        if augmentation != "none":
-            cropped = random_crop_flip(
-                images.permute(0, 2, 3, 1), generator, padding=padding, flip=augmentation == "crop-flip"
-            )
-            images = cropped.permute(0, 3, 1, 2)
-        yield Batch(images.to(device), batch.labels.to(device))
+        batch = samples.load(members)
+        images = augmented(batch.images, generator, augmentation, padding)
+        yield Batch(images.to(device), batch.labels.to(device), torch.from_numpy(members))

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightcl.data.augment import Augmentation, augmented
 from lightcl.data.sources import ImageSet
-from lightcl.seeds import derive
+from lightcl.seeds import derive, torch_generator
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Batch:
 
     images: Tensor
     labels: Tensor
+    members: Tensor | None = None
+    """Positions `[N]` of the images among the samples they were drawn from; None where that does not matter."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,10 @@ class Samples:
         indices = self.indices[members]
         images = torch.from_numpy(self.source.images[indices])
         return Batch(images.permute(0, 3, 1, 2), torch.from_numpy(self.source.labels[indices]))
+
+    def only(self, members: np.ndarray) -> Samples:
+        """These members (positions among these samples) alone."""
+        return Samples(self.source, self.indices[members])
 
     def batches(self, size: int) -> Iterator[Batch]:
         for start in range(0, len(self), size):
@@ -57,9 +64,19 @@ class Task:
 class TaskStream(Sequence[Task]):
     """The tasks a device meets, in order."""
 
-    def __init__(self, tasks: Sequence[Task], head_classes: int) -> None:
+    def __init__(self, tasks: Sequence[Task], head_classes: int, joint: bool = False) -> None:
         self._tasks = tuple(tasks)
         self.head_classes = head_classes
+        self.joint = joint
+
+    @property
+    def first(self) -> int:
+        """Number of the first task that is learned: joint training waits for all of them and learns once, as one."""
+        return len(self) - 1 if self.joint else 0
+
+    def to_learn(self, number: int) -> Task:
+        """The task that is learned when it is the turn of task `number`; under joint training it holds them all."""
+        return merged(self._tasks) if self.joint else self._tasks[number]
 
     @overload
     def __getitem__(self, index: int) -> Task: ...
@@ -72,6 +89,21 @@ class TaskStream(Sequence[Task]):
         return len(self._tasks)
 
 
+def merged(tasks: Sequence[Task]) -> Task:
+    """All tasks as one, which has the number of the last."""
+
+    def together(parts: Sequence[Samples]) -> Samples:
+        return Samples(parts[0].source, np.sort(np.concatenate([part.indices for part in parts])))
+
+    return Task(
+        tasks[-1].id,
+        tuple(sorted(c for task in tasks for c in task.classes)),
+        together([task.train for task in tasks]),
+        together([task.held_out for task in tasks]),
+        together([task.test for task in tasks]),
+    )
+
+
 @dataclass(frozen=True)
 class TaskContext:
     """What a method sees while it learns a task: the classes, and seeded samples of the task's own training data."""
@@ -82,6 +114,10 @@ class TaskContext:
     batch_size: int
     seed: int
     device: torch.device
+    epochs: int = 1
+    """Epochs of the task."""
+    augmentation: Augmentation = "none"
+    padding: int = 4
 
     @property
     def old_classes(self) -> Tensor:
@@ -98,6 +134,11 @@ class TaskContext:
         members = np.sort(generator.permutation(len(self.task.train))[:size])
         batch = self.task.train.load(members)
         return Batch(batch.images.to(self.device), batch.labels.to(self.device))
+
+    def augment(self, images: Tensor, *purpose: int | str) -> Tensor:
+        """The scenario's augmentation of uint8 images `[N, C, H, W]`, drawn anew for every `purpose`."""
+        generator = torch_generator(self.seed, "augment", *purpose)
+        return augmented(images.cpu(), generator, self.augmentation, self.padding).to(images.device)
 
     @staticmethod
     def position_of(labels: Tensor, classes: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """Continual-learning methods, one file each, named as the literature names them."""
 
 from lightcl.methods.base import Method, MethodParameters
+from lightcl.methods.joint import JointParameters
 from lightcl.methods.lightcl import LightCLParameters
 from lightcl.methods.sgd import SGDParameters
 
-AnyMethod = LightCLParameters | SGDParameters
+AnyMethod = LightCLParameters | SGDParameters | JointParameters
 
-__all__ = ["AnyMethod", "LightCLParameters", "Method", "MethodParameters", "SGDParameters"]
+__all__ = ["AnyMethod", "JointParameters", "LightCLParameters", "Method", "MethodParameters", "SGDParameters"]

@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightcl.data.tasks import Batch, TaskContext
+from lightcl.data.tasks import Batch, Samples, TaskContext
 from lightcl.networks.resnet import StagedResNet
+
+Setting = Literal["til", "cil"]
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a method adds to plain SGD on the network; `lightcl/footprint.py` makes FLOPs and bytes of it."""
+
+    replayed: int = 0
+    """Further samples a step that pass forward and backward through all that is trained."""
+    held: int = 0
+    """Further samples a step that pass the suffix and the head alone, from stored outputs of the prefix."""
+    weight_copies: int = 0
+    """Stored tensors as large as the trained parameters."""
+    stored_images: int = 0
+    """Raw images kept (uint8)."""
+    stored_logits: int = 0
+    """Rows of logits kept."""
+    pattern_samples: int = 0
+    """Samples whose prefix outputs, suffix feature maps and logits are kept."""
+    weight_sparsity: float = 0.0
+    """Share of the weights held at zero by a mask while training."""
 
 
 class MethodParameters(BaseModel):
@@ -31,6 +54,27 @@ class MethodParameters(BaseModel):
     def default_frozen_batch_norm(self) -> Literal["eval", "train"]:
         return "eval"
 
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """What the method can be tested for: task known (TIL), not known (CIL)."""
+        return ("til", "cil")
+
+    @property
+    def shareable(self) -> bool:
+        """Whether the trained tensors mean the same on every device, so that a server may average them."""
+        return True
+
+    @property
+    def joint(self) -> bool:
+        """Whether all tasks are learned together, as one."""
+        return False
+
+    def cost(self) -> StepCost:
+        return StepCost()
+
+    def shape_(self, network: StagedResNet) -> None:
+        """Changes the shape of the network that every device starts with; its weights are loaded."""
+
     def build(self, network: StagedResNet) -> Method:
         raise NotImplementedError
 
@@ -42,19 +86,38 @@ class Method:
         self.network = network
         self.loss_classes = parameters.loss_classes
 
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What the optimiser steps, by name; asked for after `begin_task`, and after `load_state_dict`."""
+        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+
     def begin_task(self, context: TaskContext) -> None:
         """Called once before the first step of a task; the network is in training mode."""
+
+    def select(self, samples: Samples, context: TaskContext, epoch: int) -> Samples:
+        """The task's training samples that this epoch (0-based) passes over."""
+        return samples
 
     def loss(self, batch: Batch, context: TaskContext) -> Tensor:
         """The scalar to minimise on one batch."""
         logits = self.network.classify(self.network.features(batch.images))
         return self.cross_entropy(logits, batch.labels, context)
 
+    def before_step(self, batch: Batch, context: TaskContext) -> None:
+        """Called when the gradients are there, before the optimiser's step."""
+
     def after_step(self, batch: Batch, context: TaskContext) -> None:
         """Called after every optimiser step."""
 
+    def end_epoch(self, context: TaskContext, epoch: int) -> None:
+        """Called after an epoch's (0-based) last step; the network is in training mode."""
+
     def end_task(self, context: TaskContext) -> None:
         """Called once after the last step of a task; the network is in evaluation mode."""
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits `[N, head]` of uint8 images; the network is in evaluation mode and gradients are off."""
+        logits: Tensor = self.network(images)
+        return logits
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything a restarted device needs, as tensors."""

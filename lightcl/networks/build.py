@@ -48,6 +48,7 @@ def build_network(scenario: Scenario, *, in_channels: int, classes: int) -> Stag
         )
     if stored:
         load_tensors(network, stored, f"network.weights {section.weights!r}", head=False)
+    method.shape_(network)
     return network.to(memory_format=torch.channels_last)
 
 

@@ -186,7 +186,8 @@ def test_unknown_keys_are_named_with_the_nearest_known_one(refused, text, where,
         ("name: a/b", "line 1: name: string should match pattern .*, not \"a/b\""),
         ("seed: -1", "line 1: seed: input should be greater than or equal to 0, not -1"),
         ("method: {ratio: 2}", "line 1: method.ratio: input should be less than or equal to 1, not 2"),
-        ("method: {name: ewc}", r"line 1: method.name: unknown method 'ewc' \(allowed: lightcl, sgd\)"),
+        ("method: {name: sgdd}", r"line 1: method.name: unknown method 'sgdd' \(allowed: .*lightcl.*sgd"),
+        ("method: {name: joint}\nstream: {settings: cil}", "line 2: stream.settings: input should be 'auto', 'til' or"),
         ("method: sgd", "line 1: method: input should be a valid dictionary .*, not \"sgd\""),
         ("network: {width: 3}", "line 1: network.width: input should be greater than or equal to 4, not 3"),
     ],
@@ -315,7 +316,7 @@ def test_naming_the_same_method_keeps_the_section(load):
         ("=3", "--set =3: expected KEY=VALUE"),
         ("seed.x=3", "--set seed.x: 'seed' is a value, not a section"),
         ("stream.class_order=[1", "--set stream.class_order: '[1' is not a YAML value"),
-        ("method.name=ewc", "--set method.name: method.name: unknown method 'ewc'"),
+        ("method.name=sgdd", "--set method.name: method.name: unknown method 'sgdd'"),
     ],
 )
 def test_wrong_changes_are_named_as_they_were_typed(refused, change, message):

@@ -7,6 +7,7 @@ import torch
 from lightcl import training
 from lightcl.data.sources import ImageSet
 from lightcl.data.tasks import Samples, Task
+from lightcl.methods import Method, SGDParameters
 from lightcl.networks.resnet import StagedResNet
 from lightcl.training import TaskAccuracy, TrainingFailure, evaluate, make_optimiser, train_epoch
 from tests.lightcl import toys
@@ -18,10 +19,10 @@ def run(network: StagedResNet, epochs: int = 2, tasks: int = 2, **sections):
     method = scenario.method.build(network)
     losses = []
     for context in (toys.context(0, [0, 1]), toys.context(1, [2, 3], seen=[0, 1, 2, 3]))[:tasks]:
-        optimiser = make_optimiser(network, scenario)
+        optimiser = make_optimiser(method, scenario)
         network.train()
         method.begin_task(context)
-        losses += [train_epoch(network, method, optimiser, context, scenario, epoch) for epoch in range(epochs)]
+        losses += [train_epoch(method, optimiser, context, scenario, epoch) for epoch in range(epochs)]
         network.eval()
         method.end_task(context)
     return losses
@@ -49,7 +50,7 @@ def test_frozen_batch_norm_in_training_mode_moves_its_statistics_and_nothing_els
 def test_evaluation_moves_nothing():
     network = toys.network(freeze="layer3", frozen_batch_norm="train").train()
     before = toys.copy_of(network.state_dict())
-    evaluate(network, [toys.task(0, [0, 1])], toys.scenario(), toys.CPU)
+    evaluate(plain(network), [toys.task(0, [0, 1])], toys.scenario(), toys.CPU)
     toys.assert_same(network.state_dict(), before)
 
 
@@ -74,7 +75,7 @@ def test_every_epoch_has_batches_of_its_own():
     for epoch in (0, 0, 1):
         network = toys.network()
         method = scenario.method.build(network)
-        train_epoch(network, method, make_optimiser(network, scenario), context, scenario, epoch)
+        train_epoch(method, make_optimiser(method, scenario), context, scenario, epoch)
         networks.append(network.state_dict())
     toys.assert_same(networks[0], networks[1])
     assert "fc.weight" in toys.changed(networks[2], networks[0])
@@ -84,7 +85,7 @@ def test_training_learns():
     network = toys.network(freeze="none")
     losses = run(network, epochs=8, tasks=1, training={"learning_rate": 0.05}, data={"augmentation": "none"})
     assert losses[-1] < 0.3 * losses[0]
-    (accuracy,) = evaluate(network, [toys.task(0, [0, 1])], toys.scenario(), toys.CPU)
+    (accuracy,) = evaluate(plain(network), [toys.task(0, [0, 1])], toys.scenario(), toys.CPU)
     assert accuracy.til > 0.8
 
 
@@ -101,9 +102,9 @@ def test_regularisation_keeps_the_patterns_in_place():
         context = toys.context(1, [2, 3], seen=[0, 1, 2, 3])
         network.train()
         method.begin_task(context)
-        optimiser = make_optimiser(network, scenario)
+        optimiser = make_optimiser(method, scenario)
         for epoch in range(3):
-            train_epoch(network, method, optimiser, context, scenario, epoch)
+            train_epoch(method, optimiser, context, scenario, epoch)
         samples = context.sample(5, "memory").images
         now, then = {}, {}
         network.eval()
@@ -118,7 +119,7 @@ def test_regularisation_keeps_the_patterns_in_place():
 def test_optimiser_takes_the_scenarios_values_and_only_what_is_trained():
     network = toys.network(freeze="layer4.0")
     scenario = toys.scenario(training={"learning_rate": 0.3, "momentum": 0.8, "weight_decay": 0.02})
-    (group,) = make_optimiser(network, scenario).param_groups
+    (group,) = make_optimiser(scenario.method.build(network), scenario).param_groups
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.3, 0.8, 0.02)
     trained = [*network.suffix.parameters(), *network.head.parameters()]
     assert {id(p) for p in group["params"]} == {id(p) for p in trained}
@@ -137,6 +138,10 @@ def test_bf16_trains_with_fp32_weights():
 
 
 # -- evaluation ----------------------------------------------------------------------------------------------------
+
+
+def plain(network: StagedResNet) -> Method:
+    return Method(network, SGDParameters())
 
 
 def constant(*logits: float) -> StagedResNet:
@@ -165,7 +170,7 @@ def test_til_and_cil_by_hand():
     # Task 0 (classes 0 and 2): TIL says 0 as well; three of four images are of class 0.
     # Task 1 (classes 1 and 3): TIL says 1, which two of five images are; CIL is never right.
     tasks = [task_of(0, (0, 2), [0, 2, 0, 0]), task_of(1, (1, 3), [1, 3, 3, 1, 3])]
-    assert evaluate(constant(3.0, 1.0, 2.0, 0.0), tasks, toys.scenario(), toys.CPU) == [
+    assert evaluate(plain(constant(3.0, 1.0, 2.0, 0.0)), tasks, toys.scenario(), toys.CPU) == [
         TaskAccuracy(til=0.75, cil=0.75, images=4),
         TaskAccuracy(til=0.4, cil=0.0, images=5),
     ]
@@ -174,7 +179,8 @@ def test_til_and_cil_by_hand():
 @pytest.mark.parametrize("batch", [1, 2, 3, 100])
 def test_accuracy_does_not_depend_on_the_batches(monkeypatch, batch):
     monkeypatch.setattr(training, "EVALUATION_BATCH", batch)
-    (accuracy,) = evaluate(constant(0.0, 1.0), [task_of(0, (0, 1), [1, 0, 1, 1, 0, 1, 1])], toys.scenario(), toys.CPU)
+    task = task_of(0, (0, 1), [1, 0, 1, 1, 0, 1, 1])
+    (accuracy,) = evaluate(plain(constant(0.0, 1.0)), [task], toys.scenario(), toys.CPU)
     assert accuracy == TaskAccuracy(5 / 7, 5 / 7, 7)
 
 
@@ -182,5 +188,5 @@ def test_held_out_samples_are_tested_when_asked_for():
     task = task_of(0, (0, 1), [0, 0, 0], held_out=[1, 0, 1, 1])
     network = constant(0.0, 1.0)
     scenario = toys.scenario(stream={"evaluate_on": "held-out"})
-    assert evaluate(network, [task], scenario, toys.CPU) == [TaskAccuracy(0.75, 0.75, 4)]
-    assert evaluate(network, [task], toys.scenario(), toys.CPU) == [TaskAccuracy(0.0, 0.0, 3)]
+    assert evaluate(plain(network), [task], scenario, toys.CPU) == [TaskAccuracy(0.75, 0.75, 4)]
+    assert evaluate(plain(network), [task], toys.scenario(), toys.CPU) == [TaskAccuracy(0.0, 0.0, 3)]

@@ -192,7 +192,7 @@ def test_batches_cover_the_samples_in_order(source):
 
 
 def epoch(task, size: int = 8, seed: int = 1, augmentation: str = "none"):
-    return list(training_batches(task, size, seed, augmentation=augmentation, padding=2, device=toys.CPU))
+    return list(training_batches(task.train, size, seed, augmentation=augmentation, padding=2, device=toys.CPU))
 
 
 def as_bytes(batches) -> list[bytes]:
@@ -232,7 +232,7 @@ def test_labels_stay_with_their_images_under_augmentation(source):
 def test_crop_alone_never_mirrors(source):
     task = stream_of(source)[0]
     padded = {image.tobytes() for image in np.asarray(task.train.load().images.permute(0, 2, 3, 1)).copy()}
-    batches = training_batches(task, 8, 1, augmentation="crop", padding=0, device=toys.CPU)
+    batches = training_batches(task.train, 8, 1, augmentation="crop", padding=0, device=toys.CPU)
     assert {image.permute(1, 2, 0).contiguous().numpy().tobytes() for b in batches for image in b.images} == padded
 
 
