@@ -162,9 +162,9 @@ class EdgeDevice:
 
         Raises OutOfStep where it has begun already or has no such task.
         """
-        if self.position != Position() or not 0 <= task < len(self.stream):
+        if self.position != self._start or not 0 <= task < len(self.stream):
             raise OutOfStep(f"device {self.number} cannot begin with task {task}: it is at {self.position}")
-        self.position = Position(task, 0)
+        self.position = self._start = Position(task)
 
     def _check_step(self, goal: Position) -> None:
         total = self.scenario.training.epochs

@@ -205,16 +205,17 @@ def _stacked(
 
 
 def generalizability(found: Generalizability, threshold: float, theme: Theme) -> Figure:
-    """Memory stability and learning plasticity of every block, side by side: a line a task, and the mean over them.
+    """Memory stability, learning plasticity and readiness of every block: a line a task, and the mean over them.
 
-    Blocks behind a tint are those that `threshold` freezes.
+    Tinted blocks are those that `threshold` freezes; readiness has no part in that, so no threshold is drawn with it.
     """
-    figure = Figure(figsize=(7.6, 3.6), dpi=PIXELS_PER_INCH, layout="constrained", facecolor=theme.background)
+    figure = Figure(figsize=(9.8, 3.5), dpi=PIXELS_PER_INCH, layout="constrained", facecolor=theme.background)
     names, point = list(found.blocks), found.freeze_point(threshold)
     frozen = names.index(point) + 1 if point != "none" else 0
     kinds = {
         "memory stability": [block.stability for block in found.blocks.values()],
         "learning plasticity": [block.plasticity for block in found.blocks.values()],
+        "readiness (as pre-trained)": [block.readiness for block in found.blocks.values()],
     }
     lowest = min(value for values in kinds.values() for block in values for value in block)
     shades = LinearSegmentedColormap.from_list("tasks", [theme.second, theme.deep])
@@ -222,12 +223,13 @@ def generalizability(found: Generalizability, threshold: float, theme: Theme) ->
     colours = [shades(task / max(1, tasks - 1)) for task in range(tasks)]
     few = tasks <= 5
     for place, (kind, values) in enumerate(kinds.items()):
-        axes = figure.add_subplot(1, 2, 1 + place, facecolor=theme.background)
+        axes = figure.add_subplot(1, 3, 1 + place, facecolor=theme.background)
         _style(axes, theme, "", "linear CKA" if place == 0 else "")
         axes.set_title(kind, color=theme.ink, fontsize=FONT + 1, loc="left", pad=8)
         if frozen:
             axes.axvspan(-0.5, frozen - 0.5, color=theme.pale, zorder=0, linewidth=0)
-        axes.axhline(threshold, color=theme.muted, linewidth=1.1, linestyle=(0, (4, 3)))
+        if place < 2:
+            axes.axhline(threshold, color=theme.muted, linewidth=1.1, linestyle=(0, (4, 3)))
         for task, line in enumerate(np.array(values).T):
             axes.plot(line, color=colours[task], linewidth=1.1)
         axes.plot(np.mean(values, 1), color=theme.ink, linewidth=2.2, marker="o", markersize=4.5)

@@ -143,8 +143,8 @@ def analyse_run(
     picture.write_bytes(plots.png(plots.generalizability(found, threshold, plots.LIGHT)))
     console.print(block_table(found, threshold))
     console.print(
-        f"freeze point at threshold {threshold:g}: {found.freeze_point(threshold)} (network.freeze; auto would choose "
-        f"it from device 0)\nfigures: {os.path.relpath(file)}; picture: {os.path.relpath(picture)}",
+        f"freeze point at threshold {threshold:g}: {found.freeze_point(threshold)}\n"
+        f"figures: {os.path.relpath(file)}; picture: {os.path.relpath(picture)}",
         highlight=False,
         soft_wrap=True,
     )

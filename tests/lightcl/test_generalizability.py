@@ -124,7 +124,8 @@ def test_an_analysis_is_that_of_devices_trained_by_hand(tmp_path: Path) -> None:
         return [s.load().images for t in tasks for s in (stream[t].held_out, stream[t].train)]
 
     first, second, third, alone = (
-        learned(*way) for way in (("a", 0), ("b", 0, 1), ("c", 0, 1, 2), ("d", 2))  # fmt: skip
+        learned(*way)
+        for way in (("a", 0), ("b", 0, 1), ("c", 0, 1, 2), ("d", 2))  # fmt: skip
     )
     stream = first.stream
     stable = [
