@@ -1,4 +1,4 @@
-"""Linear CKA on hand-worked numbers and against its literal twin; memory stability, learning plasticity, freeze point."""
+"""Linear CKA by hand and against its literal twin; what an analysis compares; the freeze point."""
 
 from __future__ import annotations
 
@@ -123,10 +123,8 @@ def test_an_analysis_is_that_of_devices_trained_by_hand(tmp_path: Path) -> None:
         """All images of a task: they are fewer than an analysis takes. Their order does not matter."""
         return [s.load().images for t in tasks for s in (stream[t].held_out, stream[t].train)]
 
-    first, second, third, alone = (
-        learned(*way)
-        for way in (("a", 0), ("b", 0, 1), ("c", 0, 1, 2), ("d", 2))  # fmt: skip
-    )
+    first, second, third = learned("a", 0), learned("b", 0, 1), learned("c", 0, 1, 2)
+    alone = learned("d", 2)
     stream = first.stream
     stable = [
         block_similarity(first.network, second.network, probes(0)),
