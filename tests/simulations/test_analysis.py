@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+from flwr.app import Context, RecordDict
 
 from lightcl.errors import RequestError
+from lightcl.protocol import INSTRUCTION, Instruction
 from lightcl.scenario import load_scenario
 from server import preparation
+from server.app import app as server
 from server.preparation import open_remote_run
 from server.records import RunFolder
 from simulations import report
+from tests.inprocess import InProcessGrid
 from tests.simulations.test_command_line import lightcl
 
 SCENARIO = """\
@@ -146,3 +150,21 @@ def test_a_server_without_images_refuses_auto(scenario: Path, tmp_path: Path) ->
     with pytest.raises(RequestError, match="run `lightcl analyse` where images are"):
         open_remote_run(RunFolder(tmp_path / "run"), asked, "flwr run", resume=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_fleet_gets_the_chosen_point(scenario: Path, tmp_path: Path) -> None:
+    grid = InProcessGrid(tmp_path / "states", 2)
+    config: dict[str, str | bool] = {
+        "scenario": str(scenario),
+        "set": "network.freeze=auto fleet.devices=2",
+        "out": str(tmp_path / "run"),
+    }
+    server(grid, Context(1, 0, {}, RecordDict(), config))
+    folder = RunFolder(tmp_path / "run")
+    assert folder.completed
+    chosen = folder.read()["scenario"]["network"]["freeze"]
+    sent = {Instruction.from_record(m.content.config_records[INSTRUCTION]).scenario for m in grid.sent}
+    assert {json.loads(text)["network"]["freeze"] for text in sent} == {chosen}
+    analysis = folder.analysis()
+    assert analysis is not None
+    assert analysis["freeze"] == chosen != "auto"
