@@ -159,6 +159,15 @@ class EdgeDevice:
         self._save()
         return self.last_report
 
+    def skip_to(self, task: int) -> None:
+        """Lets a device that has learned nothing begin with `task`, as if those before it had never been.
+
+        Raises OutOfStep where it has begun already or has no such task.
+        """
+        if self.position != self._start or not 0 <= task < len(self.stream):
+            raise OutOfStep(f"device {self.number} cannot begin with task {task}: it is at {self.position}")
+        self.position = self._start = Position(task)
+
     def _check_step(self, goal: Position) -> None:
         total = self.scenario.training.epochs
         if not (0 <= goal.task < len(self.stream) and 0 < goal.epochs <= total):
