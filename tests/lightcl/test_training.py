@@ -1,5 +1,7 @@
 """The training loop and the evaluation loop."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ def run(network: StagedResNet, epochs: int = 2, tasks: int = 2, **sections):
     method = scenario.method.build(network)
     losses = []
     for context in (toys.context(0, [0, 1]), toys.context(1, [2, 3], seen=[0, 1, 2, 3]))[:tasks]:
+        context = replace(context, augmentation=scenario.augmentation)
         optimiser = make_optimiser(method, scenario)
         network.train()
         method.begin_task(context)

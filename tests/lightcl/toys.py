@@ -110,7 +110,10 @@ def task(number: int, classes: Sequence[int], held: Source | None = None) -> Tas
 
 def context(number: int, classes: Sequence[int], seen: Sequence[int] | None = None, seed: int = 5) -> TaskContext:
     known = sorted(seen if seen is not None else classes)
-    return TaskContext(task(number, classes), torch.tensor(sorted(classes)), torch.tensor(known), 8, seed, CPU)
+    held = task(number, classes)
+    return TaskContext(
+        held, torch.tensor(sorted(classes)), torch.tensor(known), 8, seed, CPU, augmentation="crop-flip", padding=1
+    )
 
 
 def copy_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
