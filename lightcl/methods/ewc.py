@@ -10,8 +10,13 @@ F_t is the diagonal of the empirical Fisher information: the mean over training 
 log p(y|x), y being the sample's own label and p the softmax over the classes that `loss_classes` names; taken in
 evaluation mode. Everything that is trained is tied, the head included (rows of classes outside the loss have F = 0);
 batch-norm's running statistics are no parameters and drift. Deviations: at most `fisher_samples` samples are used, and
-F_t is not normalised (Schwarz et al.). λ depends on the scale of F, hence on network and data; the paper gives none for
-images. Steps grow unstable where learning_rate·λ·F_i passes 2.
+F_t is not normalised (Schwarz et al.).
+
+λ depends on the scale of F, hence on network and data. Steps grow unstable where learning_rate·λ·F_i passes 2, and some
+F_i are thousands of times the mean, so λ cannot be large: with the built-in weights at learning rate 0.01 the loss is
+lost at 200. What it buys is small with batch-norm: on the digits, five tasks, seeds 0 to 4, forgetting falls from 8.3 to
+5.1 points in TIL and from 18.0 to 17.2 in CIL. A small network trained from nothing at learning rate 0.03 forgets as
+much as with SGD: the running statistics move, and F of samples that are answered with confidence is next to nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ class EWCParameters(MethodParameters):
     """`ewc`: one quadratic penalty, whatever the number of tasks."""
 
     name: Literal["ewc"] = "ewc"
-    strength: float = Field(default=20.0, ge=0)
+    strength: float = Field(default=10.0, ge=0)
     """λ of the penalty λ/2 Σ F (θ - θ*)²."""
     gamma: float = Field(default=1.0, ge=0, le=1)
     """Share of the old Fisher information that stays with each task; 1: all tasks count alike."""

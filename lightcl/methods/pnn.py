@@ -80,15 +80,10 @@ class PNN(Method):
 
     def begin_task(self, context: TaskContext) -> None:
         if not context.is_first:
-            self._add_column()
+            self._add_column(derive(context.seed, "adapters"))
             with torch.no_grad():
                 for name, tensor in _column_state(self.network).items():
                     tensor.copy_(self.initial[name])
-            for number, weight in enumerate(self.adapters[-1].parameters()):
-                if weight.ndim > 1 and weight.count_nonzero():
-                    generator = torch.Generator().manual_seed(derive(context.seed, "adapter", number))
-                    drawn = torch.randn(weight.shape, generator=generator) * (2 / weight.shape[1]) ** 0.5
-                    weight.data.copy_(drawn)
         self.classes.append(context.task_classes)
 
     def loss(self, batch: Batch, context: TaskContext) -> Tensor:
@@ -120,9 +115,10 @@ class PNN(Method):
         if k == 0:
             return maps[k]
         with torch.set_grad_enabled(torch.is_grad_enabled() and k == len(self.frozen)):
-            return maps[k] + self.adapters[k][boundary](torch.cat(maps[:k], 1))
+            lateral: Tensor = self.adapters[k][boundary](torch.cat(maps[:k], 1))
+            return maps[k] + lateral
 
-    def _add_column(self) -> None:
+    def _add_column(self, seed: int) -> None:
         """Freezes the network as it is and gives it adapters to all columns so far."""
         shared = {id(module): module for _, module in self.network.prefix.named_modules()}
         column = copy.deepcopy(self.network, shared)
@@ -136,6 +132,7 @@ class PNN(Method):
             weight.grad = None
         new = nn.ModuleDict()
         with torch.random.fork_rng(devices=[]):  # constructors draw from the global generator
+            torch.manual_seed(seed)
             for boundary, channels in _channels_at(self.network, self.boundaries).items():
                 new[boundary] = Adapter(channels * len(self.frozen), channels)
         self.adapters.append(new.to(self.network.fc.weight.device))
@@ -152,7 +149,7 @@ class PNN(Method):
         self.frozen, self.adapters = [], [nn.ModuleDict()]
         self.classes = [state[f"classes/{task}"] for task in range(sum(k.startswith("classes/") for k in state))]
         for _ in self.classes[1:]:
-            self._add_column()
+            self._add_column(seed=0)
         with torch.no_grad():
             for name, tensor in self.state_dict().items():
                 tensor.copy_(state[name])

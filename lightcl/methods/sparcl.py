@@ -30,16 +30,17 @@ from typing import Literal, Self
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lightcl.data.tasks import Batch, Samples, TaskContext
 from lightcl.methods.base import Method, StepCost
 from lightcl.methods.derpp import DERpp, DERppKeys
+from lightcl.methods.dynamic_masks import DynamicMasks
 from lightcl.methods.er import ER
 from lightcl.methods.reservoir import Replay, ReplayParameters
-from lightcl.networks.resnet import BasicBlock, StagedResNet
-from lightcl.seeds import numpy_generator, torch_generator
+from lightcl.networks.resnet import StagedResNet
+from lightcl.seeds import derive
 
 IMPORTANCE_SAMPLES = 128
 
@@ -94,9 +95,7 @@ class Sparse(Replay):
     def __init__(self, network: StagedResNet, parameters: SparseParameters) -> None:
         super().__init__(network, parameters)
         self.sparse = parameters
-        self.weights = _maskable(network)
-        self.masks: dict[str, Tensor] = {}  # boolean, True where the weight is there
-        self.updated: dict[str, Tensor] = {}  # boolean, True where its gradient is kept
+        self.masks = DynamicMasks(network, parameters.sparsity, parameters.updated)
         self.kept = torch.zeros(0, dtype=torch.int64)  # positions of the task's samples that are still trained on
         self.wrong = torch.zeros(0, dtype=torch.int64)  # how often each sample of the task was misclassified
 
@@ -104,13 +103,11 @@ class Sparse(Replay):
         super().begin_task(context)
         self.kept = torch.arange(len(context.task.train), device=context.device)
         self.wrong = torch.zeros_like(self.kept)
-        if not self.masks:
-            there = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self.weights.items()}
-            self.masks = {n: strongest(w.abs(), there[n], self._size(n)) for n, w in self.weights.items()}
-            self._zero()
+        if not self.masks.there:
+            self.masks.start()
         else:
-            self._grow(context, "task", self.sparse.inter_task)
-        self._hold_back(self.gradients(context))
+            self.masks.grow(derive(context.seed, "new task"), self.sparse.inter_task)
+        self.masks.choose_updated(self.gradients(context))
 
     def select(self, samples: Samples, context: TaskContext, epoch: int) -> Samples:
         return super().select(samples.only(self.kept.cpu().numpy()), context, epoch)
@@ -119,42 +116,42 @@ class Sparse(Replay):
         loss = super().loss(batch, context)
         if batch.members is not None and self.logits is not None:
             positions = self.kept[batch.members.to(context.device)]
-            self.wrong[positions] += (self._answers(self.logits, context) != batch.labels).long()
+            self.wrong[positions] += (self.answers(self.logits, context) != batch.labels).long()
         return loss
 
-    @torch.no_grad()
     def before_step(self, batch: Batch, context: TaskContext) -> None:
-        for name, weight in self.weights.items():
-            if weight.grad is not None:
-                weight.grad.mul_(self.updated[name])
+        self.masks.mask_gradients_()
 
     def after_step(self, batch: Batch, context: TaskContext) -> None:
         super().after_step(batch, context)
-        self._zero()
+        self.masks.zero_()
 
     def end_epoch(self, context: TaskContext, epoch: int) -> None:
         done = epoch + 1
         if done % self.sparse.interval or done == context.epochs:
             return
         gradients = self.gradients(context)
-        self._shrink(gradients, self.sparse.intra_task)
-        self._grow(context, epoch, 0.0)
-        self._hold_back(gradients)
-        stages = [e for e in range(1, context.epochs) if self._removes_after(e, context)]
+        self.masks.shrink(self.importance(gradients), self.sparse.intra_task)
+        self.masks.grow(derive(context.seed, "epoch", epoch))
+        self.masks.choose_updated(gradients)
+        removing = range(self.sparse.interval, context.epochs, self.sparse.interval)
+        stages = [stage for stage in removing if stage <= self.sparse.removal_until * context.epochs]
         if done in stages:
             share = self.sparse.removed_data * (stages.index(done) + 1) / len(stages)
-            self._remove_data(len(self.wrong) - round(share * len(self.wrong)), context, epoch)
+            self.remove_data(round(share * len(self.wrong)), derive(context.seed, "removal", epoch))
 
     def end_task(self, context: TaskContext) -> None:
         super().end_task(context)
-        self._shrink(self.gradients(context), 0.0)
+        self.masks.shrink(self.importance(self.gradients(context)))
         self.kept, self.wrong = self.kept[:0], self.wrong[:0]
 
-    # -- importance --------------------------------------------------------------------------------------------
+    def importance(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """CWI of every maskable weight, by name."""
+        return {name: weight.detach().abs() + gradients[name] for name, weight in self.masks.weights.items()}
 
     def gradients(self, context: TaskContext) -> dict[str, Tensor]:
-        """CGI: α·|∂L̃(new task)/∂w| + β·|∂L(buffer)/∂w| of every maskable weight, by name."""
-        names, weights = list(self.weights), list(self.weights.values())
+        """CGI of every maskable weight, by name."""
+        weights = list(self.masks.weights.values())
         if not weights:  # everything but the head is frozen
             return {}
         was_training = self.network.training
@@ -162,81 +159,36 @@ class Sparse(Replay):
         new = context.sample(IMPORTANCE_SAMPLES, purpose="importance")
         logits = self.network(new.images)[:, context.task_classes].float()
         loss = F.cross_entropy(logits, context.position_of(new.labels, context.task_classes))
-        parts = torch.autograd.grad(loss, weights)
-        total = [self.sparse.importance_new * part.abs() for part in parts]
+        total = [self.sparse.importance_new * part.abs() for part in torch.autograd.grad(loss, weights)]
         if len(self.buffer):
-            rows = self.buffer.rows
-            loss = self.replay_cross_entropy(self.network(rows["images"]), rows["labels"], context)
+            old = self.buffer.rows
+            loss = self.replay_cross_entropy(self.network(old["images"]), old["labels"], context)
             for entry, part in zip(total, torch.autograd.grad(loss, weights), strict=True):
                 entry.add_(part.abs(), alpha=self.sparse.importance_old)
         self.network.train(was_training)
-        return dict(zip(names, total, strict=True))
+        return dict(zip(self.masks.weights, total, strict=True))
 
-    # -- masks -------------------------------------------------------------------------------------------------
-
-    def _size(self, name: str, further: float = 0.0) -> int:
-        """How many weights of a layer may be there: its share 1 - sparsity, and `further` of all its weights."""
-        return round((1 - self.sparse.sparsity + further) * self.weights[name].numel())
-
-    @torch.no_grad()
-    def _shrink(self, gradients: Mapping[str, Tensor], below: float) -> None:
-        """Drops the weights with the lowest CWI until a layer is `below` its size."""
-        for name, weight in self.weights.items():
-            importance = weight.abs() + gradients[name]
-            self.masks[name] = strongest(importance, self.masks[name], max(1, self._size(name, -below)))
-        self._zero()
-
-    def _grow(self, context: TaskContext, when: int | str, further: float) -> None:
-        """Adds weights drawn at random, at zero, until a layer is `further` above its size."""
-        for name, mask in self.masks.items():
-            free = (~mask).flatten().nonzero().flatten()
-            order = torch.randperm(len(free), generator=torch_generator(context.seed, "grow", when, name))
-            missing = max(0, self._size(name, further) - int(mask.sum()))
-            grown = mask.flatten().clone()
-            grown[free[order[:missing].to(free.device)]] = True
-            self.masks[name] = grown.view_as(mask)
-
-    def _hold_back(self, gradients: Mapping[str, Tensor]) -> None:
-        """Of the weights that are there, those with the highest CGI are updated."""
-        for name, mask in self.masks.items():
-            self.updated[name] = strongest(gradients[name], mask, round(self.sparse.updated * mask.numel()))
-
-    @torch.no_grad()
-    def _zero(self) -> None:
-        for name, weight in self.weights.items():
-            weight.mul_(self.masks[name])
-
-    # -- data --------------------------------------------------------------------------------------------------
-
-    def _removes_after(self, epochs: int, context: TaskContext) -> bool:
-        return epochs % self.sparse.interval == 0 and epochs <= self.sparse.removal_until * context.epochs
-
-    def _remove_data(self, left: int, context: TaskContext, epoch: int) -> None:
-        """Keeps the `left` samples that were misclassified most often; ties are drawn by seed."""
+    def remove_data(self, removed: int, seed: int) -> None:
+        """Leaves out the `removed` samples that were misclassified least often; ties are drawn by seed."""
         wrong = self.wrong[self.kept].cpu().numpy()
-        ties = numpy_generator(context.seed, "removal", epoch).permutation(len(wrong))
-        hardest = np.lexsort((ties, -wrong))[: max(2, left)]
+        ties = np.random.default_rng(seed).permutation(len(wrong))
+        hardest = np.lexsort((ties, -wrong))[: max(2, len(self.wrong) - removed)]
         self.kept = self.kept[torch.from_numpy(np.sort(hardest)).to(self.kept.device)]
 
-    def _answers(self, logits: Tensor, context: TaskContext) -> Tensor:
-        """The class with the highest logit among those in the loss; `[N]`."""
+    def answers(self, logits: Tensor, context: TaskContext) -> Tensor:
+        """The class `[N]` with the highest logit among those in the loss."""
         if self.loss_classes == "all":
             return logits.argmax(1)
         classes = context.task_classes if self.loss_classes == "task" else context.seen_classes
         return classes[logits[:, classes].argmax(1)]
 
-    # -- state -------------------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Tensor]:
-        state = super().state_dict() | {"kept": self.kept, "wrong": self.wrong}
-        state |= {f"mask/{name}": mask for name, mask in self.masks.items()}
-        return state | {f"updated/{name}": mask for name, mask in self.updated.items()}
+        return super().state_dict() | self.masks.state_dict() | {"kept": self.kept, "wrong": self.wrong}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         super().load_state_dict(state)
+        self.masks.load_state_dict(state)
         self.kept, self.wrong = state["kept"], state["wrong"]
-        self.masks = {k.removeprefix("mask/"): v for k, v in state.items() if k.startswith("mask/")}
-        self.updated = {k.removeprefix("updated/"): v for k, v in state.items() if k.startswith("updated/")}
 
 
 class SparCLERParameters(SparseParameters):
@@ -270,21 +222,3 @@ class SparCLER(Sparse, ER):
 
 class SparCLDERpp(Sparse, DERpp):
     pass
-
-
-def strongest(scores: Tensor, among: Tensor, count: int) -> Tensor:
-    """Boolean mask, of the shape of both, of the `count` highest scores where `among` is True (all, if fewer)."""
-    ranked = scores.masked_fill(~among, float("-inf")).flatten()
-    chosen = torch.zeros_like(among.flatten())
-    order = ranked.sort(descending=True, stable=True).indices
-    chosen[order[: min(count, int(among.sum()))]] = True
-    return chosen.view_as(among)
-
-
-def _maskable(network: StagedResNet) -> dict[str, nn.Parameter]:
-    """The 3x3 convolutions' weights of the trained blocks, by name."""
-    found: dict[str, nn.Parameter] = {}
-    for name, module in network.suffix.named_modules():
-        if isinstance(module, BasicBlock):
-            found |= {f"{name}.{n}": w for n, w in module.named_parameters() if n in ("conv1.weight", "conv2.weight")}
-    return found
