@@ -3,13 +3,14 @@
 Rusu et al.: "Progressive Neural Networks", 2016 (arXiv 1606.04671), equation 2. At each boundary between layers, and
 before the head, column k gets beside its own feature map h_k those of the columns before it, through an adapter:
 
-    h_k <- h_k + U·relu(V·[h_1, ..., h_(k-1)]),    U and V 1x1 convolutions, V to as many channels as h_k has
+    h_k <- h_k + U·relu(norm(V·[h_1, ..., h_(k-1)])),    U and V 1x1 convolutions, V to as many channels as h_k has
 
 Earlier columns are frozen, their batch-norm included, so nothing is forgotten; the task has to be known (TIL only).
 
 Deviations: the lateral term is added to a layer's input, where a residual block's convolutions and its shortcut both
-see it, and not to one pre-activation inside; the paper's scale α of the earlier columns is part of V; U starts at zero
-and every column from the same initial (pre-trained) weights, so a new column starts as that network. Columns are copies
+see it, and not to one pre-activation inside; batch-norm takes the place of the paper's learned scale α (without either
+the sum over several columns makes training diverge); U starts at zero and every column from the same initial
+(pre-trained) weights, so a new column starts as that network. Columns are copies
 of suffix and head: a frozen prefix is shared by all of them, which is exact where its batch-norm is frozen too. The
 boundary at the suffix's input has no adapter, since all columns have the same input there.
 
@@ -51,17 +52,18 @@ class PNNParameters(MethodParameters):
 
 
 class Adapter(nn.Module):
-    """U·relu(V·h): feature maps of earlier columns `[N, C_before, H, W]` to `[N, C, H, W]`; zero until trained."""
+    """U·relu(norm(V·h)): feature maps of earlier columns `[N, C_before, H, W]` to `[N, C, H, W]`; zero until trained."""
 
     def __init__(self, before: int, channels: int) -> None:
         super().__init__()
-        self.v = nn.Conv2d(before, channels, 1)
+        self.v = nn.Conv2d(before, channels, 1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
         self.u = nn.Conv2d(channels, channels, 1)
         nn.init.zeros_(self.u.weight)
         nn.init.zeros_(self.u.bias)  # type: ignore[arg-type]
 
     def forward(self, h: Tensor) -> Tensor:
-        laterals: Tensor = self.u(F.relu(self.v(h)))
+        laterals: Tensor = self.u(F.relu(self.norm(self.v(h))))
         return laterals
 
 
@@ -101,6 +103,7 @@ class PNN(Method):
     def all_logits(self, images: Tensor) -> list[Tensor]:
         """`[N, head]` of every column, the network's last; only that one has a graph."""
         columns = [*self.frozen, self.network]
+        self.adapters[-1].train(self.network.training)
         maps = [self.network.features(images)] * len(columns)
         for block in self.network.suffix.blocks:
             for k, column in enumerate(columns):
@@ -127,6 +130,7 @@ class PNN(Method):
             weight.grad = None
         column.suffix.train(False)
         self.frozen.append(column)
+        self.adapters[-1].eval()
         for weight in self.adapters[-1].parameters():
             weight.requires_grad_(False)
             weight.grad = None

@@ -39,6 +39,9 @@ def stir_(method: PNN, column: int) -> None:
     with torch.no_grad():
         for weight in method.adapters[column].parameters():
             weight.copy_(torch.randn(weight.shape, generator=generator))
+        for norm in (adapter.norm for adapter in method.adapters[column].values()):
+            norm.running_mean.copy_(torch.randn(norm.running_mean.shape, generator=generator))
+            norm.running_var.copy_(1 + torch.rand(norm.running_var.shape, generator=generator))
 
 
 def test_first_column_is_the_network():
@@ -74,7 +77,7 @@ def test_old_answers_never_change(freeze):
 
 
 def test_lateral_connection_by_the_formula():
-    """h_2 + U·relu(V·[h_0, h_1]) before the head, position by position, from the columns' own suffixes."""
+    """h_2 + U·relu(norm(V·[h_0, h_1])) before the head, position by position, from the columns' own suffixes."""
     method = make()
     for context in (FIRST, SECOND):
         learn(method, context)
@@ -89,7 +92,10 @@ def test_lateral_connection_by_the_formula():
         def lateral(k: int) -> torch.Tensor:
             adapter = method.adapters[k]["layer4"]
             v, u = adapter.v.weight[:, :, 0, 0], adapter.u.weight[:, :, 0, 0]
-            inner = torch.einsum("oc,nchw->nohw", v, torch.cat(h[:k], 1)) + adapter.v.bias[:, None, None]
+            inner = torch.einsum("oc,nchw->nohw", v, torch.cat(h[:k], 1))
+            mean, deviation = adapter.norm.running_mean, (adapter.norm.running_var + 1e-5).sqrt()
+            weight, bias = adapter.norm.weight, adapter.norm.bias
+            inner = torch.einsum("nchw,c->nchw", inner - mean[:, None, None], weight / deviation) + bias[:, None, None]
             return torch.einsum("oc,nchw->nohw", u, inner.clamp(min=0)) + adapter.u.bias[:, None, None]
 
         expected = [columns[k].fc((h[k] + (lateral(k) if k else 0)).mean((2, 3))) for k in range(3)]
@@ -123,7 +129,8 @@ def test_only_the_last_column_and_its_adapters_are_trained():
     assert {"adapter.layer4.u.weight", "adapter.layer4.v.weight", "layer4.0.conv1.weight"} <= with_gradient
     for column in method.frozen:
         assert all(p.grad is None for p in (*column.suffix.parameters(), *column.head.parameters()))
-    toys.assert_same(method.state_dict(), before)  # batch-norm of the earlier columns included
+    moved = toys.changed(method.state_dict(), before)  # batch-norm of the earlier columns must not
+    assert moved == {f"adapter/2/layer4.norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
 
 
 def test_columns_share_a_frozen_prefix():
