@@ -7,12 +7,14 @@ from lightcl.methods.ewc import EWCParameters
 from lightcl.methods.fdr import FDRParameters
 from lightcl.methods.joint import JointParameters
 from lightcl.methods.lightcl import LightCLParameters
+from lightcl.methods.lightcl_plus import LightCLPlusParameters
 from lightcl.methods.pnn import PNNParameters
 from lightcl.methods.sgd import SGDParameters
 from lightcl.methods.sparcl import SparCLDERppParameters, SparCLERParameters
 
 AnyMethod = (
     LightCLParameters
+    | LightCLPlusParameters
     | SGDParameters
     | JointParameters
     | EWCParameters
@@ -32,6 +34,7 @@ __all__ = [
     "FDRParameters",
     "JointParameters",
     "LightCLParameters",
+    "LightCLPlusParameters",
     "Method",
     "MethodParameters",
     "PNNParameters",

@@ -52,7 +52,7 @@ class PNNParameters(MethodParameters):
 
 
 class Adapter(nn.Module):
-    """U·relu(norm(V·h)): feature maps of earlier columns `[N, C_before, H, W]` to `[N, C, H, W]`; zero until trained."""
+    """U·relu(norm(V·h)): feature maps of earlier columns `[N, C', H, W]` to `[N, C, H, W]`; zero until trained."""
 
     def __init__(self, before: int, channels: int) -> None:
         super().__init__()

@@ -38,7 +38,11 @@ def batch(rows: Sequence[int], labels: Sequence[int]) -> Batch:
 
 
 def context(
-    number: int, classes: Sequence[int], seen: Sequence[int], rows: Sequence[int] = (0, 1), labels: Sequence[int] = (1, 0)
+    number: int,
+    classes: Sequence[int],
+    seen: Sequence[int],
+    rows: Sequence[int] = (0, 1),
+    labels: Sequence[int] = (1, 0),
 ) -> TaskContext:
     """A task whose training samples are these rows with these labels."""
     images = np.array(rows, dtype=np.uint8).reshape(-1, 1, 1, 1)

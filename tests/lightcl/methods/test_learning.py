@@ -69,7 +69,11 @@ def test_columns_forget_nothing(tmp_path, sgd):
 
 def test_ewc_forgets_less(tmp_path):
     """Only where the network is pre-trained, and not by much (docstring of lightcl/methods/ewc.py)."""
-    sections = {"network": {"weights": "builtin", "width": None}, "training": {"epochs": 5, "batch_size": 16}, "seed": 3}
+    sections = {
+        "network": {"weights": "builtin", "width": None},
+        "training": {"epochs": 5, "batch_size": 16},
+        "seed": 3,
+    }
     plain = learn(tmp_path / "sgd", {"name": "sgd"}, **sections)
     given = learn(tmp_path / "ewc", {"name": "ewc", "fisher_samples": 60}, **sections)
     assert plain.til_forgetting > 0.1

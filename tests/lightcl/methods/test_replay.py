@@ -123,7 +123,12 @@ def test_all_samples_pass_as_one_batch(parameters):
 
 @pytest.mark.parametrize(
     ("parameters", "replayed", "logits"),
-    [(ERParameters(), 15, 0), (FDRParameters(), 15, 15), (DERppParameters(), 30, 15), (ERParameters(minibatch_size=4), 4, 0)],
+    [
+        (ERParameters(), 15, 0),
+        (FDRParameters(), 15, 15),
+        (DERppParameters(), 30, 15),
+        (ERParameters(minibatch_size=4), 4, 0),
+    ],
 )
 def test_cost(parameters, replayed, logits):
     cost = parameters.cost()

@@ -1,4 +1,4 @@
-"""The reservoir: every sample has the same chance, the same seeds give the same buffer, and a restart is not noticed."""
+"""The reservoir: every sample has the same chance, equal seeds give equal buffers, and a restart is not noticed."""
 
 import numpy as np
 import pytest
