@@ -60,6 +60,7 @@ def prepare(scenario: Scenario) -> Prepared:
     for device, share in enumerate(shares):
         build_stream(scenario, source, share, device)
     network = build_network(scenario, in_channels=source.channels, classes=len(source.classes))
+    scenario.method.build(network)  # a method may refuse a network
     if scenario.server.aggregation != "none" and not outgoing(network, scenario.server.aggregation):
         raise RequestError(
             f"server.aggregation {scenario.server.aggregation!r} has nothing to share: every block is frozen"

@@ -3,15 +3,17 @@
 from lightcl.methods.base import Method, MethodParameters
 from lightcl.methods.joint import JointParameters
 from lightcl.methods.lightcl import LightCLParameters
+from lightcl.methods.lightcl_plus import LightCLPlusParameters
 from lightcl.methods.lightcl_sparse import LightCLSparseParameters
 from lightcl.methods.sgd import SGDParameters
 
-AnyMethod = LightCLParameters | LightCLSparseParameters | SGDParameters | JointParameters
+AnyMethod = LightCLParameters | LightCLSparseParameters | LightCLPlusParameters | SGDParameters | JointParameters
 
 __all__ = [
     "AnyMethod",
     "JointParameters",
     "LightCLParameters",
+    "LightCLPlusParameters",
     "LightCLSparseParameters",
     "Method",
     "MethodParameters",
