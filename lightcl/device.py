@@ -22,7 +22,7 @@ from lightcl.data.sources import Source, load_source
 from lightcl.data.streams import build_stream
 from lightcl.data.tasks import TaskContext, TaskStream
 from lightcl.errors import RequestError
-from lightcl.exchange import Arrays, adopt_, outgoing
+from lightcl.exchange import Arrays, adopt_, outgoing, outgoing_statistics
 from lightcl.metrics import AccuracyMatrix
 from lightcl.networks.build import build_network
 from lightcl.networks.weights import digest
@@ -159,6 +159,15 @@ class EdgeDevice:
         self._save()
         return self.last_report
 
+    def skip_to(self, task: int) -> None:
+        """Lets a device that has learned nothing begin with `task`, as if those before it had never been.
+
+        Raises OutOfStep where it has begun already or has no such task.
+        """
+        if self.position != self._start or not 0 <= task < len(self.stream):
+            raise OutOfStep(f"device {self.number} cannot begin with task {task}: it is at {self.position}")
+        self.position = self._start = Position(task)
+
     def _check_step(self, goal: Position) -> None:
         total = self.scenario.training.epochs
         if not (0 <= goal.task < len(self.stream) and 0 < goal.epochs <= total):
@@ -203,7 +212,7 @@ class EdgeDevice:
     def receive(self, arrays: Mapping[str, np.ndarray], version: int) -> None:
         """Takes over shared tensors of a newer version. Raises ExchangeError and changes nothing."""
         if version > self.version:
-            adopt_(self.network, arrays, self.scenario.server.aggregation)
+            adopt_(self.method, arrays, self.scenario.server.aggregation)
             self.version = version
             self._save()
 
@@ -226,7 +235,11 @@ class EdgeDevice:
             )
 
     def outgoing(self) -> Arrays:
-        return outgoing(self.network, self.scenario.server.aggregation)
+        """What goes to the server; the statistics only with the answer that finishes a task."""
+        finished = self.position.epochs == self.scenario.training.epochs
+        return outgoing(self.network, self.scenario.server.aggregation) | (
+            outgoing_statistics(self.method) if finished else {}
+        )
 
     # -- state -------------------------------------------------------------------------------------------------
 

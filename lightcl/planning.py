@@ -125,7 +125,8 @@ def _sparsities(method: LightCLParameters) -> Iterator[tuple[float, LightCLParam
     shared = {key: getattr(method, key) for key in LightCLParameters.model_fields if key != "name"}
     for sparse in method_types():
         default = sparse.model_fields[SPARSITY_KEY].get_default() if SPARSITY_KEY in sparse.model_fields else None
-        if issubclass(sparse, LightCLParameters) and isinstance(default, Mapping):
+        # Only a sparse form of this very method: another one would give up more than channels.
+        if issubclass(sparse, type(method)) and isinstance(default, Mapping):
             for share in SPARSITIES:
                 scaled = {layer: round(share * value, 4) for layer, value in default.items()}
                 yield share, sparse.model_validate(shared | {SPARSITY_KEY: scaled})

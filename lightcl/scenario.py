@@ -92,7 +92,12 @@ class Network(Section):
     stem: Stem | None = None
     """Default: that of the weights file, else cifar."""
     freeze: str | None = None
-    """The last frozen block (stem, layer1.0 ... layer4.1), a whole layer, or none; default: the method's own."""
+    """The last frozen block (stem, layer1.0 ... layer4.1), a whole layer, none, or auto: chosen by an analysis of
+    device 0's stream before the run (docs/generalizability.md); default: the method's own."""
+    freeze_threshold: float = Field(default=0.94, ge=0, le=1)
+    """With `freeze: auto`: the memory stability and learning plasticity that a block needs to be frozen."""
+    analysis_epochs: int = Field(default=5, ge=1)
+    """Epochs a task of the analysis, and no more than `training.epochs`."""
     frozen_batch_norm: Literal["eval", "train"] | None = None
     """eval: frozen whole (ours); train: batch statistics that drift (the paper's code); default: the method's own."""
     weights: str = "builtin"

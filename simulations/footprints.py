@@ -14,9 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lightcl.data.partition import share_of
-from lightcl.data.sources import load_source
+from lightcl.data.sources import Source, load_source
 from lightcl.data.streams import build_stream
-from lightcl.data.tasks import TaskStream
 from lightcl.device import choose_accelerator
 from lightcl.errors import RequestError, nearest
 from lightcl.footprint import CATEGORIES, Footprint, footprint, workload_of
@@ -65,16 +64,12 @@ def footprint_run(
     if picture and picture.suffix.lower() != ".png":
         raise RequestError(f"--picture {picture}: a picture is written as .png")
     source = load_source(scenario.source_request())
-    height, width = source.train.images.shape[1:3]
-    image = (source.channels, int(height), int(width))
     results = []
     for name in names:
         if measuring:
             console.print(f"measuring {name} in fresh processes ...", style="dim", highlight=False)
-        variant = as_method(scenario, name)
-        share = share_of(source, variant.fleet, variant.seed, device)
-        stream = build_stream(variant, source, share, device)
-        results.append(_footprint_of(variant, stream, image, measuring))
+        results.append(footprint_of(as_method(scenario, name), source, device, measuring))
+    image = _image_of(source)
     if json_to:
         _write_json({"command": command, "image": image, "methods": [r.to_json() for r in results]}, json_to)
     if json_to != "-":
@@ -104,8 +99,15 @@ def as_method(scenario: Scenario, name: str) -> Scenario:
     return Scenario.model_validate(values)
 
 
-def _footprint_of(scenario: Scenario, stream: TaskStream, image: Image, measuring: bool) -> MethodFootprint:
-    classes = stream.head_classes
+def _image_of(source: Source) -> Image:
+    height, width = source.train.images.shape[1:3]
+    return (source.channels, int(height), int(width))
+
+
+def footprint_of(scenario: Scenario, source: Source, device: int, measuring: bool) -> MethodFootprint:
+    """The count for one device's stream and, where asked, the measurement, which takes fresh processes."""
+    stream = build_stream(scenario, source, share_of(source, scenario.fleet, scenario.seed, device), device)
+    image, classes = _image_of(source), stream.head_classes
     network = build_network(scenario, in_channels=image[0], classes=classes)
     cost, accelerator = scenario.method.cost(), choose_accelerator(scenario.runtime.accelerator).type
     counted = footprint(network, cost, workload_of(scenario, stream, image, accelerator))
@@ -179,7 +181,6 @@ def _memory_table(results: Sequence[MethodFootprint], reference: MethodFootprint
     if pairs:
         table.add_row("while testing", *(f"{m.evaluation / MIB:.1f}" for m, _ in pairs))
         table.add_row("process over idle", *(_mib(m.resident) for m, _ in pairs))
-        table.add_row("  while preparing", *(_mib(m.resident_preparing) for m, _ in pairs))
     table.add_section()
     table.add_row("FLOPs of a step", *(f"{r.shown.step_flops:.3g}" for r in results))
     table.add_row("FLOPs of training", *(f"{r.counted.training_flops:.3g}" for r in results))
@@ -224,8 +225,8 @@ def table1_run(*, json_to: str | None, console: Console) -> None:
             console.print(f"[bold]{_label(row)}[/]: {row.note}.", highlight=False)
     console.print(
         "theory: the paper's rule (lightcl/footprint/paper.py). own: this project's count of the same training; memory "
-        "is the peak of a step of what really runs, so all that batch-norm and ReLU keep and temporaries are in it; "
-        "masked weights (SparCL) save none of it.",
+        "is the peak of a step of what really runs, so all maps that batch-norm and ReLU keep and temporaries are in "
+        "it; masked weights (SparCL) save none of it.",
         style="dim", highlight=False,
     )  # fmt: skip
 

@@ -61,11 +61,32 @@ def train(
     from simulations.runs import train_run
 
     loaded = load_scenario(scenario, changes or [])
-    if device >= loaded.fleet.devices:
-        count = loaded.fleet.devices
-        raise RequestError(f"--device {device}: the fleet has {count} devices (allowed: 0 to {count - 1})")
+    _check_device(device, loaded)
     path = out_folder or _default_folder(loaded, f"-device-{device}")
     train_run(loaded, device, path, command=_command(), resume=resume, overwrite=overwrite, console=out)
+
+
+@app.command()
+def analyse(
+    scenario: ScenarioFile, changes: Changes = None,
+    device: Annotated[int, typer.Option("--device", min=0, help="Whose stream is analysed")] = 0,
+    threshold: Annotated[
+        float | None,
+        typer.Option("--threshold", min=0, max=1, help="What a block needs to be frozen; network.freeze_threshold"),
+    ] = None,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder; default: runs/<scenario's name>-<seed>-analysis-<device>")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the analysis in --out")] = False,
+) -> None:  # fmt: skip
+    """Measure how general every block is on one device's stream, and name a freeze point."""
+    from simulations.runs import analyse_run
+
+    given = [] if threshold is None else [f"network.freeze_threshold={threshold}"]
+    loaded = load_scenario(scenario, [*(changes or []), *given])
+    _check_device(device, loaded)
+    path = out_folder or _default_folder(loaded, f"-analysis-{device}")
+    analyse_run(loaded, device, path, command=_command(), overwrite=overwrite, console=out)
 
 
 @app.command()
@@ -185,6 +206,49 @@ def pretrain(
         source=source, path=path, data_name=data_name, file=weights, width=width, stem=stem, image_size=image_size,
         epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, fp32=fp32, flip=not no_flip, seed=seed,
         threads=threads, overwrite=overwrite, command=_command(), console=out,
+    )  # fmt: skip
+
+
+def _check_device(number: int, scenario: Scenario) -> None:
+    count = scenario.fleet.devices
+    if number >= count:
+        raise RequestError(f"--device {number}: the fleet has {count} devices (allowed: 0 to {count - 1})")
+
+
+bench = typer.Typer(help="Benchmarks of methods on a scenario.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.callback()
+def _bench() -> None:
+    """Benchmarks of methods on a scenario."""
+
+
+@bench.command("table1")
+def bench_table1(
+    scenario: ScenarioFile, changes: Changes = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from the scenario's on")] = 5,
+    methods: Annotated[str | None, typer.Option(help="Methods by comma; default: all")] = None,
+    device: Annotated[
+        int | None, typer.Option("--device", min=0, help="One device of the fleet; default: all of them, with Flower")
+    ] = None,
+    out_folder: Annotated[Path | None, typer.Option("--out", help="Default: runs/table1-<scenario's name>")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the benchmark in --out")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the benchmark in --out")] = False,
+    only_table: Annotated[bool, typer.Option("--only-table", help="Run nothing: the table of what there is")] = False,
+) -> None:  # fmt: skip
+    """Run the methods of the paper's Table 1 on one stream: accuracy, forgetting, FLOPs and memory, side by side.
+
+    Each method has its own defaults; the scenario's method section holds for its own method.
+    """
+    from simulations.bench import bench_run
+
+    loaded = load_scenario(scenario, changes or [])
+    path = out_folder or Path("runs") / f"table1-{loaded.name}"
+    bench_run(
+        loaded, seeds=seeds, methods=methods, device=device, out_folder=path, jobs=jobs, resume=resume,
+        overwrite=overwrite, only_table=only_table, command=_command(), console=out,
     )  # fmt: skip
 
 

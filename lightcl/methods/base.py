@@ -70,6 +70,11 @@ class MethodParameters(BaseModel):
         return True
 
     @property
+    def sums_statistics(self) -> bool:
+        """Whether devices send statistics of a finished task, for the server to add up and solve a head from."""
+        return False
+
+    @property
     def joint(self) -> bool:
         """Whether all tasks are learned together, as one."""
         return False
@@ -123,6 +128,17 @@ class Method:
         """Logits `[N, head]` of uint8 images; the network is in evaluation mode and gradients are off."""
         logits: Tensor = self.network(images)
         return logits
+
+    def statistics(self) -> dict[str, Tensor]:
+        """What the last finished task adds to the sums of the fleet, in fp64; only of methods that sum statistics."""
+        return {}
+
+    def shared_head(self, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The server's part: a head solved from the sum of all devices' `statistics`."""
+        return {}
+
+    def adopt_head_(self, head: Mapping[str, Tensor]) -> None:
+        """Takes over the fleet's head."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything a restarted device needs, as tensors."""

@@ -7,7 +7,13 @@ share of the remaining channels.
 
 Deviations: the channels are removed physically and not masked (lightcl/pruning.py says how shortcuts are treated). In
 the paper's code layer3's second block is trained in the first task; here the prefix is the same on every device for
-good, so a freeze point does not move during a stream. `network.freeze: layer3.0` trains that block throughout.
+good, so a freeze point does not move during a stream. `network.freeze: layer3.0` trains that block throughout; with
+`preset: paper` or `memory_batch_norm: train`, as the running statistics of a just pruned block are too far off for the
+patterns to be held by them (the loss diverged in our runs).
+
+What it costs: nothing heals a pruned prefix that stays frozen. On the shipped weights the variances that batch-norm
+meets after pruning are a tenth of those it has stored, and accuracy falls much further than the paper's. Batch
+statistics in the prefix (`preset: paper`, or `network.frozen_batch_norm: train`) win some of it back.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightcl.errors import RequestError
 from lightcl.networks.resnet import StagedResNet, Stem
 from lightcl.networks.weights import find_builtin, load_tensors, read_torchvision, read_weights
 from lightcl.scenario import Scenario
@@ -23,6 +24,11 @@ def build_network(scenario: Scenario, *, in_channels: int, classes: int) -> Stag
     cannot shape it as asked.
     """
     section, method = scenario.network, scenario.method
+    if section.freeze == "auto":
+        raise RequestError(
+            "network.freeze is 'auto', but a network needs a block: the server chooses it before a run starts; without "
+            "one, run `lightcl analyse` and write the point it names into the scenario"
+        )
     stored: Mapping[str, Tensor] = {}
     if section.weights == "builtin":
         stored = read_weights(find_builtin())

@@ -206,6 +206,12 @@ class StagedResNet(nn.Module):
             return (("conv1", self.conv1), ("bn1", self.bn1))
         return ((name, self.get_submodule(name)),)
 
+    def map_channels(self, name: str) -> int:
+        """Channels of a feature map, e.g. of `layer3.1.relu2`."""
+        block, _, relu = name.rpartition(".relu")
+        channels: int = getattr(self.get_submodule(block), f"bn{relu}").num_features
+        return channels
+
     def run_block(self, name: str, x: Tensor, maps: FeatureMaps | None = None) -> Tensor:
         if name == "stem":
             x = F.relu(self.bn1(self.conv1(self.input_stem.normalise(x))), inplace=True)

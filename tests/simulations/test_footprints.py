@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from lightcl.footprint import measured
+from lightcl.footprint.measured import measure, measure_here
 from lightcl.scenario import load_scenario, method_names
 from simulations.footprints import as_method
-from simulations.plots import DARK, LIGHT, PART_COLOURS, footprint_bars, png
+from simulations.plots import DARK, LIGHT, footprint_bars, png
+from simulations.plots.methods import PART_COLOURS
 from tests.lightcl import toys
 from tests.simulations.test_command_line import lightcl, scenario  # noqa: F401
 
@@ -38,7 +41,18 @@ def test_json_on_the_standard_output_is_all_there_is(file, monkeypatch, capfd):
     assert (method["method"], method["freeze"]) == ("lightcl", "layer3.1")
 
 
+@pytest.mark.slow
+def test_a_fresh_process_measures_what_this_one_does(file):
+    scenario = load_scenario(file)
+    fresh = measure(scenario, (1, 8, 8), 10)
+    here = measure_here(scenario, (1, 8, 8), 10, "tensors")
+    assert fresh.training == pytest.approx(here["training"], rel=0.02)
+    assert fresh.resident is None or fresh.resident > fresh.training
+
+
 def test_measured_stands_beside_theory(file, monkeypatch, capfd):
+    # In this process: a fresh one takes ten seconds to import everything (the slow test above).
+    monkeypatch.setattr(measured, "_in_fresh_process", measured.measure_here)
     assert lightcl(monkeypatch, "footprint", file, "--methods", "sgd", "--measure", "--json", "m.json") == 0
     assert "measured / theory" in capfd.readouterr().out
     (method,) = json.loads(Path("m.json").read_text())["methods"]
