@@ -43,9 +43,9 @@ def test_json_on_the_standard_output_is_all_there_is(file, monkeypatch, capfd):
 
 @pytest.mark.slow
 def test_a_fresh_process_measures_what_this_one_does(file):
-    scenario = load_scenario(file)
-    fresh = measure(scenario, (1, 8, 8), 10)
-    here = measure_here(scenario, (1, 8, 8), 10, "tensors")
+    loaded = load_scenario(file)
+    fresh = measure(loaded, (1, 8, 8), 10)
+    here = measure_here(loaded, (1, 8, 8), 10, "tensors")
     assert fresh.training == pytest.approx(here["training"], rel=0.02)
     assert fresh.resident is None or fresh.resident > fresh.training
 
@@ -57,7 +57,6 @@ def test_measured_stands_beside_theory(file, monkeypatch, capfd):
     assert "measured / theory" in capfd.readouterr().out
     (method,) = json.loads(Path("m.json").read_text())["methods"]
     assert method["measured"]["training"] > 0
-    assert method["measured"]["resident"] is None or method["measured"]["resident"] > 2**20
     assert method["measured_over_theory"] == method["measured"]["training"] / method["theory_second_task"]["peak"]
 
 
