@@ -27,6 +27,8 @@ VARIANTS = {
     "LightCL, scale-free": ["method.preset=scale-free"],
     "LightCL, β = 0 (freezing only)": ["method.beta=0"],
     "SGD, whole network": ["method.name=sgd"],
+    "LightCL-plus": ["method.name=lightcl-plus"],
+    "LightCL-plus, one head for the fleet": ["method.name=lightcl-plus", "method.share_statistics=true"],
 }
 FIGURES = (("til", "average_accuracy"), ("til", "forgetting"), ("cil", "average_accuracy"), ("cil", "forgetting"))
 

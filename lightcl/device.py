@@ -22,10 +22,11 @@ from lightcl.data.sources import Source, load_source
 from lightcl.data.streams import build_stream
 from lightcl.data.tasks import TaskContext, TaskStream
 from lightcl.errors import RequestError
-from lightcl.exchange import Arrays, adopt_, outgoing
+from lightcl.exchange import Arrays, adopt_, outgoing, outgoing_statistics
 from lightcl.metrics import AccuracyMatrix
 from lightcl.networks.build import build_network
 from lightcl.networks.weights import digest
+from lightcl.pruning import channel_digest
 from lightcl.scenario import Scenario
 from lightcl.seeds import derive
 from lightcl.state import StateError, StateFolder
@@ -96,6 +97,7 @@ class EdgeDevice:
         self.network = build_network(scenario, in_channels=source.channels, classes=self.stream.head_classes)
         self.network.to(self.accelerator)
         self.prefix_digest = digest(self.network.prefix)
+        self.channel_digest = channel_digest(self.network)
         self.method = scenario.method.build(self.network)
         self.optimiser = make_optimiser(self.method, scenario)
         self.position = self._start = Position(self.stream.first)
@@ -210,7 +212,7 @@ class EdgeDevice:
     def receive(self, arrays: Mapping[str, np.ndarray], version: int) -> None:
         """Takes over shared tensors of a newer version. Raises ExchangeError and changes nothing."""
         if version > self.version:
-            adopt_(self.network, arrays, self.scenario.server.aggregation)
+            adopt_(self.method, arrays, self.scenario.server.aggregation)
             self.version = version
             self._save()
 
@@ -233,7 +235,11 @@ class EdgeDevice:
             )
 
     def outgoing(self) -> Arrays:
-        return outgoing(self.network, self.scenario.server.aggregation)
+        """What goes to the server; the statistics only with the answer that finishes a task."""
+        finished = self.position.epochs == self.scenario.training.epochs
+        return outgoing(self.network, self.scenario.server.aggregation) | (
+            outgoing_statistics(self.method) if finished else {}
+        )
 
     # -- state -------------------------------------------------------------------------------------------------
 
@@ -241,6 +247,7 @@ class EdgeDevice:
         return {
             "device": self.number,
             "scenario": scenario_digest(self.scenario),
+            "channels": self.channel_digest,
             "position": asdict(self.position),
             "version": self.version,
             "report": asdict(self.last_report) if self.last_report else None,
@@ -266,6 +273,11 @@ class EdgeDevice:
             raise StateError(
                 f"{self._state.folder}: holds the state of device {values['device']} under another scenario; "
                 "use another folder or remove this one"
+            )
+        if values.get("channels", self.channel_digest) != self.channel_digest:
+            raise StateError(
+                f"{self._state.folder}: was saved with other channels ({values['channels']}, now "
+                f"{self.channel_digest}): the weights that were pruned are not the same; name those of the first run"
             )
         with torch.no_grad():
             for name, target in self._changing_tensors().items():

@@ -1,9 +1,14 @@
 """Exactly what may leave a device, under which names, and how it is combined.
 
-Tensors: the suffix (parameters and batch-norm statistics) and, under `suffix+head`, the head. Never the prefix, the
-memory samples, the stored patterns, the vital masks or images. Batch-norm's integer counters stay local: averaging them
-has no meaning. Beside tensors a device sends the fields of `Greeting`, `Trained`, `Tested` and, where it refuses, of
-`Refusal` (whose reason is a text that may name a file); all of them stand in `lightcl/protocol.py`.
+Averaged: the suffix (parameters and batch-norm statistics) and, under `suffix+head`, the head. Batch-norm's integer
+counters stay local: averaging them has no meaning.
+
+Summed, under `method.share_statistics` and only with the answer that finishes a task: `statistics/...`, class sums of
+features (lightcl/closed_form.py) in fp64. Back come `fleet_head/...`, the head that the server solved from all of them.
+
+Never the prefix, the memory samples, the stored patterns, the vital masks or images. Beside tensors a device sends the
+fields of `Greeting`, `Trained`, `Tested` and, where it refuses, of `Refusal` (whose reason is a text that may name a
+file); all of them stand in `lightcl/protocol.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightcl.methods import Method
 from lightcl.networks.resnet import StagedResNet
 
 Aggregation = Literal["none", "suffix", "suffix+head"]
@@ -43,13 +49,44 @@ def outgoing(network: StagedResNet, aggregation: Aggregation) -> Arrays:
     }
 
 
-def adopt_(network: StagedResNet, arrays: Mapping[str, np.ndarray], aggregation: Aggregation) -> None:
-    """Overwrites the shared tensors with `arrays`, or raises ExchangeError and changes nothing."""
-    targets = shared_tensors(network, aggregation)
-    check(arrays, {name: tuple(tensor.shape) for name, tensor in targets.items()})
+def adopt_(method: Method, arrays: Mapping[str, np.ndarray], aggregation: Aggregation) -> None:
+    """Overwrites the network's shared tensors with `arrays` and takes over the fleet's head where it is among them.
+
+    Raises ExchangeError and changes nothing where they are not what is exchanged.
+    """
+    head, weights = split(arrays, FLEET_HEAD)
+    targets = shared_tensors(method.network, aggregation)
+    check(weights, {name: tuple(tensor.shape) for name, tensor in targets.items()})
+    if head:
+        zeros = {name: np.zeros_like(array) for name, array in outgoing_statistics(method).items()}
+        check(head, {name: array.shape for name, array in outgoing_head(method, zeros).items()})
+        method.adopt_head_({n.removeprefix(FLEET_HEAD): torch.from_numpy(np.array(a)) for n, a in head.items()})
     with torch.no_grad():
         for name, target in targets.items():
-            target.copy_(torch.from_numpy(np.ascontiguousarray(arrays[name])))
+            target.copy_(torch.from_numpy(np.ascontiguousarray(weights[name])))
+
+
+STATISTICS = "statistics/"
+FLEET_HEAD = "fleet_head/"
+
+
+def outgoing_statistics(method: Method) -> Arrays:
+    """What a finished task adds to the fleet's sums, as fp64 arrays under their names on the wire."""
+    return {f"{STATISTICS}{name}": tensor.cpu().numpy().copy() for name, tensor in method.statistics().items()}
+
+
+def outgoing_head(method: Method, totals: Mapping[str, np.ndarray]) -> Arrays:
+    """The head that the server sends for these sums, as fp32 arrays under their names on the wire."""
+    plain = {name.removeprefix(STATISTICS): torch.from_numpy(array) for name, array in totals.items()}
+    if not plain:
+        return {}
+    return {f"{FLEET_HEAD}{name}": tensor.numpy() for name, tensor in method.shared_head(plain).items()}
+
+
+def split(arrays: Mapping[str, np.ndarray], prefix: str) -> tuple[Arrays, Arrays]:
+    """Those whose names begin with `prefix`, and the others."""
+    chosen = {name: array for name, array in arrays.items() if name.startswith(prefix)}
+    return chosen, {name: array for name, array in arrays.items() if name not in chosen}
 
 
 def check(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:

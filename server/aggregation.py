@@ -1,4 +1,4 @@
-"""Averaging the shared tensors: Flower's strategies for parameters, a weighted mean for batch-norm statistics."""
+"""What a fleet shares: weights averaged by Flower's strategies (batch-norm statistics by a weighted mean), and sums."""
 
 from __future__ import annotations
 
@@ -16,7 +16,18 @@ from flwr.serverapp import strategy as strategies
 from torch import Tensor
 
 from lightcl.errors import RequestError, nearest
-from lightcl.exchange import Arrays, is_statistic, weighted_average
+from lightcl.exchange import (
+    FLEET_HEAD,
+    STATISTICS,
+    Arrays,
+    is_statistic,
+    outgoing,
+    outgoing_head,
+    outgoing_statistics,
+    split,
+    weighted_average,
+)
+from lightcl.methods import Method
 from lightcl.protocol import ARRAYS, EXAMPLES, METRICS
 from lightcl.scenario import Server
 
@@ -31,10 +42,27 @@ class Aggregator:
     is why it is built with `fraction_train=0`: it then records the current arrays and sends nothing itself.
     """
 
-    def __init__(self, section: Server, initial: Arrays) -> None:
-        self.arrays: Arrays = initial
+    def __init__(self, section: Server, method: Method) -> None:
+        self.weights: Arrays = outgoing(method.network, section.aggregation)
+        self.sums: Arrays = {name: np.zeros_like(a) for name, a in outgoing_statistics(method).items()}
+        self.head: Arrays = {}
         self.version = 0
+        self._method = method
         self._strategy = self.check(section)
+
+    @property
+    def shares(self) -> bool:
+        """Whether there is anything to share under this scenario."""
+        return bool(self.weights or self.sums)
+
+    @property
+    def arrays(self) -> Arrays:
+        """What the devices get."""
+        return self.weights | self.head
+
+    def shapes(self, finished: bool) -> dict[str, tuple[int, ...]]:
+        """What a device's answer must hold; the one that finishes a task also holds its statistics."""
+        return {name: array.shape for name, array in (self.weights | (self.sums if finished else {})).items()}
 
     @staticmethod
     def check(section: Server) -> strategies.FedAvg:
@@ -49,26 +77,38 @@ class Aggregator:
 
     def update(self, replies: Sequence[tuple[Message, Arrays, float]], round_number: int, grid: Grid) -> None:
         """Moves the shared tensors by checked `(instruction, arrays, weight)` replies of one round."""
+        sums = [split(arrays, STATISTICS)[0] for _, arrays, _ in replies]
+        weights = [(m, split(arrays, STATISTICS)[1], weight) for m, arrays, weight in replies]
+        moved = self._average([reply for reply in weights if reply[1]], round_number, grid)
+        if any(sums):
+            for name, total in self.sums.items():
+                total += np.sum([mine[name] for mine in sums if mine], axis=0)
+            self.head = outgoing_head(self._method, self.sums)
+        self.version += moved or any(sums)
+
+    def _average(self, replies: Sequence[tuple[Message, Arrays, float]], round_number: int, grid: Grid) -> bool:
+        """Moves the weights; says whether they moved."""
         if not replies:
-            return
+            return False
         averaged = weighted_average(
             [{n: a for n, a in arrays.items() if is_statistic(n)} for _, arrays, _ in replies], [w for *_, w in replies]
         )
         with _quiet():
             # Names in sorted order throughout: FedAvgM pairs tensors by position.
-            current = ArrayRecord({n: Array(self.arrays[n]) for n in sorted(self.arrays) if not is_statistic(n)})
+            current = ArrayRecord({n: Array(self.weights[n]) for n in sorted(self.weights) if not is_statistic(n)})
             self._strategy.configure_train(round_number, current, ConfigRecord(), grid)
             moved, _ = self._strategy.aggregate_train(
                 round_number, [_reply(instruction, arrays, weight) for instruction, arrays, weight in replies]
             )
         if moved is not None:
             averaged |= {name: array.numpy().astype(np.float32) for name, array in moved.items()}
-            self.arrays = averaged
-            self.version += 1
+            self.weights = averaged
+        return moved is not None
 
     def state(self) -> dict[str, Tensor]:
         """The shared tensors and the server optimiser's, for a run that is to be resumed."""
-        state = {f"shared/{name}": torch.from_numpy(array) for name, array in self.arrays.items()}
+        state = {f"shared/{name}": torch.from_numpy(array) for name, array in self.weights.items()}
+        state |= {name: torch.from_numpy(array) for name, array in (self.sums | self.head).items()}
         for attribute in OPTIMISER_STATE:
             for name, array in (getattr(self._strategy, attribute, None) or {}).items():
                 state[f"{attribute}/{name}"] = torch.from_numpy(np.asarray(array))
@@ -80,7 +120,10 @@ class Aggregator:
         def part(prefix: str) -> dict[str, np.ndarray]:
             return {k.removeprefix(prefix): v.numpy() for k, v in state.items() if k.startswith(prefix)}
 
-        self.arrays, self.version = part("shared/"), version
+        self.weights, self.version = part("shared/"), version
+        if self.sums:
+            self.sums = {f"{STATISTICS}{name}": np.array(array) for name, array in part(STATISTICS).items()}
+            self.head = {f"{FLEET_HEAD}{name}": array for name, array in part(FLEET_HEAD).items()}
         for attribute in OPTIMISER_STATE:
             if part(f"{attribute}/"):
                 setattr(self._strategy, attribute, part(f"{attribute}/"))

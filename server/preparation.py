@@ -68,6 +68,7 @@ def prepare(scenario: Scenario) -> Prepared:
         build_stream(scenario, source, share, device)
     buildable = analysed_scenario(scenario) if scenario.network.freeze == "auto" else scenario
     network = build_network(buildable, in_channels=source.channels, classes=len(source.classes))
+    buildable.method.build(network)  # a method may refuse a network
     if scenario.server.aggregation != "none" and not outgoing(network, scenario.server.aggregation):
         raise RequestError(
             f"server.aggregation {scenario.server.aggregation!r} has nothing to share: every block is frozen"

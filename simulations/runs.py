@@ -74,6 +74,11 @@ def train_run(
     scenario: Scenario, number: int, path: Path, *, command: str, resume: bool, overwrite: bool, console: Console
 ) -> None:
     """One device's stream in this process; its rows are the server's, with all of a task in one round."""
+    if scenario.method.sums_statistics:
+        raise RequestError(
+            "method.share_statistics needs a fleet, whose server adds up the sums: use lightcl simulate, or "
+            "--set method.share_statistics=false"
+        )
     folder = RunFolder(path.absolute())
     prepared = _open(folder, scenario, command, f"device {number}", resume, overwrite, console)
     with folder.held():

@@ -31,9 +31,14 @@ class StepCost:
     stored_logits: int = 0
     """Rows of logits kept."""
     pattern_samples: int = 0
-    """Samples whose prefix outputs, suffix feature maps and logits are kept."""
+    """Samples whose prefix outputs, logits and vital suffix feature maps are kept."""
+    vital_ratio: float = 0.0
+    """Share of the suffix's channels that become vital with each task; of the maps only those are kept."""
+    columns: bool = False
+    """Whether a trained part of its own stays from every earlier task, and passes forward in every step."""
     weight_sparsity: float = 0.0
-    """Share of the weights held at zero by a mask while training."""
+    """Share of the weights held at zero by a mask while training; above 0, two boolean masks are kept: of the weights
+    that are there and of those that are updated."""
 
 
 class MethodParameters(BaseModel):
@@ -63,6 +68,11 @@ class MethodParameters(BaseModel):
     def shareable(self) -> bool:
         """Whether the trained tensors mean the same on every device, so that a server may average them."""
         return True
+
+    @property
+    def sums_statistics(self) -> bool:
+        """Whether devices send statistics of a finished task, for the server to add up and solve a head from."""
+        return False
 
     @property
     def joint(self) -> bool:
@@ -118,6 +128,17 @@ class Method:
         """Logits `[N, head]` of uint8 images; the network is in evaluation mode and gradients are off."""
         logits: Tensor = self.network(images)
         return logits
+
+    def statistics(self) -> dict[str, Tensor]:
+        """What the last finished task adds to the sums of the fleet, in fp64; only of methods that sum statistics."""
+        return {}
+
+    def shared_head(self, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The server's part: a head solved from the sum of all devices' `statistics`."""
+        return {}
+
+    def adopt_head_(self, head: Mapping[str, Tensor]) -> None:
+        """Takes over the fleet's head."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything a restarted device needs, as tensors."""

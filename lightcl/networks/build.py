@@ -20,7 +20,8 @@ PAPER_WIDTH = 64
 def build_network(scenario: Scenario, *, in_channels: int, classes: int) -> StagedResNet:
     """The network before the first task, equal on every device; channels-last, on the CPU.
 
-    Raises RequestError for weights that do not fit and for a freeze point the network does not have.
+    Raises RequestError for weights that do not fit, for a freeze point the network does not have, and where the method
+    cannot shape it as asked.
     """
     section, method = scenario.network, scenario.method
     if section.freeze == "auto":

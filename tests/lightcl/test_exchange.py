@@ -14,6 +14,7 @@ from lightcl.exchange import (
     size_in_bytes,
     weighted_average,
 )
+from lightcl.methods import Method, SGDParameters
 from tests.lightcl import toys
 
 BLOCK = ("conv1.weight", *(f"bn1.{n}" for n in ("weight", "bias", "running_mean", "running_var")))
@@ -70,7 +71,7 @@ def test_outgoing_tensors_are_fp32_copies():
 def test_what_one_device_sends_another_takes_over():
     sender, receiver = toys.network(seed=1), toys.network(seed=2)
     before = toys.copy_of(receiver.state_dict())
-    adopt_(receiver, outgoing(sender, "suffix"), "suffix")
+    adopt_(Method(receiver, SGDParameters()), outgoing(sender, "suffix"), "suffix")
     assert toys.changed(receiver.state_dict(), before) == SUFFIX
     for name in SUFFIX:
         assert torch.equal(receiver.state_dict()[name], sender.state_dict()[name])
@@ -115,7 +116,7 @@ def test_bad_tensors_are_refused_by_name_and_nothing_changes(change, message):
     network = toys.network(seed=2)
     before = toys.copy_of(network.state_dict())
     with pytest.raises(ExchangeError, match=message):
-        adopt_(network, spoiled(change), "suffix")
+        adopt_(Method(network, SGDParameters()), spoiled(change), "suffix")
     toys.assert_same(network.state_dict(), before)
 
 

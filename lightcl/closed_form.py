@@ -1,0 +1,113 @@
+"""Streaming linear discriminant analysis: a classifier solved from sums, which never have to be forgotten.
+
+Each class c is summed up by its number of samples n_c and the sum s_c of its features; all classes together by one
+matrix G = Σ x xᵀ. Means and the shared covariance follow exactly, in whatever order or on whichever device the samples
+were met: μ_c = s_c / n_c, Σ = (G - Σ_c n_c μ_c μ_cᵀ) / n. With equal priors
+
+    log p(c | x) = μ_cᵀ Σ'⁻¹ x - ½ μ_cᵀ Σ'⁻¹ μ_c + const,    Σ' = Σ + shrinkage · tr(Σ)/d · I.
+
+Pang, Ozawa, Kasabov, "Incremental linear discriminant analysis for classification of data streams", IEEE Trans. SMC-B
+2005; Hayes and Kanan, "Lifelong machine learning with deep streaming LDA", CVPR workshops 2020 (they keep the features
+of a frozen network, as we do, and update Σ sample by sample; we keep G, whose parts add up over tasks and devices).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Statistics:
+    """Sums over the samples of a stream, in fp64: `count` `[C]`, `total` `[C, d]`, `gram` `[d(d+1)/2]`.
+
+    `gram` is the upper triangle of Σ x xᵀ, row by row; the other half says the same.
+    """
+
+    count: Tensor
+    total: Tensor
+    gram: Tensor
+
+    @classmethod
+    def zeros(cls, classes: int, features: int) -> Statistics:
+        sizes = ((classes,), (classes, features), (features * (features + 1) // 2,))
+        return cls(*(torch.zeros(size, dtype=torch.float64) for size in sizes))
+
+    @classmethod
+    def of(cls, features: Tensor, labels: Tensor, classes: int) -> Statistics:
+        """Of features `[N, d]` with labels `[N]` in 0..classes-1."""
+        x = features.to("cpu", torch.float64)
+        found = cls.zeros(classes, x.shape[1])
+        found.count.index_add_(0, labels.cpu(), torch.ones(len(x), dtype=torch.float64))
+        found.total.index_add_(0, labels.cpu(), x)
+        found.gram = upper_triangle(x.T @ x)
+        return found
+
+    def add_(self, other: Statistics) -> None:
+        for mine, more in zip(self.tensors().values(), other.tensors().values(), strict=True):
+            mine += more
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"count": self.count, "total": self.total, "gram": self.gram}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Statistics:
+        return cls(*(tensors[name].to("cpu", torch.float64) for name in ("count", "total", "gram")))
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """Log-posteriors up to a constant: `x @ weight.T + bias`, for the classes that are `known`; fp32.
+
+    `weight` `[C, d]`, `bias` `[C]`, `known` `[C]` (1 where the class has samples, else 0).
+    """
+
+    weight: Tensor
+    bias: Tensor
+    known: Tensor
+
+    def log_posteriors(self, features: Tensor) -> Tensor:
+        """`[N, d]` -> `[N, C]`, normalised over the known classes; minus infinity for the others."""
+        with torch.autocast(features.device.type, enabled=False):  # bf16 is too coarse for these sums
+            scores = features @ self.weight.T + self.bias
+        return scores.masked_fill(self.known == 0, float("-inf")).log_softmax(1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"weight": self.weight, "bias": self.bias, "known": self.known}
+
+
+def discriminant_head(statistics: Statistics, shrinkage: float) -> LinearHead:
+    """Solves the formula above. Without any sample no class is known."""
+    count, total = statistics.count, statistics.total
+    features = total.shape[1]
+    if not bool(count.any()):
+        return LinearHead(torch.zeros_like(total).float(), torch.zeros_like(count).float(), (count > 0).float())
+    means = total / count.clamp_min(1)[:, None]
+    gram = from_upper_triangle(statistics.gram, features)
+    covariance = (gram - total.T @ means) / count.sum()
+    ridge = shrinkage * covariance.diagonal().mean().clamp_min(1e-12)
+    covariance.diagonal().add_(ridge)
+    weight = torch.linalg.solve(covariance, means.T).T
+    return LinearHead(weight.float(), (-0.5 * (means * weight).sum(1)).float(), (count > 0).float())
+
+
+def upper_triangle(matrix: Tensor) -> Tensor:
+    """`[d, d]` -> `[d(d+1)/2]`, row by row."""
+    return torch.cat([row[index:] for index, row in enumerate(matrix)])
+
+
+def from_upper_triangle(packed: Tensor, size: int) -> Tensor:
+    """The symmetric matrix `[size, size]` of which `packed` is the upper triangle."""
+    matrix = packed.new_zeros(size, size)
+    for index, row in enumerate(torch.split(packed, [size - i for i in range(size)])):
+        matrix[index, index:] = row
+        matrix[index:, index] = row
+    return matrix
+
+
+def statistics_bytes(classes: int, features: int) -> int:
+    """What `Statistics` and the head solved from them take together."""
+    return 8 * (classes + classes * features + features * (features + 1) // 2) + 4 * classes * (features + 2)

@@ -1,0 +1,96 @@
+"""EWC: elastic weight consolidation. Weights that mattered to earlier tasks are tied to where they were.
+
+Kirkpatrick et al.: "Overcoming catastrophic forgetting in neural networks", PNAS 2017 (arXiv 1612.00796), equation 3,
+in the online form of Schwarz et al.: "Progress & Compress", ICML 2018 (arXiv 1805.06370), whose memory does not grow
+with the tasks: one Fisher diagonal and one copy of the weights.
+
+    loss = CE(f(x), y) + λ/2 · Σ_i F_i (θ_i - θ*_i)²,    after each task: F <- γF + F_t, θ* <- θ
+
+F_t is the diagonal of the empirical Fisher information: the mean over training samples of the squared gradient of
+log p(y|x), y being the sample's own label and p the softmax over the classes that `loss_classes` names; taken in
+evaluation mode. Everything that is trained is tied, the head included (rows of classes outside the loss have F = 0);
+batch-norm's running statistics are no parameters and drift. Deviations: at most `fisher_samples` samples are used, and
+F_t is not normalised (Schwarz et al.).
+
+λ depends on the scale of F, hence on network and data. Steps grow unstable where learning_rate·λ·F_i passes 2, and some
+F_i are thousands of times the mean, so λ cannot be large: with the built-in weights at learning rate 0.01 the loss is
+lost at 200. What it buys is small with batch-norm: on the digits, five tasks, seeds 0 to 4, forgetting falls from 8.3
+to 5.1 points in TIL and from 18.0 to 17.2 in CIL. A small network trained from nothing at learning rate 0.03 forgets as
+much as with SGD: the running statistics move, and F of samples that are answered with confidence is next to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lightcl.data.tasks import Batch, TaskContext
+from lightcl.methods.base import Method, MethodParameters, StepCost
+from lightcl.networks.resnet import StagedResNet
+
+
+class EWCParameters(MethodParameters):
+    """`ewc`: one quadratic penalty, whatever the number of tasks."""
+
+    name: Literal["ewc"] = "ewc"
+    strength: float = Field(default=10.0, ge=0)
+    """λ of the penalty λ/2 Σ F (θ - θ*)²."""
+    gamma: float = Field(default=1.0, ge=0, le=1)
+    """Share of the old Fisher information that stays with each task; 1: all tasks count alike."""
+    fisher_samples: int = Field(default=500, ge=1)
+    """Training samples of a task behind its Fisher information; one backward pass each."""
+
+    def cost(self) -> StepCost:
+        return StepCost(weight_copies=2)
+
+    def build(self, network: StagedResNet) -> Method:
+        return EWC(network, self)
+
+
+class EWC(Method):
+    def __init__(self, network: StagedResNet, parameters: EWCParameters) -> None:
+        super().__init__(network, parameters)
+        self.parameters = parameters
+        self.fisher: dict[str, Tensor] = {}
+        self.anchor: dict[str, Tensor] = {}  # θ*
+
+    def loss(self, batch: Batch, context: TaskContext) -> Tensor:
+        loss = super().loss(batch, context)
+        return loss + self.penalty() if self.fisher else loss
+
+    def penalty(self) -> Tensor:
+        """λ/2 Σ F (θ - θ*)²; a scalar."""
+        weights = dict(self.network.named_parameters())
+        terms = [(fisher * (weights[name] - self.anchor[name]).square()).sum() for name, fisher in self.fisher.items()]
+        return self.parameters.strength / 2 * torch.stack(terms).sum()
+
+    def end_task(self, context: TaskContext) -> None:
+        trained = self.trainable()
+        squares = self.squared_gradients(trained, context)
+        for name, weight in trained.items():
+            before = self.parameters.gamma * self.fisher[name] if name in self.fisher else 0.0
+            self.fisher[name] = before + squares[name]
+            self.anchor[name] = weight.detach().clone()
+
+    def squared_gradients(self, trained: Mapping[str, torch.nn.Parameter], context: TaskContext) -> dict[str, Tensor]:
+        """The mean over samples of (∂ log p(y|x) / ∂θ)², by name; sample by sample, so in the memory of one."""
+        samples = context.sample(self.parameters.fisher_samples, purpose="fisher")
+        sums = {name: torch.zeros_like(weight) for name, weight in trained.items()}
+        for image, label in zip(samples.images, samples.labels, strict=True):
+            one = Batch(image[None], label[None])
+            gradients = torch.autograd.grad(super().loss(one, context), list(trained.values()))
+            for total, gradient in zip(sums.values(), gradients, strict=True):
+                total.addcmul_(gradient, gradient)
+        return {name: total / len(samples.labels) for name, total in sums.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {f"fisher/{name}": tensor for name, tensor in self.fisher.items()}
+        return state | {f"anchor/{name}": tensor for name, tensor in self.anchor.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.fisher = {k.removeprefix("fisher/"): v for k, v in state.items() if k.startswith("fisher/")}
+        self.anchor = {k.removeprefix("anchor/"): v for k, v in state.items() if k.startswith("anchor/")}

@@ -1,0 +1,193 @@
+"""LightCL-plus: LightCL, and a closed-form classifier on the frozen prefix that says which task an image is of.
+
+Ours. LightCL's own head never learns to tell the classes of one task from those of another, for it sees the tasks one
+at a time. Class sums of features can be collected one task at a time and lose nothing by it (lightcl/closed_form.py).
+The two answer together, as a product of experts:
+
+    score(c | x) = log p_LDA(c | φ(x)) + suffix_weight · log p_suffix(c | x, task of c)
+
+where p_suffix is LightCL's head, its softmax within the task in which c was learned. φ(x) is made of the feature maps
+of the *frozen* prefix alone. That is why the statistics stay valid while the suffix moves: what they were collected
+from never changes. No old sample is kept, only sums; they are collected in one pass at the end of each task.
+
+φ(x): channel means of the prefix's feature maps, the last map also in a 2x2 grid. Of the choices in `FEATURES` the
+richest is taken whose statistics fit into `statistics_mb`.
+
+`share_statistics`: sums add up exactly over devices, so a fleet's head is the one that all its data together would
+give. What a device then sends of a finished task are its sums; the server adds them up and returns the solved head.
+The sums reveal the mean of each class's features (and their second moments) to the server; the head tells the other
+devices much less. Under this option a device keeps the sums of its last task only: the server has the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightcl.closed_form import LinearHead, Statistics, discriminant_head, statistics_bytes
+from lightcl.data.tasks import TaskContext
+from lightcl.errors import RequestError
+from lightcl.methods.base import Method
+from lightcl.methods.lightcl import LightCL, LightCLParameters
+from lightcl.networks.resnet import FeatureMaps, StagedResNet
+
+FEATURES = (
+    # (maps from the end of the prefix on, whether the last one also enters as a 2x2 grid), richest first
+    (64, True), (4, True), (4, False), (2, False), (1, False),
+)  # fmt: skip
+STATISTICS_BATCH = 64
+MB = 1_000_000
+
+
+class LightCLPlusParameters(LightCLParameters):
+    """`lightcl-plus`: LightCL's keys, and those of the closed-form classifier."""
+
+    name: Literal["lightcl-plus"] = "lightcl-plus"  # type: ignore[assignment]
+    statistics_mb: float = Field(default=2.0, gt=0)
+    """Memory for the classifier's sums and its solved head, in 10^6 bytes; richer features are used where it allows."""
+    shrinkage: float = Field(default=0.01, gt=0)
+    """Share of the mean variance that is added to the covariance's diagonal."""
+    suffix_weight: float = Field(default=1.0, ge=0)
+    """Weight of LightCL's own head within a task; 0: the closed-form classifier alone."""
+    share_statistics: bool = False
+    """The server sums the fleet's statistics (and so learns the class means), and all devices share one classifier."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LightCLPlusParameters:
+        if self.preset == "paper":
+            raise ValueError(
+                "method.preset is 'paper', whose frozen batch-norm drifts: lightcl-plus needs a prefix that never "
+                "changes (allowed: default, scale-free)"
+            )
+        return self
+
+    @property
+    def sums_statistics(self) -> bool:
+        return self.share_statistics
+
+    def build(self, network: StagedResNet) -> Method:
+        return LightCLPlus(network, self)
+
+
+class LightCLPlus(LightCL):
+    def __init__(self, network: StagedResNet, parameters: LightCLPlusParameters) -> None:
+        """Raises RequestError for a network without a frozen prefix, and where no features fit the memory allowed."""
+        super().__init__(network, parameters)
+        self.plus = parameters
+        if not network.prefix.map_names or network.frozen_batch_norm == "train":
+            raise RequestError(
+                "method lightcl-plus classifies by the feature maps of the frozen prefix, which must never change: "
+                "network.freeze must be layer1.0 or deeper and network.frozen_batch_norm eval"
+            )
+        self.maps, self.grid = self._choose_features()
+        self.statistics_of = Statistics.zeros(network.classes, self._width(self.maps, self.grid))
+        self.task_of = torch.full((network.classes,), -1)
+        self.fleet_head: LinearHead | None = None
+        self._solved: LinearHead | None = None
+
+    # -- features ------------------------------------------------------------------------------------------------
+
+    def _choose_features(self) -> tuple[tuple[str, ...], bool]:
+        names = self.network.prefix.map_names
+        needed = 0
+        for count, grid in FEATURES:
+            needed = statistics_bytes(self.network.classes, self._width(names[-count:], grid))
+            if needed <= self.plus.statistics_mb * MB:
+                return names[-count:], grid
+        raise RequestError(
+            f"method.statistics_mb is {self.plus.statistics_mb:g}, but the least that lightcl-plus needs on this "
+            f"network is {needed / MB:.2f}"
+        )
+
+    def _width(self, maps: tuple[str, ...], grid: bool) -> int:
+        channels = [self.network.map_channels(name) for name in maps]
+        return sum(channels) + 3 * channels[-1] * grid  # the grid's four cells stand for the last map's mean
+
+    def describe(self, maps: FeatureMaps) -> Tensor:
+        """φ: the prefix's feature maps -> `[N, d]`, fp32."""
+        parts = [maps[name].float().mean((2, 3)) for name in self.maps[:-1]]
+        last = maps[self.maps[-1]].float()
+        parts.append(F.adaptive_avg_pool2d(last, 2 if self.grid else 1).flatten(1))
+        return torch.cat(parts, 1)
+
+    # -- the stream ----------------------------------------------------------------------------------------------
+
+    def begin_task(self, context: TaskContext) -> None:
+        super().begin_task(context)
+        self.task_of[context.task_classes.cpu()] = context.task.id
+
+    @torch.no_grad()
+    def end_task(self, context: TaskContext) -> None:
+        """Adds the task's un-augmented training samples to the sums."""
+        super().end_task(context)
+        if self.plus.share_statistics:
+            self.statistics_of = Statistics.zeros(*self.statistics_of.total.shape)
+        for batch in context.task.train.batches(STATISTICS_BATCH):
+            maps: FeatureMaps = {}
+            self.network.prefix(batch.images.to(context.device), maps)
+            self.statistics_of.add_(Statistics.of(self.describe(maps), batch.labels, self.network.classes))
+        self._solved = None
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits `[N, head]`: the scores of the formula above; minus infinity for a class that nobody has met."""
+        maps: FeatureMaps = {}
+        suffix_logits = self.network.classify(self.network.prefix(images, maps)).float()
+        head = self._head(images.device)
+        if not bool(head.known.any()):
+            return suffix_logits
+        # The two experts differ in what is normalised: LDA over all known classes, the suffix within each task.
+        return head.log_posteriors(self.describe(maps)) + self.plus.suffix_weight * self._within_tasks(suffix_logits)
+
+    def _within_tasks(self, logits: Tensor) -> Tensor:
+        """Log-softmax over the classes of each task; for a class that only other devices have met, that of guessing."""
+        met = sorted(set(self.task_of.tolist()) - {-1})
+        size = float((self.task_of >= 0).sum()) / max(1, len(met))
+        scores = torch.full_like(logits, -torch.log(torch.tensor(max(1.0, size))).item())
+        for task in met:
+            classes = (self.task_of == task).nonzero()[:, 0].to(logits.device)
+            scores[:, classes] = logits[:, classes].log_softmax(1)
+        return scores
+
+    def _head(self, device: torch.device) -> LinearHead:
+        if self._solved is None:
+            head = self.fleet_head or discriminant_head(self.statistics_of, self.plus.shrinkage)
+            self._solved = LinearHead(*(tensor.to(device) for tensor in head.tensors().values()))
+        return self._solved
+
+    # -- sharing -------------------------------------------------------------------------------------------------
+
+    def statistics(self) -> dict[str, Tensor]:
+        return self.statistics_of.tensors() if self.plus.share_statistics else {}
+
+    def shared_head(self, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return discriminant_head(Statistics.from_tensors(totals), self.plus.shrinkage).tensors()
+
+    def adopt_head_(self, head: Mapping[str, Tensor]) -> None:
+        self.fleet_head = LinearHead(**{name: tensor.cpu().float() for name, tensor in head.items()})
+        self._solved = None
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = super().state_dict() | {"task_of": self.task_of}
+        state |= {f"statistics/{name}": tensor for name, tensor in self.statistics_of.tensors().items()}
+        if self.fleet_head is not None:
+            state |= {f"fleet_head/{name}": tensor for name, tensor in self.fleet_head.tensors().items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        self.task_of = state["task_of"].cpu()
+        self.statistics_of = Statistics.from_tensors(_part(state, "statistics/"))
+        if head := _part(state, "fleet_head/"):
+            self.adopt_head_(head)
+        self._solved = None
+
+
+def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

@@ -1,0 +1,197 @@
+"""LightCL-plus: what its classifier is made of, alone and in a fleet."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from lightcl.closed_form import Statistics, discriminant_head
+from lightcl.data.partition import partition
+from lightcl.data.sources import load_source
+from lightcl.device import EdgeDevice
+from lightcl.errors import RequestError
+from lightcl.methods.lightcl_plus import LightCLPlus, LightCLPlusParameters
+from lightcl.networks.resnet import StagedResNet
+from lightcl.scenario import Scenario
+from server.coordinator import Coordinator
+from server.preparation import open_run
+from server.records import RunFolder
+from tests.inprocess import InProcessGrid, Silent, small
+from tests.lightcl import toys
+
+PLUS = {"name": "lightcl-plus"}
+
+
+def built(network: StagedResNet | None = None, **keys) -> LightCLPlus:
+    return LightCLPlusParameters(**keys).build(network or toys.network())
+
+
+def test_features_are_channel_means_and_a_grid_of_the_last_map():
+    method = built()  # width 4: every map of the prefix fits
+    assert method.grid
+    assert method.maps == method.network.prefix.map_names
+    maps = {name: torch.rand(2, method.network.map_channels(name), 4, 4) for name in method.maps}
+    described = method.describe(maps)
+    means = torch.cat([maps[name].mean((2, 3)) for name in method.maps[:-1]], 1)
+    assert torch.allclose(described[:, : means.shape[1]], means)
+    corner = maps[method.maps[-1]][:, :, :2, :2].mean((2, 3))  # the first of each channel's four cells
+    assert torch.allclose(described[:, means.shape[1] :: 4], corner)
+
+
+def test_the_richest_features_that_fit_are_taken():
+    sizes = {mb: built(statistics_mb=mb).statistics_of.total.shape[1] for mb in (2.0, 0.05, 0.02, 0.004)}
+    assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
+    assert sizes[2.0] == 4 * (4 + 8 + 16) + 3 * 16
+    assert sizes[0.004] == 16
+
+
+@pytest.mark.parametrize("width", [20, 64])
+def test_the_statistics_stay_under_two_megabytes(width):
+    network = StagedResNet(width=width)
+    method = built(network)
+    held = [*method.statistics_of.tensors().values(), *method.shared_head(method.statistics_of.tensors()).values()]
+    assert 500_000 < sum(t.numel() * t.element_size() for t in held) <= 2_000_000
+
+
+def test_too_little_memory_says_what_is_needed():
+    with pytest.raises(RequestError, match=r"statistics_mb is 0\.0001, but the least .* is 0\.00"):
+        built(statistics_mb=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"freeze": "none"}, {"freeze": "stem"}, {"frozen_batch_norm": "train"}])
+def test_a_prefix_that_changes_is_refused(options):
+    with pytest.raises(RequestError, match=r"network\.freeze must be layer1\.0 or deeper"):
+        built(toys.network(**options))
+
+
+def test_the_papers_preset_is_refused():
+    with pytest.raises(ValueError, match="drifts"):
+        Scenario.model_validate({"method": {**PLUS, "preset": "paper"}})
+
+
+def test_score_by_hand():
+    """LDA's log-posterior and the log-softmax within the task, weighed and added."""
+    method = built(suffix_weight=0.5)
+    method.task_of = torch.tensor([0, 0, 1, 1])
+    logits = torch.tensor([[0.0, np.log(3.0), 2.0, 2.0]])
+    within = method._within_tasks(logits)
+    assert within.exp().tolist()[0] == pytest.approx([0.25, 0.75, 0.5, 0.5])
+    method.task_of = torch.tensor([0, 0, -1, -1])
+    assert method._within_tasks(logits).exp().tolist()[0] == pytest.approx([0.25, 0.75, 0.5, 0.5])
+
+
+def test_the_sums_are_those_of_all_tasks_and_survive_a_restart(tmp_path):
+    settings = {"method": PLUS, "training": {"epochs": 1}}
+    device = toys.device(tmp_path, **settings)
+    for task in range(2):
+        device.train(task, 1)
+    expected = Statistics.zeros(*device.method.statistics_of.total.shape)
+    for task in device.stream:
+        batch = task.train.load()
+        maps = {}
+        device.network.prefix(batch.images, maps)
+        expected.add_(Statistics.of(device.method.describe(maps), batch.labels, 4))
+    again = toys.device(tmp_path, **settings)
+    for name, tensor in expected.tensors().items():
+        assert torch.equal(again.method.statistics_of.tensors()[name], device.method.statistics_of.tensors()[name])
+        torch.testing.assert_close(device.method.statistics_of.tensors()[name], tensor, rtol=1e-6, atol=1e-6)
+    assert again.evaluate().cil == device.evaluate().cil
+
+
+def test_the_suffix_may_move_and_the_statistics_stay_valid(tmp_path):
+    device = toys.device(tmp_path, method={**PLUS, "suffix_weight": 0.0}, training={"epochs": 1})
+    device.train(0, 1)
+    images = device.stream[0].test.load().images
+    device.network.eval()
+    before = device.method.predict(images)
+    with torch.no_grad():
+        for parameter in [*device.network.suffix.parameters(), *device.network.head.parameters()]:
+            parameter.add_(1.0)
+    assert torch.equal(device.method.predict(images), before)
+
+
+def test_before_the_first_task_the_network_answers():
+    method = built(toys.network().eval())
+    images = toys.images(3)
+    assert torch.equal(method.predict(images), method.network(images))
+
+
+def test_it_knows_old_tasks_better_than_lightcl(tmp_path):
+    """Digits, 5 tasks: the reason to be of the classifier is accuracy where the task is not known."""
+    held = load_source(Scenario().source_request())
+    accuracies = {}
+    for name in ("lightcl", "lightcl-plus"):
+        scenario = toys.scenario(
+            method={"name": name}, stream={"tasks": 5}, training={"epochs": 2, "learning_rate": 0.05},
+            network={"width": 8}, data={"augmentation": "none"},
+        )  # fmt: skip
+        device = EdgeDevice(scenario, 0, tmp_path / name, source=held, share=toys.whole(held))
+        for task in range(5):
+            device.train(task, 2)
+        accuracies[name] = device.evaluate()
+    assert np.mean(accuracies["lightcl-plus"].cil) > np.mean(accuracies["lightcl"].cil) + 0.25
+    assert np.mean(accuracies["lightcl-plus"].til) >= np.mean(accuracies["lightcl"].til)
+
+
+def test_a_fleet_shares_the_head_that_all_data_together_give(tmp_path):
+    """Server and devices are real; each device sends the sums of its finished task and gets the fleet's head."""
+    scenario = small(
+        method={**PLUS, "share_statistics": True}, server={"rounds_per_task": 2, "aggregation": "suffix"},
+    )  # fmt: skip
+    folder = RunFolder(tmp_path / "run")
+    open_run(folder, scenario, "test", "fleet", resume=False, overwrite=False)
+    grid = InProcessGrid(tmp_path / "state", nodes=3)
+    listener = Silent()
+    results = Coordinator(scenario, folder, "run1", listener).run(grid)
+    assert listener.refusals == []
+    assert results["devices_finished"] == 3
+    source = load_source(scenario.source_request())
+    shares = partition(source, scenario.fleet, scenario.seed)
+    devices = [
+        EdgeDevice(scenario, n, tmp_path / "state" / "run1" / f"device-{n:05d}", source=source, share=shares[n])
+        for n in range(3)
+    ]
+    method = devices[0].method
+    central = Statistics.zeros(*method.statistics_of.total.shape)
+    for device in devices:
+        for task in device.stream:
+            batch = task.train.load()
+            maps = {}
+            device.network.eval()
+            device.network.prefix(batch.images, maps)
+            central.add_(Statistics.of(method.describe(maps), batch.labels, device.network.classes))
+    expected = discriminant_head(central, method.plus.shrinkage)
+    for device in devices:
+        for name, tensor in expected.tensors().items():
+            given = device.method.fleet_head.tensors()[name]
+            torch.testing.assert_close(given, tensor, rtol=1e-6, atol=1e-6 * float(tensor.abs().max()))
+    rows = folder.rows("devices.jsonl")
+    assert json.dumps(rows).count("statistics") == 0
+    # Statistics go up with the answer that finishes a task alone: every other round.
+    up = [row["bytes_up"] for row in rows if row["device"] == 0]
+    assert up[1] - up[0] == sum(t.numel() * 8 for t in central.tensors().values())
+
+
+def test_sums_are_added_once_when_an_answer_is_lost_and_a_server_killed(tmp_path):
+    scenario = small(method={**PLUS, "share_statistics": True})
+    lost = {"count": 0}
+
+    def drop_first(message, reply):
+        lost["count"] += 1
+        return None if lost["count"] == 5 else reply  # greetings are the first three
+
+    totals = []
+    for name, tamper in (("whole", None), ("lossy", drop_first)):
+        folder = RunFolder(tmp_path / name)
+        limited = scenario.model_copy(update={"server": scenario.server.model_copy(update={"round_timeout": 1.0})})
+        open_run(folder, limited, "test", "fleet", resume=False, overwrite=False)
+        listener = Silent()
+        Coordinator(limited, folder, name, listener).run(InProcessGrid(tmp_path / "state", nodes=3, tamper=tamper))
+        assert len(listener.refusals) == (tamper is not None)
+        again = Coordinator(limited, folder, name, Silent())  # as after a kill: all comes from disk
+        again.run(InProcessGrid(tmp_path / "state", nodes=3))
+        totals.append(again.aggregator.sums)
+    assert totals[0]["statistics/count"].sum() > 0
+    for key, total in totals[0].items():
+        np.testing.assert_allclose(totals[1][key], total, rtol=1e-12)

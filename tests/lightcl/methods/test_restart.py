@@ -1,0 +1,35 @@
+"""A method that is killed after any epoch and restored from its tensors goes on with the same numbers."""
+
+import pytest
+
+from tests.lightcl import toys
+from tests.lightcl.test_device import everything
+
+SPARSE = {"sparsity": 0.8, "interval": 1, "intra_task": 0.05, "inter_task": 0.05, "buffer_size": 5}
+METHODS = [
+    {"name": "er", "buffer_size": 5, "minibatch_size": 3},
+    {"name": "er", "buffer_size": 5, "loss_classes": "task"},
+    {"name": "derpp", "buffer_size": 5, "minibatch_size": 3},
+    {"name": "fdr", "buffer_size": 5, "minibatch_size": 3},
+    {"name": "ewc", "fisher_samples": 3},
+    {"name": "pnn"},
+    {"name": "sparcl-er", **SPARSE},
+    {"name": "sparcl-derpp", **SPARSE},
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: "-".join(str(v) for v in m.values() if isinstance(v, str)))
+def test_restored_after_every_epoch(tmp_path, method):
+    sections = {"method": method, "training": {"epochs": 3, "momentum": 0.9}, "network": {"freeze": "layer2"}}
+    straight = toys.device(tmp_path / "straight", **sections)
+    for task in (0, 1):
+        straight.train(task, 3)
+        straight.evaluate()
+        for epochs in (1, 2, 3):
+            killed = toys.device(tmp_path / "killed", **sections)  # nothing but the state on disk is left
+            report = killed.train(task, epochs)
+        killed.evaluate()
+        assert report.loss == straight.last_report.loss
+    toys.assert_same(everything(killed), everything(straight))
+    assert killed.rows == straight.rows
+    assert killed.method.state_dict()
