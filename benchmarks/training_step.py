@@ -1,4 +1,5 @@
-"""How fast a device trains, by method and precision: images a second of whole steps, on one thread.
+"""How fast a device trains, by method and precision: images a second of whole steps, on one thread; and how large its
+network and a message with its suffix are.
 
     python benchmarks/training_step.py [--width 20] [--batch 32] [--epochs 3]
 
@@ -19,12 +20,15 @@ import torch
 from lightcl.data.partition import Share
 from lightcl.data.sources import ImageSet, Source
 from lightcl.device import EdgeDevice
+from lightcl.exchange import outgoing, size_in_bytes
+from lightcl.networks.build import build_network
 from lightcl.scenario import Scenario
 
 VARIANTS: dict[str, dict[str, object]] = {
     "SGD, whole network": {"name": "sgd"},
     "LightCL, β = 0": {"name": "lightcl", "beta": 0},
     "LightCL": {"name": "lightcl"},
+    "LightCL, sparse": {"name": "lightcl-sparse"},
 }
 
 
@@ -38,27 +42,36 @@ def main() -> None:
     for _ in range(3):
         for precision in ("fp32", "bf16"):
             for name, method in VARIANTS.items():
-                rate = images_per_second(method, precision, chosen.width, chosen.batch, chosen.epochs)
+                rate = images_per_second(scenario_of(method, precision, chosen))
                 rates.setdefault((precision, name), []).append(rate)
     base = median(rates["fp32", "SGD, whole network"])
     print(f"ResNet-18 width {chosen.width}, 32x32, batch {chosen.batch}, 1 thread, torch {torch.__version__}")
-    print("| precision | method | images/s | ratio |\n|---|---|---|---|")
+    print("| precision | method | images/s | ratio | parameters | suffix message, KiB |\n|---|---|---|---|---|---|")
     for (precision, name), values in rates.items():
-        print(f"| {precision} | {name} | {median(values):.0f} | {median(values) / base:.2f} |")
+        network = build_network(scenario_of(VARIANTS[name], precision, chosen), in_channels=3, classes=4)
+        parameters = sum(p.numel() for p in network.parameters())
+        message = size_in_bytes(outgoing(network, "suffix")) / 1024
+        rate = median(values)
+        print(f"| {precision} | {name} | {rate:.0f} | {rate / base:.2f} | {parameters} | {message:.0f} |")
 
 
-def images_per_second(method: dict[str, object], precision: str, width: int, batch: int, epochs: int) -> float:
-    """The second task (the first in which LightCL regularises), from the end of its first epoch to that of its last."""
-    scenario = Scenario.model_validate(
+def scenario_of(method: dict[str, object], precision: str, chosen: argparse.Namespace) -> Scenario:
+    training = {"epochs": chosen.epochs, "batch_size": chosen.batch, "precision": precision, "checkpoint_seconds": 1e9}
+    return Scenario.model_validate(
         {
-            "network": {"weights": "none", "width": width},
+            "network": {"weights": "none", "width": chosen.width},
             "method": method,
             "fleet": {"devices": 1},
             "stream": {"tasks": 2, "held_out": 0},
-            "training": {"epochs": epochs, "batch_size": batch, "precision": precision, "checkpoint_seconds": 1e9},
+            "training": training,
             "data": {"augmentation": "crop-flip"},
         }
     )
+
+
+def images_per_second(scenario: Scenario) -> float:
+    """The second task (the first in which LightCL regularises), from the end of its first epoch to that of its last."""
+    batch, epochs = scenario.training.batch_size, scenario.training.epochs
     draw = np.random.default_rng(0)
     labels = np.repeat(np.arange(4), 4 * batch)
     images = ImageSet(draw.integers(0, 256, (len(labels), 32, 32, 3), dtype=np.uint8), labels, tuple("0123"))

@@ -152,8 +152,8 @@ def _train(device: EdgeDevice, instruction: Instruction, receive: Callable[[], N
         receive()
     report = device.train(instruction.task, instruction.until_epoch)
     trained = Trained(
-        device.number, report.task, report.epochs, device.version, device.prefix_digest, report.examples, report.loss,
-        report.seconds, report.peak_memory_mib,
+        device.number, report.task, report.epochs, device.version, device.prefix_digest, device.channel_digest,
+        report.examples, report.loss, report.seconds, report.peak_memory_mib,
     )  # fmt: skip
     content = _reply(trained.to_record())
     arrays = device.outgoing()

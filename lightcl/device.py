@@ -26,6 +26,7 @@ from lightcl.exchange import Arrays, adopt_, outgoing, outgoing_statistics
 from lightcl.metrics import AccuracyMatrix
 from lightcl.networks.build import build_network
 from lightcl.networks.weights import digest
+from lightcl.pruning import channel_digest
 from lightcl.scenario import Scenario
 from lightcl.seeds import derive
 from lightcl.state import StateError, StateFolder
@@ -96,6 +97,7 @@ class EdgeDevice:
         self.network = build_network(scenario, in_channels=source.channels, classes=self.stream.head_classes)
         self.network.to(self.accelerator)
         self.prefix_digest = digest(self.network.prefix)
+        self.channel_digest = channel_digest(self.network)
         self.method = scenario.method.build(self.network)
         self.optimiser = make_optimiser(self.method, scenario)
         self.position = self._start = Position(self.stream.first)
@@ -156,6 +158,15 @@ class EdgeDevice:
         self.last_report = TrainReport(task, until_epoch, len(context.task.train), loss, time.monotonic() - start, peak)
         self._save()
         return self.last_report
+
+    def skip_to(self, task: int) -> None:
+        """Lets a device that has learned nothing begin with `task`, as if those before it had never been.
+
+        Raises OutOfStep where it has begun already or has no such task.
+        """
+        if self.position != self._start or not 0 <= task < len(self.stream):
+            raise OutOfStep(f"device {self.number} cannot begin with task {task}: it is at {self.position}")
+        self.position = self._start = Position(task)
 
     def _check_step(self, goal: Position) -> None:
         total = self.scenario.training.epochs
@@ -236,6 +247,7 @@ class EdgeDevice:
         return {
             "device": self.number,
             "scenario": scenario_digest(self.scenario),
+            "channels": self.channel_digest,
             "position": asdict(self.position),
             "version": self.version,
             "report": asdict(self.last_report) if self.last_report else None,
@@ -261,6 +273,11 @@ class EdgeDevice:
             raise StateError(
                 f"{self._state.folder}: holds the state of device {values['device']} under another scenario; "
                 "use another folder or remove this one"
+            )
+        if values.get("channels", self.channel_digest) != self.channel_digest:
+            raise StateError(
+                f"{self._state.folder}: was saved with other channels ({values['channels']}, now "
+                f"{self.channel_digest}): the weights that were pruned are not the same; name those of the first run"
             )
         with torch.no_grad():
             for name, target in self._changing_tensors().items():

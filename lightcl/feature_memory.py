@@ -40,10 +40,16 @@ def vital_channels(importance: Tensor, ratio: float, selection: VitalSelection =
     return mask
 
 
+def vital_patterns(maps: FeatureMaps, vital: Mapping[str, Tensor]) -> FeatureMaps:
+    """What of the feature maps `[M, C, H, W]` has to be stored for `drift`: the vital channels, `[M, V, H, W]`."""
+    return {name: maps[name][:, mask].float() for name, mask in vital.items()}
+
+
 def drift(maps: FeatureMaps, stored: FeatureMaps, vital: Mapping[str, Tensor], reduction: Reduction) -> Tensor:
     """How far the vital channels have moved from the stored patterns; a scalar.
 
-    `maps[m]` and `stored[m]` are `[M, C, H, W]`, `vital[m]` is a boolean `[C]`.
+    `maps[m]` are `[M, C, H, W]`, `vital[m]` is a boolean `[C]` with V channels set, and `stored[m]` are `[M, V, H, W]`:
+    of the patterns only the vital channels are kept (`vital_patterns`).
 
     - "sum" (the paper): Σ_m Σ (mask_m ⊙ (F_m - F*_m))². It grows with the number of channels and positions, so the
       same β is felt less in a narrower network.
@@ -53,7 +59,7 @@ def drift(maps: FeatureMaps, stored: FeatureMaps, vital: Mapping[str, Tensor], r
     terms = []
     for name, mask in vital.items():
         # Indexing first keeps the graph's temporaries at the vital share of the map instead of the whole of it.
-        now, then = maps[name][:, mask].float(), stored[name][:, mask]
+        now, then = maps[name][:, mask].float(), stored[name]
         term = (now - then).square().sum()
         terms.append(term if reduction == "sum" else term / then.square().sum().clamp_min(1e-12))
     if not terms:  # everything but the head is frozen

@@ -81,6 +81,8 @@ class Trained(_Record):
     epochs: int
     version: int
     prefix: str
+    channel_sets: str
+    """Fingerprint of the channels its network has kept: tensors are averaged only where they mean the same."""
     examples: int
     loss: float
     seconds: float

@@ -92,7 +92,12 @@ class Network(Section):
     stem: Stem | None = None
     """Default: that of the weights file, else cifar."""
     freeze: str | None = None
-    """The last frozen block (stem, layer1.0 ... layer4.1), a whole layer, or none; default: the method's own."""
+    """The last frozen block (stem, layer1.0 ... layer4.1), a whole layer, none, or auto: chosen by an analysis of
+    device 0's stream before the run (docs/generalizability.md); default: the method's own."""
+    freeze_threshold: float = Field(default=0.94, ge=0, le=1)
+    """With `freeze: auto`: the memory stability and learning plasticity that a block needs to be frozen."""
+    analysis_epochs: int = Field(default=5, ge=1)
+    """Epochs a task of the analysis, and no more than `training.epochs`."""
     frozen_batch_norm: Literal["eval", "train"] | None = None
     """eval: frozen whole (ours); train: batch statistics that drift (the paper's code); default: the method's own."""
     weights: str = "builtin"
@@ -329,7 +334,7 @@ def _explain(problem: Mapping[str, Any], file: Path, tree: yaml.Node | None, cha
     """One line for one of pydantic's errors: file, line, key, what was given, what is allowed."""
     raw = problem["loc"]
     # A union adds the tag of the member it tried to the location; that is not a key of the file.
-    tagged = len(raw) > 1 and raw[0] == "method" and raw[1] in _method_names()
+    tagged = len(raw) > 1 and raw[0] == "method" and raw[1] in method_names()
     location = [raw[0], *raw[2:]] if tagged else list(raw)
     location = [part for part in location if not (isinstance(part, str) and ("[" in part or part.startswith("tuple")))]
     kind, given = problem["type"], problem.get("input")
@@ -344,7 +349,7 @@ def _explain(problem: Mapping[str, Any], file: Path, tree: yaml.Node | None, cha
         return f"{where}: {key}: unknown key{nearest(str(location[-1]), known)} (allowed here: {', '.join(known)})"
     if kind == "union_tag_invalid":
         name = given.get("name") if isinstance(given, dict) else given
-        return f"{where}: method.name: unknown method {name!r} (allowed: {', '.join(_method_names())})"
+        return f"{where}: method.name: unknown method {name!r} (allowed: {', '.join(method_names())})"
     message = problem["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{where}: {message}"
@@ -363,8 +368,13 @@ def _refuse_twins(node: yaml.Node | None, file: Path) -> None:
             _refuse_twins(value, file)
 
 
-def _method_names() -> list[str]:
-    return [get_args(member.model_fields["name"].annotation)[0] for member in get_args(AnyMethod)]
+def method_types() -> tuple[type[AnyMethod], ...]:
+    """The parameters of every method there is."""
+    return get_args(AnyMethod)
+
+
+def method_names() -> list[str]:
+    return [get_args(member.model_fields["name"].annotation)[0] for member in method_types()]
 
 
 def _keys_of(location: Sequence[Any], raw: Sequence[Any]) -> list[str]:

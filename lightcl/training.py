@@ -15,6 +15,7 @@ from lightcl.scenario import Scenario
 from lightcl.seeds import derive
 
 EVALUATION_BATCH = 128
+"""At most; never more than the training batch, or testing would need more memory than training."""
 
 
 class TrainingFailure(Exception):
@@ -66,11 +67,13 @@ def train_epoch(
     for batch in batches:
         with autocast(scenario, context.device):
             loss = method.loss(batch, context)
-        optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         method.before_step(batch, context)
         optimiser.step()
         method.after_step(batch, context)
+        # Here and not before the backward pass: the next forward pass, the method's end of the task and the evaluation
+        # then need no room for gradients that nobody reads any more.
+        optimiser.zero_grad(set_to_none=True)
         losses.append(loss.detach())
     method.end_epoch(context, epoch)
     mean = float(torch.stack(losses).mean())
@@ -87,11 +90,12 @@ def evaluate(method: Method, tasks: Sequence[Task], scenario: Scenario, device: 
     """Accuracy on each task. TIL: argmax over the task's classes; CIL: argmax over all classes of the head."""
     method.network.eval()
     results = []
+    size = min(EVALUATION_BATCH, scenario.training.batch_size)
     for task in tasks:
         samples = task.test if scenario.stream.evaluate_on == "test" else task.held_out
         classes = torch.tensor(task.classes, device=device)
         til = cil = 0
-        for batch in samples.batches(EVALUATION_BATCH):
+        for batch in samples.batches(size):
             labels = batch.labels.to(device)
             with autocast(scenario, device):
                 logits = method.predict(batch.images.to(device)).float()

@@ -65,7 +65,12 @@ def main(grid: Grid, context: Context) -> None:
     folder = RunFolder(Path(str(config.get("out") or f"runs/{scenario.name}-{context.run_id}")).absolute())
     command, resume = f"flwr run ({wanted})", bool(config.get("resume", False))
     if scenario.data.path is None or scenario.data.path.exists():
-        open_run(folder, scenario, command, "fleet", resume=resume, overwrite=False)
+
+        def log_step(what: str, done: int, total: int) -> None:
+            logger.info("choosing the freeze point: %s, epoch %d of %d", what, done, total)
+
+        prepared = open_run(folder, scenario, command, "fleet", resume=resume, overwrite=False, on_step=log_step)
+        scenario = prepared.scenario
     else:
         open_remote_run(folder, scenario, command, resume=resume)
     run = str(folder.read()["run"])

@@ -26,6 +26,7 @@ from lightcl.protocol import (
     Tested,
     Trained,
 )
+from lightcl.pruning import channel_digest
 from lightcl.scenario import Scenario
 from lightcl.seeds import numpy_generator
 from lightcl.state import StateFolder
@@ -85,7 +86,7 @@ class Coordinator:
         self.round = 0
         self._state = StateFolder(folder.path / "server")
         self._scenario_json = scenario.model_dump_json()
-        self._prefix = ""
+        self._prefix = self._channel_sets = ""
         self.aggregator: Aggregator | None = None
         self._restored: tuple[dict[str, Tensor], int] | None = None
         self.stop = threading.Event()
@@ -218,6 +219,11 @@ class Coordinator:
         _expect(report, number, *goal)
         if self._prefix and report.prefix != self._prefix:
             raise ProtocolError(f"its frozen prefix {report.prefix} is not the fleet's {self._prefix}")
+        if self.aggregator and report.channel_sets != self._channel_sets:
+            raise ProtocolError(
+                f"device {number} has kept other channels ({report.channel_sets}) than the fleet "
+                f"({self._channel_sets}), so its tensors are not averaged: it pruned other weights than the server"
+            )
         if report.examples <= 0 or not np.isfinite(report.loss):
             raise ProtocolError(f"{report.examples} examples with a loss of {report.loss}")
         record = reply.content.array_records.get(ARRAYS)
@@ -328,7 +334,7 @@ class Coordinator:
 
     def _describe_network(self, greeting: Greeting) -> None:
         network = build_network(self.scenario, in_channels=greeting.channels, classes=greeting.classes)
-        self._prefix = digest(network.prefix)
+        self._prefix, self._channel_sets = digest(network.prefix), channel_digest(network)
         aggregator = Aggregator(self.scenario.server, self.scenario.method.build(network))
         if aggregator.shares:
             self.aggregator = aggregator

@@ -6,7 +6,8 @@ import hashlib
 import json
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from lightcl.data.streams import build_stream
 from lightcl.device import choose_accelerator, scenario_digest
 from lightcl.errors import RequestError
 from lightcl.exchange import outgoing
+from lightcl.generalizability import OnStep, analyse, analysed_scenario
 from lightcl.networks.build import build_network
 from lightcl.networks.weights import digest
 from lightcl.scenario import Scenario, scenario_from_json
@@ -33,6 +35,8 @@ class Prepared:
     shares: list[Share]
     prefix: str
     """Fingerprint of the frozen prefix."""
+    analysis: dict[str, Any] | None = None
+    """With `network.freeze: auto`: what the freeze point was chosen from."""
 
     @property
     def images(self) -> str:
@@ -52,15 +56,19 @@ class Prepared:
 
 
 def prepare(scenario: Scenario) -> Prepared:
-    """Loads the images and the weights, cuts every device's stream. Raises RequestError for what cannot be done."""
+    """Loads the images and the weights, cuts every device's stream. Raises RequestError for what cannot be done.
+
+    `network.freeze: auto` stays as it is (choosing takes a training: `choose_freeze_point`); the rest is checked.
+    """
     choose_accelerator(scenario.runtime.accelerator)
     Aggregator.check(scenario.server)
     source = load_source(scenario.source_request())
     shares = partition(source, scenario.fleet, scenario.seed)
     for device, share in enumerate(shares):
         build_stream(scenario, source, share, device)
-    network = build_network(scenario, in_channels=source.channels, classes=len(source.classes))
-    scenario.method.build(network)  # a method may refuse a network
+    buildable = analysed_scenario(scenario) if scenario.network.freeze == "auto" else scenario
+    network = build_network(buildable, in_channels=source.channels, classes=len(source.classes))
+    buildable.method.build(network)  # a method may refuse a network
     if scenario.server.aggregation != "none" and not outgoing(network, scenario.server.aggregation):
         raise RequestError(
             f"server.aggregation {scenario.server.aggregation!r} has nothing to share: every block is frozen"
@@ -68,32 +76,80 @@ def prepare(scenario: Scenario) -> Prepared:
     return Prepared(scenario, source, shares, digest(network.prefix))
 
 
+def choose_freeze_point(prepared: Prepared, on_step: OnStep | None = None) -> Prepared:
+    """Replaces `network.freeze: auto` by a block, from an analysis of device 0's stream; any other value is kept.
+
+    Device 0 speaks for the fleet, also where another device is trained alone: all have the same prefix. Raises
+    TrainingFailure where the analysis comes to nothing.
+    """
+    scenario, source = prepared.scenario, prepared.source
+    if scenario.network.freeze != "auto":
+        return prepared
+    analysis = analyse(scenario, 0, source, prepared.shares[0], on_step).record(scenario.network.freeze_threshold)
+    scenario = _with_freeze(scenario, analysis["freeze"])
+    network = build_network(scenario, in_channels=source.channels, classes=len(source.classes))
+    return replace(prepared, scenario=scenario, prefix=digest(network.prefix), analysis=analysis)
+
+
 def open_run(
-    folder: RunFolder, scenario: Scenario, command: str, kind: str, *, resume: bool, overwrite: bool
+    folder: RunFolder,
+    scenario: Scenario,
+    command: str,
+    kind: str,
+    *,
+    resume: bool,
+    overwrite: bool,
+    on_step: OnStep | None = None,
 ) -> Prepared:
-    """Checks the request as a whole, and only then writes; `kind` is "fleet" or "device N". Raises RequestError."""
+    """Checks the request as a whole, and only then writes; `kind` is "fleet" or "device N". Raises RequestError.
+
+    The scenario that it returns has a freeze point, never "auto"; `on_step` watches the analysis that chooses it.
+    """
     if resume and folder.exists:
+        scenario = _as_chosen(folder, scenario)
         _check_same(folder, scenario, {"kind": kind})
     elif not (overwrite and folder.exists):
         folder.prepare(resume=resume, overwrite=overwrite)
-    prepared = prepare(scenario)
+    prepared = choose_freeze_point(prepare(scenario), on_step)
     facts = {"kind": kind, "images": prepared.images, "prefix": prepared.prefix}
     if resume:
         _check_same(folder, scenario, facts)
     folder.prepare(resume=resume, overwrite=overwrite)
     if not folder.exists:
-        folder.begin(scenario, describe_run(command, uuid.uuid4().hex[:12]) | facts, prepared.partition_rows())
+        about = describe_run(command, uuid.uuid4().hex[:12]) | facts
+        folder.begin(prepared.scenario, about, prepared.partition_rows(), prepared.analysis)
     return prepared
 
 
 def open_remote_run(folder: RunFolder, scenario: Scenario, command: str, *, resume: bool) -> None:
-    """For boards whose images the server does not have: they check the rest of the scenario themselves."""
+    """For boards whose images the server does not have: they check the rest of the scenario themselves.
+
+    Raises RequestError for `network.freeze: auto`, which takes images to choose from.
+    """
+    if scenario.network.freeze == "auto":
+        raise RequestError(
+            f"network.freeze is 'auto', but the server has no images to choose a freeze point from (data.path "
+            f"{scenario.data.path} is not there); run `lightcl analyse` where images are, and write the block that it "
+            "names into network.freeze"
+        )
     Aggregator.check(scenario.server)
     if resume and folder.exists:
         _check_same(folder, scenario, {"kind": "fleet"})
     folder.prepare(resume=resume, overwrite=False)
     if not folder.exists:
         folder.begin(scenario, describe_run(command, uuid.uuid4().hex[:12]) | {"kind": "fleet"}, [])
+
+
+def _with_freeze(scenario: Scenario, point: str) -> Scenario:
+    return scenario.model_copy(update={"network": scenario.network.model_copy(update={"freeze": point})})
+
+
+def _as_chosen(folder: RunFolder, scenario: Scenario) -> Scenario:
+    """`network.freeze: auto` as it was resolved when the run in the folder began; nothing is analysed again."""
+    analysis = folder.analysis()
+    if scenario.network.freeze != "auto" or analysis is None:
+        return scenario
+    return _with_freeze(scenario, str(analysis["freeze"]))
 
 
 def _check_same(folder: RunFolder, scenario: Scenario, facts: Mapping[str, str]) -> None:

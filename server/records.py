@@ -3,6 +3,7 @@
 run.json        scenario, versions, seeds, git commit, command
 scenario.yaml   the scenario in full
 partition.json  which device holds which sample
+generalizability.json  with network.freeze: auto, what the freeze point was chosen from
 rounds.jsonl    one row a round
 devices.jsonl   one row a device and round; sorted by device; everything that depends on the clock is under "timing"
 results.json    final figures; written last, so its presence means the run was completed
@@ -33,9 +34,10 @@ from lightcl.state import write_atomically
 
 Row = dict[str, Any]
 LOCK = ".lock"
+ANALYSIS = "generalizability.json"
 OWN = (
     "run.json", "scenario.yaml", "partition.json", "rounds.jsonl", "devices.jsonl", "results.json", "failure.json",
-    "report.html", "plots", "server", "devices", LOCK,
+    "report.html", "plots", "server", "devices", ANALYSIS, LOCK,
 )  # fmt: skip
 """Everything that may lie in a run folder."""
 
@@ -168,7 +170,13 @@ class RunFolder:
                 raise RequestError(f"{self.path}: another process is at work on this run") from error
             yield
 
-    def begin(self, scenario: Scenario, run: Mapping[str, Any], partition: Iterable[Mapping[str, Any]]) -> None:
+    def begin(
+        self,
+        scenario: Scenario,
+        run: Mapping[str, Any],
+        partition: Iterable[Mapping[str, Any]],
+        analysis: Mapping[str, Any] | None = None,
+    ) -> None:
         """Writes what is known before the first round. run.json is last: a run exists once it is there.
 
         Raises RequestError where the folder cannot be written to.
@@ -178,6 +186,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / "scenario.yaml", scenario.to_yaml())
             write_atomically(self.path / "partition.json", json.dumps(list(partition)))
+            if analysis is not None:
+                write_atomically(self.path / ANALYSIS, json.dumps(analysis, indent=2))
             write_atomically(self.path / "run.json", json.dumps(about, indent=2))
         except OSError as error:
             raise RequestError(f"--out: {self.path} cannot be written to ({error.strerror})") from error
@@ -191,6 +201,17 @@ class RunFolder:
         if not isinstance(values, dict) or not isinstance(values.get("scenario"), dict):
             raise RequestError(f"{self.path / 'run.json'}: not the record of a run (it has no scenario)")
         return values
+
+    def analysis(self) -> Row | None:
+        """generalizability.json, or None where the freeze point was given. Raises RequestError for a broken file."""
+        file = self.path / ANALYSIS
+        if not file.exists():
+            return None
+        try:
+            found: Row = json.loads(file.read_text())
+            return found | {"freeze": str(found["freeze"])}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RequestError(f"{file}: not the record of an analysis ({error})") from error
 
     def append(self, name: str, rows: Iterable[Row]) -> None:
         """Adds rows to a .jsonl file, synced to disk."""

@@ -61,11 +61,32 @@ def train(
     from simulations.runs import train_run
 
     loaded = load_scenario(scenario, changes or [])
-    if device >= loaded.fleet.devices:
-        count = loaded.fleet.devices
-        raise RequestError(f"--device {device}: the fleet has {count} devices (allowed: 0 to {count - 1})")
+    _check_device(device, loaded)
     path = out_folder or _default_folder(loaded, f"-device-{device}")
     train_run(loaded, device, path, command=_command(), resume=resume, overwrite=overwrite, console=out)
+
+
+@app.command()
+def analyse(
+    scenario: ScenarioFile, changes: Changes = None,
+    device: Annotated[int, typer.Option("--device", min=0, help="Whose stream is analysed")] = 0,
+    threshold: Annotated[
+        float | None,
+        typer.Option("--threshold", min=0, max=1, help="What a block needs to be frozen; network.freeze_threshold"),
+    ] = None,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder; default: runs/<scenario's name>-<seed>-analysis-<device>")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the analysis in --out")] = False,
+) -> None:  # fmt: skip
+    """Measure how general every block is on one device's stream, and name a freeze point."""
+    from simulations.runs import analyse_run
+
+    given = [] if threshold is None else [f"network.freeze_threshold={threshold}"]
+    loaded = load_scenario(scenario, [*(changes or []), *given])
+    _check_device(device, loaded)
+    path = out_folder or _default_folder(loaded, f"-analysis-{device}")
+    analyse_run(loaded, device, path, command=_command(), overwrite=overwrite, console=out)
 
 
 @app.command()
@@ -100,6 +121,65 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
 
 
 @app.command()
+def footprint(
+    scenario: Annotated[Path | None, typer.Argument(metavar="SCENARIO", help="A YAML scenario")] = None,
+    changes: Changes = None,
+    table1: Annotated[bool, typer.Option("--table1", help="The paper's Table 1 (without a scenario)")] = False,
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Methods to compare, by comma; those other than the scenario's with their own defaults"),
+    ] = None,
+    all_methods: Annotated[bool, typer.Option("--all-methods", help="Compare all methods")] = False,
+    device: Annotated[int, typer.Option("--device", min=0, help="Whose images FLOPs are counted for")] = 0,
+    measuring: Annotated[
+        bool, typer.Option("--measure", help="Run real training steps in fresh processes and report the peak")
+    ] = False,
+    json_to: Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Write JSON; - prints it")] = None,
+    picture: Annotated[Path | None, typer.Option("--picture", metavar="FILE.png", help="Draw stacked bars")] = None,
+) -> None:
+    """Count FLOPs and memory of training by method, and measure memory; MiB are 2^20 bytes."""
+    from simulations.footprints import footprint_run, table1_run
+
+    if table1:
+        if scenario or changes or methods or all_methods or measuring or picture:
+            raise RequestError("--table1 is the paper's own setting: it takes no scenario and only --json beside it")
+        table1_run(json_to=json_to, console=out)
+        return
+    if scenario is None:
+        raise RequestError("footprint: name a SCENARIO, or --table1 for the paper's setting")
+    loaded = load_scenario(scenario, changes or [])
+    if device >= loaded.fleet.devices:
+        count = loaded.fleet.devices
+        raise RequestError(f"--device {device}: the fleet has {count} devices (allowed: 0 to {count - 1})")
+    footprint_run(
+        loaded, methods=methods, all_methods=all_methods, device=device, measuring=measuring, json_to=json_to,
+        picture=picture, command=_command(), console=err if json_to == "-" else out,
+    )  # fmt: skip
+
+
+@app.command()
+def plan(
+    scenario: ScenarioFile,
+    budget: Annotated[float, typer.Option("--budget-mb", min=0, help="Memory for training, in MiB (2^20 bytes)")],
+    changes: Changes = None,
+    file: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE.yaml", help="Default: <name>-<budget>mb.yaml")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file")] = False,
+    whole: Annotated[bool, typer.Option("--all", help="Print all settings, not only those around the choice")] = False,
+    json_to: Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Write JSON; - prints it")] = None,
+) -> None:
+    """Fit a LightCL scenario into a memory budget: freeze point, sparsity, batch and memory size."""
+    from simulations.footprints import plan_run
+
+    loaded = load_scenario(scenario, changes or [])
+    plan_run(
+        loaded, budget, file=file, overwrite=overwrite, whole=whole, json_to=json_to,
+        console=err if json_to == "-" else out,
+    )  # fmt: skip
+
+
+@app.command()
 def pretrain(
     source: Annotated[str, typer.Option(help="digits, cifar10, cifar100, fashion-mnist, parquet or image-folder")],
     weights: Annotated[
@@ -126,6 +206,49 @@ def pretrain(
         source=source, path=path, data_name=data_name, file=weights, width=width, stem=stem, image_size=image_size,
         epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, fp32=fp32, flip=not no_flip, seed=seed,
         threads=threads, overwrite=overwrite, command=_command(), console=out,
+    )  # fmt: skip
+
+
+def _check_device(number: int, scenario: Scenario) -> None:
+    count = scenario.fleet.devices
+    if number >= count:
+        raise RequestError(f"--device {number}: the fleet has {count} devices (allowed: 0 to {count - 1})")
+
+
+bench = typer.Typer(help="Benchmarks of methods on a scenario.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.callback()
+def _bench() -> None:
+    """Benchmarks of methods on a scenario."""
+
+
+@bench.command("table1")
+def bench_table1(
+    scenario: ScenarioFile, changes: Changes = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from the scenario's on")] = 5,
+    methods: Annotated[str | None, typer.Option(help="Methods by comma; default: all")] = None,
+    device: Annotated[
+        int | None, typer.Option("--device", min=0, help="One device of the fleet; default: all of them, with Flower")
+    ] = None,
+    out_folder: Annotated[Path | None, typer.Option("--out", help="Default: runs/table1-<scenario's name>")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the benchmark in --out")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the benchmark in --out")] = False,
+    only_table: Annotated[bool, typer.Option("--only-table", help="Run nothing: the table of what there is")] = False,
+) -> None:  # fmt: skip
+    """Run the methods of the paper's Table 1 on one stream: accuracy, forgetting, FLOPs and memory, side by side.
+
+    Each method has its own defaults; the scenario's method section holds for its own method.
+    """
+    from simulations.bench import bench_run
+
+    loaded = load_scenario(scenario, changes or [])
+    path = out_folder or Path("runs") / f"table1-{loaded.name}"
+    bench_run(
+        loaded, seeds=seeds, methods=methods, device=device, out_folder=path, jobs=jobs, resume=resume,
+        overwrite=overwrite, only_table=only_table, command=_command(), console=out,
     )  # fmt: skip
 
 

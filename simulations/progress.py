@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import time
+from statistics import fmean
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
+from lightcl.generalizability import Generalizability
 from server.records import Row
 
 
@@ -92,6 +102,56 @@ class LiveProgress:
             return ""
         seconds = (time.monotonic() - self._started) / self._done * (total - self._done)
         return f"about {seconds:.0f} s left" if seconds < 100 else f"about {seconds / 60:.0f} min left"
+
+
+class AnalysisProgress:
+    """How far an analysis of the blocks has come, on a console; use it in a `with`. The bar appears after an epoch."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._live = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left:"),
+            TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True,
+        )  # fmt: skip
+        self._bar: TaskID | None = None
+        self._what = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def step(self, what: str, done: int, total: int) -> None:
+        """After an epoch: what is being trained, epochs done, epochs in all."""
+        if self._bar is None:
+            self._live.start()
+            self._bar = self._live.add_task("", total=total)
+        self._live.update(self._bar, description=f"how general is each block: {what}", completed=done)
+        if not self.console.is_terminal and what != self._what:
+            self.console.print(f"how general is each block: {what} (epoch {done} of {total})", highlight=False)
+        self._what = what
+
+
+def block_table(found: Generalizability, threshold: float) -> Table:
+    """An analysis in figures: every block's mean over the tasks, and its worst task."""
+    point = found.freeze_point(threshold)
+    names = list(found.blocks)
+    frozen = names[: names.index(point) + 1] if point != "none" else []
+    tasks = len(found.blocks[names[0]].stability)
+    table = Table(title=f"How general each block is, over {tasks} {'tasks' if tasks > 1 else 'task'} after the first")
+    table.add_column("block", no_wrap=True)
+    for column in ("memory stability", "lowest", "learning plasticity", "lowest", "readiness"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for name, block in found.blocks.items():
+        table.add_row(
+            name,
+            *[f"{value:.3f}" for kind in (block.stability, block.plasticity) for value in (fmean(kind), min(kind))],
+            f"{fmean(block.readiness):.3f}",
+            "frozen" if name in frozen else "trained",
+        )
+    return table
 
 
 def accuracy_table(results: Row) -> Table:

@@ -1,7 +1,8 @@
-"""From a checked scenario to a run folder with a report: a simulated fleet, one device, or pre-training."""
+"""From a checked scenario to files: a simulated fleet, one device, an analysis of the blocks, or pre-training."""
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -13,13 +14,17 @@ from rich.console import Console
 from lightcl.data.sources import SourceName, SourceRequest, load_source
 from lightcl.device import EdgeDevice
 from lightcl.errors import RequestError, nearest
+from lightcl.generalizability import analyse, analysed_scenario
 from lightcl.networks.resnet import Stem
 from lightcl.pretraining import EpochReport, Recipe
 from lightcl.pretraining import pretrain as run_pretraining
 from lightcl.scenario import Scenario
-from server.preparation import Prepared, open_run
-from server.records import RunFolder, add_test_, add_training_, device_row, round_row, run_results
-from simulations.progress import LiveProgress, accuracy_table
+from lightcl.state import write_atomically
+from server.preparation import Prepared, open_run, prepare
+from server.records import ANALYSIS, RunFolder, add_test_, add_training_, device_row, round_row, run_results
+from simulations.progress import AnalysisProgress, LiveProgress, accuracy_table, block_table
+
+ANALYSIS_PICTURE = "generalizability.png"
 
 
 def simulate_run(
@@ -27,10 +32,22 @@ def simulate_run(
 ) -> None:
     """A fleet in Flower's simulation runtime. Raises RequestError before anything is written, RunFailure later."""
     folder = RunFolder(path.absolute())
-    prepared = open_run(folder, scenario, command, "fleet", resume=resume, overwrite=overwrite)
+    prepared = _open(folder, scenario, command, "fleet", resume, overwrite, console)
     with folder.held():
         _simulate(prepared.scenario, folder, console)
     _conclude(folder, console)
+
+
+def _open(
+    folder: RunFolder, scenario: Scenario, command: str, kind: str, resume: bool, overwrite: bool, console: Console
+) -> Prepared:
+    with AnalysisProgress(console) as progress:
+        prepared = open_run(
+            folder, scenario, command, kind, resume=resume, overwrite=overwrite, on_step=progress.step
+        )  # fmt: skip
+    if scenario.network.freeze == "auto":
+        console.print(f"network.freeze: auto chose {prepared.scenario.network.freeze}", highlight=False)
+    return prepared
 
 
 def _simulate(scenario: Scenario, folder: RunFolder, console: Console) -> None:
@@ -63,7 +80,7 @@ def train_run(
             "--set method.share_statistics=false"
         )
     folder = RunFolder(path.absolute())
-    prepared = open_run(folder, scenario, command, f"device {number}", resume=resume, overwrite=overwrite)
+    prepared = _open(folder, scenario, command, f"device {number}", resume, overwrite, console)
     with folder.held():
         _train(prepared, number, folder, console)
     _conclude(folder, console)
@@ -98,6 +115,44 @@ def _train(prepared: Prepared, number: int, folder: RunFolder, console: Console)
             folder.append("rounds.jsonl", [summary])
             progress.round_finished(summary)
     folder.finish(run_results([device.rows], tasks, devices=1, dropped={}, rounds=folder.rows("rounds.jsonl")))
+
+
+def analyse_run(
+    scenario: Scenario, number: int, path: Path, *, command: str, overwrite: bool, console: Console
+) -> None:
+    """Measures how general every block is on one device's stream; writes figures and a picture, names a freeze point.
+
+    Raises RequestError before anything is written, TrainingFailure later.
+    """
+    file, picture = path / ANALYSIS, path / ANALYSIS_PICTURE
+    if path.exists() and not path.is_dir():
+        raise RequestError(f"--out: {path} is a file, not a folder")
+    foreign = sorted(f.name for f in path.iterdir() if f not in (file, picture)) if path.exists() else []
+    if foreign:
+        raise RequestError(f"--out: {path} holds other files ({', '.join(foreign[:3])}); name another folder")
+    if file.exists() and not overwrite:
+        raise RequestError(f"--out: {path} holds an analysis; replace it with --overwrite")
+    analysed_scenario(scenario)
+    prepared = prepare(scenario)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"--out: {path} cannot be written to ({error.strerror})") from error
+    with AnalysisProgress(console) as progress:
+        found = analyse(scenario, number, prepared.source, prepared.shares[number], progress.step)
+    from simulations import plots  # matplotlib takes a second to import
+
+    threshold = scenario.network.freeze_threshold
+    about = {"command": command, "scenario": scenario.model_dump(mode="json")}
+    write_atomically(file, json.dumps(found.record(threshold) | about, indent=2))
+    picture.write_bytes(plots.png(plots.generalizability(found, threshold, plots.LIGHT)))
+    console.print(block_table(found, threshold))
+    console.print(
+        f"freeze point at threshold {threshold:g}: {found.freeze_point(threshold)}\n"
+        f"figures: {os.path.relpath(file)}; picture: {os.path.relpath(picture)}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _conclude(folder: RunFolder, console: Console) -> None:

@@ -8,15 +8,14 @@ from lightcl.methods.fdr import FDRParameters
 from lightcl.methods.joint import JointParameters
 from lightcl.methods.lightcl import LightCLParameters
 from lightcl.methods.lightcl_plus import LightCLPlusParameters
+from lightcl.methods.lightcl_sparse import LightCLSparseParameters
 from lightcl.methods.pnn import PNNParameters
 from lightcl.methods.sgd import SGDParameters
 from lightcl.methods.sparcl import SparCLDERppParameters, SparCLERParameters
 
 AnyMethod = (
-    LightCLParameters
-    | LightCLPlusParameters
+    JointParameters
     | SGDParameters
-    | JointParameters
     | EWCParameters
     | PNNParameters
     | FDRParameters
@@ -24,7 +23,11 @@ AnyMethod = (
     | DERppParameters
     | SparCLERParameters
     | SparCLDERppParameters
+    | LightCLParameters
+    | LightCLSparseParameters
+    | LightCLPlusParameters
 )
+"""In the order of the paper's Table 1, then ours."""
 
 __all__ = [
     "AnyMethod",
@@ -35,6 +38,7 @@ __all__ = [
     "JointParameters",
     "LightCLParameters",
     "LightCLPlusParameters",
+    "LightCLSparseParameters",
     "Method",
     "MethodParameters",
     "PNNParameters",

@@ -31,9 +31,14 @@ class StepCost:
     stored_logits: int = 0
     """Rows of logits kept."""
     pattern_samples: int = 0
-    """Samples whose prefix outputs, suffix feature maps and logits are kept."""
+    """Samples whose prefix outputs, logits and vital suffix feature maps are kept."""
+    vital_ratio: float = 0.0
+    """Share of the suffix's channels that become vital with each task; of the maps only those are kept."""
+    columns: bool = False
+    """Whether a trained part of its own stays from every earlier task, and passes forward in every step."""
     weight_sparsity: float = 0.0
-    """Share of the weights held at zero by a mask while training."""
+    """Share of the weights held at zero by a mask while training; above 0, two boolean masks are kept: of the weights
+    that are there and of those that are updated."""
 
 
 class MethodParameters(BaseModel):

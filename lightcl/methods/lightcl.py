@@ -26,8 +26,16 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lightcl.data.tasks import Batch, TaskContext
-from lightcl.feature_memory import Reduction, VitalSelection, channel_importance, drift, logit_drift, vital_channels
-from lightcl.methods.base import Method, MethodParameters
+from lightcl.feature_memory import (
+    Reduction,
+    VitalSelection,
+    channel_importance,
+    drift,
+    logit_drift,
+    vital_channels,
+    vital_patterns,
+)
+from lightcl.methods.base import Method, MethodParameters, StepCost
 from lightcl.networks.resnet import FeatureMaps, Stage, StagedResNet
 
 Preset = Literal["default", "paper", "scale-free"]
@@ -75,6 +83,11 @@ class LightCLParameters(MethodParameters):
     def default_frozen_batch_norm(self) -> Literal["eval", "train"]:
         return "train" if self.preset == "paper" else "eval"
 
+    def cost(self) -> StepCost:
+        if self.beta == 0:
+            return StepCost()
+        return StepCost(held=self.memory_size, pattern_samples=self.memory_size, vital_ratio=self.ratio)
+
     def build(self, network: StagedResNet) -> Method:
         return LightCL(network, self)
 
@@ -106,7 +119,7 @@ class LightCL(Method):
         maps: FeatureMaps = {}
         with torch.no_grad(), self._memory_mode():
             self.logits = self.network.classify(self.memory, maps)[:, self.held].float()
-        self.patterns = {name: maps[name].float() for name in self.vital}
+        self.patterns = vital_patterns(maps, self.vital)
 
     def loss(self, batch: Batch, context: TaskContext) -> Tensor:
         loss = super().loss(batch, context)

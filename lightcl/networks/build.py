@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightcl.errors import RequestError
 from lightcl.networks.resnet import StagedResNet, Stem
 from lightcl.networks.weights import find_builtin, load_tensors, read_torchvision, read_weights
 from lightcl.scenario import Scenario
@@ -19,9 +20,15 @@ PAPER_WIDTH = 64
 def build_network(scenario: Scenario, *, in_channels: int, classes: int) -> StagedResNet:
     """The network before the first task, equal on every device; channels-last, on the CPU.
 
-    Raises RequestError for weights that do not fit and for a freeze point the network does not have.
+    Raises RequestError for weights that do not fit, for a freeze point the network does not have, and where the method
+    cannot shape it as asked.
     """
     section, method = scenario.network, scenario.method
+    if section.freeze == "auto":
+        raise RequestError(
+            "network.freeze is 'auto', but a network needs a block: the server chooses it before a run starts; without "
+            "one, run `lightcl analyse` and write the point it names into the scenario"
+        )
     stored: Mapping[str, Tensor] = {}
     if section.weights == "builtin":
         stored = read_weights(find_builtin())

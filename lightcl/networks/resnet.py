@@ -44,8 +44,8 @@ class InputStem(nn.Module):
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 images `[N, C, H, W]` in 0..255 (or floats in 0..1) to normalised floats of the same shape."""
-        if images.dtype == torch.uint8:
-            images = images.float().div_(255)
+        if images.dtype == torch.uint8:  # the copy is ours: no second one is made of it
+            return images.float().div_(255).sub_(self.mean).div_(self.std)
         return (images - self.mean) / self.std
 
 
@@ -64,12 +64,18 @@ class BasicBlock(nn.Module):
                 nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
             )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`[N, C_in, H, W]` -> (map after the first ReLU, map after the second), both `[N, C, H', W']`."""
-        first = F.relu(self.bn1(self.conv1(x)), inplace=True)
+    def forward(self, x: Tensor, both: bool = True) -> tuple[Tensor | None, Tensor]:
+        """`[N, C_in, H, W]` -> (map after the first ReLU, map after the second), both `[N, C, H', W']`.
+
+        Without `both` the first map is let go as soon as it is read: where no graph holds it, as in a frozen block,
+        that is a quarter of the block's memory.
+        """
+        first: Tensor | None = F.relu(self.bn1(self.conv1(x)), inplace=True)
         shortcut = x if self.downsample is None else self.downsample(x)
-        second = F.relu(self.bn2(self.conv2(first)).add_(shortcut), inplace=True)
-        return first, second
+        second = self.conv2(first)
+        if not both:
+            first = None
+        return first, F.relu(self.bn2(second).add_(shortcut), inplace=True)
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,9 @@ class StagedResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        self._layers = tuple(f"layer{i + 1}" for i in range(len(blocks_per_layer)))
+        self.layer_names = tuple(f"layer{i + 1}" for i in range(len(blocks_per_layer)))
+        self.kept_channels: dict[str, Tensor] = {}
+        """Original indices of the channels left, by channel set (lightcl/pruning.py); empty: all are there."""
         self.freeze(freeze)
 
     # -- stages ------------------------------------------------------------------------------------------------
@@ -157,7 +165,7 @@ class StagedResNet(nn.Module):
     @property
     def block_names(self) -> tuple[str, ...]:
         """Every block in order: stem, layer1.0, layer1.1, layer2.0 ..."""
-        inner = [f"{layer}.{i}" for layer in self._layers for i in range(len(self.get_submodule(layer)))]  # type: ignore[arg-type]
+        inner = [f"{layer}.{i}" for layer in self.layer_names for i in range(len(self.get_submodule(layer)))]  # type: ignore[arg-type]
         return ("stem", *inner)
 
     def freeze(self, point: str) -> None:
@@ -167,7 +175,7 @@ class StagedResNet(nn.Module):
         """
         names = self.block_names
         boundaries = {"none": 0} | {name: i + 1 for i, name in enumerate(names)}
-        for layer in self._layers:
+        for layer in self.layer_names:
             boundaries[layer] = max(i + 1 for i, name in enumerate(names) if name.rpartition(".")[0] == layer)
         if point not in boundaries:
             raise RequestError(
@@ -208,10 +216,11 @@ class StagedResNet(nn.Module):
         if name == "stem":
             x = F.relu(self.bn1(self.conv1(self.input_stem.normalise(x))), inplace=True)
             return F.max_pool2d(x, 3, 2, 1) if self.input_stem.pool else x
-        outputs: tuple[Tensor, Tensor] = self.get_submodule(name)(x)
+        first, second = self.get_submodule(name)(x, maps is not None)
         if maps is not None:
-            maps[f"{name}.relu1"], maps[f"{name}.relu2"] = outputs
-        return outputs[1]
+            maps[f"{name}.relu1"], maps[f"{name}.relu2"] = first, second
+        result: Tensor = second
+        return result
 
     # -- forward -----------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message
 
-from lightcl.exchange import shared_tensors
+from lightcl.exchange import outgoing, shared_tensors, size_in_bytes
 from lightcl.networks.build import build_network
 from lightcl.scenario import Scenario
 from server.coordinator import Coordinator, RunFailure
@@ -288,3 +288,51 @@ def test_when_nobody_comes_the_reason_is_kept(tmp_path: Path) -> None:
     with pytest.raises(RunFailure, match="none of 3 devices is connected"):
         start(small(server={"connect_timeout": 0.3}), tmp_path / "run").run(grid)
     assert "connect_timeout" in json.loads((tmp_path / "run" / "failure.json").read_text())["reason"]
+
+
+SPARSE_FLEET: dict[str, dict[str, Any]] = {
+    "method": {"name": "lightcl-sparse", "memory_size": 5},
+    "server": {"aggregation": "suffix", "max_failures": 1},
+    "fleet": {"devices": 2, "test_data": "whole"},
+}
+
+
+def test_a_pruned_fleet_shares_its_pruned_suffix(tmp_path: Path) -> None:
+    scenario = small(**SPARSE_FLEET)
+    grid = InProcessGrid(tmp_path / "s", 2)
+    results = start(scenario, tmp_path / "run").run(grid)
+    assert results["devices_finished"] == 2
+    assert len({m.content["reply"]["channel_sets"] for m in grid.received if "channel_sets" in m.content["reply"]}) == 1
+    arrays = [record for m in [*grid.sent, *grid.received] for record in m.content.array_records.values()]
+    assert {tuple(record["layer4.1.conv2.weight"].numpy().shape) for record in arrays} == {(6, 6, 3, 3)}
+    whole = build_network(small(), in_channels=1, classes=10)
+    messages = 2 * 2  # devices, tasks
+    assert 0 < results["bytes_up"] < 0.1 * messages * size_in_bytes(outgoing(whole, "suffix"))
+
+
+def test_tensors_of_other_channels_are_refused_and_the_others_averaged(tmp_path: Path) -> None:
+    def tamper(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == "train" and message.content["instruction"]["device"] == 1:
+            reply.content["reply"]["channel_sets"] = "0" * 16
+        return reply
+
+    scenario = small(**SPARSE_FLEET)
+    coordinator, grid = start(scenario, tmp_path / "run"), InProcessGrid(tmp_path / "s", 2, tamper)
+    results = coordinator.run(grid)
+    assert results["dropped"].keys() == {"1"}
+    assert results["dropped"]["1"].startswith("device 1 has kept other channels (0000000000000000) than the fleet (")
+    last = [m for m in grid.received if m.content.array_records][-1]
+    assert coordinator.aggregator is not None
+    for name, array in last.content["arrays"].items():
+        np.testing.assert_allclose(coordinator.aggregator.arrays[name], array.numpy(), rtol=1e-6)
+
+
+def test_devices_that_share_nothing_may_keep_other_channels(tmp_path: Path) -> None:
+    def tamper(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == "train":
+            reply.content["reply"]["channel_sets"] = "0" * 16
+        return reply
+
+    scenario = small(**SPARSE_FLEET | {"server": {"aggregation": "none"}, "stream": {"tasks": 1}})
+    grid = InProcessGrid(tmp_path / "s", 2, tamper)
+    assert start(scenario, tmp_path / "run").run(grid)["devices_finished"] == 2

@@ -19,6 +19,7 @@ from lightcl.metrics import AccuracyMatrix, Spread
 from lightcl.scenario import Fleet, Scenario, Server, Stream
 from server.records import RunFolder
 from simulations import plots
+from simulations.plots.style import PIXELS_PER_INCH, SIZE
 from simulations.report import (
     DeviceRecord,
     build_report,
@@ -120,7 +121,7 @@ def test_page_and_pictures_are_whole(tmp_path: Path) -> None:
     for file in (folder.path / "plots").iterdir():
         data = file.read_bytes()
         assert data.startswith(b"\x89PNG")
-        assert struct.unpack(">I", data[16:20])[0] == round(plots.SIZE[0] * plots.PIXELS_PER_INCH - 0.5)
+        assert struct.unpack(">I", data[16:20])[0] == round(SIZE[0] * PIXELS_PER_INCH - 0.5)
         assert base64.b64encode(data).decode() in source
     # One image for light and one for dark pages, and nothing that would have to be fetched.
     links = re.findall(r'(?:src|srcset|href)="([^"]*)"', source)

@@ -1,71 +1,33 @@
-"""The figures of a run report.
-
-Every function takes numbers and a theme and returns a matplotlib `Figure` of its own; pyplot and its global state stay
-out. Accuracies come in 0..1 and are drawn in %, bytes and seconds come plain and are drawn in the unit that suits them.
-"""
+"""The figures of a run's report."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from lightcl.metrics import Spread
+from simulations.plots.style import (
+    FONT,
+    SIZE,
+    Theme,
+    legend_above,
+    legend_line,
+    plot_axes,
+    readable,
+    task_ticks,
+)
 
-SIZE = (5.4, 3.3)
-"""Inches, at 96 CSS pixels an inch about its place on the page; text stays readable at the width of a phone."""
-PIXELS_PER_INCH = 192
-"""Twice the CSS pixels, for dense screens."""
-FONT = 9.0
 ANNOTATED_TASKS = 15
 """A heat map of more tasks than this has cells too small for figures."""
 SEPARATE_BARS = 60
 """More rounds than this are drawn without gaps, which would only flicker."""
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours as hex. TIL and CIL are blue and vermilion of Okabe & Ito, told apart with every colour vision.
-
-    `first` and `second` are the parts of a stacked bar; they differ in lightness and are not TIL's and CIL's colours,
-    so that no colour means two things.
-    """
-
-    background: str
-    ink: str
-    muted: str
-    grid: str
-    settings: Mapping[str, str]
-    first: str
-    second: str
-    deep: str
-    """The heat map's colour at 100 %; at 0 % it is close to the background."""
-    pale: str
-
-
-LIGHT = Theme(
-    background="#ffffff", ink="#1c2430", muted="#5b6675", grid="#e6e9ee", settings={"til": "#0072b2", "cil": "#d55e00"},
-    first="#4a5a70", second="#a9b6c6", deep="#08467a", pale="#f1f5f9",
-)  # fmt: skip
-DARK = Theme(
-    background="#1a2029", ink="#e6eaf0", muted="#9aa5b3", grid="#2d3541", settings={"til": "#56b4e9", "cil": "#f08a3c"},
-    first="#93a4ba", second="#4d5b6e", deep="#8fd0f7", pale="#232b36",
-)  # fmt: skip
-
-
-def png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=PIXELS_PER_INCH, facecolor=figure.get_facecolor())
-    return buffer.getvalue()
 
 
 # -- accuracy ------------------------------------------------------------------------------------------------------
@@ -79,7 +41,7 @@ def accuracy_over_tasks(
     Settings are "til" and "cil". Where a single task was tested the band becomes a whisker. `chance[setting][t]` is
     what guessing gives.
     """
-    figure, axes = _axes(theme, "after task", "average accuracy (%)")
+    figure, axes = plot_axes(theme, "after task", "average accuracy (%)")
     many = any(spread.p10 != spread.p90 for spreads in curves.values() for spread in spreads)
     for setting, spreads in curves.items():
         colour = theme.settings[setting]
@@ -97,13 +59,13 @@ def accuracy_over_tasks(
         elif len(levels):
             axes.plot(tasks, levels, color=colour, linewidth=1.1, linestyle=(0, (4, 3)), alpha=0.8)
     axes.set_ylim(0, 102)
-    _task_ticks(axes, max((len(spreads) for spreads in curves.values()), default=0))
-    handles: list[Any] = [_line(theme.settings[setting], setting.upper()) for setting in curves]
+    task_ticks(axes, max((len(spreads) for spreads in curves.values()), default=0))
+    handles: list[Any] = [legend_line(theme.settings[setting], setting.upper()) for setting in curves]
     if many:
         handles.append(Patch(color=theme.muted, alpha=0.3, linewidth=0, label="10th–90th percentile"))
     if chance:
         handles.append(Line2D([], [], color=theme.muted, linewidth=1.1, linestyle=(0, (4, 3)), label="chance"))
-    _legend(axes, theme, handles)
+    legend_above(axes, theme, handles)
     return figure
 
 
@@ -113,7 +75,7 @@ def accuracy_matrix(values: np.ndarray, theme: Theme) -> Figure:
     The colours always span 0..100 %, so that TIL and CIL, and two reports, can be compared by eye.
     """
     tasks = len(values)
-    figure, axes = _axes(theme, "accuracy on task", "after task", size=(SIZE[0], 4.1), grid=False)
+    figure, axes = plot_axes(theme, "accuracy on task", "after task", size=(SIZE[0], 4.1), grid=False)
     figure.set_layout_engine("compressed")  # keeps the colour bar beside the square heat map
     colours = LinearSegmentedColormap.from_list("accuracy", [theme.pale, theme.deep])
     image = axes.imshow(100 * values, cmap=colours, vmin=0, vmax=100, aspect="equal")
@@ -123,7 +85,7 @@ def accuracy_matrix(values: np.ndarray, theme: Theme) -> Figure:
     bar.set_label("accuracy (%)", color=theme.muted, fontsize=FONT)
     for side in axes.spines.values():
         side.set_visible(False)
-    _task_ticks(axes, tasks)
+    task_ticks(axes, tasks)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
     if tasks <= ANNOTATED_TASKS:
         # Thin lines of the background's colour make cells of what would be a surface.
@@ -135,14 +97,14 @@ def accuracy_matrix(values: np.ndarray, theme: Theme) -> Figure:
         for (after, on), value in np.ndenumerate(100 * values):
             if not np.isnan(value):
                 text = f"{value:.1f}" if tasks <= 6 else f"{value:.0f}"
-                colour = _readable(colours(value / 100), theme)
+                colour = readable(colours(value / 100), theme)
                 axes.text(on, after, text, ha="center", va="center", fontsize=text_size, color=colour)
     return figure
 
 
 def forgetting_per_task(bars: Mapping[str, Sequence[Spread]], theme: Theme) -> Figure:
     """`bars[setting][k]`: spread over the devices of the forgetting (0..1) of task k; whiskers are one std."""
-    figure, axes = _axes(theme, "task", "forgetting (percentage points)")
+    figure, axes = plot_axes(theme, "task", "forgetting (percentage points)")
     width = 0.8 / max(1, len(bars))
     for index, (setting, spreads) in enumerate(bars.items()):
         places = np.arange(len(spreads)) + (index - (len(bars) - 1) / 2) * width
@@ -156,9 +118,9 @@ def forgetting_per_task(bars: Mapping[str, Sequence[Spread]], theme: Theme) -> F
     axes.spines["bottom"].set_visible(False)  # the line at zero takes its place
     axes.axhline(0, color=theme.muted, linewidth=0.9, zorder=4)
     tasks = max((len(spreads) for spreads in bars.values()), default=0)
-    _task_ticks(axes, tasks)
+    task_ticks(axes, tasks)
     axes.set_xlim(-0.6, tasks - 0.4)
-    _legend(axes, theme, [Patch(color=theme.settings[setting], label=setting.upper()) for setting in bars])
+    legend_above(axes, theme, [Patch(color=theme.settings[setting], label=setting.upper()) for setting in bars])
     return figure
 
 
@@ -184,7 +146,7 @@ def seconds_per_round(
 def _stacked(
     rounds: Sequence[int], parts: Mapping[str, Sequence[float]], factor: float, label: str, theme: Theme
 ) -> Figure:
-    figure, axes = _axes(theme, "round", label)
+    figure, axes = plot_axes(theme, "round", label)
     width = min(0.72, 0.24 * len(rounds)) if len(rounds) <= SEPARATE_BARS else 1.0
     base = np.zeros(len(rounds))
     handles = []
@@ -196,58 +158,5 @@ def _stacked(
     axes.set_xlim(min(rounds) - 0.7, max(rounds) + 0.7)
     axes.set_ylim(0, 1.05 * max(base.max(), np.finfo(float).tiny))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12, min_n_ticks=1))
-    _legend(axes, theme, handles)
+    legend_above(axes, theme, handles)
     return figure
-
-
-# -- style ---------------------------------------------------------------------------------------------------------
-
-
-def _axes(theme: Theme, x: str, y: str, *, size: tuple[float, float] = SIZE, grid: bool = True) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=size, dpi=PIXELS_PER_INCH, layout="constrained", facecolor=theme.background)
-    axes = figure.add_subplot(facecolor=theme.background)
-    axes.set_xlabel(x, color=theme.muted, fontsize=FONT)
-    axes.set_ylabel(y, color=theme.muted, fontsize=FONT)
-    axes.tick_params(colors=theme.muted, labelsize=FONT, length=0, pad=5)
-    for name, side in axes.spines.items():
-        side.set_visible(name == "bottom")
-        side.set_color(theme.muted)
-    if grid:
-        axes.grid(axis="y", color=theme.grid, linewidth=0.9)
-        axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _legend(axes: Axes, theme: Theme, handles: Sequence[Any]) -> None:
-    """Above the axes, where it hides nothing."""
-    axes.legend(
-        handles=handles, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=len(handles), frameon=False,
-        fontsize=FONT, labelcolor=theme.ink, handlelength=1.5, handletextpad=0.5, columnspacing=1.4, borderpad=0.2,
-    )  # fmt: skip
-
-
-def _line(colour: str, label: str) -> Line2D:
-    return Line2D([], [], color=colour, linewidth=1.9, marker="o", markersize=4.5, label=label)
-
-
-def _task_ticks(axes: Axes, tasks: int) -> None:
-    """Whole numbers, and every task where there is room."""
-    if tasks <= 12:
-        axes.set_xticks(range(tasks))
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
-
-
-def _readable(colour: Sequence[float], theme: Theme) -> str:
-    """Of the theme's ink and background the one that stands out more on `colour` (RGB in 0..1)."""
-
-    def luminance(rgb: Sequence[float]) -> float:
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb[:3]]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    def contrast(name: str) -> float:
-        """WCAG 2 contrast ratio, 1..21."""
-        dark, bright = sorted([luminance(colour), luminance(to_rgb(name))])
-        return (bright + 0.05) / (dark + 0.05)
-
-    return max((theme.ink, theme.background), key=contrast)

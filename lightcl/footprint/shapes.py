@@ -1,0 +1,163 @@
+"""What every block of a network computes and produces, read off its modules.
+
+Nothing here is derived from a width: a network whose channels differ from convolution to convolution (one that channels
+were removed from) is read like any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightcl.networks.resnet import BasicBlock, StagedResNet
+
+Image = tuple[int, int, int]
+"""Channels, height, width."""
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """One convolution with its batch-norm; `inputs` and `outputs` are elements a sample, `macs` likewise."""
+
+    name: str
+    inputs: int
+    outputs: int
+    weights: int
+    macs: int
+    norm: int
+    """Affine parameters of the batch-norm."""
+    kernel: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block in the order of `StagedResNet.block_names`; elements are counted a sample."""
+
+    name: str
+    frozen: bool
+    first: Convolution
+    second: Convolution | None = None
+    """None in the stem, which is one convolution."""
+    shortcut: Convolution | None = None
+    pooled: int | None = None
+    """Elements after the stem's max-pool, where it has one."""
+
+    @property
+    def convolutions(self) -> tuple[Convolution, ...]:
+        return tuple(c for c in (self.first, self.shortcut, self.second) if c is not None)
+
+    @property
+    def outputs(self) -> int:
+        last = (self.second or self.first).outputs
+        return last if self.pooled is None else self.pooled
+
+    @property
+    def maps(self) -> int:
+        """Elements of the block's feature maps; the stem has none."""
+        return self.first.outputs + self.second.outputs if self.second else 0
+
+    @property
+    def parameters(self) -> int:
+        return sum(c.weights + c.norm for c in self.convolutions)
+
+    @property
+    def macs(self) -> int:
+        return sum(c.macs for c in self.convolutions)
+
+
+@dataclass(frozen=True)
+class NetworkShape:
+    """All blocks, and the linear head after global average pooling."""
+
+    image: Image
+    blocks: tuple[Block, ...]
+    pooled: int
+    classes: int
+
+    @property
+    def frozen(self) -> tuple[Block, ...]:
+        return tuple(b for b in self.blocks if b.frozen)
+
+    @property
+    def trained(self) -> tuple[Block, ...]:
+        return tuple(b for b in self.blocks if not b.frozen)
+
+    @property
+    def head_parameters(self) -> int:
+        return (self.pooled + 1) * self.classes
+
+    @property
+    def head_macs(self) -> int:
+        return self.pooled * self.classes
+
+    @property
+    def parameters(self) -> int:
+        return sum(b.parameters for b in self.blocks) + self.head_parameters
+
+    @property
+    def trained_parameters(self) -> int:
+        return sum(b.parameters for b in self.trained) + self.head_parameters
+
+    @property
+    def macs(self) -> int:
+        """Of one image's forward pass."""
+        return sum(b.macs for b in self.blocks) + self.head_macs
+
+    @property
+    def features(self) -> int:
+        """Elements that enter the trained part: the prefix's outputs, or the image where nothing is frozen."""
+        channels, height, width = self.image
+        return self.frozen[-1].outputs if self.frozen else channels * height * width
+
+
+def shape_of(network: StagedResNet, image: Image) -> NetworkShape:
+    """Walks the blocks with an image of this size; no tensor is computed."""
+    _, height, width = image
+    blocks = []
+    for name in network.block_names:
+        frozen = name in network.prefix.blocks
+        if name == "stem":
+            first, (height, width) = _convolution("stem", network.conv1, network.bn1, height, width)
+            pooled = None
+            if network.input_stem.pool:  # 3x3, stride 2, padding 1
+                height, width = (height - 1) // 2 + 1, (width - 1) // 2 + 1
+                pooled = network.conv1.out_channels * height * width
+            blocks.append(Block(name, frozen, first, pooled=pooled))
+            continue
+        block = network.get_submodule(name)
+        assert isinstance(block, BasicBlock)
+        first, size = _convolution(f"{name}.conv1", block.conv1, block.bn1, height, width)
+        second, size = _convolution(f"{name}.conv2", block.conv2, block.bn2, *size)
+        shortcut = None
+        if block.downsample is not None:
+            convolution, norm = block.downsample.children()
+            shortcut, _ = _convolution(f"{name}.downsample", convolution, norm, height, width)
+        height, width = size
+        blocks.append(Block(name, frozen, first, second, shortcut))
+    return NetworkShape(image, tuple(blocks), network.fc.in_features, network.fc.out_features)
+
+
+def _convolution(
+    name: str, layer: nn.Module, norm: nn.Module, height: int, width: int
+) -> tuple[Convolution, tuple[int, int]]:
+    """The convolution on inputs of this size, and the size of its outputs."""
+    assert isinstance(layer, nn.Conv2d)
+    sides = []
+    for side, padding, kernel, stride in zip(
+        (height, width), layer.padding, layer.kernel_size, layer.stride, strict=True
+    ):
+        assert isinstance(padding, int)
+        sides.append((side + 2 * padding - kernel) // stride + 1)
+    out = tuple(sides)
+    positions, weights = out[0] * out[1], layer.weight.numel()
+    shape = Convolution(
+        name,
+        layer.in_channels * height * width,
+        layer.out_channels * positions,
+        weights,
+        weights * positions,
+        sum(p.numel() for p in norm.parameters()),
+        layer.kernel_size[0],
+    )
+    return shape, (out[0], out[1])

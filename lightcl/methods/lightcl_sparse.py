@@ -1,0 +1,50 @@
+"""LightCL's sparse variant: LightCL on a network that lost most of its deep channels before the first task.
+
+Wang, Cheng, Ji, Huang: "LightCL: Compact Continual Learning with Low Memory Footprint For Edge Device", ASP-DAC 2025,
+arXiv 2407.10545. Of layer3 0.7 of the channels go, of layer4 0.8, elsewhere 0.2, about 0.9 of ResNet-18's parameters;
+the channels whose weights have the smallest mean. Loss and feature memory are LightCL's, on what is left: `ratio` is a
+share of the remaining channels.
+
+Deviations: the channels are removed physically and not masked (lightcl/pruning.py says how shortcuts are treated). In
+the paper's code layer3's second block is trained in the first task; here the prefix is the same on every device for
+good, so a freeze point does not move during a stream. `network.freeze: layer3.0` trains that block throughout; with
+`preset: paper` or `memory_batch_norm: train`, as the running statistics of a just pruned block are too far off for the
+patterns to be held by them (the loss diverged in our runs).
+
+What it costs: nothing heals a pruned prefix that stays frozen. On the shipped weights the variances that batch-norm
+meets after pruning are a tenth of those it has stored, and accuracy falls much further than the paper's. Batch
+statistics in the prefix (`preset: paper`, or `network.frozen_batch_norm: train`) win some of it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from lightcl.methods.lightcl import LightCLParameters
+from lightcl.networks.resnet import StagedResNet
+from lightcl.pruning import Score, prune_
+
+PAPER_SPARSITY: dict[str, float] = {"layer1": 0.2, "layer2": 0.2, "layer3": 0.7, "layer4": 0.8}
+
+
+class LightCLSparseParameters(LightCLParameters):
+    """`lightcl-sparse`: LightCL's keys, and which share of its channels each layer loses."""
+
+    name: Literal["lightcl-sparse"] = "lightcl-sparse"  # type: ignore[assignment]
+    channel_sparsity: dict[Literal["layer1", "layer2", "layer3", "layer4"], Annotated[float, Field(ge=0, lt=1)]] = (
+        Field(default=PAPER_SPARSITY, validate_default=True)
+    )
+    """Share of its channels that a layer loses; a layer left out has the paper's. The stem has layer1's channels."""
+    channel_score: Score = "mean"
+    """Which channels go: those whose weights have the smallest mean (the paper), or the smallest mean magnitude."""
+
+    @field_validator("channel_sparsity", mode="before")
+    @classmethod
+    def _fill_sparsity(cls, values: object) -> object:
+        return PAPER_SPARSITY | dict(values) if isinstance(values, Mapping) else values
+
+    def shape_(self, network: StagedResNet) -> None:
+        prune_(network, {str(layer): share for layer, share in self.channel_sparsity.items()}, self.channel_score)

@@ -1,0 +1,361 @@
+"""`lightcl bench table1`: every method on the same stream and weights, over seeds; a table and a picture.
+
+Each run is `lightcl train` (one device) or `lightcl simulate` (a fleet) in a process of its own, in a folder of its
+own, so a killed benchmark goes on where it was and every figure can be looked up in a report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import nan
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lightcl.data.sources import load_source
+from lightcl.device import scenario_digest
+from lightcl.errors import RequestError, nearest
+from lightcl.footprint.paper import MIB
+from lightcl.scenario import Scenario, method_names, scenario_from_json
+from lightcl.state import write_atomically
+from server.coordinator import RunFailure
+from server.preparation import prepare
+from server.provenance import describe_run
+from simulations.footprints import as_method, footprint_of
+
+FIGURES = (("cil", "average_accuracy"), ("til", "average_accuracy"), ("cil", "forgetting"), ("til", "forgetting"))
+OWN = ("bench.json", "footprint.json", "table1.md", "table1.json", "table1.png", "scenarios", "logs", "runs")
+BASELINE = "sgd"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be run: one scenario under several methods and seeds, on one device or the whole fleet."""
+
+    scenario: Scenario
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    device: int | None
+    """None: the whole fleet."""
+    folder: Path
+
+    def run_folder(self, method: str, seed: int) -> Path:
+        return self.folder / "runs" / f"{method}-seed-{seed}"
+
+    def variant(self, method: str) -> Scenario:
+        return as_method(self.scenario, method)
+
+    @property
+    def cells(self) -> list[tuple[str, int]]:
+        """Seed by seed, so that a benchmark that is stopped early has whole rows of the first seeds."""
+        return [(method, seed) for seed in self.seeds for method in self.methods]
+
+    def results(self, method: str, seed: int) -> Any | None:
+        file = self.run_folder(method, seed) / "results.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+
+def bench_run(
+    scenario: Scenario, *, seeds: int, methods: str | None, device: int | None, out_folder: Path, jobs: int,
+    resume: bool, overwrite: bool, only_table: bool, command: str, console: Console,
+) -> None:  # fmt: skip
+    """Runs what is not there yet, then writes the table. Raises RequestError before anything is written."""
+    names = _chosen(methods)
+    if device is None and scenario.fleet.devices == 1:
+        device = 0
+    if device is not None and device >= scenario.fleet.devices:
+        count = scenario.fleet.devices
+        raise RequestError(f"--device {device}: the fleet has {count} devices (allowed: 0 to {count - 1})")
+    numbers = tuple(range(scenario.seed, scenario.seed + seeds))
+    plan = Plan(scenario, names, numbers, device, out_folder.absolute())
+    _check_folder(plan, resume=resume or only_table, overwrite=overwrite)
+    if not only_table:
+        for name in names:
+            prepare(plan.variant(name))
+        _begin(plan, command, overwrite=overwrite)
+        failures = _carry_out(plan, jobs, console)
+        _measure(plan, console)
+    else:
+        failures = {}
+    rows = [_row(plan, name) for name in names]
+    _write(plan, rows, console)
+    if failures:
+        told = "\n".join(f"{cell}: {reason}" for cell, reason in failures.items())
+        raise RunFailure(f"{len(failures)} of {len(plan.cells)} runs failed; go on with --resume\n{told}")
+
+
+# -- the folder ----------------------------------------------------------------------------------------------------
+
+
+def _chosen(methods: str | None) -> tuple[str, ...]:
+    known = method_names()
+    names = [name.strip() for name in methods.split(",")] if methods else known
+    for name in names:
+        if name not in known:
+            raise RequestError(
+                f"--methods: unknown method {name!r}{nearest(name, known)} (allowed: {', '.join(known)})"
+            )
+    return tuple(dict.fromkeys(names))
+
+
+def _check_folder(plan: Plan, *, resume: bool, overwrite: bool) -> None:
+    """Raises RequestError where the folder holds something that this benchmark must not go on with or replace."""
+    folder, about = plan.folder, plan.folder / "bench.json"
+    if resume and overwrite:
+        raise RequestError("--resume and --overwrite: choose one")
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"--out: {folder} is a file, not a folder")
+    foreign = sorted(f.name for f in folder.iterdir() if f.name not in OWN) if folder.exists() else []
+    if foreign and not about.exists():
+        raise RequestError(f"--out: {folder} holds other files ({', '.join(foreign[:3])}); name another folder")
+    if resume and not about.exists():
+        raise RequestError(f"--resume: {folder} holds no benchmark")
+    if about.exists() and not resume and not overwrite:
+        raise RequestError(f"--out: {folder} holds a benchmark; go on with --resume or replace it with --overwrite")
+    if resume:
+        before = json.loads(about.read_text())
+        same = scenario_digest(scenario_from_json(json.dumps(before["scenario"]))) == scenario_digest(plan.scenario)
+        if not same or before["device"] != plan.device:
+            raise RequestError(
+                f"--resume: {folder} holds the benchmark of another scenario or device; name another --out"
+            )
+
+
+def _begin(plan: Plan, command: str, *, overwrite: bool) -> None:
+    if overwrite and (plan.folder / "bench.json").exists():
+        (plan.folder / "bench.json").unlink()  # first: a benchmark that is half gone is none
+        for name in OWN:
+            shutil.rmtree(plan.folder / name, ignore_errors=True)
+            (plan.folder / name).unlink(missing_ok=True)
+    for name in ("scenarios", "logs", "runs"):
+        (plan.folder / name).mkdir(parents=True, exist_ok=True)
+    for method in plan.methods:
+        write_atomically(plan.folder / "scenarios" / f"{method}.yaml", plan.variant(method).to_yaml())
+    if not (plan.folder / "bench.json").exists():
+        about = describe_run(command, "bench") | {"device": plan.device}
+        about["scenario"] = plan.scenario.model_dump(mode="json")
+        write_atomically(plan.folder / "bench.json", json.dumps(about, indent=2))
+
+
+# -- the runs ------------------------------------------------------------------------------------------------------
+
+
+class _Runner:
+    """Runs commands as child processes, and ends them with the benchmark."""
+
+    def __init__(self) -> None:
+        self._children: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def run(self, command: Sequence[str], log: Path) -> int:
+        with log.open("ab") as output:
+            with self._lock:
+                if self._stopped:
+                    return 130
+                child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+                self._children.add(child)
+            code = child.wait()
+        with self._lock:
+            self._children.discard(child)
+        return code
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            for child in self._children:
+                child.send_signal(signal.SIGTERM)
+
+
+def _carry_out(plan: Plan, jobs: int, console: Console) -> dict[str, str]:
+    """Runs the cells that are not complete, `jobs` at a time; returns the reasons of those that failed."""
+    left = [cell for cell in plan.cells if plan.results(*cell) is None]
+    failures: dict[str, str] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    runner = _Runner()
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("runs", total=len(plan.cells), completed=len(plan.cells) - len(left))
+        started = time.monotonic()
+
+        def one(cell: tuple[str, int]) -> None:
+            method, seed = cell
+            log = plan.folder / "logs" / f"{method}-seed-{seed}.log"
+            code = runner.run(_command(plan, method, seed), log)
+            done = plan.results(method, seed)
+            if done is None:
+                failures[f"{method}, seed {seed}"] = f"exit code {code}; {_last_line(log)} ({log})"
+            said = _said(done) if done else f"[red]failed[/], see {log}"
+            progress.advance(bar)
+            finished = progress.tasks[0].completed - (len(plan.cells) - len(left))
+            minutes = (time.monotonic() - started) / finished * (len(left) - finished) / 60
+            progress.update(bar, description=f"runs, about {minutes:.0f} min left")
+            console.print(f"{method}, seed {seed}: {said}", highlight=False, soft_wrap=True)
+
+        try:
+            with ThreadPoolExecutor(jobs) as pool:
+                try:
+                    list(pool.map(one, left))
+                except BaseException:
+                    runner.stop()
+                    pool.shutdown(cancel_futures=True)
+                    raise
+        finally:
+            runner.stop()
+    return failures
+
+
+def _command(plan: Plan, method: str, seed: int) -> list[str]:
+    out = plan.run_folder(method, seed)
+    kind = ["simulate"] if plan.device is None else ["train", "--device", str(plan.device)]
+    command = [sys.executable, "-m", "simulations.main", *kind, str(plan.folder / "scenarios" / f"{method}.yaml")]
+    command += ["--set", f"seed={seed}", "--out", str(out)]
+    return command + (["--resume"] if (out / "run.json").exists() else [])
+
+
+def _said(results: Mapping[str, Any]) -> str:
+    accuracies = [f"{s.upper()} {results[s]['average_accuracy']['mean']:.1%}" for s in ("til", "cil") if results[s]]
+    return f"{', '.join(accuracies)}, {results['timing']['seconds']:.0f} s"
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "no output"
+
+
+def _measure(plan: Plan, console: Console) -> None:
+    """Counts FLOPs and memory, and measures memory, of the methods for which that is not done yet."""
+    file = plan.folder / "footprint.json"
+    known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    missing = [method for method in plan.methods if method not in known]
+    source = load_source(plan.scenario.source_request()) if missing else None
+    for method in missing:
+        if source is not None:
+            console.print(f"measuring the memory of {method} in a fresh process", style="dim", highlight=False)
+            known[method] = footprint_of(plan.variant(method), source, plan.device or 0, measuring=True).to_json()
+            write_atomically(file, json.dumps(known, indent=2))
+
+
+# -- the table -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method: accuracies in 0..1 as mean and standard deviation over the seeds, memory in bytes."""
+
+    method: str
+    seeds: int
+    figures: Mapping[str, tuple[float, float] | None]
+    """By "cil average_accuracy" and so on; None where the method is not tested for it or no run is complete."""
+    flops: float | None
+    counted: int | None
+    measured: int | None
+    seconds: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "seeds": self.seeds,
+            "flops": self.flops,
+            "memory_theory_bytes": self.counted,
+            "memory_measured_bytes": self.measured,
+            "seconds": self.seconds,
+        } | {name: {"mean": f[0], "std": f[1]} if f else None for name, f in self.figures.items()}
+
+
+def _row(plan: Plan, method: str) -> Row:
+    complete = [r for seed in plan.seeds if (r := plan.results(method, seed)) is not None]
+    figures: dict[str, tuple[float, float] | None] = {}
+    for setting, key in FIGURES:
+        values = [r[setting][key]["mean"] for r in complete if r[setting]]
+        spread = stdev(values) if len(values) > 1 else nan
+        joint = key == "forgetting" and plan.variant(method).method.joint
+        figures[f"{setting} {key}"] = (fmean(values), spread) if values and not joint else None
+    file = plan.folder / "footprint.json"
+    size = (json.loads(file.read_text()) if file.exists() else {}).get(method)
+    return Row(
+        method,
+        len(complete),
+        figures,
+        size["theory"]["training_flops"] if size else None,
+        (size.get("theory_second_task") or size["theory"])["peak"] if size else None,
+        size["measured"]["training"] if size else None,
+        fmean(r["timing"]["seconds"] for r in complete) if complete else None,
+    )
+
+
+def table(plan: Plan, rows: Sequence[Row]) -> str:
+    """Markdown, with what it is a table of."""
+    about = json.loads((plan.folder / "bench.json").read_text())
+    scenario = plan.scenario
+    whom = f"device {plan.device} of {scenario.fleet.devices}" if plan.device is not None else "all devices"
+    base = next((row.measured for row in rows if row.method == BASELINE), None)
+    lines = [
+        f"# All methods on {scenario.name}",
+        "",
+        f"    {about['command']}",
+        "",
+        f"{scenario.data.source}, {scenario.stream.tasks} tasks x {scenario.stream.classes_per_task} classes, "
+        f"{scenario.training.epochs} epochs a task, batch {scenario.training.batch_size}, "
+        f"{scenario.training.precision}, {whom}, seeds {', '.join(map(str, plan.seeds))}; commit "
+        f"{(about['git_commit'] or 'unknown')[:12]}, torch {about['libraries']['torch']}, {about['machine']}.",
+        "",
+        "Accuracy and forgetting in percent, mean ± standard deviation over the seeds. FLOPs: training of the whole "
+        "stream, counted. Memory: peak of a training step of the second task in MiB (2^20 bytes), by our count and as "
+        "measured (tensors).",
+        "",
+        "| method | seeds | CIL | TIL | CIL forgetting | TIL forgetting | TFLOPs | MiB, theory | MiB, measured "
+        "| measured / theory | measured / SGD | seconds a run |",
+        "|" + "---|" * 12,
+    ]
+    for row in rows:
+        cells = [row.method, str(row.seeds), *(_percent(row.figures[f"{s} {key}"]) for s, key in FIGURES)]
+        cells += [_number(row.flops, 1e12, 1), _number(row.counted, MIB, 1), _number(row.measured, MIB, 1)]
+        ratios = (
+            row.measured / row.counted if row.measured and row.counted else None,
+            row.measured / base if row.measured and base else None,
+        )
+        cells += [*(_number(ratio, 1, 2) for ratio in ratios), _number(row.seconds, 1, 0)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _percent(figure: tuple[float, float] | None) -> str:
+    if figure is None:
+        return "–"
+    mean, deviation = (100 * value for value in figure)
+    return f"{mean:.2f}" + (f" ± {deviation:.2f}" if deviation == deviation else "")
+
+
+def _number(value: float | None, unit: float, digits: int) -> str:
+    return "–" if value is None else f"{value / unit:.{digits}f}"
+
+
+def _write(plan: Plan, rows: Sequence[Row], console: Console) -> None:
+    from simulations.plots import LIGHT, accuracy_over_memory, png
+
+    text = table(plan, rows)
+    write_atomically(plan.folder / "table1.md", text)
+    write_atomically(plan.folder / "table1.json", json.dumps([row.to_json() for row in rows], indent=2))
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    points = {
+        s: {r.method: (r.measured / MIB, *f) for r in rows if r.measured and (f := r.figures[f"{s} average_accuracy"])}
+        for s in ("cil", "til")
+    }
+    if any(points.values()):
+        (plan.folder / "table1.png").write_bytes(png(accuracy_over_memory(points, LIGHT)))
+    for name in ("table1.md", "table1.png"):
+        if (plan.folder / name).exists():
+            console.print(f"{os.path.relpath(plan.folder / name)}", highlight=False, soft_wrap=True)
