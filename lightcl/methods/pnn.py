@@ -48,7 +48,7 @@ class PNNParameters(MethodParameters):
         return False
 
     def cost(self) -> StepCost:
-        return StepCost(columns=True)
+        return StepCost(columns=True, weight_copies=1)  # the initial weights
 
     def build(self, network: StagedResNet) -> Method:
         return PNN(network, self)

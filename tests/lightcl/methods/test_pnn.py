@@ -178,7 +178,7 @@ def test_class_incremental_tests_are_refused():
 
 
 def test_cost():
-    assert PNNParameters().cost() == StepCost(columns=True)
+    assert PNNParameters().cost() == StepCost(columns=True, weight_copies=1)
 
 
 def test_columns_are_never_averaged():
