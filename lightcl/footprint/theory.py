@@ -200,14 +200,31 @@ class _Step:
         """Channels that are vital in the last task: those of all tasks before it, which at most differ."""
         return min(1.0, self.cost.vital_ratio * (self.workload.tasks - 1))
 
+    @property
+    def _columns(self) -> int:
+        """Columns of earlier tasks."""
+        return (self.workload.tasks - 1) * self.cost.columns
+
+    @property
+    def _boundaries(self) -> list[Block]:
+        """The last trained block of each layer, after which a column reads the earlier ones; none without them."""
+        blocks = self.shape.trained if self._columns else ()
+        return [
+            b for b, after in zip(blocks, (*blocks[1:], None), strict=False) if not after or _layer(b) != _layer(after)
+        ]
+
+    def _lateral(self, block: Block) -> int:
+        """Elements a sample that an adapter keeps: what it reads, both its convolutions' inputs, and the sum."""
+        return (self._columns + 3) * block.outputs if block in self._boundaries else 0
+
     def _hold_for_good(self) -> None:
         shape, cost, workload = self.shape, self.cost, self.workload
         trained = shape.trained_parameters * FP32
         norms = sum(c.norm for b in shape.blocks for c in b.convolutions)  # as many statistics as affine parameters
-        columns = (workload.tasks - 1) * cost.columns
-        self.hold("parameters", (shape.parameters + norms) * FP32 + columns * trained)
+        adapters = sum(_adapter(b, k) for b in self._boundaries for k in range(1, self._columns + 1))
+        self.hold("parameters", (shape.parameters + norms + adapters) * FP32 + self._columns * trained)
         self.hold("optimiser state", trained * workload.momentum)
-        self.hold("weight copies", cost.weight_copies * trained)
+        self.hold("weight copies", (cost.weight_copies + cost.columns) * trained)
         image = workload.image[0] * workload.image[1] * workload.image[2]
         pixels = (workload.batch + cost.replayed + cost.stored_images) * image
         self.hold("buffer", pixels + cost.stored_logits * shape.classes * FP32)
@@ -252,6 +269,8 @@ class _Step:
                 self.hold("temporaries", -unit * block.shortcut.outputs)
             if block.pooled is not None:
                 self.hold("kept activations", unit * block.pooled + samples * block.pooled * 8)  # and its indices
+            self.hold("kept activations", unit * self._lateral(block))
+            self.note(f"forward {block.name}, earlier columns", "temporaries", unit * self._columns * 3 * block.outputs)
         self.hold("kept activations", samples * self._head_elements * FP32)
         self.note("loss")
         self.done.clear()
@@ -273,6 +292,10 @@ class _Step:
 
     def _backward_block(self, block: Block, unit: int, samples: int, entered: bool) -> None:
         out, last = unit * block.outputs, block.second or block.first
+        if lateral := unit * self._lateral(block):
+            self.note(f"backward {block.name}, adapter", "temporaries", 4 * out)
+            self.hold("kept activations", -lateral)
+            self._gradient(f"{block.name}.adapter", _adapter(block, self._columns))
         if block.pooled is not None:
             out = unit * last.outputs
             self.note(f"backward {block.name}, max-pool", "temporaries", unit * block.pooled + out)
@@ -314,6 +337,16 @@ class _Step:
     def _layout(self, convolution: Convolution | None, direction: int) -> int:
         """Bytes of the copies of a convolution's weights while it runs: forward (0) or backward (1)."""
         return 0 if convolution is None else self.layouts[direction] * convolution.weights * self.size
+
+
+def _layer(block: Block) -> str:
+    return block.name.partition(".")[0]
+
+
+def _adapter(block: Block, earlier: int) -> int:
+    """Parameters and statistics of an adapter to `earlier` columns after this block: V, U with bias, batch-norm."""
+    channels = block.outputs // _positions(block.second or block.first)
+    return channels * channels * (earlier + 1) + 5 * channels
 
 
 def _positions(convolution: Convolution) -> int:

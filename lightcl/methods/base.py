@@ -35,7 +35,8 @@ class StepCost:
     vital_ratio: float = 0.0
     """Share of the suffix's channels that become vital with each task; of the maps only those are kept."""
     columns: bool = False
-    """Whether a trained part of its own stays from every earlier task, and passes forward in every step."""
+    """Whether every earlier task's trained part stays, passes forward in every step, and is read through adapters at
+    the ends of layers (PNN); the state that all of them begin from is kept as well."""
     weight_sparsity: float = 0.0
     """Share of the weights held at zero by a mask while training; above 0, two boolean masks are kept: of the weights
     that are there and of those that are updated."""

@@ -110,10 +110,19 @@ class LightCLPlus(LightCL):
 
     def describe(self, maps: FeatureMaps) -> Tensor:
         """φ: the prefix's feature maps -> `[N, d]`, fp32."""
-        parts = [maps[name].float().mean((2, 3)) for name in self.maps[:-1]]
-        last = maps[self.maps[-1]].float()
-        parts.append(F.adaptive_avg_pool2d(last, 2 if self.grid else 1).flatten(1))
-        return torch.cat(parts, 1)
+        return torch.cat([self.pool(name, maps[name]) for name in self.maps], 1)
+
+    def pool(self, name: str, feature_map: Tensor) -> Tensor:
+        """The part of φ that one map `[N, C, H, W]` gives, `[N, C]` or `[N, 4C]`."""
+        if name != self.maps[-1]:
+            return feature_map.float().mean((2, 3))
+        return F.adaptive_avg_pool2d(feature_map.float(), 2 if self.grid else 1).flatten(1)
+
+    def features_of(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The prefix's outputs `[N, C, H, W]` for uint8 images, and φ `[N, d]`."""
+        pooled = PooledMaps(self)
+        features = self.network.prefix(images, pooled)
+        return features, torch.cat([pooled[name] for name in self.maps], 1)
 
     # -- the stream ----------------------------------------------------------------------------------------------
 
@@ -127,21 +136,20 @@ class LightCLPlus(LightCL):
         super().end_task(context)
         if self.plus.share_statistics:
             self.statistics_of = Statistics.zeros(*self.statistics_of.total.shape)
-        for batch in context.task.train.batches(STATISTICS_BATCH):
-            maps: FeatureMaps = {}
-            self.network.prefix(batch.images.to(context.device), maps)
-            self.statistics_of.add_(self.describe(maps), batch.labels)
+        for batch in context.task.train.batches(min(STATISTICS_BATCH, context.batch_size)):
+            _, described = self.features_of(batch.images.to(context.device))
+            self.statistics_of.add_(described, batch.labels)
         self._solved = None
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits `[N, head]`: the scores of the formula above; minus infinity for a class that nobody has met."""
-        maps: FeatureMaps = {}
-        suffix_logits = self.network.classify(self.network.prefix(images, maps)).float()
+        features, described = self.features_of(images)
+        suffix_logits = self.network.classify(features).float()
         head = self._head(images.device)
         if not bool(head.known.any()):
             return suffix_logits
         # The two experts differ in what is normalised: LDA over all known classes, the suffix within each task.
-        return head.log_posteriors(self.describe(maps)) + self.plus.suffix_weight * self._within_tasks(suffix_logits)
+        return head.log_posteriors(described) + self.plus.suffix_weight * self._within_tasks(suffix_logits)
 
     def _within_tasks(self, logits: Tensor) -> Tensor:
         """Log-softmax over the classes of each task; for a class that only other devices have met, that of guessing."""
@@ -187,6 +195,19 @@ class LightCLPlus(LightCL):
         if head := _part(state, "fleet_head/"):
             self.adopt_head_(head)
         self._solved = None
+
+
+class PooledMaps(dict[str, Tensor]):
+    """Stands where feature maps are collected, and keeps of them only what φ is made of: the maps of the whole prefix
+    would be several times what training needs."""
+
+    def __init__(self, method: LightCLPlus) -> None:
+        super().__init__()
+        self.method = method
+
+    def __setitem__(self, name: str, feature_map: Tensor) -> None:
+        if name in self.method.maps:
+            super().__setitem__(name, self.method.pool(name, feature_map))
 
 
 def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -157,9 +157,18 @@ class Sparse(Replay):
         was_training = self.network.training
         self.network.eval()
         new = context.sample(IMPORTANCE_SAMPLES, purpose="importance")
-        logits = self.network(new.images)[:, context.task_classes].float()
-        loss = F.cross_entropy(logits, context.position_of(new.labels, context.task_classes))
-        total = [self.sparse.importance_new * part.abs() for part in torch.autograd.grad(loss, weights)]
+        labels = context.position_of(new.labels, context.task_classes)
+        # In parts, or this would need more memory than training. In evaluation mode samples know nothing of each other.
+        total = [torch.zeros_like(weight) for weight in weights]
+        for images, some in zip(
+            torch.split(new.images, context.batch_size), torch.split(labels, context.batch_size), strict=True
+        ):
+            logits = self.network(images)[:, context.task_classes].float()
+            loss = F.cross_entropy(logits, some, reduction="sum") / len(labels)
+            for entry, part in zip(total, torch.autograd.grad(loss, weights), strict=True):
+                entry.add_(part)
+        for entry in total:
+            entry.abs_().mul_(self.sparse.importance_new)
         if len(self.buffer):
             old = self.buffer.rows
             loss = self.replay_cross_entropy(self.network(old["images"]), old["labels"], context)

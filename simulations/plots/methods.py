@@ -28,7 +28,10 @@ PART_COLOURS: Mapping[str, str] = {
 
 
 def footprint_bars(parts: Mapping[str, Mapping[str, int]], measured: Mapping[str, int], theme: Theme) -> Figure:
-    """`parts[method][category]`: bytes, stacked from left to right; `measured[method]`: bytes, as a mark on the bar."""
+    """`parts[method][category]`: bytes, stacked from left to right; `measured[method]`: bytes, as a mark on the bar.
+
+    The number beside a bar is the measured one, where there is one.
+    """
     names = list(parts)
     figure, axes = plot_axes(
         theme, "memory of a training step (MiB)", "", size=(SIZE[0] + 1.6, 1.5 + 0.36 * len(names))
@@ -48,9 +51,10 @@ def footprint_bars(parts: Mapping[str, Mapping[str, int]], measured: Mapping[str
             handles.append(Patch(color=colour, label=category))
         base = base + widths
     for place, name, total in zip(places, names, base, strict=True):
-        end = max(total, measured.get(name, 0) / 2**20)
+        shown = measured[name] / 2**20 if name in measured else total
+        end = max(total, shown)
         axes.annotate(
-            f"{total:.0f}" if base.max() >= 100 else f"{total:.1f}",
+            f"{shown:.0f}" if base.max() >= 100 else f"{shown:.1f}",
             (end, place),
             (6, 0),
             textcoords="offset points",
