@@ -287,7 +287,7 @@ def _print_plan(found: list[Candidate], chosen: Candidate, budget: float, whole:
     shown = found if whole else found[first : first + ROWS_OF_A_PLAN]
     for candidate in shown:
         keys, peak = candidate.keys, candidate.footprint.peak / MIB
-        sparsity = f", {candidate.sparsity:g} of its sparsity" if candidate.sparsity else ""
+        sparsity = f" x{candidate.sparsity:g}" if candidate.sparsity else ""
         table.add_row(
             "chosen" if candidate is chosen else "", keys["method.name"] + sparsity, keys["network.freeze"],
             str(keys["training.batch_size"]), str(keys["method.memory_size"]), f"{peak:.1f}",
@@ -295,5 +295,7 @@ def _print_plan(found: list[Candidate], chosen: Candidate, budget: float, whole:
             style="bold" if candidate is chosen else None,
         )  # fmt: skip
     console.print(table)
+    if any(candidate.sparsity for candidate in shown):
+        console.print("x0.5, x1: that part of the method's own channel sparsity", style="dim", highlight=False)
     if len(shown) < len(found):
         console.print(f"{len(shown)} of {len(found)} settings; all of them with --all", style="dim", highlight=False)
