@@ -19,6 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+ROWS = 32
+"""Rows of the Gram matrix that are worked out at a time."""
+
 
 @dataclass
 class Statistics:
@@ -36,19 +39,17 @@ class Statistics:
         sizes = ((classes,), (classes, features), (features * (features + 1) // 2,))
         return cls(*(torch.zeros(size, dtype=torch.float64) for size in sizes))
 
-    @classmethod
-    def of(cls, features: Tensor, labels: Tensor, classes: int) -> Statistics:
-        """Of features `[N, d]` with labels `[N]` in 0..classes-1."""
+    def add_(self, features: Tensor, labels: Tensor) -> None:
+        """Takes in features `[N, d]` with labels `[N]` in 0..C-1, without ever making a matrix `[d, d]` of them."""
         x = features.to("cpu", torch.float64)
-        found = cls.zeros(classes, x.shape[1])
-        found.count.index_add_(0, labels.cpu(), torch.ones(len(x), dtype=torch.float64))
-        found.total.index_add_(0, labels.cpu(), x)
-        found.gram = upper_triangle(x.T @ x)
-        return found
-
-    def add_(self, other: Statistics) -> None:
-        for mine, more in zip(self.tensors().values(), other.tensors().values(), strict=True):
-            mine += more
+        self.count.index_add_(0, labels.cpu(), torch.ones(len(x), dtype=torch.float64))
+        self.total.index_add_(0, labels.cpu(), x)
+        size, done = x.shape[1], 0
+        for first in range(0, size, ROWS):
+            rows = x[:, first : first + ROWS].T @ x[:, first:]
+            for index, row in enumerate(rows):
+                self.gram[done : done + size - first - index] += row[index:]
+                done += size - first - index
 
     def tensors(self) -> dict[str, Tensor]:
         return {"count": self.count, "total": self.total, "gram": self.gram}
@@ -86,17 +87,12 @@ def discriminant_head(statistics: Statistics, shrinkage: float) -> LinearHead:
     if not bool(count.any()):
         return LinearHead(torch.zeros_like(total).float(), torch.zeros_like(count).float(), (count > 0).float())
     means = total / count.clamp_min(1)[:, None]
-    gram = from_upper_triangle(statistics.gram, features)
-    covariance = (gram - total.T @ means) / count.sum()
-    ridge = shrinkage * covariance.diagonal().mean().clamp_min(1e-12)
-    covariance.diagonal().add_(ridge)
-    weight = torch.linalg.solve(covariance, means.T).T
+    # In place from here on: this is the largest matrix that the method ever makes.
+    covariance = from_upper_triangle(statistics.gram, features).addmm_(total.T, means, alpha=-1).div_(count.sum())
+    covariance.diagonal().add_(shrinkage * covariance.diagonal().mean().clamp_min(1e-12))
+    factor = torch.linalg.cholesky(covariance)
+    weight = torch.cholesky_solve(means.T, factor).T
     return LinearHead(weight.float(), (-0.5 * (means * weight).sum(1)).float(), (count > 0).float())
-
-
-def upper_triangle(matrix: Tensor) -> Tensor:
-    """`[d, d]` -> `[d(d+1)/2]`, row by row."""
-    return torch.cat([row[index:] for index, row in enumerate(matrix)])
 
 
 def from_upper_triangle(packed: Tensor, size: int) -> Tensor:

@@ -130,7 +130,7 @@ class LightCLPlus(LightCL):
         for batch in context.task.train.batches(STATISTICS_BATCH):
             maps: FeatureMaps = {}
             self.network.prefix(batch.images.to(context.device), maps)
-            self.statistics_of.add_(Statistics.of(self.describe(maps), batch.labels, self.network.classes))
+            self.statistics_of.add_(self.describe(maps), batch.labels)
         self._solved = None
 
     def predict(self, images: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from lightcl.closed_form import (
     discriminant_head,
     from_upper_triangle,
     statistics_bytes,
-    upper_triangle,
 )
 from tests.reference.discriminant import discriminant_scores
 
@@ -22,8 +21,14 @@ def drawn(count: int = 90, features: int = 6, classes: int = 3, seed: int = 0):
     return torch.from_numpy(centres[labels] + draw.normal(0, 1, (count, features))), torch.from_numpy(labels)
 
 
+def sums(features, labels, classes: int) -> Statistics:
+    found = Statistics.zeros(classes, features.shape[1])
+    found.add_(features, labels)
+    return found
+
+
 def test_sums_by_hand():
-    found = Statistics.of(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([0, 2, 0]), classes=3)
+    found = sums(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([0, 2, 0]), classes=3)
     assert found.count.tolist() == [2, 0, 1]
     assert found.total.tolist() == [[6, 8], [0, 0], [3, 4]]
     assert found.gram.tolist() == [1 + 9 + 25, 2 + 12 + 30, 4 + 16 + 36]
@@ -32,7 +37,7 @@ def test_sums_by_hand():
 def test_head_by_hand():
     """Two classes at -1 and +1 with a within-class variance of 1: log p(1) - log p(0) = 2x."""
     features = torch.tensor([[-2.0], [0.0], [0.0], [2.0]])
-    head = discriminant_head(Statistics.of(features, torch.tensor([0, 0, 1, 1]), 2), shrinkage=1e-12)
+    head = discriminant_head(sums(features, torch.tensor([0, 0, 1, 1]), 2), shrinkage=1e-12)
     scores = head.log_posteriors(torch.tensor([[0.5], [-1.0]]))
     assert (scores[:, 1] - scores[:, 0]).tolist() == pytest.approx([1.0, -2.0])
 
@@ -40,7 +45,7 @@ def test_head_by_hand():
 def test_shrinkage_by_hand():
     """The same with a shrinkage of 1: the variance is 1 + 1, so the difference is halved."""
     features = torch.tensor([[-2.0], [0.0], [0.0], [2.0]])
-    head = discriminant_head(Statistics.of(features, torch.tensor([0, 0, 1, 1]), 2), shrinkage=1.0)
+    head = discriminant_head(sums(features, torch.tensor([0, 0, 1, 1]), 2), shrinkage=1.0)
     scores = head.log_posteriors(torch.tensor([[0.5]]))
     assert float(scores[0, 1] - scores[0, 0]) == pytest.approx(0.5)
 
@@ -48,7 +53,7 @@ def test_shrinkage_by_hand():
 @pytest.mark.parametrize("shrinkage", [1e-4, 0.01, 0.5])
 def test_head_is_the_textbooks(shrinkage):
     features, labels = drawn()
-    head = discriminant_head(Statistics.of(features, labels, 3), shrinkage)
+    head = discriminant_head(sums(features, labels, 3), shrinkage)
     expected = discriminant_scores(features.numpy(), labels.numpy(), 3, shrinkage, features[:20].numpy())
     np.testing.assert_allclose(head.log_posteriors(features[:20].float()).numpy(), expected, atol=1e-4)
 
@@ -57,12 +62,14 @@ def test_head_is_the_textbooks(shrinkage):
 def test_summed_statistics_of_a_fleet_give_the_centralised_head(parts):
     """Whatever the split: here, unequal shares of which most lack a class."""
     features, labels = drawn(300, 12, 3)
-    central = discriminant_head(Statistics.of(features, labels, 3), 0.01)
+    central = discriminant_head(sums(features, labels, 3), 0.01)
     order = np.argsort(labels.numpy(), kind="stable")
     cuts = np.sort(np.random.default_rng(1).choice(np.arange(1, 300), parts - 1, replace=False))
     summed = Statistics.zeros(3, 12)
     for members in np.split(order, cuts):
-        summed.add_(Statistics.of(features[members], labels[members], 3))
+        part = sums(features[members], labels[members], 3).tensors()
+        for name, tensor in summed.tensors().items():
+            tensor += part[name]
     fleet = discriminant_head(summed, 0.01)
     for name, tensor in central.tensors().items():
         torch.testing.assert_close(fleet.tensors()[name], tensor, rtol=1e-6, atol=1e-6)
@@ -70,7 +77,7 @@ def test_summed_statistics_of_a_fleet_give_the_centralised_head(parts):
 
 def test_unknown_classes_are_never_answered():
     features, labels = drawn(classes=2)
-    scores = discriminant_head(Statistics.of(features, labels, 4), 0.01).log_posteriors(features.float())
+    scores = discriminant_head(sums(features, labels, 4), 0.01).log_posteriors(features.float())
     assert scores[:, 2:].eq(float("-inf")).all()
     assert torch.allclose(scores[:, :2].exp().sum(1), torch.ones(len(scores)))
 
@@ -83,15 +90,17 @@ def test_without_samples_nothing_is_known_and_nothing_is_infinite():
 
 def test_constant_features_do_not_break_the_solution():
     features = torch.ones(6, 4)
-    head = discriminant_head(Statistics.of(features, torch.tensor([0, 1, 0, 1, 0, 1]), 2), 0.01)
+    head = discriminant_head(sums(features, torch.tensor([0, 1, 0, 1, 0, 1]), 2), 0.01)
     assert torch.allclose(head.log_posteriors(features).exp(), torch.full((6, 2), 0.5))
 
 
-def test_packing_keeps_a_symmetric_matrix():
-    matrix = torch.arange(16.0).view(4, 4)
-    matrix = matrix + matrix.T
-    assert upper_triangle(matrix).shape == (10,)
-    assert torch.equal(from_upper_triangle(upper_triangle(matrix), 4), matrix)
+@pytest.mark.parametrize("size", [1, 5, 32, 33, 70])
+def test_packed_gram_is_the_whole_one(size):
+    """Around the number of rows that are worked out at a time."""
+    features = torch.from_numpy(np.random.default_rng(0).normal(0, 1, (9, size)))
+    packed = sums(features, torch.zeros(9, dtype=torch.long), 1).gram
+    assert packed.shape == (size * (size + 1) // 2,)
+    torch.testing.assert_close(from_upper_triangle(packed, size), features.T @ features)
 
 
 def test_bytes_are_those_of_the_tensors():

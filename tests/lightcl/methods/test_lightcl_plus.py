@@ -91,7 +91,7 @@ def test_the_sums_are_those_of_all_tasks_and_survive_a_restart(tmp_path):
         batch = task.train.load()
         maps = {}
         device.network.prefix(batch.images, maps)
-        expected.add_(Statistics.of(device.method.describe(maps), batch.labels, 4))
+        expected.add_(device.method.describe(maps), batch.labels)
     again = toys.device(tmp_path, **settings)
     for name, tensor in expected.tensors().items():
         assert torch.equal(again.method.statistics_of.tensors()[name], device.method.statistics_of.tensors()[name])
@@ -160,7 +160,7 @@ def test_a_fleet_shares_the_head_that_all_data_together_give(tmp_path):
             maps = {}
             device.network.eval()
             device.network.prefix(batch.images, maps)
-            central.add_(Statistics.of(method.describe(maps), batch.labels, device.network.classes))
+            central.add_(method.describe(maps), batch.labels)
     expected = discriminant_head(central, method.plus.shrinkage)
     for device in devices:
         for name, tensor in expected.tensors().items():
