@@ -14,8 +14,8 @@ the sum over several columns makes training diverge); U starts at zero and every
 of suffix and head: a frozen prefix is shared by all of them, which is exact where its batch-norm is frozen too. The
 boundary at the suffix's input has no adapter, since all columns have the same input there.
 
-The device's network is always the column being learned; those before it are kept here. Devices' columns are never
-averaged.
+The device's network is always the column being learned; those before it are kept here, and so is one copy of the
+initial weights. Devices' columns are never averaged.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightcl.data.tasks import Batch, TaskContext
-from lightcl.methods.base import Method, MethodParameters, Setting
+from lightcl.methods.base import Method, MethodParameters, Setting, StepCost
 from lightcl.networks.resnet import StagedResNet
 from lightcl.seeds import derive
 
@@ -46,6 +46,9 @@ class PNNParameters(MethodParameters):
     @property
     def shareable(self) -> bool:
         return False
+
+    def cost(self) -> StepCost:
+        return StepCost(columns=True, weight_copies=1)  # the initial weights
 
     def build(self, network: StagedResNet) -> Method:
         return PNN(network, self)

@@ -5,6 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from lightcl.methods import PNNParameters
+from lightcl.methods.base import StepCost
 from lightcl.methods.pnn import PNN
 from tests.lightcl import toys
 
@@ -174,6 +175,10 @@ def test_class_incremental_tests_are_refused():
     assert toys.scenario(method={"name": "pnn"}).settings == ("til",)
     with pytest.raises(ValidationError, match="method pnn answers only where the task is known"):
         toys.scenario(method={"name": "pnn"}, stream={"settings": "til+cil"})
+
+
+def test_cost():
+    assert PNNParameters().cost() == StepCost(columns=True, weight_copies=1)
 
 
 def test_columns_are_never_averaged():
