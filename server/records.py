@@ -154,7 +154,8 @@ class RunFolder:
         if self.exists and not resume and not overwrite:
             raise RequestError(f"--out: {self.path} holds a run; go on with --resume or replace it with --overwrite")
         if overwrite and self.exists:
-            (self.path / "run.json").unlink()  # first: a run that is half gone is none
+            with self.held():  # not while another process writes to it
+                (self.path / "run.json").unlink()  # first: a run that is half gone is none
         if not resume and self.path.is_dir():  # also what a run left that was killed while it began
             for name in OWN:
                 shutil.rmtree(self.path / name, ignore_errors=True)

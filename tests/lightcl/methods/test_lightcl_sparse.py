@@ -129,6 +129,9 @@ def test_state_saved_with_other_channels_is_not_taken_over(tmp_path: Path):
 
 
 def test_a_step_costs_what_lightcls_does():
-    expected = StepCost(held=15, pattern_samples=15, vital_ratio=0.15)
-    assert LightCLSparseParameters().cost() == LightCLParameters().cost() == expected
+    assert (
+        LightCLSparseParameters().cost()
+        == LightCLParameters().cost()
+        == StepCost(held=15, pattern_samples=15, vital_ratio=0.15)
+    )
     assert LightCLSparseParameters(beta=0).cost() == StepCost()
