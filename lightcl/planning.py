@@ -98,7 +98,9 @@ def candidates(scenario: Scenario, stream: TaskStream, image: Image, accelerator
             network.freeze(point)
             for change, halvings in _sizes(scenario):
                 candidate = _with(sparse, method, point, change)
-                count = footprint(network, candidate.method.cost(), workload_of(candidate, stream, image, accelerator))
+                count = footprint(
+                    network, candidate.method.cost_on(network), workload_of(candidate, stream, image, accelerator)
+                )
                 found.append(Candidate(candidate, head_alone, sparsity, frozen, halvings, count))
     return sorted(found, key=lambda candidate: candidate.departure)
 

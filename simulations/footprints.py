@@ -109,7 +109,7 @@ def footprint_of(scenario: Scenario, source: Source, device: int, measuring: boo
     stream = build_stream(scenario, source, share_of(source, scenario.fleet, scenario.seed, device), device)
     image, classes = _image_of(source), stream.head_classes
     network = build_network(scenario, in_channels=image[0], classes=classes)
-    cost, accelerator = scenario.method.cost(), choose_accelerator(scenario.runtime.accelerator).type
+    cost, accelerator = scenario.method.cost_on(network), choose_accelerator(scenario.runtime.accelerator).type
     counted = footprint(network, cost, workload_of(scenario, stream, image, accelerator))
     freeze = network.prefix.blocks[-1] if network.prefix.blocks else "none"
     if not measuring:

@@ -25,7 +25,7 @@ from lightcl.scenario import Scenario
 
 Category = Literal[
     "parameters", "gradients", "optimiser state", "kept activations", "frozen part", "temporaries", "buffer",
-    "weight copies", "patterns", "masks",
+    "weight copies", "patterns", "statistics", "masks",
 ]  # fmt: skip
 CATEGORIES: tuple[Category, ...] = get_args(Category)
 MEANINGS: dict[Category, str] = {
@@ -38,6 +38,7 @@ MEANINGS: dict[Category, str] = {
     "buffer": "images and logits of old samples, and the batch",
     "weight copies": "further tensors of the weights' size",
     "patterns": "feature patterns and the memory samples' prefix outputs",
+    "statistics": "class sums, and the head solved from them",
     "masks": "vital channels, or masked weights",
 }
 
@@ -232,6 +233,7 @@ class _Step:
         memory = shape.features * (self.size if shape.frozen else 1)
         stored = memory + (maps * self._vital_share + shape.classes) * FP32
         self.hold("patterns", cost.pattern_samples * stored)
+        self.hold("statistics", cost.statistics_bytes)
         masked = sum(c.weights for b in shape.trained for c in b.convolutions if c.kernel == 3 and b.second)
         vital = sum(b.maps // _positions(c) for b in shape.trained if b.second for c in (b.first,))
         self.hold("masks", 2 * masked * (cost.weight_sparsity > 0) + vital * (cost.pattern_samples > 0))

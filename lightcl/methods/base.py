@@ -37,6 +37,8 @@ class StepCost:
     columns: bool = False
     """Whether every earlier task's trained part stays, passes forward in every step, and is read through adapters at
     the ends of layers (PNN); the state that all of them begin from is kept as well."""
+    statistics_bytes: int = 0
+    """Sums and what is solved from them; depends on the network."""
     weight_sparsity: float = 0.0
     """Share of the weights held at zero by a mask while training; above 0, two boolean masks are kept: of the weights
     that are there and of those that are updated."""
@@ -82,6 +84,10 @@ class MethodParameters(BaseModel):
 
     def cost(self) -> StepCost:
         return StepCost()
+
+    def cost_on(self, network: StagedResNet) -> StepCost:
+        """`cost`, with what depends on the network's shape."""
+        return self.cost()
 
     def shape_(self, network: StagedResNet) -> None:
         """Changes the shape of the network that every device starts with; its weights are loaded."""

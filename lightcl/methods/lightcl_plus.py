@@ -22,6 +22,7 @@ devices much less. Under this option a device keeps the sums of its last task on
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -32,7 +33,7 @@ from torch.nn import functional as F
 from lightcl.closed_form import LinearHead, Statistics, discriminant_head, statistics_bytes
 from lightcl.data.tasks import TaskContext
 from lightcl.errors import RequestError
-from lightcl.methods.base import Method
+from lightcl.methods.base import Method, StepCost
 from lightcl.methods.lightcl import LightCL, LightCLParameters
 from lightcl.networks.resnet import FeatureMaps, StagedResNet
 
@@ -69,6 +70,10 @@ class LightCLPlusParameters(LightCLParameters):
     @property
     def sums_statistics(self) -> bool:
         return self.share_statistics
+
+    def cost_on(self, network: StagedResNet) -> StepCost:
+        held = LightCLPlus(network, self).statistics_of.total
+        return replace(self.cost(), statistics_bytes=statistics_bytes(*held.shape))
 
     def build(self, network: StagedResNet) -> Method:
         return LightCLPlus(network, self)

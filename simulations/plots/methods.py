@@ -22,7 +22,7 @@ from simulations.plots.style import (
 PART_COLOURS: Mapping[str, str] = {
     "parameters": "#33475b", "gradients": "#6f8396", "optimiser state": "#a9b6c6", "kept activations": "#1b8a7a",
     "frozen part": "#7cc4b5", "temporaries": "#e3c567", "buffer": "#c8566b", "weight copies": "#8c4a86",
-    "patterns": "#b98fc9", "masks": "#3f2b6b",
+    "patterns": "#b98fc9", "statistics": "#5b8fd6", "masks": "#3f2b6b",
 }  # fmt: skip
 """Greys are what is as large as the weights, greens are activations; the rest is what methods add."""
 
