@@ -86,8 +86,8 @@ def bench_run(
         for name in names:
             prepare(plan.variant(name))
         _begin(plan, command, overwrite=overwrite)
+        _measure(plan, console)  # first: it is quick, and a table of what there is so far then has it
         failures = _carry_out(plan, jobs, console)
-        _measure(plan, console)
     else:
         failures = {}
     rows = [_row(plan, name) for name in names]
