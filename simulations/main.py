@@ -26,6 +26,12 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
+GOING_ON = {
+    **dict.fromkeys(("simulate", "train", "bench"), "; what a run had reported is saved: go on with --resume"),
+    "pretrain": "; the same command goes on where it was",
+}
+"""What to say of a command that was interrupted; the others write nothing before they are done."""
+
 ScenarioFile = Annotated[
     Path, typer.Argument(metavar="SCENARIO", help="A YAML scenario, e.g. simulations/scenarios/quickstart.yaml")
 ]
@@ -285,7 +291,8 @@ def main() -> None:
 
 
 def _end_interrupted() -> None:
-    err.print("interrupted; what a run had reported is saved: go on with --resume", highlight=False)
+    advice = GOING_ON.get(sys.argv[1] if len(sys.argv) > 1 else "", "")
+    err.print(f"interrupted{advice}", highlight=False)
     sys.stdout.flush()
     os._exit(130)  # Ray, shut down by a signal, aborts when the interpreter ends in the usual way
 
