@@ -70,5 +70,5 @@ def test_what_cannot_be_shared_is_refused(method, server, message):
 
 
 def test_cil_of_a_method_that_needs_the_task_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match=r"stream\.settings asks for cil, but method pnn answers only where the task is"):
+    with pytest.raises(ValueError, match=r"settings asks for cil, but method pnn answers only where the task is"):
         small(method={"name": "pnn"}, stream={"settings": "til+cil"})
