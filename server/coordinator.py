@@ -13,7 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Rec
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from lightcl.exchange import Arrays, ExchangeError, check, size_in_bytes
+from lightcl.exchange import STATISTICS, Arrays, ExchangeError, check, size_in_bytes, split
 from lightcl.networks.build import build_network
 from lightcl.networks.weights import digest
 from lightcl.protocol import (
@@ -61,6 +61,8 @@ class Member:
     epochs: int = 0
     version: int = 0
     failures: int = 0
+    summed: int = 0
+    """Its first tasks whose statistics are in the fleet's sums: one that lost its state learns them again."""
     dropped: str = ""
     rows: dict[str, dict[int, list[float]]] = field(default_factory=lambda: {"til": {}, "cil": {}})
 
@@ -125,6 +127,9 @@ class Coordinator:
         last = self.scenario.stream.tasks - 1
         return member.task == last and member.epochs == self.scenario.training.epochs and last in member.rows["til"]
 
+    def _finished_task(self, report: Trained) -> bool:
+        return report.epochs == self.scenario.training.epochs
+
     def _only_untested(self, member: Member) -> bool:
         """Whether the device has learned its task and only has to be tested on it."""
         return member.epochs == self.scenario.training.epochs and member.task not in member.rows["til"]
@@ -181,6 +186,10 @@ class Coordinator:
             row = rows[member.number]
             add_training_(row, report)
             row["bytes_up"] += size_in_bytes(arrays)
+            if member.task < member.summed:  # the same samples under the same prefix: these sums are in already
+                arrays = split(arrays, STATISTICS)[1]
+            elif self._finished_task(report):
+                member.summed = member.task + 1
             if arrays:
                 accepted.append((sent[member.number], arrays, float(report.examples)))
         if self.aggregator is not None:
@@ -228,8 +237,7 @@ class Coordinator:
             raise ProtocolError(f"{report.examples} examples with a loss of {report.loss}")
         record = reply.content.array_records.get(ARRAYS)
         arrays = {name: array.numpy() for name, array in record.items()} if record is not None else {}
-        finished = report.epochs == self.scenario.training.epochs
-        check(arrays, self.aggregator.shapes(finished) if self.aggregator else {})
+        check(arrays, self.aggregator.shapes(self._finished_task(report)) if self.aggregator else {})
         return report, arrays
 
     # -- messages ----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """LightCL-plus: what its classifier is made of, alone and in a fleet."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -193,5 +194,30 @@ def test_sums_are_added_once_when_an_answer_is_lost_and_a_server_killed(tmp_path
         again.run(InProcessGrid(tmp_path / "state", nodes=3))
         totals.append(again.aggregator.sums)
     assert totals[0]["statistics/count"].sum() > 0
+    for key, total in totals[0].items():
+        np.testing.assert_allclose(totals[1][key], total, rtol=1e-12)
+
+
+def test_a_device_that_lost_its_state_is_not_summed_twice(tmp_path):
+    """After its first task a device's disk is wiped: it learns both tasks again, and the sums are still right."""
+    scenario = small(method={**PLUS, "share_statistics": True})
+    totals = []
+    for name, wiped in (("whole", False), ("wiped", True)):
+        folder = RunFolder(tmp_path / name)
+        open_run(folder, scenario, "test", "fleet", resume=False, overwrite=False)
+        tested = []
+
+        def wipe(message, reply, name=name, wiped=wiped, tested=tested):
+            if message.metadata.message_type == "evaluate":
+                tested.append(message)
+                if wiped and len(tested) == 3:  # all three have been tested on their first task
+                    shutil.rmtree(tmp_path / f"state-{name}" / name / "device-00001")
+            return reply
+
+        listener = Silent()
+        coordinator = Coordinator(scenario, folder, name, listener)
+        coordinator.run(InProcessGrid(tmp_path / f"state-{name}", nodes=3, tamper=wipe))
+        assert any("cannot go to task 1" in reason for _, reason in listener.refusals) == wiped
+        totals.append(coordinator.aggregator.sums)
     for key, total in totals[0].items():
         np.testing.assert_allclose(totals[1][key], total, rtol=1e-12)
