@@ -90,7 +90,12 @@ def discriminant_head(statistics: Statistics, shrinkage: float) -> LinearHead:
     # In place from here on: this is the largest matrix that the method ever makes.
     covariance = from_upper_triangle(statistics.gram, features).addmm_(total.T, means, alpha=-1).div_(count.sum())
     covariance.diagonal().add_(shrinkage * covariance.diagonal().mean().clamp_min(1e-12))
-    factor = torch.linalg.cholesky(covariance)
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    more = 1e-10 * covariance.diagonal().mean()
+    while bool(failed):  # rounding may leave an eigenvalue below zero where the shrinkage is tiny
+        covariance.diagonal().add_(more)
+        factor, failed = torch.linalg.cholesky_ex(covariance)
+        more *= 10
     weight = torch.cholesky_solve(means.T, factor).T
     return LinearHead(weight.float(), (-0.5 * (means * weight).sum(1)).float(), (count > 0).float())
 

@@ -102,6 +102,22 @@ def check(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]
             raise ExchangeError(f"tensor {name!r} holds values that are not finite")
         if name.endswith("running_var") and (array < 0).any():
             raise ExchangeError(f"tensor {name!r} holds a negative variance")
+        if name == f"{STATISTICS}count" and (array < 0).any():
+            raise ExchangeError(f"tensor {name!r} holds a negative number of samples")
+    if f"{STATISTICS}gram" in arrays:
+        _check_sums(arrays[f"{STATISTICS}count"], arrays[f"{STATISTICS}total"], arrays[f"{STATISTICS}gram"])
+
+
+def _check_sums(count: np.ndarray, total: np.ndarray, gram: np.ndarray) -> None:
+    """Raises ExchangeError for sums that no samples have: Σ_c s_c² / n_c <= Σ x² in each feature (Cauchy and Schwarz).
+
+    The head of the whole fleet is solved from them, so one wrong answer would spoil it for all.
+    """
+    features = total.shape[1]
+    squares = gram[np.cumsum([0, *range(features, 1, -1)])]  # the diagonal of a packed upper triangle
+    between = (np.square(total) / np.maximum(count, 1)[:, None]).sum(axis=0)
+    if (total[count == 0] != 0).any() or (between > squares * (1 + 1e-6) + 1e-9).any():
+        raise ExchangeError(f"the sums {STATISTICS}... contradict each other: no samples have them")
 
 
 def is_statistic(name: str) -> bool:

@@ -88,6 +88,7 @@ def choose_freeze_point(prepared: Prepared, on_step: OnStep | None = None) -> Pr
     analysis = analyse(scenario, 0, source, prepared.shares[0], on_step).record(scenario.network.freeze_threshold)
     scenario = _with_freeze(scenario, analysis["freeze"])
     network = build_network(scenario, in_channels=source.channels, classes=len(source.classes))
+    scenario.method.build(network)  # raises RequestError where the method cannot do with this point
     return replace(prepared, scenario=scenario, prefix=digest(network.prefix), analysis=analysis)
 
 

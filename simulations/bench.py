@@ -28,16 +28,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lightcl.data.sources import load_source
 from lightcl.device import scenario_digest
 from lightcl.errors import RequestError, nearest
+from lightcl.footprint.measured import MeasurementFailure
 from lightcl.footprint.paper import MIB
 from lightcl.scenario import Scenario, method_names, scenario_from_json
 from lightcl.state import write_atomically
 from server.coordinator import RunFailure
 from server.preparation import prepare
 from server.provenance import describe_run
+from server.records import RunFolder
 from simulations.footprints import as_method, footprint_of
 
 FIGURES = (("cil", "average_accuracy"), ("til", "average_accuracy"), ("cil", "forgetting"), ("til", "forgetting"))
-OWN = ("bench.json", "footprint.json", "table1.md", "table1.json", "table1.png", "scenarios", "logs", "runs")
+LOCK = ".lock"
+OWN = ("bench.json", "footprint.json", "table1.md", "table1.json", "table1.png", "scenarios", "logs", "runs", LOCK)
 BASELINE = "sgd"
 
 
@@ -82,19 +85,35 @@ def bench_run(
     numbers = tuple(range(scenario.seed, scenario.seed + seeds))
     plan = Plan(scenario, names, numbers, device, out_folder.absolute())
     _check_folder(plan, resume=resume or only_table, overwrite=overwrite)
-    if not only_table:
-        for name in names:
-            prepare(plan.variant(name))
+    if only_table:
+        _write(plan, console)
+        return
+    for name in names:
+        _check_variant(plan, name)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    with RunFolder(plan.folder).held():
         _begin(plan, command, overwrite=overwrite)
-        _measure(plan, console)  # first: it is quick, and a table of what there is so far then has it
-        failures = _carry_out(plan, jobs, console)
-    else:
-        failures = {}
-    rows = [_row(plan, name) for name in names]
-    _write(plan, rows, console)
+        failures = _measure(plan, console)  # first: it is quick, and a table of what there is so far then has it
+        failures |= _carry_out(plan, jobs, console)
+        _write(plan, console)
     if failures:
         told = "\n".join(f"{cell}: {reason}" for cell, reason in failures.items())
-        raise RunFailure(f"{len(failures)} of {len(plan.cells)} runs failed; go on with --resume\n{told}")
+        raise RunFailure(
+            f"{len(failures)} of {len(plan.cells)} runs or measurements failed; go on with --resume\n{told}"
+        )
+
+
+def _check_variant(plan: Plan, method: str) -> None:
+    """Raises RequestError for what a run of this method would refuse."""
+    variant = plan.variant(method)
+    if variant.network.freeze == "auto":
+        raise RequestError(
+            "network.freeze is 'auto', which would be chosen anew for every seed: write the block that `lightcl analyse` "
+            "names into network.freeze"
+        )
+    if plan.device is not None and variant.method.sums_statistics:
+        raise RequestError("method.share_statistics needs a fleet: leave out --device, or set it to false")
+    prepare(variant)
 
 
 # -- the folder ----------------------------------------------------------------------------------------------------
@@ -122,12 +141,16 @@ def _check_folder(plan: Plan, *, resume: bool, overwrite: bool) -> None:
     if foreign and not about.exists():
         raise RequestError(f"--out: {folder} holds other files ({', '.join(foreign[:3])}); name another folder")
     if resume and not about.exists():
-        raise RequestError(f"--resume: {folder} holds no benchmark")
+        raise RequestError(f"--out: {folder} holds no benchmark to go on with")
     if about.exists() and not resume and not overwrite:
         raise RequestError(f"--out: {folder} holds a benchmark; go on with --resume or replace it with --overwrite")
     if resume:
-        before = json.loads(about.read_text())
-        same = scenario_digest(scenario_from_json(json.dumps(before["scenario"]))) == scenario_digest(plan.scenario)
+        try:
+            before = json.loads(about.read_text())
+            earlier = scenario_from_json(json.dumps(before["scenario"]))
+        except (OSError, ValueError, KeyError) as error:
+            raise RequestError(f"{about} cannot be read ({error}); replace it with --overwrite") from error
+        same = scenario_digest(earlier) == scenario_digest(plan.scenario)
         if not same or before["device"] != plan.device:
             raise RequestError(
                 f"--resume: {folder} holds the benchmark of another scenario or device; name another --out"
@@ -135,19 +158,21 @@ def _check_folder(plan: Plan, *, resume: bool, overwrite: bool) -> None:
 
 
 def _begin(plan: Plan, command: str, *, overwrite: bool) -> None:
-    if overwrite and (plan.folder / "bench.json").exists():
-        (plan.folder / "bench.json").unlink()  # first: a benchmark that is half gone is none
-        for name in OWN:
+    file = plan.folder / "bench.json"
+    if overwrite:
+        file.unlink(missing_ok=True)  # first: a benchmark that is half gone is none
+    if not file.exists():  # also what one left that was killed while it was replaced
+        for name in set(OWN) - {LOCK}:
             shutil.rmtree(plan.folder / name, ignore_errors=True)
             (plan.folder / name).unlink(missing_ok=True)
     for name in ("scenarios", "logs", "runs"):
         (plan.folder / name).mkdir(parents=True, exist_ok=True)
     for method in plan.methods:
         write_atomically(plan.folder / "scenarios" / f"{method}.yaml", plan.variant(method).to_yaml())
-    if not (plan.folder / "bench.json").exists():
-        about = describe_run(command, "bench") | {"device": plan.device}
-        about["scenario"] = plan.scenario.model_dump(mode="json")
-        write_atomically(plan.folder / "bench.json", json.dumps(about, indent=2))
+    about = json.loads(file.read_text()) if file.exists() else {"device": plan.device, "starts": []}
+    about["scenario"] = plan.scenario.model_dump(mode="json")
+    about["starts"].append(describe_run(command, "bench"))
+    write_atomically(file, json.dumps(about, indent=2))
 
 
 # -- the runs ------------------------------------------------------------------------------------------------------
@@ -166,7 +191,13 @@ class _Runner:
             with self._lock:
                 if self._stopped:
                     return 130
-                child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+                child = subprocess.Popen(
+                    command,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    preexec_fn=_die_with_parent,
+                )
                 self._children.add(child)
             code = child.wait()
         with self._lock:
@@ -235,17 +266,23 @@ def _last_line(log: Path) -> str:
     return lines[-1] if lines else "no output"
 
 
-def _measure(plan: Plan, console: Console) -> None:
-    """Counts FLOPs and memory, and measures memory, of the methods for which that is not done yet."""
+def _measure(plan: Plan, console: Console) -> dict[str, str]:
+    """Counts FLOPs and memory, and measures memory, where that is not done yet; returns the reasons of failures."""
     file = plan.folder / "footprint.json"
     known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    failures: dict[str, str] = {}
     missing = [method for method in plan.methods if method not in known]
     source = load_source(plan.scenario.source_request()) if missing else None
     for method in missing:
         if source is not None:
             console.print(f"measuring the memory of {method} in a fresh process", style="dim", highlight=False)
-            known[method] = footprint_of(plan.variant(method), source, plan.device or 0, measuring=True).to_json()
+            try:
+                known[method] = footprint_of(plan.variant(method), source, plan.device or 0, measuring=True).to_json()
+            except MeasurementFailure as error:
+                failures[f"memory of {method}"] = str(error)
+                continue
             write_atomically(file, json.dumps(known, indent=2))
+    return failures
 
 
 # -- the table -----------------------------------------------------------------------------------------------------
@@ -272,7 +309,10 @@ class Row:
             "memory_theory_bytes": self.counted,
             "memory_measured_bytes": self.measured,
             "seconds": self.seconds,
-        } | {name: {"mean": f[0], "std": f[1]} if f else None for name, f in self.figures.items()}
+        } | {
+            name: {"mean": f[0], "std": f[1] if f[1] == f[1] else None} if f else None
+            for name, f in self.figures.items()
+        }
 
 
 def _row(plan: Plan, method: str) -> Row:
@@ -301,19 +341,21 @@ def table(plan: Plan, rows: Sequence[Row]) -> str:
     about = json.loads((plan.folder / "bench.json").read_text())
     scenario = plan.scenario
     whom = f"device {plan.device} of {scenario.fleet.devices}" if plan.device is not None else "all devices"
+    commits = ", ".join(dict.fromkeys((start["git_commit"] or "unknown")[:12] for start in about["starts"]))
     base = next((row.measured for row in rows if row.method == BASELINE), None)
     lines = [
         f"# All methods on {scenario.name}",
         "",
-        f"    {about['command']}",
+        *dict.fromkeys(f"    {start['command']}" for start in about["starts"]),
         "",
         f"{scenario.data.source}, {scenario.stream.tasks} tasks x {scenario.stream.classes_per_task} classes, "
         f"{scenario.training.epochs} epochs a task, batch {scenario.training.batch_size}, "
-        f"{scenario.training.precision}, {whom}, seeds {', '.join(map(str, plan.seeds))}; commit "
-        f"{(about['git_commit'] or 'unknown')[:12]}, torch {about['libraries']['torch']}, {about['machine']}.",
+        f"{scenario.training.precision}, {whom}, seeds {', '.join(map(str, plan.seeds))}; commit {commits}, "
+        f"torch {about['starts'][-1]['libraries']['torch']}, {about['starts'][-1]['machine']}.",
         "",
-        "Accuracy and forgetting in percent, mean ± standard deviation over the seeds. FLOPs: training of the whole "
-        "stream, counted. Memory: peak of a training step of the second task in MiB (2^20 bytes), by our count and as "
+        "Accuracy and forgetting in percent, mean ± standard deviation over the seeds. FLOPs: the "
+        "training steps of a whole stream, counted (for a fleet, device 0's; what methods do between tasks is not in "
+        "it). Memory: peak of a training step of the second task in MiB (2^20 bytes), by our count and as "
         "measured (tensors).",
         "",
         "| method | seeds | CIL | TIL | CIL forgetting | TIL forgetting | TFLOPs | MiB, theory | MiB, measured "
@@ -343,9 +385,11 @@ def _number(value: float | None, unit: float, digits: int) -> str:
     return "–" if value is None else f"{value / unit:.{digits}f}"
 
 
-def _write(plan: Plan, rows: Sequence[Row], console: Console) -> None:
+def _write(plan: Plan, console: Console) -> None:
+    """The table of what there is, as Markdown, JSON and picture."""
     from simulations.plots import LIGHT, accuracy_over_memory, png
 
+    rows = [_row(plan, name) for name in plan.methods]
     text = table(plan, rows)
     write_atomically(plan.folder / "table1.md", text)
     write_atomically(plan.folder / "table1.json", json.dumps([row.to_json() for row in rows], indent=2))

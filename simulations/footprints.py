@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,9 @@ def footprint_run(
 ) -> None:  # fmt: skip
     """Counts, and measures where asked. Raises RequestError for a wrong request before anything is written."""
     names = _chosen(scenario, methods, all_methods)
+    for option, file in (("--json", json_to), ("--picture", picture)):
+        if file and file != "-":
+            _check_place(option, Path(file))
     if picture and picture.suffix.lower() != ".png":
         raise RequestError(f"--picture {picture}: a picture is written as .png")
     source = load_source(scenario.source_request())
@@ -131,6 +136,14 @@ def _chosen(scenario: Scenario, methods: str | None, all_methods: bool) -> list[
                 f"--methods: unknown method {name!r}{nearest(name, known)} (allowed: {', '.join(known)})"
             )
     return list(dict.fromkeys(names))
+
+
+def _check_place(option: str, file: Path) -> None:
+    """Raises RequestError where the file cannot be written, before hours of measuring are lost to it."""
+    if not file.parent.is_dir():
+        raise RequestError(f"{option} {file}: there is no folder {file.parent}")
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise RequestError(f"{option} {file}: cannot be written to")
 
 
 def _write_json(values: Any, to: str) -> None:
@@ -257,11 +270,15 @@ def plan_run(
     Raises RequestError, before anything is written, where nothing fits or the file exists.
     """
     file = file or Path(f"{scenario.name}-{budget:g}mb.yaml")
+    if not isfinite(budget):
+        raise RequestError(f"--budget-mb {budget}: expected a number of MiB")
     if file.exists() and not overwrite:
         raise RequestError(f"--out: {file} exists; replace it with --overwrite")
+    _check_place("--out", file)
+    if json_to and json_to != "-":
+        _check_place("--json", Path(json_to))
     source = load_source(scenario.source_request())
-    height, width = source.train.images.shape[1:3]
-    image = (source.channels, int(height), int(width))
+    image = _image_of(source)
     stream = build_stream(scenario, source, share_of(source, scenario.fleet, scenario.seed, 0), 0)
     accelerator = choose_accelerator(scenario.runtime.accelerator).type
     found = candidates(scenario, stream, image, accelerator)

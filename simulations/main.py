@@ -268,6 +268,7 @@ def _command() -> str:
 
 def main() -> None:
     """Entry point: turns exceptions into one screen of text and an exit code."""
+    from lightcl.footprint.measured import MeasurementFailure
     from lightcl.state import StateError
     from lightcl.training import TrainingFailure
     from server.coordinator import RunFailure
@@ -279,7 +280,7 @@ def main() -> None:
     except RequestError as error:
         err.print(f"[red]error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except (RunFailure, StateError, TrainingFailure) as error:
+    except (RunFailure, StateError, TrainingFailure, MeasurementFailure) as error:
         err.print(f"[red]the run failed:[/] {_plain(error)}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except (KeyboardInterrupt, RunStopped):

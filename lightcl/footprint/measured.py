@@ -31,7 +31,6 @@ from torch.nn import functional as F
 from lightcl.data.partition import Share
 from lightcl.data.sources import ImageSet, Source
 from lightcl.device import EdgeDevice, choose_accelerator
-from lightcl.errors import RequestError
 from lightcl.footprint.shapes import Image
 from lightcl.footprint.theory import Workload, workload_of
 from lightcl.scenario import Scenario, scenario_from_json
@@ -39,6 +38,10 @@ from lightcl.scenario import Scenario, scenario_from_json
 STEPS = 3
 """Training steps a task: from the second on, whatever a step leaves behind is there."""
 Way = Literal["tensors", "process"]
+
+
+class MeasurementFailure(Exception):
+    """The process that was to be measured failed; the text says how."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,7 @@ def _in_fresh_process(scenario: Scenario, image: Image, classes: int, way: Way) 
     )  # fmt: skip
     if answer.returncode:
         words = (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
-        raise RequestError(f"--measure: method {scenario.method.name} could not be measured: {words}")
+        raise MeasurementFailure(f"the memory of method {scenario.method.name} could not be measured: {words}")
     result: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
     return result
 

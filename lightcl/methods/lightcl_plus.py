@@ -15,8 +15,11 @@ richest is taken whose statistics fit into `statistics_mb`.
 
 `share_statistics`: sums add up exactly over devices, so a fleet's head is the one that all its data together would
 give. What a device then sends of a finished task are its sums; the server adds them up and returns the solved head.
-The sums reveal the mean of each class's features (and their second moments) to the server; the head tells the other
-devices much less. Under this option a device keeps the sums of its last task only: the server has the rest.
+The sums reveal to the server how many images of each class a device has, the mean of their features (of a single image,
+its features) and the second moments of all features; the head tells the other devices much less. Under this option a
+device keeps the sums of its last task only: the server has the rest.
+
+Solving takes a matrix [d, d] and its factor for a moment, about four times the sums, when nothing of training is alive.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ class LightCLPlusParameters(LightCLParameters):
     name: Literal["lightcl-plus"] = "lightcl-plus"  # type: ignore[assignment]
     statistics_mb: float = Field(default=2.0, gt=0)
     """Memory for the classifier's sums and its solved head, in 10^6 bytes; richer features are used where it allows."""
-    shrinkage: float = Field(default=0.01, gt=0)
+    shrinkage: float = Field(default=0.01, ge=1e-6)
     """Share of the mean variance that is added to the covariance's diagonal."""
     suffix_weight: float = Field(default=1.0, ge=0)
     """Weight of LightCL's own head within a task; 0: the closed-form classifier alone."""

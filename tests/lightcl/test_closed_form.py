@@ -115,3 +115,10 @@ def test_bf16_autocast_leaves_the_scores_alone():
     exact = head.log_posteriors(torch.tensor([[1.0]]))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(head.log_posteriors(torch.tensor([[1.0]])), exact)
+
+
+def test_a_covariance_without_an_inverse_is_mended():
+    """Three features that are one and the same, hardly any shrinkage."""
+    features = torch.linspace(-1, 1, 12)[:, None].repeat(1, 3) * 1e3
+    head = discriminant_head(sums(features, torch.arange(12) % 2, 2), 1e-30)
+    assert torch.isfinite(head.weight).all()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightcl.closed_form import Statistics
 from lightcl.exchange import (
     ExchangeError,
     adopt_,
@@ -166,3 +167,28 @@ def test_batch_norm_statistics_are_told_from_parameters(name, statistic):
 def test_size_counts_every_byte():
     # (2 * 3 + 4) fp32 values
     assert size_in_bytes({"a": np.zeros((2, 3), dtype=np.float32), "b": np.zeros(4, dtype=np.float32)}) == 40
+
+
+def fleet_sums() -> dict[str, np.ndarray]:
+    statistics = Statistics.zeros(3, 4)
+    statistics.add_(torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1] * 4 + [0]))
+    return {f"statistics/{name}": tensor.numpy() for name, tensor in statistics.tensors().items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value", "message"),
+    [
+        ("count", 0, -5.0, "negative number of samples"),
+        ("count", 1, 0.0, "contradict each other"),
+        ("total", (0, 2), 1e3, "contradict each other"),
+        ("gram", 4, -1.0, "contradict each other"),  # the second entry of the diagonal
+        ("gram", 9, 0.0, "contradict each other"),  # the last one
+    ],
+)
+def test_sums_that_no_samples_have_are_refused(name, place, value, message):
+    arrays = fleet_sums()
+    shapes = {key: array.shape for key, array in arrays.items()}
+    check(arrays, shapes)
+    arrays[f"statistics/{name}"][place] = value
+    with pytest.raises(ExchangeError, match=message):
+        check(arrays, shapes)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,9 +13,11 @@ from rich.console import Console
 
 from lightcl.errors import RequestError
 from lightcl.scenario import Scenario, method_names
+from server.records import RunFolder
 from simulations.bench import Plan, Row, _carry_out, _command, bench_run, table
 
 QUIET = Console(quiet=True)
+SHARING = {"name": "lightcl-plus", "share_statistics": True}
 
 
 def scenario(**sections) -> Scenario:
@@ -53,8 +53,8 @@ def made(folder: Path) -> Plan:
     }.items():  # fmt: skip
         planned.run_folder(method, seed).mkdir(parents=True)
         (planned.run_folder(method, seed) / "results.json").write_text(text)
-    about = {"command": "lightcl bench table1 x", "git_commit": "abc", "libraries": {"torch": "2"}, "machine": "Linux"}
-    about |= {"scenario": planned.scenario.model_dump(mode="json"), "device": 0}
+    start = {"command": "lightcl bench table1 x", "git_commit": "abc", "libraries": {"torch": "2"}, "machine": "Linux"}
+    about = {"starts": [start], "scenario": planned.scenario.model_dump(mode="json"), "device": 0}
     (folder / "bench.json").write_text(json.dumps(about))
     mib = 2**20
     sizes = {
@@ -114,9 +114,11 @@ def test_a_fleet_is_simulated_and_a_device_trained(tmp_path):
     [
         ({"methods": "sdg"}, "unknown method 'sdg', did you mean 'sgd'"),
         ({"device": 1}, r"--device 1: the fleet has 1 devices \(allowed: 0 to 0\)"),
-        ({"resume": True}, "holds no benchmark"),
-        ({"only_table": True}, "holds no benchmark"),
+        ({"resume": True}, "holds no benchmark to go on with"),
+        ({"only_table": True}, "holds no benchmark to go on with"),
         ({"scenario": scenario(stream={"tasks": 6})}, "need 12 classes"),
+        ({"scenario": scenario(network={"freeze": "auto"}), "methods": "lightcl"}, "chosen anew for every seed"),
+        ({"scenario": scenario(method=SHARING), "methods": "lightcl-plus"}, "share_statistics needs a fleet"),
     ],
 )
 def test_wrong_requests_are_refused_and_nothing_is_written(tmp_path, options, message):
@@ -137,6 +139,26 @@ def test_another_benchmark_is_neither_overwritten_nor_resumed(tmp_path):
         bench(tmp_path / "strange")
 
 
+def test_what_a_half_replaced_benchmark_left_is_no_result(tmp_path, monkeypatch):
+    """`--overwrite` was killed after bench.json was gone: the old results must not enter the new table."""
+    planned = made(tmp_path)
+    (tmp_path / "bench.json").unlink()
+    seen = []
+    monkeypatch.setattr("simulations.bench._carry_out", lambda plan, jobs, console: seen.append(plan) or {})
+    monkeypatch.setattr("simulations.bench._measure", lambda plan, console: {})
+    bench(tmp_path, methods="sgd,pnn", seeds=2)
+    assert len(seen) == 1
+    assert planned.results("sgd", 0) is None
+    assert "| sgd | 0 | –" in (tmp_path / "table1.md").read_text()
+
+
+def test_a_benchmark_that_another_process_runs_is_left_alone(tmp_path):
+    made(tmp_path)
+    with RunFolder(tmp_path).held(), pytest.raises(RequestError, match="another process is at work"):
+        bench(tmp_path, methods="sgd,pnn", seeds=2, overwrite=True)
+    assert (tmp_path / "bench.json").exists()
+
+
 @pytest.mark.slow
 def test_a_killed_benchmark_goes_on_and_ends_with_the_table(tmp_path):
     """Real runs in real processes: two methods, two seeds, killed after the first run."""
@@ -145,11 +167,11 @@ def test_a_killed_benchmark_goes_on_and_ends_with_the_table(tmp_path):
     command = [sys.executable, "-m", "simulations.main", "bench", "table1", str(file), "--seeds", "2"]
     command += ["--methods", "er,lightcl", "--out", str(out)]
     first = out / "runs" / "er-seed-0" / "results.json"
-    process = subprocess.Popen(command, start_new_session=True)
+    process = subprocess.Popen(command)
     deadline = time.monotonic() + 300
     while not first.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()  # the benchmark alone: its run must not live on
     process.wait()
     before = first.stat().st_mtime
     assert not (out / "table1.md").exists()

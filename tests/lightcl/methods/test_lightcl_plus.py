@@ -221,3 +221,21 @@ def test_a_device_that_lost_its_state_is_not_summed_twice(tmp_path):
         totals.append(coordinator.aggregator.sums)
     for key, total in totals[0].items():
         np.testing.assert_allclose(totals[1][key], total, rtol=1e-12)
+
+
+def test_devices_that_finish_early_get_the_last_head_too(tmp_path):
+    """One device a round: the first to finish has a head without the others' last sums, until it is tested again."""
+    scenario = small(method={**PLUS, "share_statistics": True}, server={"fraction": 0.34})
+    folder = RunFolder(tmp_path / "run")
+    open_run(folder, scenario, "test", "fleet", resume=False, overwrite=False)
+    coordinator = Coordinator(scenario, folder, "run1", Silent())
+    coordinator.run(InProcessGrid(tmp_path / "state", nodes=3))
+    assert {member.version for member in coordinator.members} == {coordinator.aggregator.version}
+    weights = []
+    for n in range(3):
+        device = EdgeDevice(scenario, n, tmp_path / "state" / "run1" / f"device-{n:05d}")
+        weights.append(device.method.fleet_head.weight)
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
+    last = folder.rows("rounds.jsonl")[-1]
+    assert (last["round"], last["devices"], last["loss"]) == (7, 2, None)
