@@ -75,12 +75,13 @@ def train_epoch(
         # then need no room for gradients that nobody reads any more.
         optimiser.zero_grad(set_to_none=True)
         losses.append(loss.detach())
-    method.end_epoch(context, epoch)
+    with autocast(scenario, context.device):
+        method.end_epoch(context, epoch)
     mean = float(torch.stack(losses).mean())
     if not mean < float("inf"):  # also catches NaN
         raise TrainingFailure(
             f"the loss became {mean} in task {context.task.id}, epoch {epoch + 1}; try a smaller "
-            f"training.learning_rate ({scenario.training.learning_rate}) or method.beta"
+            f"training.learning_rate ({scenario.training.learning_rate}) or a smaller weight of what the method adds"
         )
     return mean
 

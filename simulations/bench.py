@@ -6,6 +6,7 @@ own, so a killed benchmark goes on where it was and every figure can be looked u
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
@@ -42,6 +44,7 @@ FIGURES = (("cil", "average_accuracy"), ("til", "average_accuracy"), ("cil", "fo
 LOCK = ".lock"
 OWN = ("bench.json", "footprint.json", "table1.md", "table1.json", "table1.png", "scenarios", "logs", "runs", LOCK)
 BASELINE = "sgd"
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,8 @@ def _check_variant(plan: Plan, method: str) -> None:
     variant = plan.variant(method)
     if variant.network.freeze == "auto":
         raise RequestError(
-            "network.freeze is 'auto', which would be chosen anew for every seed: write the block that `lightcl analyse` "
-            "names into network.freeze"
+            "network.freeze is 'auto', which would be chosen anew for every seed: write the block that "
+            "`lightcl analyse` names into network.freeze"
         )
     if plan.device is not None and variant.method.sums_statistics:
         raise RequestError("method.share_statistics needs a fleet: leave out --device, or set it to false")
@@ -182,6 +185,7 @@ class _Runner:
     """Runs commands as child processes, and ends them with the benchmark."""
 
     def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None)
         self._children: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
         self._stopped = False
@@ -196,13 +200,21 @@ class _Runner:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL,
-                    preexec_fn=_die_with_parent,
+                    preexec_fn=self._die_with_parent,
                 )
                 self._children.add(child)
             code = child.wait()
         with self._lock:
             self._children.discard(child)
         return code
+
+    def _die_with_parent(self) -> None:
+        """In the child: it must not outlive a benchmark that was killed, or it would hold its folder against --resume.
+
+        What it had reported is on disk. Linux only; elsewhere nothing happens.
+        """
+        with suppress(AttributeError):
+            self._libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def stop(self) -> None:
         with self._lock:

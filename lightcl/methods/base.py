@@ -18,7 +18,7 @@ Setting = Literal["til", "cil"]
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a method adds to plain SGD on the network; `lightcl/footprint.py` makes FLOPs and bytes of it."""
+    """What a method adds to plain SGD on the network; `lightcl/footprint/` makes FLOPs and bytes of it."""
 
     replayed: int = 0
     """Further samples a step that pass forward and backward through all that is trained."""

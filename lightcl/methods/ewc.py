@@ -64,11 +64,20 @@ class EWC(Method):
         loss = super().loss(batch, context)
         return loss + self.penalty() if self.fisher else loss
 
+    @torch.no_grad()
     def penalty(self) -> Tensor:
-        """λ/2 Σ F (θ - θ*)²; a scalar."""
+        """λ/2 Σ F (θ - θ*)²; a scalar, without a graph: that would keep one more copy of the weights in every step."""
         weights = dict(self.network.named_parameters())
         terms = [(fisher * (weights[name] - self.anchor[name]).square()).sum() for name, fisher in self.fisher.items()]
         return self.parameters.strength / 2 * torch.stack(terms).sum()
+
+    @torch.no_grad()
+    def before_step(self, batch: Batch, context: TaskContext) -> None:
+        """Adds the penalty's gradient, λ F (θ - θ*), tensor by tensor."""
+        weights = dict(self.network.named_parameters())
+        for name, fisher in self.fisher.items():
+            gradient, pull = weights[name].grad, self.parameters.strength * fisher * (weights[name] - self.anchor[name])
+            weights[name].grad = pull if gradient is None else gradient.add_(pull)
 
     def end_task(self, context: TaskContext) -> None:
         trained = self.trainable()

@@ -5,10 +5,17 @@ import sys
 import pytest
 import torch
 
-from lightcl.errors import RequestError
 from lightcl.footprint import footprint
-from lightcl.footprint.measured import measure, measure_here, peak_allocations, rehearsal, rehearsed_workload
+from lightcl.footprint.measured import (
+    MeasurementFailure,
+    measure,
+    measure_here,
+    peak_allocations,
+    rehearsal,
+    rehearsed_workload,
+)
 from lightcl.networks.build import build_network
+from lightcl.scenario import Scenario
 from tests.lightcl import toys
 
 FLOATS = 1_000_000
@@ -79,22 +86,21 @@ def test_measured_is_what_theory_counts(changes):
     scenario = toys.scenario(**({"network": {"weights": "none", "width": 16}} | changes))
     image, classes = (3, 32, 32), 4
     network = build_network(scenario, in_channels=3, classes=classes)
-    theory = footprint(network, scenario.method.cost(), rehearsed_workload(scenario, image, classes))
+    theory = footprint(network, scenario.method.cost_on(network), rehearsed_workload(scenario, image, classes))
     measured = measure_here(scenario, image, classes, "tensors")
     assert measured["accelerator"] == "cpu"
     assert 0.95 < measured["training"] / theory.peak < 1.05
     assert measured["evaluation"] <= 1.05 * measured["training"]
 
 
-@pytest.mark.parametrize("method", ["ewc", "pnn", "er", "sparcl-derpp"])
-def test_the_methods_to_compare_with_need_about_what_theory_counts(method):
-    """EWC's penalty keeps one more tensor of the weights' size, which the count leaves out."""
+@pytest.mark.parametrize("method", ["ewc", "pnn", "er", "sparcl-derpp", "lightcl-plus"])
+def test_the_other_methods_need_about_what_theory_counts(method):
     scenario = toys.scenario(
         method={"name": method}, network={"weights": "none", "width": 16}, training={"batch_size": 16, "epochs": 2}
     )
     image, classes = (3, 32, 32), 4
     network = build_network(scenario, in_channels=3, classes=classes)
-    theory = footprint(network, scenario.method.cost(), rehearsed_workload(scenario, image, classes))
+    theory = footprint(network, scenario.method.cost_on(network), rehearsed_workload(scenario, image, classes))
     assert 0.9 < measure_here(scenario, image, classes, "tensors")["training"] / theory.peak < 1.25
 
 
@@ -103,5 +109,23 @@ def test_a_failing_measurement_says_why(monkeypatch, tmp_path):
     python.write_text("#!/bin/sh\necho all is lost >&2\nexit 3\n")
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    with pytest.raises(RequestError, match="method lightcl could not be measured: all is lost"):
+    with pytest.raises(MeasurementFailure, match="method lightcl could not be measured: all is lost"):
         measure(toys.scenario(), (3, 8, 8), 4)
+
+
+@pytest.mark.slow
+def test_lightcl_needs_half_of_sgds_memory_at_the_papers_setting():
+    """Width 64, batch 32, memory 15, 32x32, measured one after the other: what the README promises."""
+    peaks, ratios = {}, {}
+    for method in ("sgd", "lightcl", "lightcl-sparse"):
+        paper = {"network": {"weights": "none", "width": 64}, "training": {"batch_size": 32}}
+        scenario = Scenario.model_validate(paper | {"method": {"name": method}, "fleet": {"devices": 1}})
+        network = build_network(scenario, in_channels=3, classes=10)
+        cost = scenario.method.cost_on(network)
+        theory = footprint(network, cost, rehearsed_workload(scenario, (3, 32, 32), 10)).peak
+        peaks[method] = measure(scenario, (3, 32, 32), 10).training
+        ratios[method] = peaks[method] / theory
+    assert peaks["lightcl"] <= 0.65 * peaks["sgd"]
+    assert peaks["lightcl-sparse"] <= 0.25 * peaks["sgd"]
+    assert 0.9 <= ratios["lightcl"] <= 1.25
+    assert 0.9 <= ratios["lightcl-sparse"] <= 1.25

@@ -49,6 +49,19 @@ def test_penalty_by_hand():
     assert method.loss(table.batch([1], [0]), FIRST).item() == pytest.approx(plain + expected, rel=1e-5)
 
 
+def test_gradient_of_the_penalty_by_hand():
+    """λ F (θ - θ*), beside the gradient that is there already."""
+    method = make(strength=4.0)
+    method.end_task(FIRST)
+    with torch.no_grad():
+        method.network.rows[0, 1] += 0.1
+    method.network.rows.grad = torch.full_like(method.network.rows, 7.0)
+    method.before_step(table.batch([1], [0]), FIRST)
+    expected = torch.full((len(FISHER), 4), 7.0)
+    expected[0, 1] += 4.0 * FISHER[0][1] * 0.1
+    assert torch.allclose(method.network.rows.grad, expected, rtol=1e-5)
+
+
 def test_first_task_has_no_penalty():
     assert make().loss(table.batch([0], [1]), FIRST).item() == pytest.approx(-math.log(0.3), rel=1e-5)
 

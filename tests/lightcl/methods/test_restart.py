@@ -15,6 +15,9 @@ METHODS = [
     {"name": "pnn"},
     {"name": "sparcl-er", **SPARSE},
     {"name": "sparcl-derpp", **SPARSE},
+    {"name": "lightcl", "memory_size": 5},
+    {"name": "lightcl-sparse", "memory_size": 5},
+    {"name": "lightcl-plus", "memory_size": 5},
 ]
 
 
