@@ -20,13 +20,12 @@ from typing import Any
 
 from lightcl.data.tasks import TaskStream
 from lightcl.errors import RequestError
-from lightcl.footprint.shapes import Image
+from lightcl.footprint.shapes import MIB, Image
 from lightcl.footprint.theory import Footprint, footprint, workload_of
 from lightcl.methods import LightCLParameters
 from lightcl.networks.build import build_network
 from lightcl.scenario import Scenario, method_types
 
-MIB = 2**20
 HALVINGS = 3
 SMALLEST_BATCH = 4
 SPARSITIES = (0.5, 1.0)

@@ -29,9 +29,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightcl.data.sources import load_source
 from lightcl.device import scenario_digest
-from lightcl.errors import RequestError, nearest
+from lightcl.errors import RequestError
 from lightcl.footprint.measured import MeasurementFailure
-from lightcl.footprint.paper import MIB
+from lightcl.footprint.shapes import MIB
 from lightcl.scenario import Scenario, method_names, scenario_from_json
 from lightcl.state import write_atomically
 from server.coordinator import RunFailure
@@ -39,6 +39,7 @@ from server.preparation import prepare
 from server.provenance import describe_run
 from server.records import RunFolder
 from simulations.footprints import as_method, footprint_of
+from simulations.options import check_device, methods_named
 
 FIGURES = (("cil", "average_accuracy"), ("til", "average_accuracy"), ("cil", "forgetting"), ("til", "forgetting"))
 LOCK = ".lock"
@@ -79,12 +80,11 @@ def bench_run(
     resume: bool, overwrite: bool, only_table: bool, command: str, console: Console,
 ) -> None:  # fmt: skip
     """Runs what is not there yet, then writes the table. Raises RequestError before anything is written."""
-    names = _chosen(methods)
+    names = tuple(methods_named(methods) if methods else method_names())
     if device is None and scenario.fleet.devices == 1:
         device = 0
-    if device is not None and device >= scenario.fleet.devices:
-        count = scenario.fleet.devices
-        raise RequestError(f"--device {device}: the fleet has {count} devices (allowed: 0 to {count - 1})")
+    if device is not None:
+        check_device(device, scenario)
     numbers = tuple(range(scenario.seed, scenario.seed + seeds))
     plan = Plan(scenario, names, numbers, device, out_folder.absolute())
     _check_folder(plan, resume=resume or only_table, overwrite=overwrite)
@@ -120,17 +120,6 @@ def _check_variant(plan: Plan, method: str) -> None:
 
 
 # -- the folder ----------------------------------------------------------------------------------------------------
-
-
-def _chosen(methods: str | None) -> tuple[str, ...]:
-    known = method_names()
-    names = [name.strip() for name in methods.split(",")] if methods else known
-    for name in names:
-        if name not in known:
-            raise RequestError(
-                f"--methods: unknown method {name!r}{nearest(name, known)} (allowed: {', '.join(known)})"
-            )
-    return tuple(dict.fromkeys(names))
 
 
 def _check_folder(plan: Plan, *, resume: bool, overwrite: bool) -> None:

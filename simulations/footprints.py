@@ -19,15 +19,16 @@ from lightcl.data.partition import share_of
 from lightcl.data.sources import Source, load_source
 from lightcl.data.streams import build_stream
 from lightcl.device import choose_accelerator
-from lightcl.errors import RequestError, nearest
+from lightcl.errors import RequestError
 from lightcl.footprint import CATEGORIES, Footprint, footprint, workload_of
 from lightcl.footprint.measured import Measurement, measure, rehearsed_workload
-from lightcl.footprint.paper import DATA, MIB, Cell, Row, table1
-from lightcl.footprint.shapes import Image
+from lightcl.footprint.paper import DATA, Cell, Row, table1
+from lightcl.footprint.shapes import MIB, Image
 from lightcl.footprint.theory import MEANINGS
 from lightcl.networks.build import build_network
 from lightcl.planning import Candidate, candidates, choose
 from lightcl.scenario import Scenario, load_scenario, method_names, method_types
+from simulations.options import methods_named
 
 BASELINE = "sgd"
 ROWS_OF_A_PLAN = 20
@@ -62,7 +63,9 @@ def footprint_run(
     picture: Path | None, command: str, console: Console,
 ) -> None:  # fmt: skip
     """Counts, and measures where asked. Raises RequestError for a wrong request before anything is written."""
-    names = _chosen(scenario, methods, all_methods)
+    if methods and all_methods:
+        raise RequestError("--methods and --all-methods: name the methods or take all, not both")
+    names = methods_named(methods) if methods else method_names() if all_methods else [scenario.method.name]
     for option, file in (("--json", json_to), ("--picture", picture)):
         if file and file != "-":
             _check_place(option, Path(file))
@@ -121,21 +124,6 @@ def footprint_of(scenario: Scenario, source: Source, device: int, measuring: boo
         return MethodFootprint(scenario.method.name, freeze, counted)
     rehearsed = footprint(network, cost, rehearsed_workload(scenario, image, classes))
     return MethodFootprint(scenario.method.name, freeze, counted, rehearsed, measure(scenario, image, classes))
-
-
-def _chosen(scenario: Scenario, methods: str | None, all_methods: bool) -> list[str]:
-    known = method_names()
-    if methods and all_methods:
-        raise RequestError("--methods and --all-methods: name the methods or take all, not both")
-    if all_methods:
-        return known
-    names = [name.strip() for name in methods.split(",")] if methods else [scenario.method.name]
-    for name in names:
-        if name not in known:
-            raise RequestError(
-                f"--methods: unknown method {name!r}{nearest(name, known)} (allowed: {', '.join(known)})"
-            )
-    return list(dict.fromkeys(names))
 
 
 def _check_place(option: str, file: Path) -> None:

@@ -16,6 +16,7 @@ from rich.markup import escape
 
 from lightcl.errors import RequestError
 from lightcl.scenario import Scenario, load_scenario, scenario_keys, scenario_schema
+from simulations.options import check_device
 
 app = typer.Typer(
     help="Continual learning on fleets of edge devices: LightCL on every device, Flower between them.",
@@ -67,7 +68,7 @@ def train(
     from simulations.runs import train_run
 
     loaded = load_scenario(scenario, changes or [])
-    _check_device(device, loaded)
+    check_device(device, loaded)
     path = out_folder or _default_folder(loaded, f"-device-{device}")
     train_run(loaded, device, path, command=_command(), resume=resume, overwrite=overwrite, console=out)
 
@@ -90,7 +91,7 @@ def analyse(
 
     given = [] if threshold is None else [f"network.freeze_threshold={threshold}"]
     loaded = load_scenario(scenario, [*(changes or []), *given])
-    _check_device(device, loaded)
+    check_device(device, loaded)
     path = out_folder or _default_folder(loaded, f"-analysis-{device}")
     analyse_run(loaded, device, path, command=_command(), overwrite=overwrite, console=out)
 
@@ -154,9 +155,7 @@ def footprint(
     if scenario is None:
         raise RequestError("footprint: name a SCENARIO, or --table1 for the paper's setting")
     loaded = load_scenario(scenario, changes or [])
-    if device >= loaded.fleet.devices:
-        count = loaded.fleet.devices
-        raise RequestError(f"--device {device}: the fleet has {count} devices (allowed: 0 to {count - 1})")
+    check_device(device, loaded)
     footprint_run(
         loaded, methods=methods, all_methods=all_methods, device=device, measuring=measuring, json_to=json_to,
         picture=picture, command=_command(), console=err if json_to == "-" else out,
@@ -213,12 +212,6 @@ def pretrain(
         epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, fp32=fp32, flip=not no_flip, seed=seed,
         threads=threads, overwrite=overwrite, command=_command(), console=out,
     )  # fmt: skip
-
-
-def _check_device(number: int, scenario: Scenario) -> None:
-    count = scenario.fleet.devices
-    if number >= count:
-        raise RequestError(f"--device {number}: the fleet has {count} devices (allowed: 0 to {count - 1})")
 
 
 bench = typer.Typer(help="Benchmarks of methods on a scenario.", no_args_is_help=True)

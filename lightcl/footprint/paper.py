@@ -18,13 +18,12 @@ from typing import Literal
 
 import torch
 
-from lightcl.footprint.shapes import Block, NetworkShape, shape_of
+from lightcl.footprint.shapes import MIB, Block, NetworkShape, shape_of
 from lightcl.footprint.theory import Footprint, Workload, footprint
 from lightcl.methods import AnyMethod
 from lightcl.networks.resnet import StagedResNet
 from lightcl.scenario import method_types
 
-MIB = 2**20
 WIDTH, BATCH, MEMORY = 64, 32, 15
 CHANNELS_KEPT = {"stem": 0.8, "layer1": 0.8, "layer2": 0.8, "layer3": 0.3, "layer4": 0.2}
 """Of the sparse variant: 0.7 of the channels go in layer3, 0.8 in layer4, 0.2 elsewhere."""
@@ -141,9 +140,9 @@ def paper_memory(row: Row, shape: NetworkShape) -> float:
     sgd = 2 * p + BATCH * a
     if row.method.startswith("lightcl"):
         kept = CHANNELS_KEPT if row.sparsity else dict.fromkeys(CHANNELS_KEPT, 1.0)
-        weights = 4 * (sum(b.parameters * kept[_layer(b)] for b in shape.blocks) + shape.head_parameters)
-        trained = 4 * (sum(b.parameters * kept[_layer(b)] for b in shape.trained) + shape.head_parameters)
-        maps = 4 * (sum(_maps(b) * kept[_layer(b)] for b in shape.trained) + shape.classes)
+        weights = 4 * (sum(b.parameters * kept[b.layer] for b in shape.blocks) + shape.head_parameters)
+        trained = 4 * (sum(b.parameters * kept[b.layer] for b in shape.trained) + shape.head_parameters)
+        maps = 4 * (sum(_maps(b) * kept[b.layer] for b in shape.trained) + shape.classes)
         return weights + trained + (BATCH + MEMORY + MEMORY) * maps
     further = {"ewc": p, "pnn": 4 * p}.get(row.method, 0) + _replayed(row) * a
     return sgd + further - (1 - SPARCL) * 2 * p * bool(row.sparsity)
@@ -154,8 +153,8 @@ def paper_flops(row: Row, shape: NetworkShape, setting: Setting) -> float:
     images = setting.images * setting.epochs
     if row.method.startswith("lightcl"):
         kept = CHANNELS_KEPT if row.sparsity else dict.fromkeys(CHANNELS_KEPT, 1.0)
-        forward = sum(b.macs * kept[_layer(b)] for b in shape.blocks) + shape.head_macs
-        suffix = sum(b.macs * kept[_layer(b)] for b in shape.trained) + shape.head_macs
+        forward = sum(b.macs * kept[b.layer] for b in shape.blocks) + shape.head_macs
+        suffix = sum(b.macs * kept[b.layer] for b in shape.trained) + shape.head_macs
         return 2 * images * (1 + MEMORY / BATCH) * (forward + 2 * suffix)
     passes = 3.0
     if row.method == "pnn":  # the mean over tasks t of the earlier columns it counts, max(0, t - 2)
@@ -173,10 +172,6 @@ def _replayed(row: Row) -> int:
 def _maps(block: Block) -> int:
     """Stored outputs of a block's 3x3 convolutions, elements a sample."""
     return sum(c.outputs for c in block.convolutions if c.kernel == 3)
-
-
-def _layer(block: Block) -> str:
-    return block.name.partition(".")[0]
 
 
 # -- our own count -------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ from lightcl.networks.resnet import BasicBlock, StagedResNet
 Image = tuple[int, int, int]
 """Channels, height, width."""
 
+MIB = 2**20
+
 
 @dataclass(frozen=True)
 class Convolution:
@@ -42,6 +44,11 @@ class Block:
     shortcut: Convolution | None = None
     pooled: int | None = None
     """Elements after the stem's max-pool, where it has one."""
+
+    @property
+    def layer(self) -> str:
+        """The layer that the block belongs to; the stem is one of its own."""
+        return self.name.partition(".")[0]
 
     @property
     def convolutions(self) -> tuple[Convolution, ...]:

@@ -210,9 +210,7 @@ class _Step:
     def _boundaries(self) -> list[Block]:
         """The last trained block of each layer, after which a column reads the earlier ones; none without them."""
         blocks = self.shape.trained if self._columns else ()
-        return [
-            b for b, after in zip(blocks, (*blocks[1:], None), strict=False) if not after or _layer(b) != _layer(after)
-        ]
+        return [b for b, after in zip(blocks, (*blocks[1:], None), strict=False) if not after or b.layer != after.layer]
 
     def _lateral(self, block: Block) -> int:
         """Elements a sample that an adapter keeps: what it reads, both its convolutions' inputs, and the sum."""
@@ -339,10 +337,6 @@ class _Step:
     def _layout(self, convolution: Convolution | None, direction: int) -> int:
         """Bytes of the copies of a convolution's weights while it runs: forward (0) or backward (1)."""
         return 0 if convolution is None else self.layouts[direction] * convolution.weights * self.size
-
-
-def _layer(block: Block) -> str:
-    return block.name.partition(".")[0]
 
 
 def _adapter(block: Block, earlier: int) -> int:

@@ -1,0 +1,25 @@
+"""What several commands ask of the options they are given."""
+
+from __future__ import annotations
+
+from lightcl.errors import RequestError, nearest
+from lightcl.scenario import Scenario, method_names
+
+
+def check_device(number: int, scenario: Scenario) -> None:
+    """Raises RequestError for a device that the fleet does not have."""
+    count = scenario.fleet.devices
+    if number >= count:
+        raise RequestError(f"--device {number}: the fleet has {count} devices (allowed: 0 to {count - 1})")
+
+
+def methods_named(text: str) -> list[str]:
+    """`sgd,lightcl` -> the methods, each once. Raises RequestError for one that there is not."""
+    known = method_names()
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise RequestError(
+                f"--methods: unknown method {name!r}{nearest(name, known)} (allowed: {', '.join(known)})"
+            )
+    return list(dict.fromkeys(names))
