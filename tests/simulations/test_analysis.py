@@ -145,6 +145,15 @@ def test_auto_is_checked_without_an_analysis(scenario: Path, monkeypatch: pytest
     assert not Path("run").exists()
 
 
+def test_a_point_that_the_method_cannot_do_with_is_refused_before_anything_is_written(
+    scenario: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    nothing = ("--set", "network.freeze_threshold=1", "--set", "method.name=lightcl-plus")
+    assert lightcl(monkeypatch, "train", scenario, *AUTO, *nothing, "--out", "run") == 2
+    assert "network.freeze must be layer1.0 or deeper" in capfd.readouterr().err
+    assert not Path("run").exists()
+
+
 def test_a_server_without_images_refuses_auto(scenario: Path, tmp_path: Path) -> None:
     asked = load_scenario(scenario, ["network.freeze=auto", "data={source: parquet, path: /on/the/boards}"])
     with pytest.raises(RequestError, match="run `lightcl analyse` where images are"):
