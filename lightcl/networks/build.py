@@ -11,7 +11,7 @@ from torch import Tensor
 from lightcl.errors import RequestError
 from lightcl.networks.resnet import StagedResNet, Stem
 from lightcl.networks.weights import find_builtin, load_tensors, read_torchvision, read_weights
-from lightcl.scenario import Scenario
+from lightcl.scenario import Network, Scenario
 from lightcl.seeds import derive
 
 PAPER_WIDTH = 64
@@ -29,21 +29,15 @@ def build_network(scenario: Scenario, *, in_channels: int, classes: int) -> Stag
             "network.freeze is 'auto', but a network needs a block: the server chooses it before a run starts; without "
             "one, run `lightcl analyse` and write the point it names into the scenario"
         )
-    stored: Mapping[str, Tensor] = {}
-    if section.weights == "builtin":
-        stored = read_weights(find_builtin())
-    elif section.weights == "imagenet":
-        stored = read_torchvision()
-    elif section.weights != "none":
-        stored = read_weights(Path(section.weights))
-    width, stem = _shape_of(stored)
+    stored = _stored_weights(section)
+    width, stem = _shape_of(section, stored)
     with torch.random.fork_rng(devices=[]):  # constructors draw from the global generator
         torch.manual_seed(derive(scenario.seed, "network"))
         network = StagedResNet(
-            width=section.width or width,
+            width=width,
             classes=classes,
             in_channels=in_channels,
-            stem=section.stem or stem,
+            stem=stem,
             freeze=section.freeze or method.default_freeze,
             frozen_batch_norm=section.frozen_batch_norm or method.default_frozen_batch_norm,
         )
@@ -53,8 +47,27 @@ def build_network(scenario: Scenario, *, in_channels: int, classes: int) -> Stag
     return network.to(memory_format=torch.channels_last)
 
 
-def _shape_of(stored: Mapping[str, Tensor]) -> tuple[int, Stem]:
-    """Width and stem that a weights file was made with; the paper's where there is none."""
+def untrained(section: Network) -> Network:
+    """The section without its weights, for a network of the same shape. Raises RequestError as `build_network` does."""
+    width, stem = _shape_of(section, _stored_weights(section))
+    return section.model_copy(update={"weights": "none", "width": width, "stem": stem})
+
+
+def _stored_weights(section: Network) -> Mapping[str, Tensor]:
+    if section.weights == "builtin":
+        return read_weights(find_builtin())
+    if section.weights == "imagenet":
+        return read_torchvision()
+    return {} if section.weights == "none" else read_weights(Path(section.weights))
+
+
+def _shape_of(section: Network, stored: Mapping[str, Tensor]) -> tuple[int, Stem]:
+    """Width and stem: the section's, else those that the weights were made with, else the paper's."""
+    width, stem = _shape_of_weights(stored)
+    return section.width or width, section.stem or stem
+
+
+def _shape_of_weights(stored: Mapping[str, Tensor]) -> tuple[int, Stem]:
     first = stored.get("conv1.weight")
     if first is None or first.ndim != 4:
         return PAPER_WIDTH, "cifar"
