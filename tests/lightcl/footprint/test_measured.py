@@ -51,6 +51,11 @@ def test_what_a_backward_pass_keeps_is_seen():
     assert 12e6 <= peaks["all"] <= 16.1e6
 
 
+def test_rehearsal_has_the_shape_of_the_weights_without_them():
+    short, _ = rehearsal(toys.scenario(network={"weights": "builtin", "width": None}), (3, 32, 32), 4)
+    assert (short.network.weights, short.network.width, short.network.stem) == ("none", 20, "cifar")
+
+
 def test_rehearsal_keeps_what_decides_the_memory():
     scenario = toys.scenario(
         stream={"tasks": 3, "classes_per_task": 3, "class_order": "shuffled"},
@@ -59,7 +64,8 @@ def test_rehearsal_keeps_what_decides_the_memory():
         server={"aggregation": "suffix"},
     )
     short, source = rehearsal(scenario, (1, 12, 10), 9)
-    assert (short.network, short.method) == (scenario.network, scenario.method)
+    assert short.network == scenario.network.model_copy(update={"stem": "cifar"})
+    assert short.method == scenario.method
     assert (short.training.batch_size, short.training.momentum) == (6, 0.5)
     assert source.train.images.shape == (36, 12, 10, 1)
     assert len(source.classes) == 9
