@@ -11,6 +11,7 @@ measured: begin, steps, end and the saved state. A fresh process, so that nothin
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -123,6 +124,7 @@ def peak_allocations(parts: dict[str, Callable[[], object]]) -> dict[str, int]:
     """
     from torch.profiler import ProfilerActivity, profile, record_function
 
+    gc.collect()  # what earlier work left in reference cycles would otherwise go in the middle of a part
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for name, part in parts.items():
             with record_function(f"part {name}"):
