@@ -42,7 +42,7 @@ def accuracy_over_tasks(
     what guessing gives.
     """
     figure, axes = plot_axes(theme, "after task", "average accuracy (%)")
-    many = any(spread.p10 != spread.p90 for spreads in curves.values() for spread in spreads)
+    many = any(spread.p10 < spread.p90 for spreads in curves.values() for spread in spreads)
     for setting, spreads in curves.items():
         colour = theme.settings[setting]
         tasks = np.arange(len(spreads))
