@@ -29,7 +29,7 @@ from lightcl.networks.weights import digest
 from lightcl.pruning import channel_digest
 from lightcl.scenario import Scenario
 from lightcl.seeds import derive
-from lightcl.state import StateError, StateFolder
+from lightcl.state import StateError, StateFolder, under
 from lightcl.training import OnEpoch, autocast, evaluate, make_optimiser, train_epoch
 
 
@@ -283,7 +283,7 @@ class EdgeDevice:
             for name, target in self._changing_tensors().items():
                 target.copy_(tensors[f"network/{name}"])
         self.method.load_state_dict(
-            {k.removeprefix("method/"): v.to(self.accelerator) for k, v in tensors.items() if k.startswith("method/")}
+            {name: tensor.to(self.accelerator) for name, tensor in under(tensors, "method/").items()}
         )
         self.optimiser = make_optimiser(self.method, self.scenario)
         for name, parameter in self.method.trainable().items():

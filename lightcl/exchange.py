@@ -22,9 +22,12 @@ from torch import Tensor
 
 from lightcl.methods import Method
 from lightcl.networks.resnet import StagedResNet
+from lightcl.state import under
 
 Aggregation = Literal["none", "suffix", "suffix+head"]
 Arrays = dict[str, np.ndarray]
+STATISTICS = "statistics/"
+FLEET_HEAD = "fleet_head/"
 
 
 class ExchangeError(Exception):
@@ -60,14 +63,10 @@ def adopt_(method: Method, arrays: Mapping[str, np.ndarray], aggregation: Aggreg
     if head:
         zeros = {name: np.zeros_like(array) for name, array in outgoing_statistics(method).items()}
         check(head, {name: array.shape for name, array in outgoing_head(method, zeros).items()})
-        method.adopt_head_({n.removeprefix(FLEET_HEAD): torch.from_numpy(np.array(a)) for n, a in head.items()})
+        method.adopt_head_({n: torch.from_numpy(np.array(a)) for n, a in under(head, FLEET_HEAD).items()})
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(torch.from_numpy(np.ascontiguousarray(weights[name])))
-
-
-STATISTICS = "statistics/"
-FLEET_HEAD = "fleet_head/"
 
 
 def outgoing_statistics(method: Method) -> Arrays:
@@ -77,7 +76,7 @@ def outgoing_statistics(method: Method) -> Arrays:
 
 def outgoing_head(method: Method, totals: Mapping[str, np.ndarray]) -> Arrays:
     """The head that the server sends for these sums, as fp32 arrays under their names on the wire."""
-    plain = {name.removeprefix(STATISTICS): torch.from_numpy(array) for name, array in totals.items()}
+    plain = {name: torch.from_numpy(array) for name, array in under(totals, STATISTICS).items()}
     if not plain:
         return {}
     return {f"{FLEET_HEAD}{name}": tensor.numpy() for name, tensor in method.shared_head(plain).items()}

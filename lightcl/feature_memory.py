@@ -41,29 +41,20 @@ def vital_channels(importance: Tensor, ratio: float, selection: VitalSelection =
 
 
 def vital_patterns(maps: FeatureMaps, vital: Mapping[str, Tensor]) -> FeatureMaps:
-    """What of the feature maps `[M, C, H, W]` has to be stored for `drift`: the vital channels, `[M, V, H, W]`."""
+    """What of the feature maps `[M, C, H, W]` `DriftingMaps` has to be given: the vital channels, `[M, V, H, W]`."""
     return {name: maps[name][:, mask].float() for name, mask in vital.items()}
 
 
-def drift(maps: FeatureMaps, stored: FeatureMaps, vital: Mapping[str, Tensor], reduction: Reduction) -> Tensor:
-    """How far the vital channels have moved from the stored patterns; a scalar.
+class DriftingMaps(dict[str, Tensor]):
+    """Stands where feature maps `[M, C, H, W]` are collected by name, and keeps of each only how far it has drifted.
 
-    `maps[m]` are `[M, C, H, W]`, `vital[m]` is a boolean `[C]` with V channels set, and `stored[m]` are `[M, V, H, W]`:
-    of the patterns only the vital channels are kept (`vital_patterns`).
+    `vital[m]` is a boolean `[C]` with V channels set, and `stored[m]` are the patterns `[M, V, H, W]` of those channels
+    (`vital_patterns`).
 
     - "sum" (the paper): Σ_m Σ (mask_m ⊙ (F_m - F*_m))². It grows with the number of channels and positions, so the
       same β is felt less in a narrower network.
     - "relative" (ours): the mean over the maps of Σ(mask ⊙ (F - F*))² / Σ(mask ⊙ F*)². It has no unit, so a β means
       the same at every width, resolution and memory size.
-    """
-    moving = DriftingMaps(stored, vital, reduction)
-    for name in vital:
-        moving[name] = maps[name]
-    return moving.drift()
-
-
-class DriftingMaps(dict[str, Tensor]):
-    """Stands where feature maps are collected by name, and keeps of each only how far it has drifted (see `drift`).
 
     Autograd goes back in the order of creation: were the terms made after the whole forward pass, there would be a
     full-sized gradient of every map before the first of them is used. Made while the maps come, each has its turn.

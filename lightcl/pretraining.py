@@ -20,6 +20,7 @@ from lightcl.data.sources import ImageSet, Source, iter_batches
 from lightcl.errors import RequestError
 from lightcl.networks.resnet import StagedResNet, Stem
 from lightcl.networks.weights import load_weights, save_weights
+from lightcl.state import under
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def _resume(
 ) -> int:
     tensors = load_file(file)
     epoch = int(tensors.pop("epoch"))
-    network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")})
+    network.load_state_dict(under(tensors, "network."))
     for name, parameter in network.named_parameters():
         optimiser.state[parameter]["momentum_buffer"] = tensors[f"momentum.{name}"].to(parameter.device)
     with warnings.catch_warnings():

@@ -12,13 +12,14 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 MANIFEST = "state.json"
+Value = TypeVar("Value")
 
 
 class StateError(Exception):
@@ -71,6 +72,11 @@ def only_here(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def under(tensors: Mapping[str, Value], prefix: str) -> dict[str, Value]:
+    """What stands under `prefix`, by the rest of its name; the inverse of `{f"{prefix}{name}": ...}`."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -30,6 +30,7 @@ from lightcl.exchange import (
 from lightcl.methods import Method
 from lightcl.protocol import ARRAYS, EXAMPLES, METRICS
 from lightcl.scenario import Server
+from lightcl.state import under
 
 OPTIMISER_STATE = ("m_t", "v_t")
 """Dictionaries that FedAdam, FedAdagrad and FedYogi carry from round to round."""
@@ -118,7 +119,7 @@ class Aggregator:
 
     def restore(self, state: Mapping[str, Tensor], version: int) -> None:
         def part(prefix: str) -> dict[str, np.ndarray]:
-            return {k.removeprefix(prefix): v.numpy() for k, v in state.items() if k.startswith(prefix)}
+            return {name: tensor.numpy() for name, tensor in under(state, prefix).items()}
 
         self.weights, self.version = part("shared/"), version
         if self.sums:

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from math import nan
+from math import isnan, nan
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -37,12 +37,11 @@ from lightcl.state import write_atomically
 from server.coordinator import RunFailure
 from server.preparation import prepare
 from server.provenance import describe_run
-from server.records import RunFolder
+from server.records import LOCK, RunFolder
 from simulations.footprints import as_method, footprint_of
 from simulations.options import check_device, methods_named
 
 FIGURES = (("cil", "average_accuracy"), ("til", "average_accuracy"), ("cil", "forgetting"), ("til", "forgetting"))
-LOCK = ".lock"
 OWN = ("bench.json", "footprint.json", "table1.md", "table1.json", "table1.png", "scenarios", "logs", "runs", LOCK)
 BASELINE = "sgd"
 PR_SET_PDEATHSIG = 1
@@ -236,16 +235,13 @@ def _carry_out(plan: Plan, jobs: int, console: Console) -> dict[str, str]:
             progress.update(bar, description=f"runs, about {minutes:.0f} min left")
             console.print(f"{method}, seed {seed}: {said}", highlight=False, soft_wrap=True)
 
-        try:
-            with ThreadPoolExecutor(jobs) as pool:
-                try:
-                    list(pool.map(one, left))
-                except BaseException:
-                    runner.stop()
-                    pool.shutdown(cancel_futures=True)
-                    raise
-        finally:
-            runner.stop()
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                list(pool.map(one, left))
+            except BaseException:
+                runner.stop()
+                pool.shutdown(cancel_futures=True)
+                raise
     return failures
 
 
@@ -273,15 +269,16 @@ def _measure(plan: Plan, console: Console) -> dict[str, str]:
     known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     failures: dict[str, str] = {}
     missing = [method for method in plan.methods if method not in known]
-    source = load_source(plan.scenario.source_request()) if missing else None
+    if not missing:
+        return failures
+    source = load_source(plan.scenario.source_request())
     for method in missing:
-        if source is not None:
-            console.print(f"measuring the memory of {method} in a fresh process", style="dim", highlight=False)
-            try:
-                known[method] = footprint_of(plan.variant(method), source, plan.device or 0, measuring=True).to_json()
-            except MeasurementFailure as error:
-                failures[f"memory of {method}"] = str(error)
-                continue
+        console.print(f"measuring the memory of {method} in a fresh process", style="dim", highlight=False)
+        try:
+            known[method] = footprint_of(plan.variant(method), source, plan.device or 0, measuring=True).to_json()
+        except MeasurementFailure as error:
+            failures[f"memory of {method}"] = str(error)
+        else:
             write_atomically(file, json.dumps(known, indent=2))
     return failures
 
@@ -311,7 +308,7 @@ class Row:
             "memory_measured_bytes": self.measured,
             "seconds": self.seconds,
         } | {
-            name: {"mean": f[0], "std": f[1] if f[1] == f[1] else None} if f else None
+            name: {"mean": f[0], "std": None if isnan(f[1]) else f[1]} if f else None
             for name, f in self.figures.items()
         }
 
@@ -379,7 +376,7 @@ def _percent(figure: tuple[float, float] | None) -> str:
     if figure is None:
         return "–"
     mean, deviation = (100 * value for value in figure)
-    return f"{mean:.2f}" + (f" ± {deviation:.2f}" if deviation == deviation else "")
+    return f"{mean:.2f}" + (f" ± {deviation:.2f}" if not isnan(deviation) else "")
 
 
 def _number(value: float | None, unit: float, digits: int) -> str:

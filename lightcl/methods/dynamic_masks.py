@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightcl.networks.resnet import BasicBlock, StagedResNet
 from lightcl.seeds import torch_generator
+from lightcl.state import under
 
 
 class DynamicMasks:
@@ -79,8 +80,8 @@ class DynamicMasks:
         return state | {f"updated/{name}": mask for name, mask in self.updated.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.there = {k.removeprefix("there/"): v for k, v in state.items() if k.startswith("there/")}
-        self.updated = {k.removeprefix("updated/"): v for k, v in state.items() if k.startswith("updated/")}
+        self.there = under(state, "there/")
+        self.updated = under(state, "updated/")
 
 
 def strongest(scores: Tensor, among: Tensor, count: int) -> Tensor:

@@ -33,6 +33,7 @@ from torch import Tensor
 from lightcl.data.tasks import Batch, TaskContext
 from lightcl.methods.base import Method, MethodParameters, StepCost
 from lightcl.networks.resnet import StagedResNet
+from lightcl.state import under
 
 
 class EWCParameters(MethodParameters):
@@ -103,5 +104,5 @@ class EWC(Method):
         return state | {f"anchor/{name}": tensor for name, tensor in self.anchor.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.fisher = {k.removeprefix("fisher/"): v for k, v in state.items() if k.startswith("fisher/")}
-        self.anchor = {k.removeprefix("anchor/"): v for k, v in state.items() if k.startswith("anchor/")}
+        self.fisher = under(state, "fisher/")
+        self.anchor = under(state, "anchor/")

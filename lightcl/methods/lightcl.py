@@ -37,6 +37,7 @@ from lightcl.feature_memory import (
 )
 from lightcl.methods.base import Method, MethodParameters, StepCost
 from lightcl.networks.resnet import FeatureMaps, Stage, StagedResNet
+from lightcl.state import under
 
 Preset = Literal["default", "paper", "scale-free"]
 PRESETS: dict[str, dict[str, str | float]] = {
@@ -153,8 +154,8 @@ class LightCL(Method):
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.vital = {k.removeprefix("vital/"): v for k, v in state.items() if k.startswith("vital/")}
-        self.patterns = {k.removeprefix("pattern/"): v for k, v in state.items() if k.startswith("pattern/")}
+        self.vital = under(state, "vital/")
+        self.patterns = under(state, "pattern/")
         self.memory, self.logits, self.held = state.get("memory"), state.get("logits"), state.get("held")
 
     def _memory_mode(self) -> _evaluating | _keeping_statistics:

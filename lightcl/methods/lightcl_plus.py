@@ -39,6 +39,7 @@ from lightcl.errors import RequestError
 from lightcl.methods.base import Method, StepCost
 from lightcl.methods.lightcl import LightCL, LightCLParameters
 from lightcl.networks.resnet import FeatureMaps, StagedResNet
+from lightcl.state import under
 
 FEATURES = (
     # (maps from the end of the prefix on, whether the last one also enters as a 2x2 grid), richest first
@@ -199,8 +200,8 @@ class LightCLPlus(LightCL):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         super().load_state_dict(state)
         self.task_of = state["task_of"].cpu()
-        self.statistics_of = Statistics.from_tensors(_part(state, "statistics/"))
-        if head := _part(state, "fleet_head/"):
+        self.statistics_of = Statistics.from_tensors(under(state, "statistics/"))
+        if head := under(state, "fleet_head/"):
             self.adopt_head_(head)
         self._solved = None
 
@@ -216,7 +217,3 @@ class PooledMaps(dict[str, Tensor]):
     def __setitem__(self, name: str, feature_map: Tensor) -> None:
         if name in self.method.maps:
             super().__setitem__(name, self.method.pool(name, feature_map))
-
-
-def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

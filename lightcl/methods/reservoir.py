@@ -24,6 +24,7 @@ from lightcl.data.tasks import Batch, Samples, TaskContext
 from lightcl.methods.base import Method, MethodParameters
 from lightcl.networks.resnet import StagedResNet
 from lightcl.seeds import numpy_generator
+from lightcl.state import under
 
 
 class ReplayParameters(MethodParameters):
@@ -162,7 +163,7 @@ class Replay(Method):
         return {f"buffer/{name}": tensor for name, tensor in self.buffer.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        own = {k.removeprefix("buffer/"): v for k, v in state.items() if k.startswith("buffer/")}
+        own = under(state, "buffer/")
         self.buffer.load_state_dict(own)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isnan
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,7 @@ def accuracy_over_memory(points: Mapping[str, Mapping[str, tuple[float, float, f
         axes = figure.add_subplot(1, len(shown), 1 + place, facecolor=theme.background)
         style_axes(axes, theme, "memory of a training step, measured (MiB)", f"{setting.upper()} accuracy (%)")
         for name, (memory, mean, deviation) in values.items():
-            error = 100 * deviation if deviation == deviation else None
+            error = None if isnan(deviation) else 100 * deviation
             axes.errorbar(
                 memory, 100 * mean, yerr=error, color=colours[name], marker=markers[name], markersize=8, linestyle="",
                 elinewidth=1.2, capsize=2.5, markeredgecolor=theme.background, markeredgewidth=0.7,

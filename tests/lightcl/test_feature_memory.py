@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightcl.feature_memory import channel_importance, drift, logit_drift, vital_channels, vital_patterns
+from lightcl.feature_memory import DriftingMaps, channel_importance, logit_drift, vital_channels, vital_patterns
 from tests.reference import regularisation as reference
 
 
@@ -81,6 +81,14 @@ def test_vital_channels_agree_with_the_reference(channels, ratio):
 MAPS = {"a": torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]]), "b": torch.tensor([[[[2.0]]]])}
 STORED = {"a": torch.tensor([[[[1.0, 1.0]]]]), "b": torch.tensor([[[[5.0]]]])}  # of vital channels alone
 VITAL = {"a": torch.tensor([False, True]), "b": torch.tensor([True])}
+
+
+def drift(maps, stored, vital, reduction):
+    """The scalar after these maps have come, one after the other."""
+    moving = DriftingMaps(stored, vital, reduction)
+    for name in vital:
+        moving[name] = maps[name]
+    return moving.drift()
 
 
 def test_drift_by_hand():
