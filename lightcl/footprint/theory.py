@@ -162,7 +162,8 @@ class _Step:
         self.layouts = LAYOUTS[workload.accelerator]
         self.live: dict[Category, int] = dict.fromkeys(CATEGORIES, 0)
         self.worst, self.moment = dict(self.live), ""
-        self.done: set[str] = set()  # weights whose gradients are there
+        self.cast: set[str] = set()  # weights of which autocast holds a copy
+        self.begun: set[str] = set()  # weights whose gradients are there, of all passes or of the first
 
     def hold(self, category: Category, amount: float) -> None:
         self.live[category] += int(amount)
@@ -189,9 +190,9 @@ class _Step:
             drifts = self._vital_share * sum(b.maps for b in shape.trained) * cost.held * FP32
             self.hold("kept activations", drifts)
             self.note("regularisation", "temporaries", drifts)
-            self._backward(cost.held)
+            self._backward(cost.held, last=False)
             self.hold("kept activations", -drifts)
-        self._backward(samples)
+        self._backward(samples, last=True)
         if workload.weight_decay:
             biggest = max((c.weights for b in shape.trained for c in b.convolutions), default=shape.head_parameters)
             self.note("optimiser's step", "temporaries", biggest * FP32)
@@ -256,8 +257,8 @@ class _Step:
                 if convolution is None:
                     continue
                 self.hold("kept activations", unit * convolution.outputs)
-                if self.size != FP32 and convolution.name not in self.done:  # autocast keeps its copy of the weights
-                    self.done.add(convolution.name)
+                if self.size != FP32 and convolution.name not in self.cast:  # one copy for all passes of the step
+                    self.cast.add(convolution.name)
                     self.hold("temporaries", convolution.weights * self.size)
                 self.note(f"forward {convolution.name}", "temporaries", self._layout(convolution, 0))
                 if convolution is block.shortcut:
@@ -273,45 +274,44 @@ class _Step:
             self.note(f"forward {block.name}, earlier columns", "temporaries", unit * self._columns * 3 * block.outputs)
         self.hold("kept activations", samples * self._head_elements * FP32)
         self.note("loss")
-        self.done.clear()
 
     @property
     def _head_elements(self) -> int:
         """Pooled features, logits and their logarithmic softmax."""
         return self.shape.pooled + 3 * self.shape.classes
 
-    def _backward(self, samples: int) -> None:
+    def _backward(self, samples: int, last: bool) -> None:
         unit = samples * self.size
         self.hold("kept activations", -samples * self._head_elements * FP32)
-        self._gradient("fc", self.shape.head_parameters)
+        self._gradient("fc", last, plain=self.shape.head_parameters)
         for index in reversed(range(len(self.shape.trained))):
             block, entered = self.shape.trained[index], index > 0  # its inputs need gradients
-            self._backward_block(block, unit, samples, entered)
-        if self.shape.frozen and samples != self.cost.held:
+            self._backward_block(block, unit, samples, entered, last)
+        if self.shape.frozen and last:
             self.hold("kept activations", -unit * self.shape.features)
 
-    def _backward_block(self, block: Block, unit: int, samples: int, entered: bool) -> None:
-        out, last = unit * block.outputs, block.second or block.first
+    def _backward_block(self, block: Block, unit: int, samples: int, entered: bool, last: bool) -> None:
+        out, end = unit * block.outputs, block.second or block.first
         if lateral := unit * self._lateral(block):
             self.note(f"backward {block.name}, adapter", "temporaries", 4 * out)
             self.hold("kept activations", -lateral)
-            self._gradient(f"{block.name}.adapter", _adapter(block, self._columns))
+            self._gradient(f"{block.name}.adapter", last, plain=_adapter(block, self._columns))
         if block.pooled is not None:
-            out = unit * last.outputs
+            out = unit * end.outputs
             self.note(f"backward {block.name}, max-pool", "temporaries", unit * block.pooled + out)
             self.hold("kept activations", -unit * block.pooled - samples * block.pooled * 8)
-        self.note(f"backward {last.name}, ReLU", "temporaries", 2 * out)
+        self.note(f"backward {end.name}, ReLU", "temporaries", 2 * out)
         # The last map is the next block's input, whose operations are done: it goes with its ReLU.
         self.hold("kept activations", -out)
         shortcut = out if block.second else 0  # its gradient waits while the convolutions are gone through
-        self.note(f"backward {last.name}, batch-norm", "temporaries", shortcut + (3 if shortcut else 2) * out)
+        self.note(f"backward {end.name}, batch-norm", "temporaries", shortcut + (3 if shortcut else 2) * out)
         self.hold("kept activations", -out)
         if block.second:
             inner = unit * block.first.outputs
-            self._backward_convolution(block.second, shortcut + out + inner)
+            self._backward_convolution(block.second, shortcut + out + inner, last)
             if block.shortcut:
                 self.note(f"backward {block.shortcut.name}, batch-norm", "temporaries", 2 * out + inner)
-                self._backward_convolution(block.shortcut, inner + 2 * out, inputs=entered)
+                self._backward_convolution(block.shortcut, inner + 2 * out, last)
                 self.hold("kept activations", -out)
                 shortcut = unit * block.shortcut.inputs * entered
             self.note(f"backward {block.first.name}, ReLU", "temporaries", shortcut + 2 * inner)
@@ -319,20 +319,27 @@ class _Step:
             self.note(f"backward {block.first.name}, batch-norm", "temporaries", shortcut + 3 * inner)
             self.hold("kept activations", -inner)
             out = inner
-        self._backward_convolution(block.first, shortcut + out + unit * block.first.inputs * entered, inputs=entered)
+        self._backward_convolution(block.first, shortcut + out + unit * block.first.inputs * entered, last)
         if block.second is None:
             self.hold("kept activations", -unit * self.shape.features)
 
-    def _backward_convolution(self, convolution: Convolution, activations: float, *, inputs: bool = True) -> None:
+    def _backward_convolution(self, convolution: Convolution, activations: float, last: bool) -> None:
         gradient = self._layout(convolution, 1)
         self.note(f"backward {convolution.name}", "temporaries", activations + gradient)
-        self._gradient(convolution.name, convolution.weights + convolution.norm)
+        self._gradient(convolution.name, last, convolution.weights, convolution.norm)
 
-    def _gradient(self, name: str, weights: int) -> None:
-        """Gradients of several passes are added up, so only the first takes room for good."""
-        if name not in self.done:
-            self.done.add(name)
-            self.hold("gradients", weights * FP32)
+    def _gradient(self, name: str, last: bool, weights: int = 0, plain: int = 0) -> None:
+        """The gradients of `weights`, which autocast copies, and of `plain` parameters, which it leaves alone.
+
+        Those of several passes are added up, so only the first takes room. Under autocast it is the copies' gradients
+        that are added up; with the last pass they become gradients of the weights, and the copies go.
+        """
+        if name not in self.begun:
+            self.begun.add(name)
+            self.hold("gradients", weights * self.size + plain * FP32)
+        if last and name in self.cast:
+            self.hold("temporaries", -weights * self.size)
+            self.hold("gradients", weights * (FP32 - self.size))
 
     def _layout(self, convolution: Convolution | None, direction: int) -> int:
         """Bytes of the copies of a convolution's weights while it runs: forward (0) or backward (1)."""

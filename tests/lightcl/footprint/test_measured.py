@@ -104,6 +104,8 @@ def test_rehearsal_keeps_what_decides_the_memory():
         {"method": {"name": "lightcl", "beta": 0}},
         {"method": {"name": "lightcl"}, "network": {"weights": "none", "width": 16, "freeze": "layer1"}},
         {"method": {"name": "lightcl-sparse"}},
+        {"method": {"name": "sgd"}, "training": {"precision": "bf16"}},
+        {"method": {"name": "lightcl"}, "training": {"precision": "bf16"}},
     ],
     ids=lambda changes: "-".join(str(value) for section in changes.values() for value in section.values()),
 )
