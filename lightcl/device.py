@@ -76,6 +76,14 @@ def choose_accelerator(wanted: str) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def set_up_torch(accelerator: torch.device, threads: int) -> None:
+    """Number of threads; on a GPU the same numbers every time, and fp32 that is not TF32."""
+    torch.set_num_threads(threads)
+    if accelerator.type == "cuda":
+        cudnn = torch.backends.cudnn
+        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = False, False, True
+
+
 class EdgeDevice:
     """A device that learns its stream task by task and survives being killed at any point.
 
@@ -93,7 +101,7 @@ class EdgeDevice:
             share = share_of(source, scenario.fleet, scenario.seed, number)
         self.stream: TaskStream = build_stream(scenario, source, share, number)
         self.accelerator = choose_accelerator(scenario.runtime.accelerator)
-        torch.set_num_threads(scenario.runtime.threads)
+        set_up_torch(self.accelerator, scenario.runtime.threads)
         self.network = build_network(scenario, in_channels=source.channels, classes=self.stream.head_classes)
         self.network.to(self.accelerator)
         self.prefix_digest = digest(self.network.prefix)
@@ -248,6 +256,7 @@ class EdgeDevice:
             "device": self.number,
             "scenario": scenario_digest(self.scenario),
             "channels": self.channel_digest,
+            "accelerator": self.accelerator.type,
             "position": asdict(self.position),
             "version": self.version,
             "report": asdict(self.last_report) if self.last_report else None,
@@ -278,6 +287,11 @@ class EdgeDevice:
             raise StateError(
                 f"{self._state.folder}: was saved with other channels ({values['channels']}, now "
                 f"{self.channel_digest}): the weights that were pruned are not the same; name those of the first run"
+            )
+        if values.get("accelerator", self.accelerator.type) != self.accelerator.type:
+            raise StateError(
+                f"{self._state.folder}: was saved on {values['accelerator']} and would go on with other numbers on "
+                f"{self.accelerator.type}; set runtime.accelerator, use another folder or remove this one"
             )
         with torch.no_grad():
             for name, target in self._changing_tensors().items():

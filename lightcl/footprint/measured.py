@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from lightcl.data.partition import Share
 from lightcl.data.sources import ImageSet, Source
-from lightcl.device import EdgeDevice, choose_accelerator
+from lightcl.device import EdgeDevice, choose_accelerator, set_up_torch
 from lightcl.footprint.shapes import Image
 from lightcl.footprint.theory import Workload, workload_of
 from lightcl.networks.build import untrained
@@ -65,7 +65,7 @@ class Measurement:
 def measure(scenario: Scenario, image: Image, classes: int) -> Measurement:
     """Trains two tasks of `STEPS` steps as the scenario says, once for each way of measuring.
 
-    Raises RequestError where the process ends with an error: its last words say why.
+    Raises MeasurementFailure where the process ends with an error: its last words say why.
     """
     tensors, process = (_in_fresh_process(scenario, image, classes, way) for way in ("tensors", "process"))
     return Measurement(
@@ -153,12 +153,13 @@ def peak_allocations(parts: dict[str, Callable[[], object]]) -> dict[str, int]:
 
 def _peak_on_gpu(parts: dict[str, Callable[[], object]]) -> dict[str, int]:
     peaks = {}
+    earlier = torch.cuda.memory_allocated()  # workspaces of the libraries, since the warm-up
     for name, part in parts.items():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         part()
         torch.cuda.synchronize()
-        peaks[name] = int(torch.cuda.max_memory_allocated())
+        peaks[name] = int(torch.cuda.max_memory_allocated()) - earlier
     return peaks
 
 
@@ -187,12 +188,14 @@ def _resident_peaks(parts: dict[str, Callable[[], object]]) -> dict[str, int | N
     return peaks
 
 
-def _warm_up() -> None:
-    """Has PyTorch load and set up what any training needs; its optimiser alone imports some 100 MiB of modules."""
-    images = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
-    layer = nn.Conv2d(3, 4, 3)
-    optimiser = torch.optim.SGD(layer.parameters(), lr=0.01)
-    F.batch_norm(layer(images), None, None, training=True).relu().sum().backward()  # type: ignore[no-untyped-call]
+def _warm_up(accelerator: torch.device) -> None:
+    """Has PyTorch load and set up what any training needs; its optimiser alone imports some 100 MiB of modules, and the
+    first use of a GPU loads its libraries."""
+    images = torch.randn(2, 3, 8, 8, device=accelerator).contiguous(memory_format=torch.channels_last)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    network.to(accelerator)
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.01)
+    F.cross_entropy(network(images), torch.tensor([0, 1], device=accelerator)).backward()  # type: ignore[no-untyped-call]
     optimiser.step()
 
 
@@ -227,8 +230,8 @@ def measure_here(scenario: Scenario, image: Image, classes: int, way: Way) -> di
     """The peaks of preparation (network and first task), training and evaluation, in this process."""
     scenario, source = rehearsal(scenario, image, classes)
     accelerator = choose_accelerator(scenario.runtime.accelerator)
-    torch.set_num_threads(scenario.runtime.threads)
-    _warm_up()
+    set_up_torch(accelerator, scenario.runtime.threads)
+    _warm_up(accelerator)
     devices: list[EdgeDevice] = []
     with tempfile.TemporaryDirectory() as folder:
 

@@ -16,7 +16,7 @@ from lightcl.data.sources import load_source
 from lightcl.device import EdgeDevice, OutOfStep, Position, choose_accelerator, scenario_digest
 from lightcl.errors import RequestError
 from lightcl.exchange import ExchangeError
-from lightcl.state import StateError
+from lightcl.state import MANIFEST, StateError
 from tests.lightcl import toys
 from tests.lightcl.killed_device import HANG_IN
 
@@ -367,9 +367,17 @@ def test_what_has_no_influence_on_the_numbers_may_change_between_runs(tmp_path):
         tmp_path,
         name="renamed",
         data={"path": tmp_path, "download": False},
-        runtime={"workers": 8, "accelerator": "auto"},
+        runtime={"workers": 8},
     )
     assert moved.position == Position(0, 1)
+
+
+def test_state_from_another_kind_of_accelerator_is_refused(tmp_path):
+    toys.device(tmp_path).train(0, 1)
+    manifest = tmp_path / MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"accelerator": "tpu"}))
+    with pytest.raises(StateError, match=r"was saved on tpu .* on cpu; set runtime.accelerator"):
+        toys.device(tmp_path, runtime={"accelerator": "cpu"})
 
 
 def test_digest_changes_with_what_decides_the_numbers():
