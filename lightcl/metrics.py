@@ -1,6 +1,6 @@
 """Accuracy matrix -> average accuracy, forgetting, backward transfer; and their spread over a fleet.
 
-No forward transfer: the head's rows of a task are untrained until it is learned, so the accuracy on it before is chance.
+No forward transfer: the head's rows of a task are untrained until it is learned; accuracy on it before is chance.
 """
 
 from __future__ import annotations
