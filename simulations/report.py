@@ -19,10 +19,11 @@ import jinja2
 import numpy as np
 
 from lightcl.errors import RequestError
+from lightcl.generalizability import Generalizability
 from lightcl.metrics import AccuracyMatrix, Spread, fleet_summary
 from lightcl.scenario import Scenario, scenario_from_json
 from lightcl.state import write_atomically
-from server.records import Row, RunFolder
+from server.records import ANALYSIS, Row, RunFolder
 from simulations import plots
 
 SETTINGS = ("til", "cil")
@@ -85,6 +86,15 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class FreezeChoice:
+    """What `network.freeze: auto` was decided from, and how."""
+
+    found: Generalizability
+    threshold: float
+    point: str
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """What a run folder holds. `about` is run.json without the scenario; `results` is None before the run's end."""
 
@@ -98,6 +108,8 @@ class RunRecord:
     """The devices that were put out of the run, by number, and why."""
     held: dict[int, int]
     """Training images of each device by partition.json; empty where that file is."""
+    choice: FreezeChoice | None
+    """None where the freeze point was given."""
     last_sign: datetime
 
     @property
@@ -161,8 +173,19 @@ def read_run(folder: RunFolder) -> RunRecord:
         failures=_read_failures(rows),
         dropped=_read_dropped(by_device, results or folder.failure(), scenario.server.max_failures),
         held=_read_partition(folder.path / "partition.json"),
+        choice=_read_choice(folder),
         last_sign=datetime.fromtimestamp(_written(newest), UTC),
     )
+
+
+def _read_choice(folder: RunFolder) -> FreezeChoice | None:
+    record = folder.analysis()
+    if record is None:
+        return None
+    try:
+        return FreezeChoice(Generalizability.from_record(record), record["threshold"], record["freeze"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RequestError(f"{folder.path / ANALYSIS}: not the record of an analysis ({error!r})") from error
 
 
 def _written(file: Path) -> float:
@@ -300,6 +323,9 @@ def _draw(run: RunRecord) -> list[Picture]:
         if any(down) or any(up):
             alt = f"Sent in each round; together {size(sum(down))} down and {size(sum(up))} up"
             drawn.append(("bytes", alt, plots.bytes_per_round, (numbers, down, up)))
+    if run.choice:
+        alt = "Memory stability, learning plasticity and readiness of every block"
+        drawn.append(("generalizability", alt, plots.generalizability, (run.choice.found, run.choice.threshold)))
     return [
         Picture(name, alt, *(plots.png(draw(*values, theme)) for theme in (plots.LIGHT, plots.DARK)))
         for name, alt, draw, values in drawn

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from lightcl.errors import RequestError
+from lightcl.generalizability import BlockFigures, Generalizability
 from lightcl.metrics import AccuracyMatrix, Spread
 from lightcl.scenario import Fleet, Scenario, Server, Stream
-from server.records import RunFolder
+from server.records import ANALYSIS, RunFolder
 from simulations import plots
 from simulations.plots.style import PIXELS_PER_INCH, SIZE
 from simulations.report import (
@@ -224,6 +225,21 @@ def test_failures_and_dropped_devices(tmp_path: Path) -> None:
     assert "2 0 of 2 – – – – 0 122 0.0 s 2, out" in text
     assert "3 0 of 2 – – – – 0 123 0.0 s 1 " in text
     assert refused not in page.read_text()  # what a device says is escaped
+
+
+def test_a_freeze_point_that_was_chosen_is_explained(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, TWO_DEVICES, TWO_ROUNDS, results())
+    stability = {"stem": 0.98, "layer1": 0.95, "layer2": 0.7}
+    blocks = {name: BlockFigures([value], [0.99], [0.9]) for name, value in stability.items()}
+    (folder.path / ANALYSIS).write_text(json.dumps(Generalizability(0, 3, blocks).record(0.9)))
+    text = text_of(build_report(folder))
+    assert "froze the network up to layer1." in text
+    assert "the stream of device 0 (3 epochs a task)" in text
+    assert "reach 0.9." in text
+    assert (folder.path / "plots" / "generalizability.png").read_bytes().startswith(b"\x89PNG")
+    (folder.path / ANALYSIS).write_text('{"freeze": "layer1", "blocks": {"stem": {}}}')
+    with pytest.raises(RequestError, match=r"generalizability.json: not the record of an analysis"):
+        build_report(folder)
 
 
 @pytest.mark.usefixtures("_unpainted")
