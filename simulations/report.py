@@ -277,11 +277,13 @@ def mean_matrix(matrices: Sequence[AccuracyMatrix]) -> np.ndarray:
     return means
 
 
-def chance(scenario: Scenario) -> dict[str, list[float]]:
-    """`[setting][t]`: accuracy of guessing, among a task's classes (TIL) or among all that were met so far (CIL)."""
+def chance(scenario: Scenario) -> dict[str, float]:
+    """`[setting]`: accuracy of guessing among a task's classes (TIL) or among the whole stream's (CIL).
+
+    Among those of later tasks, too: a test asks the whole head from the first task on.
+    """
     classes = scenario.stream.classes_per_task
-    tasks = range(1, scenario.stream.tasks + 1)
-    return {"til": [1 / classes for _ in tasks], "cil": [1 / (classes * met) for met in tasks]}
+    return {"til": 1 / classes, "cil": 1 / (classes * scenario.stream.tasks)}
 
 
 @dataclass(frozen=True)
