@@ -226,7 +226,7 @@ _SECTIONS = {name for name in Scenario.model_fields if name not in ("name", "see
 
 
 def load_scenario(file: Path, changes: Sequence[str] = ()) -> Scenario:
-    """Reads a YAML file and applies `KEY=VALUE` changes (dotted keys, YAML values).
+    """Reads a YAML file and applies `KEY=VALUE` changes (dotted keys, YAML values); of a key given twice the last wins.
 
     Relative paths in it are relative to the current folder. Raises RequestError naming file, line and key.
     """
@@ -245,7 +245,7 @@ def load_scenario(file: Path, changes: Sequence[str] = ()) -> Scenario:
     if not isinstance(values, dict):
         raise RequestError(f"{file}: a scenario is a mapping of keys to values, not {type(values).__name__}")
     values = {key: {} if value is None and key in _SECTIONS else value for key, value in values.items()}
-    changed = {_apply(values, change) for change in changes}
+    changed = {_apply(values, change) for change in sorted(changes, key=_reach)}
     if isinstance(values.get("method"), dict):
         values["method"] = {"name": "lightcl"} | values["method"]
     try:
@@ -295,6 +295,12 @@ def scenario_keys() -> str:
             shown = json.dumps(default, default=str)
             lines.append(f"| `{name}.{key}` | `{shown}` | {(field.description or '').replace(chr(10), ' ')} |")
     return "\n".join(lines) + "\n"
+
+
+def _reach(change: str) -> tuple[int, bool]:
+    """Sorts what replaces a whole section before what sets a key in it, so that neither order of typing loses a key."""
+    key = change.partition("=")[0]
+    return key.count("."), key != "method.name"
 
 
 def _apply(values: dict[str, Any], change: str) -> str:

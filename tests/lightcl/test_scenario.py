@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from lightcl.data.sources import SourceRequest
 from lightcl.errors import RequestError
 from lightcl.methods import LightCLParameters, SGDParameters
+from lightcl.methods.ewc import EWCParameters
 from lightcl.scenario import Scenario, load_scenario, scenario_from_json, scenario_schema
 
 
@@ -299,6 +300,24 @@ def test_naming_another_method_replaces_the_section(load):
     assert load(text, "method.name=sgd").method == SGDParameters()
     assert load(text, "method.name=sgd", "method.loss_classes=all").method == SGDParameters(loss_classes="all")
     assert load("method: {beta: 0.5}", "method.name=sgd").method == SGDParameters()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("method.strength=77", "method.name=ewc"),
+        ("method.strength=77", "method={name: ewc, strength: 3}"),
+        ("method.strength=77", "method.name=ewc", "method={name: sgd}"),
+    ],
+)
+def test_no_change_is_lost_to_one_typed_after_it(load, changes):
+    for typed in (changes, changes[::-1]):
+        assert load("method: {beta: 0.5}", *typed).method == EWCParameters(strength=77)
+
+
+def test_a_key_of_another_method_is_refused_whatever_the_order(refused):
+    for typed in (("method.beta=0.3", "method.name=sgd"), ("method.name=sgd", "method.beta=0.3")):
+        assert "--set method.beta: method.beta: unknown key" in refused("", *typed)
 
 
 def test_naming_the_same_method_keeps_the_section(load):
