@@ -175,6 +175,14 @@ class Scenario(Section):
                 f"server.aggregation is {self.server.aggregation!r}, but what method {self.method.name} trains differs "
                 "from device to device and cannot be averaged (allowed: none)"
             )
+        if isinstance(self.method, LightCLParameters):
+            least = self.method.smallest_memory(self.frozen_batch_norm)
+            if self.method.memory_size < least:
+                raise ValueError(
+                    f"method.memory_size is {self.method.memory_size}, but batch-norm in training mode (method."
+                    f"memory_batch_norm is {self.method.memory_batch_norm}, network.frozen_batch_norm "
+                    f"{self.frozen_batch_norm}) has no variance over a single sample: at least {least}"
+                )
         if self.server.rounds_per_task > self.training.epochs:
             raise ValueError(
                 f"server.rounds_per_task is {self.server.rounds_per_task}, but training.epochs gives only "
@@ -200,6 +208,10 @@ class Scenario(Section):
         if self.data.augmentation != "auto":
             return self.data.augmentation
         return "none" if self.data.source == "digits" else "crop-flip"
+
+    @property
+    def frozen_batch_norm(self) -> Literal["eval", "train"]:
+        return self.network.frozen_batch_norm or self.method.default_frozen_batch_norm
 
     @property
     def settings(self) -> tuple[Setting, ...]:

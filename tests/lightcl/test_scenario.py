@@ -210,6 +210,11 @@ def test_wrong_values_are_named_with_what_is_allowed(refused, text, message):
         ("training: {epochs: 3}\nserver: {rounds_per_task: 4}",
          "server.rounds_per_task is 4, but training.epochs gives only 3 epochs to spread over them"),
         ("fleet: {classes_per_device: 2}", "fleet.classes_per_device is for partition: pathological, not iid"),
+        ("method: {preset: paper, memory_size: 1}",
+         "method.memory_size is 1, but batch-norm in training mode (method.memory_batch_norm is train, "
+         "network.frozen_batch_norm train) has no variance over a single sample: at least 2"),
+        ("method: {memory_batch_norm: train, memory_size: 1}", "network.frozen_batch_norm eval) has no variance"),
+        ("network: {frozen_batch_norm: train}\nmethod: {name: lightcl-sparse, memory_size: 1}", "at least 2"),
         ("stream: {held_out: 0, evaluate_on: held-out}",
          "evaluate_on: held-out needs held_out above 0"),
     ],
