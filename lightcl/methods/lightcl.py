@@ -163,6 +163,8 @@ class LightCL(Method):
         self.vital = under(state, "vital/")
         self.patterns = under(state, "pattern/")
         self.memory, self.logits, self.held = state.get("memory"), state.get("logits"), state.get("held")
+        if self.memory is not None:  # as it was: in another order a mean over positions rounds differently
+            self.memory = self.memory.contiguous(memory_format=torch.channels_last)
 
     def _memory_mode(self) -> _evaluating | _keeping_statistics:
         if self.parameters.memory_batch_norm == "eval":
