@@ -175,6 +175,14 @@ class Scenario(Section):
                 f"server.aggregation is {self.server.aggregation!r}, but what method {self.method.name} trains differs "
                 "from device to device and cannot be averaged (allowed: none)"
             )
+        if isinstance(self.method, LightCLParameters):
+            least = self.method.smallest_memory(self.frozen_batch_norm)
+            if self.method.memory_size < least:
+                raise ValueError(
+                    f"method.memory_size is {self.method.memory_size}, but batch-norm in training mode (method."
+                    f"memory_batch_norm is {self.method.memory_batch_norm}, network.frozen_batch_norm "
+                    f"{self.frozen_batch_norm}) has no variance over a single sample: at least {least}"
+                )
         if self.server.rounds_per_task > self.training.epochs:
             raise ValueError(
                 f"server.rounds_per_task is {self.server.rounds_per_task}, but training.epochs gives only "
@@ -202,6 +210,10 @@ class Scenario(Section):
         return "none" if self.data.source == "digits" else "crop-flip"
 
     @property
+    def frozen_batch_norm(self) -> Literal["eval", "train"]:
+        return self.network.frozen_batch_norm or self.method.default_frozen_batch_norm
+
+    @property
     def settings(self) -> tuple[Setting, ...]:
         """What the devices are tested for."""
         return ("til",) if self.stream.settings == "til" else self.method.settings
@@ -226,7 +238,7 @@ _SECTIONS = {name for name in Scenario.model_fields if name not in ("name", "see
 
 
 def load_scenario(file: Path, changes: Sequence[str] = ()) -> Scenario:
-    """Reads a YAML file and applies `KEY=VALUE` changes (dotted keys, YAML values).
+    """Reads a YAML file and applies `KEY=VALUE` changes (dotted keys, YAML values); of a key given twice the last wins.
 
     Relative paths in it are relative to the current folder. Raises RequestError naming file, line and key.
     """
@@ -245,7 +257,7 @@ def load_scenario(file: Path, changes: Sequence[str] = ()) -> Scenario:
     if not isinstance(values, dict):
         raise RequestError(f"{file}: a scenario is a mapping of keys to values, not {type(values).__name__}")
     values = {key: {} if value is None and key in _SECTIONS else value for key, value in values.items()}
-    changed = {_apply(values, change) for change in changes}
+    changed = {_apply(values, change) for change in sorted(changes, key=_reach)}
     if isinstance(values.get("method"), dict):
         values["method"] = {"name": "lightcl"} | values["method"]
     try:
@@ -295,6 +307,12 @@ def scenario_keys() -> str:
             shown = json.dumps(default, default=str)
             lines.append(f"| `{name}.{key}` | `{shown}` | {(field.description or '').replace(chr(10), ' ')} |")
     return "\n".join(lines) + "\n"
+
+
+def _reach(change: str) -> tuple[int, bool]:
+    """Sorts what replaces a whole section before what sets a key in it, so that neither order of typing loses a key."""
+    key = change.partition("=")[0]
+    return key.count("."), key != "method.name"
 
 
 def _apply(values: dict[str, Any], change: str) -> str:

@@ -1,9 +1,11 @@
 """A device: in step with its server, killed at any point, and the same numbers however it was run."""
 
+import gc
 import json
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from lightcl.data.sources import load_source
 from lightcl.device import EdgeDevice, OutOfStep, Position, choose_accelerator, scenario_digest
 from lightcl.errors import RequestError
 from lightcl.exchange import ExchangeError
+from lightcl.scenario import method_names
 from lightcl.state import MANIFEST, StateError
 from tests.lightcl import toys
 from tests.lightcl.killed_device import HANG_IN
@@ -151,6 +154,27 @@ def test_a_device_may_be_tested_before_it_has_learned_and_restarted_after(tmp_pa
     restarted = toys.device(tmp_path)
     toys.assert_same(everything(restarted), everything(device))
     assert restarted.rows == device.rows
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize("name", method_names())
+def test_the_network_goes_with_its_device(tmp_path, name, restarted):
+    """Without help of the garbage collector: a worker opens a device for every message."""
+    sections = {"method": {"name": name}, "training": {"epochs": 1}, "network": {"freeze": "layer2"}}
+    device = learn(toys.device(tmp_path, **sections))
+    if restarted:
+        device = toys.device(tmp_path, **sections)
+        device.evaluate()
+    gc.disable()
+    try:
+        networks = [weakref.ref(device.network), *map(weakref.ref, getattr(device.method, "frozen", []))]
+        del device
+        assert [network() for network in networks] == [None] * len(networks)
+    finally:
+        gc.enable()
 
 
 # -- killed --------------------------------------------------------------------------------------------------------

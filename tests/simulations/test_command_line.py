@@ -151,6 +151,8 @@ def test_pretrained_weights_can_be_used_as_a_prefix(
     assert "lightcl pretrain --source digits" in Path("w.md").read_text()
     assert lightcl(monkeypatch, *words, "--out", "w.safetensors") == 2
     capfd.readouterr()
+    assert lightcl(monkeypatch, *words, "--out", "w.md/w.safetensors") == 2
+    assert "--out: w.md/w.safetensors cannot be written to" in capfd.readouterr().err
     changes = ("--set", "network.weights=w.safetensors", "--set", "network.width=null")
     assert lightcl(monkeypatch, "validate", scenario, *changes) == 0
     assert lightcl(monkeypatch, "validate", scenario, *changes, "--set", "network.width=8") == 2
