@@ -113,6 +113,13 @@ def _answer(message: Message, context: Context, state: Path | None, act: Act) ->
 
 
 def _greet(instruction: Instruction, scenario: Scenario, local: Local, message: Message) -> RecordDict:
+    devices = scenario.fleet.devices
+    if local.own_data and 0 < local.partitions < devices:
+        raise RequestError(
+            f"node {local.name!r} has own-data, so it is one device, but as one of num-partitions={local.partitions} "
+            f"nodes for {devices} devices it would be several with the same images; set fleet.devices and "
+            "num-partitions to the number of boards"
+        )
     source = _source(scenario.source_request())
     greeting = Greeting(
         local.partition, local.partitions, local.name, source.channels, len(source.classes), source.labels

@@ -131,7 +131,7 @@ class Server(Section):
     round_timeout: float = Field(default=86_400.0, gt=0)
     """Seconds a round may take, queueing included."""
     connect_timeout: float = Field(default=600.0, gt=0)
-    """Seconds to wait for all devices to connect."""
+    """Seconds to wait for all devices to connect; while none has, boards that are busy get up to `round_timeout`."""
     max_failures: int = Field(default=3, ge=1)
     """Consecutive failures after which a device is left out for the rest of the run."""
 

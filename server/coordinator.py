@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -31,10 +32,10 @@ from lightcl.scenario import Scenario
 from lightcl.seeds import numpy_generator
 from lightcl.state import StateFolder
 from server.aggregation import Aggregator
-from server.fleet import Fleet, record_of
+from server.fleet import Fleet, WorkerDied, record_of
 from server.records import Row, RunFolder, add_test_, add_training_, device_row, round_row, run_results
 
-GREETING_SECONDS = 30.0
+logger = logging.getLogger("flwr")
 
 
 class RunFailure(Exception):
@@ -91,13 +92,24 @@ class Coordinator:
         self._prefix = self._channel_sets = ""
         self.aggregator: Aggregator | None = None
         self._restored: tuple[dict[str, Tensor], int] | None = None
+        self._warned: set[str] = set()
         self.stop = threading.Event()
         """Set from another thread, it ends the run at the next look at the grid."""
 
     # -- the run -----------------------------------------------------------------------------------------------
 
     def run(self, grid: Grid) -> Row:
-        """All rounds that are left; returns the results. Raises RunFailure where no device can be asked any more."""
+        """All rounds that are left; returns the results.
+
+        Raises RunFailure where no device can be asked any more, or where a simulation has lost a worker.
+        """
+        self.folder.reopen()
+        try:
+            return self._run(grid)
+        except WorkerDied as error:  # no device's fault: the round is not booked, and a resumed run begins it again
+            self._fail(str(error))
+
+    def _run(self, grid: Grid) -> Row:
         pending = self._restore()
         greeting = Instruction(0, self.run_id, self._scenario_json, self.round, 0, 0, 0)
         fleet = Fleet(grid, len(self.members), greeting, self.stop)
@@ -326,38 +338,68 @@ class Coordinator:
 
     def _connect(self, fleet: Fleet) -> None:
         """Waits until the nodes of all devices that still have to learn are there, or the time to connect is over."""
-        limit = self.scenario.server.connect_timeout
-        deadline = time.monotonic() + limit
-        wanted = self._active()
+        limit, start = self.scenario.server.connect_timeout, time.monotonic()
+        wanted, shown = self._active(), -1
         while True:
-            fleet.look(timeout=limit)
+            self._look(fleet)
             missing = [m for m in wanted if fleet.node_of(m.number) is None]
-            self.listener.connected(len(wanted) - len(missing), len(wanted))
-            if (fleet.first and not missing) or time.monotonic() > deadline:
+            there = len(wanted) - len(missing)
+            if there != shown:
+                self.listener.connected(there, len(wanted))
+                shown = there
+            if fleet.agreed and not missing and not fleet.unanswered:
+                break
+            nobody = fleet.agreed is None or (wanted and not there)
+            if self._given_up(fleet, start) if nobody else time.monotonic() - start > limit:
                 break
             fleet.pause(0.2)
         waited = "".join([f"after {limit:g} s (server.connect_timeout)", *(f"; {p}" for p in fleet.problems)])
-        if fleet.first is None or (wanted and len(missing) == len(wanted)):
+        if fleet.agreed is None or (wanted and not there):
             self._fail(f"none of {len(wanted)} devices is connected {waited}")
         for member in missing:  # they are asked once they come
             self.listener.refused(member.number, f"not connected {waited}")
-        self._describe_network(fleet.first)
+        fleet.settle()
+        self._describe_network(fleet.agreed)
 
     def _reachable(self, fleet: Fleet) -> list[Member]:
         """The connected devices that still have to learn; waits for one, and gives up those that stay away."""
-        active, limit = self._active(), self.scenario.server.connect_timeout
-        deadline = time.monotonic() + limit
+        active, start = self._active(), time.monotonic()
         while True:
-            fleet.look(timeout=GREETING_SECONDS)
+            self._look(fleet)
             connected = [m for m in active if fleet.node_of(m.number) is not None]
             if connected:
                 return connected
-            if time.monotonic() > deadline:
+            if self._given_up(fleet, start):
                 for member in active:
-                    member.dropped = f"not connected for {limit:g} s"
+                    member.dropped = f"not connected for {self.scenario.server.connect_timeout:g} s"
                     self.listener.refused(member.number, member.dropped)
                 return []
             fleet.pause(1)
+
+    def _look(self, fleet: Fleet) -> None:
+        fleet.look()
+        if fleet.settled or not fleet.unanswered:  # before that the next answer may turn the majority
+            for problem in fleet.problems:  # also where no device is missed for it
+                self._warn(problem)
+
+    def _given_up(self, fleet: Fleet, start: float) -> bool:
+        """Whether to wait no longer, since `start`, for anybody at all.
+
+        A board that is there and does not answer may be at work on a message of a server that was killed.
+        """
+        section, waited = self.scenario.server, time.monotonic() - start
+        if not fleet.unanswered or waited <= section.connect_timeout:
+            return waited > section.connect_timeout
+        self._warn(
+            f"{fleet.unanswered} nodes are there but have not answered; they may be at work on an earlier message, so "
+            f"they are waited for, {section.round_timeout:g} s at most (server.round_timeout)"
+        )
+        return waited > section.round_timeout
+
+    def _warn(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            logger.warning("%s", text)
 
     def _describe_network(self, greeting: Greeting) -> None:
         network = build_network(self.scenario, in_channels=greeting.channels, classes=greeting.classes)

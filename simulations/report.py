@@ -104,6 +104,8 @@ class RunRecord:
     rounds: list[Row]
     devices: list[DeviceRecord]
     failures: list[Failure]
+    failure: Row | None
+    """Why the server gave the run up, where it did and the run has not gone on since."""
     dropped: dict[int, str]
     """The devices that were put out of the run, by number, and why."""
     held: dict[int, int]
@@ -144,8 +146,10 @@ class RunRecord:
     def status(self) -> tuple[str, str]:
         """The run's state in words, and how to take it: "good", "warning" or "bad"."""
         if self.results is None:
-            if len(self.dropped) == self.scenario.fleet.devices:
+            if self.failure and len(self.dropped) == self.scenario.fleet.devices:
                 return "stopped: every device is out of the run", "bad"
+            if self.failure:
+                return f"stopped: {self.failure['reason']}", "bad"
             return "still running or killed", "warning"
         if self.dropped:
             return f"completed without {len(self.dropped):,} of {self.results['devices']:,} devices", "warning"
@@ -159,7 +163,7 @@ def read_run(folder: RunFolder) -> RunRecord:
         scenario = scenario_from_json(json.dumps(about.pop("scenario", {})))
     except RequestError as error:
         raise RequestError(f"{folder.path / 'run.json'}: the scenario in it is not valid: {error}") from error
-    rows, results = folder.rows("devices.jsonl"), folder.results()
+    rows, results, failure = folder.rows("devices.jsonl"), folder.results(), folder.failure()
     by_device: dict[int, list[Row]] = {number: [] for number in sorted({row["device"] for row in rows})}
     for row in rows:
         by_device[row["device"]].append(row)
@@ -171,7 +175,8 @@ def read_run(folder: RunFolder) -> RunRecord:
         rounds=folder.rows("rounds.jsonl"),
         devices=[_read_device(mine, scenario.stream.tasks) for mine in by_device.values()],
         failures=_read_failures(rows),
-        dropped=_read_dropped(by_device, results or folder.failure(), scenario.server.max_failures),
+        failure=failure,
+        dropped=_read_dropped(by_device, results or failure, scenario.server.max_failures),
         held=_read_partition(folder.path / "partition.json"),
         choice=_read_choice(folder),
         last_sign=datetime.fromtimestamp(_written(newest), UTC),

@@ -24,6 +24,8 @@ from lightcl.errors import RequestError
 from lightcl.state import sync
 
 SourceName = Literal["digits", "cifar10", "cifar100", "fashion-mnist", "parquet", "image-folder"]
+OWN_FILES: tuple[SourceName, ...] = ("parquet", "image-folder")
+"""Sources that are the user's files: they need a path."""
 IMAGE_COLUMNS = ("img", "image", "images")
 TEST_SPLITS = ("test", "val")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target")
@@ -136,7 +138,7 @@ def _store(folder: Path, source: Source) -> None:
 def _fingerprint(request: SourceRequest) -> list[Any]:
     """Changes when the files behind the source change."""
     parts: list[Any] = [request.name, request.image_column, request.label_column]
-    if request.name in ("parquet", "image-folder"):
+    if request.name in OWN_FILES:
         path = _existing(request)
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         stats = [(str(p.resolve()), s.st_size, s.st_mtime_ns) for p in files for s in [p.stat()]]

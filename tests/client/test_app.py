@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from client.app import make_app
@@ -27,6 +28,17 @@ def ask(grid: InProcessGrid, kind: str, *, node: int = 100, **changes: Any) -> d
 def test_a_node_says_what_it_hosts(tmp_path: Path) -> None:
     said = ask(InProcessGrid(tmp_path, 2), "query", node=101)
     assert (said["partition"], said["partitions"], said["channels"], said["classes"]) == (1, 2, 1, 10)
+
+
+@pytest.mark.parametrize(("partitions", "refused"), [(2, True), (3, False), (0, False)])
+def test_a_board_with_data_of_its_own_is_one_device(tmp_path: Path, partitions: int, refused: bool) -> None:
+    grid = InProcessGrid(tmp_path, 2)
+    grid.nodes[100].node_config.update({"own-data": True, "num-partitions": partitions})
+    said = ask(grid, "query")
+    assert ("reason" in said) == refused
+    if refused:
+        for key in ("own-data", "num-partitions=2", "fleet.devices"):
+            assert key in said["reason"]
 
 
 def test_a_message_that_arrives_twice_trains_once(tmp_path: Path) -> None:

@@ -247,8 +247,13 @@ def test_run_that_lost_every_device_says_so(tmp_path: Path) -> None:
     rows = [failed_row(device, number, "gone") for number in (1, 2) for device in (0, 1)]
     folder = make_run(tmp_path, rows, TWO_ROUNDS, None)
     assert read_run(folder).dropped == {0: "gone", 1: "gone"}
+    folder.fail("no device finished its stream: gone", {"0": "gone", "1": "gone"})
     text = text_of(build_report(folder))
     assert "stopped: every device is out of the run" in text
+    folder.reopen()  # by --resume: those rows are the last that there are, but every device is to be asked again
+    assert "still running or killed" in text_of(build_report(folder))
+    folder.fail("a Ray worker died", {})
+    assert "stopped: a Ray worker died" in text_of(build_report(folder))
     assert "Put out of the run: devices 0–1. gone" in text
 
 
