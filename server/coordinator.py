@@ -102,7 +102,8 @@ class Coordinator:
         greeting = Instruction(0, self.run_id, self._scenario_json, self.round, 0, 0, 0)
         fleet = Fleet(grid, len(self.members), greeting, self.stop)
         self._connect(fleet)
-        if pending:
+        if pending:  # the one round whose training is over, so that `_rounds_left` counts it no more
+            self.listener.round_started(self.round, self._rounds_left() + 1, len(pending.rows))
             self._finish_round(fleet, pending, time.monotonic() - pending.training_seconds)
         while self._active():
             reachable = self._reachable(fleet)
