@@ -22,6 +22,9 @@ from lightcl.networks.resnet import Stem
 
 StrategyName = Literal["FedAvg", "FedAvgM", "FedAdam", "FedAdagrad", "FedYogi", "FedMedian", "FedTrimmedAvg"]
 
+NAMED_WEIGHTS = ("builtin", "imagenet", "none")
+"""What `network.weights` may be beside a file."""
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
@@ -343,7 +346,7 @@ def _with_absolute_paths(scenario: Scenario) -> Scenario:
     data, network = scenario.data, scenario.network
     if data.path is not None:
         data = data.model_copy(update={"path": data.path.expanduser().absolute()})
-    if network.weights not in ("builtin", "imagenet", "none"):
+    if network.weights not in NAMED_WEIGHTS:
         network = network.model_copy(update={"weights": str(Path(network.weights).expanduser().absolute())})
     return scenario.model_copy(update={"data": data, "network": network})
 

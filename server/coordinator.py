@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import NoReturn, Protocol
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -31,7 +31,7 @@ from lightcl.pruning import channel_digest
 from lightcl.scenario import Scenario
 from lightcl.seeds import numpy_generator
 from lightcl.state import StateFolder
-from server.aggregation import Aggregator
+from server.aggregation import Aggregator, Contribution, contribution
 from server.fleet import Fleet, WorkerDied, record_of
 from server.records import Row, RunFolder, add_test_, add_training_, device_row, round_row, run_results
 
@@ -114,7 +114,8 @@ class Coordinator:
         greeting = Instruction(0, self.run_id, self._scenario_json, self.round, 0, 0, 0)
         fleet = Fleet(grid, len(self.members), greeting, self.stop)
         self._connect(fleet)
-        if pending:
+        if pending:  # the one round whose training is over, so that `_rounds_left` counts it no more
+            self.listener.round_started(self.round, self._rounds_left() + 1, len(pending.rows))
             self._finish_round(fleet, pending, time.monotonic() - pending.training_seconds)
         while self._active():
             reachable = self._reachable(fleet)
@@ -206,7 +207,7 @@ class Coordinator:
         goals = {m.number: self._goal(m) for m in chosen}
         sent = {m.number: self._message(fleet, m, goals[m.number], MessageType.TRAIN, rows) for m in chosen}
         self.listener.phase_started("train", len(sent))
-        accepted: list[tuple[Message, Arrays, float]] = []
+        accepted: list[Contribution] = []
         for member, reply in self._exchange(fleet, sent, rows, "train"):
             try:
                 report, arrays = self._checked_training(reply, member.number, goals[member.number])
@@ -222,7 +223,7 @@ class Coordinator:
             elif self._finished_task(report):
                 member.summed = member.task + 1
             if arrays:
-                accepted.append((sent[member.number], arrays, float(report.examples)))
+                accepted.append(contribution(sent[member.number], arrays, float(report.examples)))
         if self.aggregator is not None:
             self.aggregator.update(accepted, self.round, fleet.grid)
 
@@ -287,24 +288,25 @@ class Coordinator:
         instruction = Instruction(member.number, self.run_id, self._scenario_json, self.round, *goal, version)
         content = RecordDict({INSTRUCTION: ConfigRecord(instruction.to_record())})
         if self.aggregator and member.version != version:  # a device that has this version is not sent it again
-            arrays = self.aggregator.arrays
-            content[ARRAYS] = ArrayRecord({name: Array(array) for name, array in arrays.items()})
-            rows[member.number]["bytes_down"] += size_in_bytes(arrays)
+            content[ARRAYS] = self.aggregator.record
+            rows[member.number]["bytes_down"] += size_in_bytes(self.aggregator.arrays)
         node = fleet.node_of(member.number) or 0
         return Message(content, dst_node_id=node, message_type=kind, ttl=self.scenario.server.round_timeout)
 
     def _exchange(
         self, fleet: Fleet, sent: Mapping[int, Message], rows: dict[int, Row], phase: str
-    ) -> list[tuple[Member, Message]]:
-        """Sends and waits; returns the replies that carry a report, by device number, and notes the rest as errors."""
+    ) -> Iterator[tuple[Member, Message]]:
+        """Sends and waits; gives the replies that carry a report, by device number, and notes the rest as errors.
+
+        It keeps no reply that it has given away: those of a large fleet are most of the server's memory.
+        """
         fleet.forget_absent()
         reachable = {number: m for number, m in sent.items() if fleet.node_of(number) == m.metadata.dst_node_id}
         replies = fleet.send_and_wait(
             reachable, self.scenario.server.round_timeout, lambda n: self.listener.device_done(n, phase)
         )
-        answered: list[tuple[Member, Message]] = []
         for number in sorted(sent):
-            reply = replies.get(number)
+            reply = replies.pop(number, None)
             if number not in reachable:
                 self._refuse(rows, number, "not connected")
             elif reply is None:
@@ -321,8 +323,7 @@ class Coordinator:
                 if 0 <= refusal.task < self.scenario.stream.tasks:  # the device knows best where it is
                     self._follow(self.members[number], refusal)
             else:
-                answered.append((self.members[number], reply))
-        return answered
+                yield self.members[number], reply
 
     def _follow(self, member: Member, refusal: Refusal) -> None:
         member.task, member.epochs, member.version = refusal.task, refusal.epochs, refusal.version

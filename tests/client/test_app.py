@@ -84,3 +84,13 @@ def test_the_nodes_own_configuration_wins(tmp_path: Path) -> None:
     message = Message(RecordDict({"instruction": ConfigRecord(record)}), dst_node_id=7, message_type="train")
     assert "reason" not in app(message, context).content.config_records["reply"]
     assert (tmp_path / "own" / "run" / "device-00000" / "state.json").exists()
+
+
+@pytest.mark.parametrize(("key", "section"), [("weights-path", {}), ("data-path", {"data": {"source": "parquet"}})])
+def test_a_nodes_paths_may_begin_at_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, section: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    grid = InProcessGrid(tmp_path / "s", 1)
+    grid.nodes[100].node_config[key] = "~/nowhere"
+    assert f"{tmp_path}/nowhere" in ask(grid, "train", scenario=small(**section).model_dump_json())["reason"]

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from lightcl import state
+from lightcl import process_memory, state
 from lightcl.data.partition import partition
 from lightcl.data.sources import load_source
 from lightcl.device import EdgeDevice, OutOfStep, Position, choose_accelerator, scenario_digest
 from lightcl.errors import RequestError
 from lightcl.exchange import ExchangeError
+from lightcl.networks.weights import save_weights
 from lightcl.scenario import method_names
 from lightcl.state import MANIFEST, StateError
 from tests.lightcl import toys
@@ -60,6 +62,14 @@ def test_training_reports_what_it_did(tmp_path):
     assert report.loss == told[-1][2]
     assert report.peak_memory_mib > 1
     assert device.position == Position(0, 2)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no peak to reset here")
+def test_the_reported_memory_is_not_that_of_what_ran_before(tmp_path):
+    """A worker of a simulation serves one device after the other."""
+    np.ones(2**29, dtype=np.uint8)
+    before = process_memory.peak()
+    assert toys.device(tmp_path).train(0, 1).peak_memory_mib * 2**20 < before - 2**28
 
 
 @pytest.mark.parametrize("restarted", [False, True])
@@ -402,6 +412,23 @@ def test_state_from_another_kind_of_accelerator_is_refused(tmp_path):
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"accelerator": "tpu"}))
     with pytest.raises(StateError, match=r"was saved on tpu .* on cpu; set runtime.accelerator"):
         toys.device(tmp_path, runtime={"accelerator": "cpu"})
+
+
+def test_a_weights_file_may_move_but_not_change(tmp_path):
+    here, there = tmp_path / "here.safetensors", tmp_path / "there.safetensors"
+    save_weights(toys.network(), here, {})
+    straight = toys.device(tmp_path / "straight", network={"weights": str(here)})
+    toys.device(tmp_path / "moved", network={"weights": str(here)}).train(0, 1)
+    here.rename(there)
+    moved = toys.device(tmp_path / "moved", network={"weights": str(there)})
+    straight.train(0, 2)
+    moved.train(0, 2)
+    toys.assert_same(everything(moved), everything(straight))
+    save_weights(toys.network(seed=1), there, {})
+    with pytest.raises(StateError, match=r"was saved with another frozen prefix .* name those of the first run"):
+        toys.device(tmp_path / "moved", network={"weights": str(there)})
+    with pytest.raises(StateError, match="under another scenario"):
+        toys.device(tmp_path / "moved")
 
 
 def test_digest_changes_with_what_decides_the_numbers():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from flwr.app import Array, ArrayRecord, Error, Message
 from flwr.common.constant import ErrorCode
 from ray.exceptions import ActorDiedError
 
-from lightcl.exchange import outgoing, shared_tensors, size_in_bytes
+from lightcl.exchange import check, outgoing, shared_tensors, size_in_bytes
 from lightcl.networks.build import build_network
 from lightcl.scenario import Scenario
+from server.aggregation import Aggregator, Contribution
 from server.coordinator import Coordinator, RunFailure
 from server.records import RunFolder
 from tests.inprocess import InProcessGrid, Silent, small
@@ -83,6 +86,44 @@ def test_the_average_is_weighted_by_examples_and_reaches_the_devices(tmp_path: P
         sent_down[0].content["arrays"]["layer4.0.conv1.weight"].numpy(),
         coordinator.aggregator.arrays["layer4.0.conv1.weight"],
     )
+
+
+def test_a_fleets_tensors_are_in_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One record for the messages to all devices; of the answers only what waits to be averaged, and only till then."""
+    scenario = small(server={"aggregation": "suffix", "rounds_per_task": 2})
+    grid, last = InProcessGrid(tmp_path / "s", 3), 2
+    replies: list[weakref.ref[Message]] = []
+    alive: list[int] = []
+    answers: list[Contribution] = []
+
+    def watch(message: Message, reply: Message) -> Message:
+        if _is(message, "train", 1, message.content["instruction"]["device"]):
+            replies.append(weakref.ref(reply))
+            grid.received.clear()
+        return reply
+
+    def counted(arrays: Any, shapes: Any) -> None:
+        gc.collect()
+        alive.append(sum(reply() is not None for reply in replies))
+        check(arrays, shapes)
+
+    def update(self: Aggregator, given: list[Contribution], round_number: int, fleet_grid: Any) -> None:
+        answers.extend(given)
+        return moves(self, given, round_number, fleet_grid)
+
+    grid.tamper, moves = watch, Aggregator.update
+    monkeypatch.setattr("server.coordinator.check", counted)
+    monkeypatch.setattr(Aggregator, "update", update)
+    start(scenario, tmp_path / "run").run(grid)
+    assert alive[last] == 1, "an answer that is decoded is let go before the next one"
+    assert len(answers) == 3 * 4
+    assert all(answer.reply is not None and not answer.reply.content["arrays"] for answer in answers)
+    sent: dict[int, list[ArrayRecord]] = {}
+    for message in grid.sent:
+        for record in message.content.array_records.values():
+            sent.setdefault(message.content["instruction"]["version"], []).append(record)
+    assert [len(records) for records in sent.values()] == [3] * 4
+    assert all(len({id(record) for record in records}) == 1 for records in sent.values())
 
 
 def _with_array(reply: Message, name: str, array: np.ndarray) -> Message:

@@ -86,6 +86,16 @@ def test_missing_and_broken_scenario_files(
     assert "tiny.yaml, line 6: typo: unknown key" in capfd.readouterr().err
 
 
+def test_a_path_that_looks_like_markup_is_printed_as_it_is(
+    scenario: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = scenario.rename(scenario.with_name("[bold]tiny :key: .yaml"))
+    assert lightcl(monkeypatch, "validate", file.name) == 0
+    assert capsys.readouterr().out.startswith(f"{file.name}: can be run.")
+    assert lightcl(monkeypatch, "plan", file.name, "--budget-mb", "64", "--out", "[bold]plan.yaml") == 0
+    assert "scenario: [bold]plan.yaml" in capsys.readouterr().out
+
+
 def test_one_device_from_the_command_line_to_the_report(
     scenario: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
