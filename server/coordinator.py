@@ -32,7 +32,7 @@ from lightcl.scenario import Scenario
 from lightcl.seeds import numpy_generator
 from lightcl.state import StateFolder
 from server.aggregation import Aggregator, Contribution, contribution
-from server.fleet import Fleet, WorkerDied, record_of
+from server.fleet import Fleet, WorkerDied, arrays_of, record_of
 from server.records import Row, RunFolder, add_test_, add_training_, device_row, round_row, run_results
 
 logger = logging.getLogger("flwr")
@@ -267,8 +267,7 @@ class Coordinator:
             )
         if report.examples <= 0 or not np.isfinite(report.loss):
             raise ProtocolError(f"{report.examples} examples with a loss of {report.loss}")
-        record = reply.content.array_records.get(ARRAYS)
-        arrays = {name: array.numpy() for name, array in record.items()} if record is not None else {}
+        arrays = arrays_of(reply)
         check(arrays, self.aggregator.shapes(self._finished_task(report)) if self.aggregator else {})
         return report, arrays
 

@@ -12,7 +12,8 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from lightcl.protocol import INSTRUCTION, REPLY, Greeting, Instruction, ProtocolError
+from lightcl.exchange import Arrays
+from lightcl.protocol import ARRAYS, INSTRUCTION, REPLY, Greeting, Instruction, ProtocolError
 
 PULL_SECONDS = 0.05
 RETRY_SECONDS = 10.0
@@ -203,3 +204,11 @@ def _terms(greeting: Greeting) -> tuple[int, int, int, str]:
 def record_of(reply: Message) -> Any:
     """The record in which a device answers; empty where there is none."""
     return reply.content.config_records.get(REPLY) or {}
+
+
+def arrays_of(reply: Message) -> Arrays:
+    """The tensors of an answer. Raises ProtocolError for bytes that are none."""
+    try:
+        return {name: array.numpy() for name, array in (reply.content.array_records.get(ARRAYS) or {}).items()}
+    except (ValueError, TypeError, EOFError) as error:
+        raise ProtocolError(f"its tensors cannot be decoded ({error})") from error

@@ -72,7 +72,7 @@ class LiveProgress:
 
     def epoch_done(self, task: int, epochs: int, loss: float) -> None:
         """For a single device, whose rounds are long."""
-        self._live.update(self._bar, description=f"task {task + 1}, epoch {epochs}, loss {loss:.3f}")
+        self._live.update(self._bar, description=f"task {task}, epoch {epochs}, loss {loss:.3f}")
 
     def round_finished(self, row: Row) -> None:
         if row["til"]:
@@ -81,7 +81,7 @@ class LiveProgress:
         if not self.console.is_terminal:
             failed = f", {row['failed']} failed" if row["failed"] else ""
             self.console.print(
-                f"round {row['round']}/{self._rounds}: task {row['task'] + 1}, {row['devices']} devices{failed}, "
+                f"round {row['round']}/{self._rounds}: task {row['task']}, {row['devices']} devices{failed}, "
                 f"{self._accuracy or 'not tested yet'}, {row['timing']['seconds']:.1f} s",
                 highlight=False,
             )

@@ -151,6 +151,7 @@ def analyse_run(
         f"freeze point at threshold {threshold:g}: {found.freeze_point(threshold)}\n"
         f"figures: {os.path.relpath(file)}; picture: {os.path.relpath(picture)}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
 
@@ -167,7 +168,8 @@ def _conclude(folder: RunFolder, console: Console) -> None:
 def _report(folder: RunFolder, console: Console) -> None:
     from simulations.report import build_report  # matplotlib takes a second to import
 
-    console.print(f"report: {os.path.relpath(build_report(folder))}", highlight=False, soft_wrap=True)
+    page = os.path.relpath(build_report(folder))
+    console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
 
 
 def pretrain_run(
@@ -201,4 +203,5 @@ def pretrain_run(
 
     name = data_name or (path.name if path else source)
     accuracy = run_pretraining(images, recipe, file, data=name, command=command, report=report)
-    console.print(f"top-1 {accuracy:.2%}; weights: {file}; card: {file.with_suffix('.md')}", highlight=False)
+    card = file.with_suffix(".md")
+    console.print(f"top-1 {accuracy:.2%}; weights: {file}; card: {card}", highlight=False, markup=False)

@@ -126,9 +126,9 @@ def test_a_fleets_tensors_are_in_memory_once(tmp_path: Path, monkeypatch: pytest
     assert all(len({id(record) for record in records}) == 1 for records in sent.values())
 
 
-def _with_array(reply: Message, name: str, array: np.ndarray) -> Message:
+def _with_array(reply: Message, name: str, array: np.ndarray | Array) -> Message:
     arrays = dict(reply.content["arrays"].items())
-    arrays[name] = Array(array)
+    arrays[name] = array if isinstance(array, Array) else Array(array)
     reply.content["arrays"] = ArrayRecord(arrays)
     return reply
 
@@ -139,6 +139,10 @@ def _with_array(reply: Message, name: str, array: np.ndarray) -> Message:
         (lambda r: _with_array(r, "layer4.0.bn1.weight", np.full(32, np.nan, np.float32)), "not finite"),
         (lambda r: _with_array(r, "layer4.0.bn1.weight", np.ones(1, np.float32)), "shape [1], expected [32]"),
         (lambda r: _with_array(r, "conv1.weight", np.ones(1, np.float32)), "'conv1.weight' is not part"),
+        (
+            lambda r: _with_array(r, "layer4.0.bn1.weight", Array("float32", (32,), "numpy.ndarray", b"no array")),
+            "cannot be decoded",
+        ),
     ],
 )
 def test_a_bad_reply_is_refused_by_name_and_the_round_goes_on(tmp_path: Path, spoil: Any, said: str) -> None:
