@@ -37,7 +37,7 @@ from lightcl.state import write_atomically
 from server.coordinator import RunFailure
 from server.preparation import prepare
 from server.provenance import describe_run
-from server.records import LOCK, RunFolder
+from server.records import LOCK, RunFolder, writable
 from simulations.footprints import as_method, footprint_of
 from simulations.options import check_device, methods_named
 
@@ -70,8 +70,7 @@ class Plan:
         return [(method, seed) for seed in self.seeds for method in self.methods]
 
     def results(self, method: str, seed: int) -> Any | None:
-        file = self.run_folder(method, seed) / "results.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        return RunFolder(self.run_folder(method, seed)).results()
 
 
 def bench_run(
@@ -92,7 +91,8 @@ def bench_run(
         return
     for name in names:
         _check_variant(plan, name)
-    plan.folder.mkdir(parents=True, exist_ok=True)
+    with writable(plan.folder):
+        plan.folder.mkdir(parents=True, exist_ok=True)
     with RunFolder(plan.folder).held():
         _begin(plan, command, overwrite=overwrite)
         failures = _measure(plan, console)  # first: it is quick, and a table of what there is so far then has it
@@ -126,9 +126,12 @@ def _check_folder(plan: Plan, *, resume: bool, overwrite: bool) -> None:
     folder, about = plan.folder, plan.folder / "bench.json"
     if resume and overwrite:
         raise RequestError("--resume and --overwrite: choose one")
-    if folder.exists() and not folder.is_dir():
-        raise RequestError(f"--out: {folder} is a file, not a folder")
-    foreign = sorted(f.name for f in folder.iterdir() if f.name not in OWN) if folder.exists() else []
+    with writable(folder):
+        if folder.exists() and not folder.is_dir():
+            raise RequestError(f"--out: {folder} is a file, not a folder")
+        names = sorted(f.name for f in folder.iterdir()) if folder.exists() else []
+    # The lock is the first file of a benchmark: without it the folder is not ours, whatever the names in it.
+    foreign = [name for name in names if name not in OWN or LOCK not in names]
     if foreign and not about.exists():
         raise RequestError(f"--out: {folder} holds other files ({', '.join(foreign[:3])}); name another folder")
     if resume and not about.exists():

@@ -41,6 +41,7 @@ def results(til: float, cil: float | None) -> str:
         return {"average_accuracy": {"mean": mean}, "forgetting": {"mean": 0.5 - mean / 2}}
 
     found = {"til": figures(til), "cil": None if cil is None else figures(cil), "timing": {"seconds": 8.0}}
+    found["dropped"] = {}
     return json.dumps(found)
 
 
@@ -139,10 +140,21 @@ def test_another_benchmark_is_neither_overwritten_nor_resumed(tmp_path):
         bench(tmp_path / "strange")
 
 
+@pytest.mark.parametrize("name", ["n" * 300, "file/below"])
+def test_a_folder_that_cannot_be_made(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(RequestError, match="cannot be written to"):
+        bench(tmp_path / name)
+
+
 def test_what_a_half_replaced_benchmark_left_is_no_result(tmp_path, monkeypatch):
     """`--overwrite` was killed after bench.json was gone: the old results must not enter the new table."""
     planned = made(tmp_path)
     (tmp_path / "bench.json").unlink()
+    with pytest.raises(RequestError, match="holds other files"):  # without our marker it may be the user's
+        bench(tmp_path, methods="sgd,pnn", seeds=2)
+    assert planned.results("sgd", 0) is not None
+    (tmp_path / ".lock").touch()
     seen = []
     monkeypatch.setattr("simulations.bench._carry_out", lambda plan, jobs, console: seen.append(plan) or {})
     monkeypatch.setattr("simulations.bench._measure", lambda plan, console: {})
