@@ -117,7 +117,8 @@ def pretrain(
             total += loss.item()
             if not isfinite(total):
                 raise TrainingFailure(
-                    f"epoch {epoch + 1}: the loss is no longer finite; no weights were written. Try a lower learning rate"
+                    f"epoch {epoch + 1}: the loss is no longer finite, no weights were written; try a lower learning "
+                    f"rate than {recipe.peak_learning_rate:g}"
                 )
         accuracy = top1(network, source.test, recipe.bf16)
         _save_checkpoint(checkpoint, network, optimiser, epoch + 1, facts)

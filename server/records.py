@@ -129,12 +129,12 @@ def run_results(
 
 
 @contextmanager
-def writable(path: Path) -> Iterator[None]:
-    """Makes a RequestError about --out of what the disk refuses: no right, no room, a name that is too long."""
+def writable(path: Path, option: str = "--out") -> Iterator[None]:
+    """Makes a RequestError about the option of what the disk refuses: no right, no room, a name that is too long."""
     try:
         yield
     except OSError as error:
-        raise RequestError(f"--out: {path} cannot be written to ({error.strerror})") from error
+        raise RequestError(f"{option}: {path} cannot be written to ({error.strerror})") from error
 
 
 class RunFolder:

@@ -38,8 +38,8 @@ from server.coordinator import RunFailure
 from server.preparation import prepare
 from server.provenance import describe_run
 from server.records import LOCK, RunFolder, writable
-from simulations.footprints import as_method, footprint_of
-from simulations.options import check_device, methods_named
+from simulations.footprints import as_method, footprint_of, resets
+from simulations.options import amount, check_device, methods_named
 
 FIGURES = (("cil", "average_accuracy"), ("til", "average_accuracy"), ("cil", "forgetting"), ("til", "forgetting"))
 OWN = ("bench.json", "footprint.json", "table1.md", "table1.json", "table1.png", "scenarios", "logs", "runs", LOCK)
@@ -78,7 +78,7 @@ def bench_run(
     resume: bool, overwrite: bool, only_table: bool, command: str, console: Console,
 ) -> None:  # fmt: skip
     """Runs what is not there yet, then writes the table. Raises RequestError before anything is written."""
-    names = tuple(methods_named(methods) if methods else method_names())
+    names = tuple(methods_named(methods) if methods is not None else method_names())
     if device is None and scenario.fleet.devices == 1:
         device = 0
     if device is not None:
@@ -91,6 +91,8 @@ def bench_run(
         return
     for name in names:
         _check_variant(plan, name)
+    for line in resets(scenario, names):
+        console.print(line, style="yellow", highlight=False)
     with writable(plan.folder):
         plan.folder.mkdir(parents=True, exist_ok=True)
     with RunFolder(plan.folder).held():
@@ -344,16 +346,20 @@ def table(plan: Plan, rows: Sequence[Row]) -> str:
     whom = f"device {plan.device} of {scenario.fleet.devices}" if plan.device is not None else "all devices"
     commits = ", ".join(dict.fromkeys((start["git_commit"] or "unknown")[:12] for start in about["starts"]))
     base = next((row.measured for row in rows if row.method == BASELINE), None)
+    departures = resets(scenario, plan.methods)
     lines = [
         f"# All methods on {scenario.name}",
         "",
         *dict.fromkeys(f"    {start['command']}" for start in about["starts"]),
         "",
-        f"{scenario.data.source}, {scenario.stream.tasks} tasks x {scenario.stream.classes_per_task} classes, "
-        f"{scenario.training.epochs} epochs a task, batch {scenario.training.batch_size}, "
+        f"{scenario.data.source}, {amount(scenario.stream.tasks, 'task')} x "
+        f"{amount(scenario.stream.classes_per_task, 'class', 'classes')}, "
+        f"{amount(scenario.training.epochs, 'epoch')} a task, batch {scenario.training.batch_size}, "
         f"{scenario.training.precision}, {whom}, seeds {', '.join(map(str, plan.seeds))}; commit {commits}, "
         f"torch {about['starts'][-1]['libraries']['torch']}, {about['starts'][-1]['machine']}.",
         "",
+        *(f"Not as in the scenario: {line}." for line in departures),
+        *([""] if departures else []),
         "Accuracy and forgetting in percent, mean ± standard deviation over the seeds. FLOPs: the "
         "training steps of a whole stream, counted (for a fleet, device 0's; what methods do between tasks is not in "
         "it). Memory: peak of a training step of the second task in MiB (2^20 bytes), by our count and as "

@@ -101,8 +101,8 @@ def _train(prepared: Prepared, number: int, folder: RunFolder, console: Console)
     learned, told = len(device.rows["til"]), len(folder.rows("rounds.jsonl"))
     if learned > told + 1:
         raise RequestError(
-            f"--resume: {folder.path / 'rounds.jsonl'} tells of {told} tasks, but the device has learned {learned}; put "
-            "its rows back, or begin anew with --overwrite"
+            f"--resume: {folder.path / 'rounds.jsonl'} tells of {told} tasks, but the device has learned {learned}; "
+            "put its rows back, or begin anew with --overwrite"
         )
     done = min(learned, told)
     folder.forget_after(done)

@@ -71,11 +71,20 @@ def test_the_table_by_hand(tmp_path):
     bench(tmp_path, methods="sgd,pnn", seeds=2, only_table=True)
     text = (tmp_path / "table1.md").read_text()
     assert "    lightcl bench table1 x" in text
+    assert "digits, 2 tasks x 2 classes, 1 epoch a task" in text
+    assert "Not as in the scenario" not in text
     # sgd: CIL 20 and 30, TIL 50 and 70; deviations of a sample of two: half the difference times the root of two.
     assert "| sgd | 2 | 25.00 ± 7.07 | 60.00 ± 14.14 | 37.50 ± 3.54 | 20.00 ± 7.07 | 3.0 | 10.0 | 10.0 | 1.00 |" in text
     assert "| pnn | 2 | – | 80.00 ± 0.00 | – | 10.00 ± 0.00 | 3.0 | 10.0 | 25.0 | 2.50 | 2.50 | 8 |" in text
     assert (tmp_path / "table1.png").read_bytes().startswith(b"\x89PNG")
     assert [row["method"] for row in json.loads((tmp_path / "table1.json").read_text())] == ["sgd", "pnn"]
+
+
+def test_the_table_says_what_of_the_scenario_a_method_could_not_keep(tmp_path):
+    planned = made(tmp_path)
+    given = scenario(server={"aggregation": "suffix"})
+    told = table(Plan(given, planned.methods, planned.seeds, None, tmp_path), [])
+    assert "Not as in the scenario: server.aggregation is none, not suffix, for pnn." in told
 
 
 def test_what_is_missing_in_the_table_is_a_dash(tmp_path):
@@ -114,7 +123,8 @@ def test_a_fleet_is_simulated_and_a_device_trained(tmp_path):
     ("options", "message"),
     [
         ({"methods": "sdg"}, "unknown method 'sdg', did you mean 'sgd'"),
-        ({"device": 1}, r"--device 1: the fleet has 1 devices \(allowed: 0 to 0\)"),
+        ({"methods": ""}, "unknown method ''"),
+        ({"device": 1}, r"--device 1: the fleet has 1 device \(allowed: 0 to 0\)"),
         ({"resume": True}, "holds no benchmark to go on with"),
         ({"only_table": True}, "holds no benchmark to go on with"),
         ({"scenario": scenario(stream={"tasks": 6})}, "need 12 classes"),

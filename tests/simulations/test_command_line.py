@@ -229,3 +229,30 @@ def test_the_bundled_scenarios_are_valid_files() -> None:
     for file in files:
         assert load_scenario(file).name == file.stem
         assert file.read_text().startswith("# lightcl "), "each opens with its command"
+
+
+@pytest.mark.parametrize("command", ["simulate", "train", "analyse", "validate", "footprint", "plan", "bench table1"])
+def test_help_says_what_a_scenario_is(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert lightcl(monkeypatch, *command.split(), "--help") == 0
+    assert "A YAML file, e.g." in capfd.readouterr().out
+
+
+def test_version_and_the_help_of_a_run_folder(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert lightcl(monkeypatch, "--version") == 0
+    assert capfd.readouterr().out.startswith("lightcl ")
+    assert lightcl(monkeypatch, "report", "--help") == 0
+    assert "A run folder" in capfd.readouterr().out
+
+
+def test_one_is_not_written_as_many(
+    scenario: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    changes = ["--set", "fleet.devices=1", "--set", "stream.tasks=1"]
+    assert lightcl(monkeypatch, "validate", scenario, *changes) == 0
+    said = " ".join(capfd.readouterr().out.split())
+    assert "1 device with" in said
+    assert "1 task x 2 classes" in said
