@@ -15,6 +15,7 @@ from lightcl.errors import RequestError
 from lightcl.scenario import Scenario, method_names
 from server.records import RunFolder
 from simulations.bench import Plan, Row, _carry_out, _command, bench_run, table
+from simulations.plots import LIGHT, accuracy_over_memory, png
 
 QUIET = Console(quiet=True)
 SHARING = {"name": "lightcl-plus", "share_statistics": True}
@@ -202,3 +203,23 @@ def test_a_killed_benchmark_goes_on_and_ends_with_the_table(tmp_path):
     rows = json.loads((out / "table1.json").read_text())
     assert [(row["method"], row["seeds"]) for row in rows] == [("er", 2), ("lightcl", 2)]
     assert all(row["memory_measured_bytes"] > 0 and row["cil average_accuracy"]["mean"] > 0 for row in rows)
+
+
+def test_the_pictures_panels_keep_apart_and_every_point_lies_between_two_ticks():
+    accuracies = {"sgd": 0.4396, "joint": 0.7528, "lightcl-sparse": 0.2275}
+    points = {s: {name: (30.0, mean, 0.02) for name, mean in accuracies.items()} for s in ("cil", "til")}
+    figure = accuracy_over_memory(points, LIGHT)
+    assert png(figure)  # draws it
+    left, right = figure.axes
+    assert right.get_tightbbox().x0 - left.get_window_extent().x1 > 20  # pixels, at 192 an inch
+    for axes in figure.axes:
+        shown = [tick for tick in axes.get_yticks() if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]]
+        assert shown[0] <= 20.75
+        assert shown[-1] >= 77.28
+
+
+def test_a_perfect_accuracy_ends_the_axis_at_100():
+    figure = accuracy_over_memory({"til": {"sgd": (3.0, 1.0, 0.0), "er": (4.0, 0.97, 0.01)}}, LIGHT)
+    assert figure.axes[0].get_ylim()[1] == 100
+    alone = accuracy_over_memory({"til": {"sgd": (3.0, 0.0, float("nan"))}}, LIGHT).axes[0].get_ylim()
+    assert alone[0] == 0 < alone[1]

@@ -221,6 +221,15 @@ def test_the_table_of_keys_in_the_docs_is_the_codes() -> None:
     assert (Path(__file__).parents[2] / "docs" / "scenario-keys.md").read_text() == scenario_keys()
 
 
+def test_the_table_of_keys_leaves_nothing_open_and_says_nothing_twice() -> None:
+    rows = [row for row in scenario_keys().splitlines() if row.startswith("| `")]
+    assert len(set(rows)) == len(rows)
+    assert all(cell.strip() for row in rows for cell in row.strip("|").split("|"))
+    assert "| `data.image_size` | 8 ≤ integer ≤ 1024 or `null` | `null` |" in scenario_keys()
+    assert '| `data.augmentation` | `auto`, `none`, `crop` or `crop-flip` | `"auto"` |' in scenario_keys()
+    assert "\n## method: lightcl, lightcl-sparse, lightcl-plus\n" in scenario_keys()
+
+
 def test_the_bundled_scenarios_are_valid_files() -> None:
     from lightcl.scenario import load_scenario
 
