@@ -111,7 +111,7 @@ def candidates(scenario: Scenario, stream: TaskStream, image: Image, accelerator
     return sorted(found, key=lambda candidate: candidate.departure)
 
 
-def choose(found: list[Candidate], budget: int) -> Candidate:
+def choose(found: list[Candidate], budget: float) -> Candidate:
     """The first that fits `budget` bytes. Raises RequestError naming the smallest where none does."""
     fitting = [candidate for candidate in found if candidate.footprint.peak <= budget]
     if not fitting:

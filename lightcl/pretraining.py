@@ -7,11 +7,12 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,6 +23,7 @@ from lightcl.errors import RequestError
 from lightcl.networks.resnet import StagedResNet, Stem
 from lightcl.networks.weights import load_weights, save_weights
 from lightcl.state import under
+from lightcl.training import TrainingFailure
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,15 @@ def pretrain(
     checkpoint = file.with_suffix(".checkpoint")
     first = 0
     if checkpoint.exists():
-        with safe_open(checkpoint, "pt") as stored:
-            if stored.metadata() != facts:
-                raise RequestError(f"{checkpoint}: left by a run with another recipe; remove it or name another --out")
+        try:
+            with safe_open(checkpoint, "pt") as stored:
+                before = stored.metadata()
+        except (OSError, SafetensorError) as error:
+            raise RequestError(
+                f"{checkpoint}: not what a killed run leaves ({error}); remove it or name another --out"
+            ) from error
+        if before != facts:
+            raise RequestError(f"{checkpoint}: left by a run with another recipe; remove it or name another --out")
         first = _resume(checkpoint, network, optimiser, schedule, steps)
     _check_place(file)
 
@@ -110,6 +118,11 @@ def pretrain(
             optimiser.step()
             schedule.step()
             total += loss.item()
+            if not isfinite(total):
+                raise TrainingFailure(
+                    f"epoch {epoch + 1}: the loss is no longer finite, no weights were written; try a lower learning "
+                    f"rate than {recipe.peak_learning_rate:g}"
+                )
         accuracy = top1(network, source.test, recipe.bf16)
         _save_checkpoint(checkpoint, network, optimiser, epoch + 1, facts)
         report(EpochReport(epoch + 1, recipe.epochs, total / steps, accuracy, time.monotonic() - start))

@@ -44,22 +44,27 @@ class Data(Section):
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
     """Share of every class that becomes the test split where the source brings none."""
     download: bool = True
+    """Whether a data set that is not there may be downloaded."""
     augmentation: Literal["auto"] | Augmentation = "auto"
-    """auto: random crop and horizontal flip (the paper), but nothing on digits, which a flip would change."""
+    """crop-flip: random crop and horizontal flip (the paper); crop: no flip; auto: crop-flip, but none on digits,
+    which a flip would change."""
     crop_padding: int = Field(default=4, ge=0)
+    """Black pixels around an image that its random crop is taken from."""
 
 
 class Stream(Section):
     tasks: int = Field(default=5, ge=1)
+    """Tasks of a stream, met one after the other."""
     classes_per_task: int = Field(default=2, ge=1)
+    """The source needs tasks x classes_per_task classes."""
     class_order: Literal["natural", "shuffled"] | tuple[int, ...] = "natural"
-    """As numbered in the source, shuffled by the seed, or a list of class numbers."""
+    """natural: as numbered in the source; shuffled: by the seed; or a list of class numbers."""
     per_device_order: bool = False
     """With `shuffled`: every device meets the classes in an order of its own."""
     held_out: float = Field(default=0.1, ge=0, lt=1)
     """Share of every task's training samples kept out of training."""
     evaluate_on: Literal["test", "held-out"] = "test"
-    """Choose hyperparameters on the held-out samples, report on the test split."""
+    """test: the test split, for reports; held-out: the training samples kept out, to choose hyperparameters on."""
     settings: Literal["auto", "til", "til+cil"] = "auto"
     """Test with the task known (til), or also with it not known (cil); auto: all that the method can be tested for."""
 
@@ -79,21 +84,26 @@ class Stream(Section):
 
 class Fleet(Section):
     devices: int = Field(default=10, ge=1, le=100_000)
+    """Devices of the fleet; the training images are shared out among all of them."""
     partition: Literal["iid", "dirichlet", "pathological"] = "iid"
+    """iid: equal random shares; dirichlet: shares of each class by `alpha`; pathological: `classes_per_device` each."""
     alpha: float = Field(default=0.5, gt=0)
     """Dirichlet concentration: the smaller, the more the devices' class shares differ."""
     classes_per_device: int | None = Field(default=None, ge=1)
     """Pathological: how many classes a device holds; default: as many as its stream needs."""
     test_data: Literal["share", "whole"] = "share"
-    """Test images of its classes a device is tested on: its part of them, or all (slower, less noise a device)."""
+    """Test images of its classes a device is tested on. share: its part of them; whole: all (slower, less noise a
+    device)."""
 
 
 class Network(Section):
     name: Literal["resnet18"] = "resnet18"
+    """The only architecture there is."""
     width: int | None = Field(default=None, ge=4, le=1024)
     """Channels of the first layer; default: that of the weights file, else the paper's 64."""
     stem: Stem | None = None
-    """Default: that of the weights file, else cifar."""
+    """The first layer. cifar: 3x3 at full resolution; imagenet: 7x7 with stride 2, and pooling; default: that of the
+    weights file, else cifar."""
     freeze: str | None = None
     """The last frozen block (stem, layer1.0 ... layer4.1), a whole layer, none, or auto: chosen by an analysis of
     device 0's stream before the run (docs/generalizability.md); default: the method's own."""
@@ -111,9 +121,13 @@ class Training(Section):
     epochs: int = Field(default=50, ge=1)
     """Local epochs a task."""
     batch_size: int = Field(default=32, ge=2)
+    """Images of a training step."""
     learning_rate: float = Field(default=0.01, gt=0)
+    """Of SGD; constant."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
+    """Of SGD."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Of SGD (L2)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast of the forward pass; weights and loss stay fp32."""
     checkpoint_seconds: float = Field(default=60.0, ge=0)
@@ -124,7 +138,9 @@ class Server(Section):
     aggregation: Literal["none", "suffix", "suffix+head"] = "none"
     """none: isolated devices; suffix: its weighted average is shared, heads stay local; suffix+head: both shared."""
     strategy: StrategyName = "FedAvg"
-    """The Flower strategy that averages (flwr.serverapp.strategy)."""
+    """The Flower strategy (flwr.serverapp.strategy) that makes the new shared weights. FedAvg: their mean, weighted by
+    examples; FedAvgM: with momentum on the server; FedAdam, FedAdagrad, FedYogi: the mean change is the gradient of
+    such an optimiser; FedMedian, FedTrimmedAvg: against outliers."""
     strategy_options: dict[str, float] = Field(default_factory=dict)
     """Its keyword arguments, e.g. {server_momentum: 0.9} or {eta: 0.01, tau: 0.001}."""
     fraction: float = Field(default=1.0, gt=0, le=1)
@@ -145,11 +161,14 @@ class Runtime(Section):
     threads: int = Field(default=1, ge=1)
     """Torch threads a device computes with. Part of the recipe: another count may round differently."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the CUDA device where there is one, else the CPU; cuda: an error where there is none."""
 
 
 class Scenario(Section):
     name: str = Field(default="scenario", pattern=r"^[A-Za-z0-9._-]+$", max_length=80)
+    """Letters, digits, dot, dash and underscore; names the default run folder."""
     seed: int = Field(default=0, ge=0)
+    """Everything random derives from it: partition, order of classes, batches, initial weights."""
     data: Data = Data()
     stream: Stream = Stream()
     fleet: Fleet = Fleet()
@@ -286,29 +305,35 @@ def scenario_schema() -> dict[str, Any]:
 
 
 def scenario_keys() -> str:
-    """All keys of a scenario with their defaults, as Markdown tables (docs/scenario-keys.md)."""
-    sections: list[tuple[str, type[BaseModel]]] = [
-        (name, field.annotation)
-        for name, field in Scenario.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    """All keys of a scenario with what they may be, as Markdown tables (docs/scenario-keys.md)."""
+    fields = Scenario.model_fields
+    lines = ["# Scenario keys", "", "Made by `lightcl schema --markdown`; every key may be left out.", *_KEY_TABLE]
+    lines += _key_rows(Scenario, "", [name for name in fields if name not in _SECTIONS])
+    for name in sorted(_SECTIONS - {"method"}, key=list(fields).index):
+        section = fields[name].annotation
+        assert isinstance(section, type)
+        assert issubclass(section, BaseModel)
+        lines += ["", f"## {name}", *_KEY_TABLE, *_key_rows(section, f"{name}.", list(section.model_fields))]
+    default = fields["method"].default.name
+    methods = {member.model_fields["name"].default: member for member in method_types()}
+    by_row: dict[str, list[str]] = {}
+    for method in sorted(methods, key=lambda method: method != default):
+        keys = [key for key in methods[method].model_fields if key != "name"]
+        for row in _key_rows(methods[method], "method.", keys):
+            by_row.setdefault(row, []).append(method)
+    rows: dict[str, list[str]] = {}  # a key that several methods have in common is said once
+    for row, having in by_row.items():
+        rows.setdefault(", ".join(having), []).append(row)
+    names = ", ".join(f"`{name}`" for name in methods)
+    lines += [
+        "",
+        "## method",
+        "",
+        "The other keys depend on the method: they are below, under the methods that have them.",
     ]
-    sections += [("method", member) for member in get_args(AnyMethod)]
-    lines = ["# Scenario keys", "", "Made by `lightcl schema --markdown`; every key may be left out."]
-    lines += ["", "| key | default |", "|---|---|"]
-    lines += [f"| `{key}` | `{json.dumps(Scenario.model_fields[key].default)}` |" for key in ("name", "seed")]
-    for name, section in sections:
-        chosen = section.model_fields["name"].default if name == "method" else ""
-        lines += [
-            "",
-            f"## {name}" + (f" (name: {chosen})" if chosen else ""),
-            "",
-            "| key | default | |",
-            "|---|---|---|",
-        ]
-        for key, field in section.model_fields.items():
-            default = field.get_default(call_default_factory=True)
-            shown = json.dumps(default, default=str)
-            lines.append(f"| `{name}.{key}` | `{shown}` | {(field.description or '').replace(chr(10), ' ')} |")
+    lines += [*_KEY_TABLE, f"| `method.name` | {names} | `{json.dumps(default)}` | The README says what each does. |"]
+    for together, theirs in rows.items():
+        lines += ["", f"## method: {together}", *_KEY_TABLE, *theirs]
     return "\n".join(lines) + "\n"
 
 
@@ -316,6 +341,46 @@ def _reach(change: str) -> tuple[int, bool]:
     """Sorts what replaces a whole section before what sets a key in it, so that neither order of typing loses a key."""
     key = change.partition("=")[0]
     return key.count("."), key != "method.name"
+
+
+_KEY_TABLE = ("", "| key | allowed | default | |", "|---|---|---|---|")
+
+
+def _key_rows(section: type[BaseModel], prefix: str, keys: Sequence[str]) -> list[str]:
+    """A row of the table for each of these keys."""
+    allowed = section.model_json_schema()["properties"]
+    rows = []
+    for key in keys:
+        field = section.model_fields[key]
+        *more, last = _allowed(allowed[key])
+        may_be = f"{', '.join(more)} or {last}" if more else last
+        default = json.dumps(field.get_default(call_default_factory=True), default=str)
+        meaning = (field.description or "").replace("\n", " ")
+        rows.append(f"| `{prefix}{key}` | {may_be} | `{default}` | {meaning} |")
+    return rows
+
+
+def _allowed(schema: Mapping[str, Any]) -> list[str]:
+    """What a JSON schema of one value lets through, alternative by alternative."""
+    if "anyOf" in schema:
+        return [text for member in schema["anyOf"] for text in _allowed(member)]
+    if "const" in schema or "enum" in schema:
+        return [f"`{value}`" for value in schema.get("enum", [schema.get("const")])]
+    kind = schema["type"]
+    if kind in ("integer", "number"):
+        low, high = schema.get("minimum"), schema.get("maximum")
+        over, under = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
+        left = f"{low} ≤" if low is not None else f"{over} <" if over is not None else ""
+        right = f"≤ {high}" if high is not None else f"< {under}" if under is not None else ""
+        if left and not right:
+            return [f"{kind} {'≥' if over is None else '>'} {low if over is None else over}"]
+        return [f"{left} {kind} {right}".strip()]
+    if kind == "array":
+        return [f"list of {_allowed(schema['items'])[0]}s"]
+    if kind == "object":
+        keys = ", ".join(f"`{name}`" for name in schema.get("propertyNames", {}).get("enum", ()))
+        return [f"{keys or 'names'}, each with {_allowed(schema['additionalProperties'])[0]}"]
+    return {"boolean": ["`true`", "`false`"], "null": ["`null`"]}.get(kind, [schema.get("format", "text")])
 
 
 def _apply(values: dict[str, Any], change: str) -> str:

@@ -39,7 +39,12 @@ OWN = (
     "run.json", "scenario.yaml", "partition.json", "rounds.jsonl", "devices.jsonl", "results.json", "failure.json",
     "report.html", "plots", "server", "devices", ANALYSIS, LOCK,
 )  # fmt: skip
-"""Everything that may lie in a run folder."""
+"""Everything that may lie in a run folder. The lock is written first and removed last: without it, and without a
+run.json, a folder is not ours, whatever the names in it."""
+_ROW_KEYS = {
+    "rounds.jsonl": {"round", "task", "devices", "failed", "til", "cil", "bytes_down", "bytes_up", "timing"},
+    "devices.jsonl": {"round", "device", "name", "task", "epochs", "bytes_down", "bytes_up", "timing"},
+}
 
 
 def device_row(round_number: int, device: int, name: str, task: int, epochs: int) -> Row:
@@ -123,6 +128,15 @@ def run_results(
     }
 
 
+@contextmanager
+def writable(path: Path, option: str = "--out") -> Iterator[None]:
+    """Makes a RequestError about the option of what the disk refuses: no right, no room, a name that is too long."""
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(f"{option}: {path} cannot be written to ({error.strerror})") from error
+
+
 class RunFolder:
     """One run on disk."""
 
@@ -131,7 +145,8 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
-        return (self.path / "run.json").exists()
+        with writable(self.path):
+            return (self.path / "run.json").exists()
 
     @property
     def whole(self) -> bool:
@@ -146,27 +161,45 @@ class RunFolder:
         """
         if resume and overwrite:
             raise RequestError("--resume and --overwrite: choose one")
-        if self.path.exists() and not self.path.is_dir():
-            raise RequestError(f"--out: {self.path} is a file, not a folder")
-        foreign = sorted(f.name for f in self.path.iterdir() if f.name not in OWN) if self.path.exists() else []
+        with writable(self.path):
+            if self.path.exists() and not self.path.is_dir():
+                raise RequestError(f"--out: {self.path} is a file, not a folder")
+            names = sorted(f.name for f in self.path.iterdir()) if self.path.exists() else []
+        foreign = [name for name in names if name not in OWN or LOCK not in names]
         if foreign and not self.exists:
             raise RequestError(f"--out: {self.path} holds other files ({', '.join(foreign[:3])}); name another folder")
         if resume and not self.exists:
             raise RequestError(f"--resume: {self.path} holds no run")
         if self.exists and not resume and not overwrite:
             raise RequestError(f"--out: {self.path} holds a run; go on with --resume or replace it with --overwrite")
+        if resume:
+            self._check_rows()
+            return
         if overwrite and self.exists:
             with self.held():  # not while another process writes to it
                 (self.path / "run.json").unlink()  # first: a run that is half gone is none
-        if not resume and self.path.is_dir():  # also what a run left that was killed while it began
-            for name in OWN:
-                shutil.rmtree(self.path / name, ignore_errors=True)
-                (self.path / name).unlink(missing_ok=True)
+        for name in OWN if names else ():  # also what a run left that was killed while it began
+            shutil.rmtree(self.path / name, ignore_errors=True)
+            (self.path / name).unlink(missing_ok=True)
+
+    def _check_rows(self) -> None:
+        """Raises RequestError where rows were lost by more than a kill: going on would forget what they told."""
+        rounds = [row["round"] for row in self.rows("rounds.jsonl")]
+        told = {row["round"] for row in self.rows("devices.jsonl")}
+        whole = set(range(1, len(rounds) + 1))
+        # The devices' rows of a round are written before its own; a kill may fall in between.
+        if rounds != sorted(whole) or not whole <= told <= whole | {len(rounds) + 1}:
+            raise RequestError(
+                f"--resume: rows are missing: rounds.jsonl and devices.jsonl in {self.path} do not tell of the same "
+                "rounds; put them back, or begin anew with --overwrite"
+            )
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keeps a second process from writing to the same run. Raises RequestError."""
-        with (self.path / LOCK).open("w") as lock:
+        with writable(self.path):
+            lock = (self.path / LOCK).open("w")
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -185,15 +218,14 @@ class RunFolder:
         Raises RequestError where the folder cannot be written to.
         """
         about = {**run, "scenario": scenario.model_dump(mode="json")}
-        try:
+        with writable(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / LOCK).touch()
             write_atomically(self.path / "scenario.yaml", scenario.to_yaml())
             write_atomically(self.path / "partition.json", json.dumps(list(partition)))
             if analysis is not None:
                 write_atomically(self.path / ANALYSIS, json.dumps(analysis, indent=2))
             write_atomically(self.path / "run.json", json.dumps(about, indent=2))
-        except OSError as error:
-            raise RequestError(f"--out: {self.path} cannot be written to ({error.strerror})") from error
 
     def read(self) -> Row:
         """run.json. Raises RequestError where there is none or it cannot be read."""
@@ -225,16 +257,25 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def rows(self, name: str) -> list[Row]:
-        """All whole rows of a .jsonl file; a last line that a crash cut short is left out."""
+        """All whole rows of a .jsonl file; a last line that a crash cut short is left out.
+
+        Raises RequestError for any other line that is not a row.
+        """
         file = self.path / name
         if not file.exists():
             return []
         rows = []
-        for line in file.read_text(encoding="utf-8").splitlines():
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        for number, line in enumerate(lines, 1):
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
-                break
+                row = None
+                if number == len(lines):
+                    break
+            if not isinstance(row, dict) or not row.keys() >= _ROW_KEYS[name] or not isinstance(row["round"], int):
+                raise RequestError(f"{file}, line {number}: not a row of a run")
+            rows.append(row)
         return rows
 
     def forget_after(self, round_number: int) -> None:
@@ -258,11 +299,21 @@ class RunFolder:
         write_atomically(self.path / "failure.json", json.dumps(content, indent=2))
 
     def failure(self) -> Row | None:
-        """Why the run failed, or None."""
-        file = self.path / "failure.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        """Why the run failed, or None. Raises RequestError for a broken file."""
+        return self._read_end("failure.json")
 
     def results(self) -> Row | None:
-        """Final figures, or None where the run has not come to its end."""
-        file = self.path / "results.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        """Final figures, or None where the run has not come to its end. Raises RequestError for a broken file."""
+        return self._read_end("results.json")
+
+    def _read_end(self, name: str) -> Row | None:
+        file = self.path / name
+        if not file.exists():
+            return None
+        try:
+            values: Row = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise RequestError(f"{file} cannot be read ({error})") from error
+        if not isinstance(values, dict) or "dropped" not in values:
+            raise RequestError(f"{file}: not what the end of a run is told by")
+        return values

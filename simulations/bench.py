@@ -38,9 +38,9 @@ from lightcl.state import write_atomically
 from server.coordinator import RunFailure
 from server.preparation import prepare
 from server.provenance import describe_run
-from server.records import LOCK, RunFolder
-from simulations.footprints import as_method, footprint_of
-from simulations.options import check_device, methods_named
+from server.records import LOCK, RunFolder, writable
+from simulations.footprints import as_method, footprint_of, resets
+from simulations.options import amount, check_device, methods_named
 
 FIGURES = (("cil", "average_accuracy"), ("til", "average_accuracy"), ("cil", "forgetting"), ("til", "forgetting"))
 OWN = ("bench.json", "footprint.json", "table1.md", "table1.json", "table1.png", "scenarios", "logs", "runs", LOCK)
@@ -71,8 +71,7 @@ class Plan:
         return [(method, seed) for seed in self.seeds for method in self.methods]
 
     def results(self, method: str, seed: int) -> Any | None:
-        file = self.run_folder(method, seed) / "results.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        return RunFolder(self.run_folder(method, seed)).results()
 
 
 def bench_run(
@@ -80,7 +79,7 @@ def bench_run(
     resume: bool, overwrite: bool, only_table: bool, command: str, console: Console,
 ) -> None:  # fmt: skip
     """Runs what is not there yet, then writes the table. Raises RequestError before anything is written."""
-    names = tuple(methods_named(methods) if methods else method_names())
+    names = tuple(methods_named(methods) if methods is not None else method_names())
     if device is None and scenario.fleet.devices == 1:
         device = 0
     if device is not None:
@@ -93,7 +92,10 @@ def bench_run(
         return
     for name in names:
         _check_variant(plan, name)
-    plan.folder.mkdir(parents=True, exist_ok=True)
+    for line in resets(scenario, names):
+        console.print(line, style="yellow", highlight=False)
+    with writable(plan.folder):
+        plan.folder.mkdir(parents=True, exist_ok=True)
     with RunFolder(plan.folder).held():
         _begin(plan, command, overwrite=overwrite)
         failures = _measure(plan, console)  # first: it is quick, and a table of what there is so far then has it
@@ -127,9 +129,12 @@ def _check_folder(plan: Plan, *, resume: bool, overwrite: bool) -> None:
     folder, about = plan.folder, plan.folder / "bench.json"
     if resume and overwrite:
         raise RequestError("--resume and --overwrite: choose one")
-    if folder.exists() and not folder.is_dir():
-        raise RequestError(f"--out: {folder} is a file, not a folder")
-    foreign = sorted(f.name for f in folder.iterdir() if f.name not in OWN) if folder.exists() else []
+    with writable(folder):
+        if folder.exists() and not folder.is_dir():
+            raise RequestError(f"--out: {folder} is a file, not a folder")
+        names = sorted(f.name for f in folder.iterdir()) if folder.exists() else []
+    # The lock is the first file of a benchmark: without it the folder is not ours, whatever the names in it.
+    foreign = [name for name in names if name not in OWN or LOCK not in names]
     if foreign and not about.exists():
         raise RequestError(f"--out: {folder} holds other files ({', '.join(foreign[:3])}); name another folder")
     if resume and not about.exists():
@@ -342,16 +347,20 @@ def table(plan: Plan, rows: Sequence[Row]) -> str:
     whom = f"device {plan.device} of {scenario.fleet.devices}" if plan.device is not None else "all devices"
     commits = ", ".join(dict.fromkeys((start["git_commit"] or "unknown")[:12] for start in about["starts"]))
     base = next((row.measured for row in rows if row.method == BASELINE), None)
+    departures = resets(scenario, plan.methods)
     lines = [
         f"# All methods on {scenario.name}",
         "",
         *dict.fromkeys(f"    {start['command']}" for start in about["starts"]),
         "",
-        f"{scenario.data.source}, {scenario.stream.tasks} tasks x {scenario.stream.classes_per_task} classes, "
-        f"{scenario.training.epochs} epochs a task, batch {scenario.training.batch_size}, "
+        f"{scenario.data.source}, {amount(scenario.stream.tasks, 'task')} x "
+        f"{amount(scenario.stream.classes_per_task, 'class', 'classes')}, "
+        f"{amount(scenario.training.epochs, 'epoch')} a task, batch {scenario.training.batch_size}, "
         f"{scenario.training.precision}, {whom}, seeds {', '.join(map(str, plan.seeds))}; commit {commits}, "
         f"torch {about['starts'][-1]['libraries']['torch']}, {about['starts'][-1]['machine']}.",
         "",
+        *(f"Not as in the scenario: {line}." for line in departures),
+        *([""] if departures else []),
         "Accuracy and forgetting in percent, mean ± standard deviation over the seeds. FLOPs: the "
         "training steps of a whole stream, counted (for a fleet, device 0's; what methods do between tasks is not in "
         "it). Memory: peak of a training step of the second task in MiB (2^20 bytes), by our count and as "

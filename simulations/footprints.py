@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -28,6 +28,7 @@ from lightcl.footprint.theory import MEANINGS
 from lightcl.networks.build import build_network
 from lightcl.planning import Candidate, candidates, choose
 from lightcl.scenario import Scenario, load_scenario, method_names, method_types
+from server.records import writable
 from simulations.options import methods_named
 
 BASELINE = "sgd"
@@ -59,16 +60,15 @@ class MethodFootprint:
 
 
 def footprint_run(
-    scenario: Scenario, *, methods: str | None, all_methods: bool, device: int, measuring: bool, json_to: str | None,
-    picture: Path | None, command: str, console: Console,
+    scenario: Scenario, scenario_file: Path, *, methods: str | None, all_methods: bool, device: int, measuring: bool,
+    json_to: str | None, picture: Path | None, overwrite: bool, command: str, console: Console,
 ) -> None:  # fmt: skip
     """Counts, and measures where asked. Raises RequestError for a wrong request before anything is written."""
-    if methods and all_methods:
+    if methods is not None and all_methods:
         raise RequestError("--methods and --all-methods: name the methods or take all, not both")
-    names = methods_named(methods) if methods else method_names() if all_methods else [scenario.method.name]
-    for option, file in (("--json", json_to), ("--picture", picture)):
-        if file and file != "-":
-            _check_place(option, Path(file))
+    named = methods_named(methods) if methods is not None else [scenario.method.name]
+    names = method_names() if all_methods else named
+    _check_places({"--json": _file(json_to), "--picture": picture}, scenario_file, overwrite=overwrite)
     if picture and picture.suffix.lower() != ".png":
         raise RequestError(f"--picture {picture}: a picture is written as .png")
     source = load_source(scenario.source_request())
@@ -87,24 +87,43 @@ def footprint_run(
 
         parts = {r.method: {str(c): n for c, n in r.shown.memory.items()} for r in results}
         dots = {r.method: r.measured.training for r in results if r.measured}
-        picture.write_bytes(png(footprint_bars(parts, dots, LIGHT)))
+        _write_files({"--picture": (picture, png(footprint_bars(parts, dots, LIGHT)))})
         if json_to != "-":
             console.print(f"picture: {picture}", highlight=False, markup=False, soft_wrap=True)
 
 
 def as_method(scenario: Scenario, name: str) -> Scenario:
-    """The scenario under another method: with that method's defaults, its own freeze point, and nothing shared.
+    """The scenario under another method: with that method's defaults, and all else that it can bear.
 
-    Under its own method it stays as it is.
+    A freeze point says how a method works, so it is kept only among methods that have the same one by default;
+    `resets` tells what was not kept. Under its own method the scenario stays as it is.
     """
     if name == scenario.method.name:
         return scenario
     method = next(t for t in method_types() if t.model_fields["name"].default == name)()
-    own = scenario.network.model_copy(update={"freeze": None, "frozen_batch_norm": None})
-    values = scenario.model_dump() | {"method": method.model_dump(), "network": own.model_dump()}
-    values["server"] |= {"aggregation": "none"}
-    values["stream"] |= {"settings": "auto"}
+    values = scenario.model_dump() | {"method": method.model_dump()}
+    if method.default_freeze != scenario.method.default_freeze:
+        values["network"] |= {"freeze": None, "frozen_batch_norm": None}
+    if not method.shareable:
+        values["server"] |= {"aggregation": "none"}
+    if "cil" not in method.settings and scenario.stream.settings == "til+cil":
+        values["stream"] |= {"settings": "auto"}
     return Scenario.model_validate(values)
+
+
+def resets(scenario: Scenario, names: Sequence[str]) -> list[str]:
+    """What `as_method` cannot keep for these methods, a line a key."""
+    lines = []
+    for section, key in (
+        ("network", "freeze"), ("network", "frozen_batch_norm"), ("server", "aggregation"), ("stream", "settings"),
+    ):  # fmt: skip
+        given = getattr(getattr(scenario, section), key)
+        found = {name: getattr(getattr(as_method(scenario, name), section), key) for name in names}
+        other = [name for name, value in found.items() if value != given]
+        if other:
+            instead = "the method's own" if section == "network" else found[other[0]]
+            lines.append(f"{section}.{key} is {instead}, not {given}, for {', '.join(other)}")
+    return lines
 
 
 def _image_of(source: Source) -> Image:
@@ -126,20 +145,54 @@ def footprint_of(scenario: Scenario, source: Source, device: int, measuring: boo
     return MethodFootprint(scenario.method.name, freeze, counted, rehearsed, measure(scenario, image, classes))
 
 
-def _check_place(option: str, file: Path) -> None:
-    """Raises RequestError where the file cannot be written, before hours of measuring are lost to it."""
-    if not file.parent.is_dir():
-        raise RequestError(f"{option} {file}: there is no folder {file.parent}")
-    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise RequestError(f"{option} {file}: cannot be written to")
+def _file(to: str | None) -> Path | None:
+    """What --json names, where that is a file."""
+    return Path(to) if to and to != "-" else None
+
+
+def _check_places(files: Mapping[str, Path | None], scenario: Path | None, *, overwrite: bool) -> None:
+    """Raises RequestError for a file that cannot or must not be written, before hours of measuring are lost to it."""
+    taken = {scenario.resolve(): "is the scenario itself"} if scenario else {}
+    for option, file in files.items():
+        if file is None:
+            continue
+        with writable(file, option):
+            if not file.parent.is_dir():
+                raise RequestError(f"{option} {file}: there is no folder {file.parent}")
+            if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+                raise RequestError(f"{option} {file}: cannot be written to")
+            if (place := file.resolve()) in taken:
+                raise RequestError(f"{option}: {file} {taken[place]}; name another file")
+            if file.is_file() and not overwrite:  # a pipe or /dev/stdout loses nothing
+                raise RequestError(f"{option}: {file} exists; replace it with --overwrite")
+        taken[place] = f"is {option}'s file, too"
+
+
+def _write_files(files: Mapping[str, tuple[Path, bytes]]) -> None:
+    """All of them or, where the disk refuses one, none but those that were there before. Raises RequestError."""
+    new = []
+    try:
+        for option, (file, content) in files.items():
+            with writable(file, option):
+                if not file.exists():
+                    new.append(file)
+                file.write_bytes(content)
+    except RequestError:
+        for file in new:
+            file.unlink(missing_ok=True)
+        raise
 
 
 def _write_json(values: Any, to: str) -> None:
-    text = json.dumps(values, indent=2) + "\n"
-    if to == "-":
-        sys.stdout.write(text)
+    file, text = _file(to), _json_text(values)
+    if file:
+        _write_files({"--json": (file, text.encode())})
     else:
-        Path(to).write_text(text, encoding="utf-8")
+        sys.stdout.write(text)
+
+
+def _json_text(values: Any) -> str:
+    return json.dumps(values, indent=2) + "\n"
 
 
 def _print_memory(results: Sequence[MethodFootprint], image: Image, scenario: Scenario, console: Console) -> None:
@@ -196,8 +249,9 @@ def _mib(amount: int | None) -> str:
 # -- the paper's table ---------------------------------------------------------------------------------------------
 
 
-def table1_run(*, json_to: str | None, console: Console) -> None:
+def table1_run(*, json_to: str | None, overwrite: bool, console: Console) -> None:
     """All cells of the paper's FLOPs and memory columns: paper, theory by its rule, ratio, and our own count."""
+    _check_places({"--json": _file(json_to)}, None, overwrite=overwrite)
     cells = table1()
     if json_to:
         _write_json([_cell_values(cell) for cell in cells], json_to)
@@ -250,8 +304,8 @@ def _cell_values(cell: Cell) -> dict[str, Any]:
 
 
 def plan_run(
-    scenario: Scenario, budget: float, *, file: Path | None, overwrite: bool, whole: bool, json_to: str | None,
-    console: Console,
+    scenario: Scenario, scenario_file: Path, budget: float, *, file: Path | None, overwrite: bool, whole: bool,
+    json_to: str | None, console: Console,
 ) -> None:  # fmt: skip
     """Chooses a setting for `budget` MiB and writes it as a scenario file.
 
@@ -260,23 +314,24 @@ def plan_run(
     file = file or Path(f"{scenario.name}-{budget:g}mb.yaml")
     if not isfinite(budget):
         raise RequestError(f"--budget-mb {budget}: expected a number of MiB")
-    if file.exists() and not overwrite:
-        raise RequestError(f"--out: {file} exists; replace it with --overwrite")
-    _check_place("--out", file)
-    if json_to and json_to != "-":
-        _check_place("--json", Path(json_to))
+    _check_places({"--out": file, "--json": _file(json_to)}, scenario_file, overwrite=overwrite)
     source = load_source(scenario.source_request())
     image = _image_of(source)
     stream = build_stream(scenario, source, share_of(source, scenario.fleet, scenario.seed, 0), 0)
     accelerator = choose_accelerator(scenario.runtime.accelerator).type
     found = candidates(scenario, stream, image, accelerator)
-    chosen = choose(found, int(budget * MIB))
+    chosen = choose(found, budget * MIB)
     peak = chosen.footprint.peak / MIB
     text = f"# {scenario.name}, fitted to {budget:g} MiB: {peak:.1f} MiB predicted (lightcl plan)\n"
-    file.write_text(text + chosen.scenario.to_yaml(), encoding="utf-8")
+    content, table = (
+        text + chosen.scenario.to_yaml(),
+        _json_text([c.to_json() | {"chosen": c is chosen} for c in found]),
+    )
+    files = {"--json": (json_file, table.encode())} if (json_file := _file(json_to)) else {}
+    _write_files(files | {"--out": (file, content.encode())})
     load_scenario(file)
-    if json_to:
-        _write_json([c.to_json() | {"chosen": c is chosen} for c in found], json_to)
+    if json_to == "-":
+        sys.stdout.write(table)
     if json_to != "-":
         _print_plan(found, chosen, budget, whole, console)
         console.print(f"scenario: {file}", highlight=False, markup=False, soft_wrap=True)

@@ -8,15 +8,16 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperCommand
 
 from lightcl.errors import RequestError
 from lightcl.scenario import Scenario, load_scenario, scenario_keys, scenario_schema
-from simulations.options import check_device
+from simulations.options import amount, check_device
 
 app = typer.Typer(
     help="Continual learning on fleets of edge devices: LightCL on every device, Flower between them.",
@@ -33,9 +34,23 @@ GOING_ON = {
 }
 """What to say of a command that was interrupted; the others write nothing before they are done."""
 
-ScenarioFile = Annotated[
-    Path, typer.Argument(metavar="SCENARIO", help="A YAML scenario, e.g. simulations/scenarios/quickstart.yaml")
-]
+ARGUMENTS = {
+    "scenario": "A YAML file, e.g. simulations/scenarios/quickstart.yaml; all keys: docs/scenario-keys.md",
+    "run": "A run folder, as --out of simulate or train named it",
+}
+
+
+class Command(TyperCommand):
+    """Gives arguments their help here: that of `typer.Argument` is lost between Typer 0.20 and Click 8.5."""
+
+    def __init__(self, *args: Any, params: list[Any] | None = None, **options: Any) -> None:
+        for parameter in params or []:
+            if parameter.name in ARGUMENTS and parameter.param_type_name == "argument":
+                parameter.help = ARGUMENTS[parameter.name]
+        super().__init__(*args, params=params, **options)
+
+
+ScenarioFile = Annotated[Path, typer.Argument(metavar="SCENARIO")]
 Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a key, e.g. training.epochs=5; repeatable"),
@@ -45,7 +60,24 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with the killed or
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out")]
 
 
-@app.command()
+def _print_version(asked: bool) -> None:
+    if asked:
+        from server.provenance import version
+
+        out.print(f"lightcl {version('lightcl-fleet') or 'of a checkout that is not installed'}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _lightcl(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version and exit")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(cls=Command)
 def simulate(
     scenario: ScenarioFile, changes: Changes = None, out_folder: OutFolder = None, resume: Resume = False,
     overwrite: Overwrite = False,
@@ -58,7 +90,7 @@ def simulate(
     simulate_run(loaded, path, command=_command(), resume=resume, overwrite=overwrite, console=out)
 
 
-@app.command()
+@app.command(cls=Command)
 def train(
     scenario: ScenarioFile, changes: Changes = None,
     device: Annotated[int, typer.Option("--device", min=0, help="Which device of the fleet")] = 0,
@@ -73,7 +105,7 @@ def train(
     train_run(loaded, device, path, command=_command(), resume=resume, overwrite=overwrite, console=out)
 
 
-@app.command()
+@app.command(cls=Command)
 def analyse(
     scenario: ScenarioFile, changes: Changes = None,
     device: Annotated[int, typer.Option("--device", min=0, help="Whose stream is analysed")] = 0,
@@ -96,7 +128,7 @@ def analyse(
     analyse_run(loaded, device, path, command=_command(), overwrite=overwrite, console=out)
 
 
-@app.command()
+@app.command(cls=Command)
 def validate(scenario: ScenarioFile, changes: Changes = None) -> None:
     """Check a scenario against its data and weights without running it."""
     from server.preparation import prepare
@@ -104,14 +136,15 @@ def validate(scenario: ScenarioFile, changes: Changes = None) -> None:
     prepared = prepare(load_scenario(scenario, changes or []))
     checked, sizes = prepared.scenario, [len(share.train) for share in prepared.shares]
     out.print(
-        f"{scenario}: can be run. {checked.fleet.devices} devices with {min(sizes)} to {max(sizes)} training images, "
-        f"{checked.stream.tasks} tasks x {checked.stream.classes_per_task} classes, method {checked.method.name}.",
+        f"{scenario}: can be run. {amount(checked.fleet.devices, 'device')} with {min(sizes)} to {max(sizes)} training "
+        f"images, {amount(checked.stream.tasks, 'task')} x "
+        f"{amount(checked.stream.classes_per_task, 'class', 'classes')}, method {checked.method.name}.",
         highlight=False,
         markup=False,
     )
 
 
-@app.command()
+@app.command(cls=Command)
 def schema(
     markdown: Annotated[bool, typer.Option("--markdown", help="All keys with their defaults, as a table")] = False,
 ) -> None:
@@ -119,8 +152,8 @@ def schema(
     sys.stdout.write(scenario_keys() if markdown else json.dumps(scenario_schema(), indent=2) + "\n")
 
 
-@app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder")]) -> None:
+@app.command(cls=Command)
+def report(run: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
     """Rebuild the report of a run, finished or not."""
     from server.records import RunFolder
     from simulations.report import build_report
@@ -128,9 +161,9 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
     out.print(f"report: {build_report(RunFolder(run))}", highlight=False, markup=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(cls=Command)
 def footprint(
-    scenario: Annotated[Path | None, typer.Argument(metavar="SCENARIO", help="A YAML scenario")] = None,
+    scenario: Annotated[Path | None, typer.Argument(metavar="SCENARIO")] = None,
     changes: Changes = None,
     table1: Annotated[bool, typer.Option("--table1", help="The paper's Table 1 (without a scenario)")] = False,
     methods: Annotated[
@@ -138,32 +171,40 @@ def footprint(
         typer.Option(help="Methods to compare, by comma; those other than the scenario's with their own defaults"),
     ] = None,
     all_methods: Annotated[bool, typer.Option("--all-methods", help="Compare all methods")] = False,
-    device: Annotated[int, typer.Option("--device", min=0, help="Whose images FLOPs are counted for")] = 0,
+    device: Annotated[
+        int | None, typer.Option("--device", min=0, help="Whose images FLOPs are counted for; default: 0")
+    ] = None,
     measuring: Annotated[
         bool, typer.Option("--measure", help="Run real training steps in fresh processes and report the peak")
     ] = False,
     json_to: Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Write JSON; - prints it")] = None,
     picture: Annotated[Path | None, typer.Option("--picture", metavar="FILE.png", help="Draw stacked bars")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace existing files of --json and --picture")
+    ] = False,
 ) -> None:
     """Count FLOPs and memory of training by method, and measure memory; MiB are 2^20 bytes."""
     from simulations.footprints import footprint_run, table1_run
 
     if table1:
-        if scenario or changes or methods or all_methods or measuring or picture:
-            raise RequestError("--table1 is the paper's own setting: it takes no scenario and only --json beside it")
-        table1_run(json_to=json_to, console=out)
+        if scenario or changes or methods is not None or all_methods or measuring or picture or device is not None:
+            raise RequestError(
+                "--table1 is the paper's own setting: it takes no scenario and only --json and --overwrite beside it"
+            )
+        table1_run(json_to=json_to, overwrite=overwrite, console=err if json_to == "-" else out)
         return
     if scenario is None:
         raise RequestError("footprint: name a SCENARIO, or --table1 for the paper's setting")
     loaded = load_scenario(scenario, changes or [])
-    check_device(device, loaded)
+    check_device(device or 0, loaded)
     footprint_run(
-        loaded, methods=methods, all_methods=all_methods, device=device, measuring=measuring, json_to=json_to,
-        picture=picture, command=_command(), console=err if json_to == "-" else out,
+        loaded, scenario, methods=methods, all_methods=all_methods, device=device or 0, measuring=measuring,
+        json_to=json_to, picture=picture, overwrite=overwrite, command=_command(),
+        console=err if json_to == "-" else out,
     )  # fmt: skip
 
 
-@app.command()
+@app.command(cls=Command)
 def plan(
     scenario: ScenarioFile,
     budget: Annotated[float, typer.Option("--budget-mb", min=0, help="Memory for training, in MiB (2^20 bytes)")],
@@ -171,7 +212,7 @@ def plan(
     file: Annotated[
         Path | None, typer.Option("--out", metavar="FILE.yaml", help="Default: <name>-<budget>mb.yaml")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files of --out and --json")] = False,
     whole: Annotated[bool, typer.Option("--all", help="Print all settings, not only those around the choice")] = False,
     json_to: Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Write JSON; - prints it")] = None,
 ) -> None:
@@ -180,12 +221,12 @@ def plan(
 
     loaded = load_scenario(scenario, changes or [])
     plan_run(
-        loaded, budget, file=file, overwrite=overwrite, whole=whole, json_to=json_to,
+        loaded, scenario, budget, file=file, overwrite=overwrite, whole=whole, json_to=json_to,
         console=err if json_to == "-" else out,
     )  # fmt: skip
 
 
-@app.command()
+@app.command(cls=Command)
 def pretrain(
     source: Annotated[str, typer.Option(help="digits, cifar10, cifar100, fashion-mnist, parquet or image-folder")],
     weights: Annotated[
@@ -224,7 +265,7 @@ def _bench() -> None:
     """Benchmarks of methods on a scenario."""
 
 
-@bench.command("table1")
+@bench.command("table1", cls=Command)
 def bench_table1(
     scenario: ScenarioFile, changes: Changes = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from the scenario's on")] = 5,
@@ -240,7 +281,9 @@ def bench_table1(
 ) -> None:  # fmt: skip
     """Run the methods of the paper's Table 1 on one stream: accuracy, forgetting, FLOPs and memory, side by side.
 
-    Each method has its own defaults; the scenario's method section holds for its own method.
+    Each method has its own defaults; the scenario's method section holds for its own method alone, network.freeze and
+    network.frozen_batch_norm for the methods with the same default freeze point, server.aggregation for those whose
+    weights can be averaged. The table says what was reset.
     """
     from simulations.bench import bench_run
 

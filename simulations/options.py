@@ -10,7 +10,7 @@ def check_device(number: int, scenario: Scenario) -> None:
     """Raises RequestError for a device that the fleet does not have."""
     count = scenario.fleet.devices
     if number >= count:
-        raise RequestError(f"--device {number}: the fleet has {count} devices (allowed: 0 to {count - 1})")
+        raise RequestError(f"--device {number}: the fleet has {amount(count, 'device')} (allowed: 0 to {count - 1})")
 
 
 def methods_named(text: str) -> list[str]:
@@ -23,3 +23,8 @@ def methods_named(text: str) -> list[str]:
                 f"--methods: unknown method {name!r}{nearest(name, known)} (allowed: {', '.join(known)})"
             )
     return list(dict.fromkeys(names))
+
+
+def amount(number: int, one: str, more: str = "") -> str:
+    """`1 task`, `2 tasks`; `more` is the plural where it is not made with an s."""
+    return f"{number} {one if number == 1 else more or one + 's'}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from math import isfinite
 from pathlib import Path
 from typing import cast, get_args
 
@@ -82,7 +83,10 @@ def train_run(
     folder = RunFolder(path.absolute())
     prepared = _open(folder, scenario, command, f"device {number}", resume, overwrite, console)
     with folder.held():
-        _train(prepared, number, folder, console)
+        if folder.whole:
+            console.print("the run was complete already", highlight=False)
+        else:
+            _train(prepared, number, folder, console)
     _conclude(folder, console)
 
 
@@ -94,7 +98,13 @@ def _train(prepared: Prepared, number: int, folder: RunFolder, console: Console)
         share=prepared.shares[number],
     )  # fmt: skip
     # The device may be one task ahead of the rows: it repeats no work, it only says again what came out.
-    done = min(len(device.rows["til"]), len(folder.rows("rounds.jsonl")))
+    learned, told = len(device.rows["til"]), len(folder.rows("rounds.jsonl"))
+    if learned > told + 1:
+        raise RequestError(
+            f"--resume: {folder.path / 'rounds.jsonl'} tells of {told} tasks, but the device has learned {learned}; "
+            "put its rows back, or begin anew with --overwrite"
+        )
+    done = min(learned, told)
     folder.forget_after(done)
     with LiveProgress(console, tasks - first) as progress:
         for task in range(first + done, tasks):
@@ -130,7 +140,7 @@ def analyse_run(
     foreign = sorted(f.name for f in path.iterdir() if f not in (file, picture)) if path.exists() else []
     if foreign:
         raise RequestError(f"--out: {path} holds other files ({', '.join(foreign[:3])}); name another folder")
-    if file.exists() and not overwrite:
+    if (file.exists() or picture.exists()) and not overwrite:
         raise RequestError(f"--out: {path} holds an analysis; replace it with --overwrite")
     analysed_scenario(scenario)
     prepared = prepare(scenario)
@@ -183,8 +193,13 @@ def pretrain_run(
             raise RequestError(
                 f"--{option} {given!r}: unknown{nearest(given, allowed)} (allowed: {', '.join(allowed)})"
             )
-    if file.exists() and not overwrite:
-        raise RequestError(f"--out: {file} exists; replace it with --overwrite")
+    if not (isfinite(learning_rate) and learning_rate > 0):
+        raise RequestError(f"--learning-rate {learning_rate:g}: expected a number above 0")
+    for written in (file, file.with_suffix(".md")):  # the weights and their card
+        if written.is_dir():
+            raise RequestError(f"--out: {written} is a folder")
+        if written.exists() and not overwrite:
+            raise RequestError(f"--out: {written} exists; replace it with --overwrite")
     if threads:
         torch.set_num_threads(threads)
     images = load_source(SourceRequest(cast(SourceName, source), path, image_size))

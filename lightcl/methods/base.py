@@ -51,7 +51,8 @@ class MethodParameters(BaseModel):
 
     name: str
     loss_classes: Literal["task", "seen", "all"] = "task"
-    """Classes in the cross-entropy: those of the current task (the paper), all seen so far, or the whole head."""
+    """Classes in the cross-entropy. task: those of the current task (the paper); seen: all met so far; all: the
+    whole head."""
 
     @property
     def default_freeze(self) -> str:

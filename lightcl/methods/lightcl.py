@@ -55,20 +55,24 @@ class LightCLParameters(MethodParameters):
 
     name: Literal["lightcl"] = "lightcl"
     preset: Preset = "default"
+    """Fills the keys that the scenario leaves out. default: the paper's values; paper: also the details of its code
+    (vital_selection: paper, memory_batch_norm: train, and network.frozen_batch_norm: train); scale-free: drift
+    without a unit (reduction: relative, beta: 1, held_logits: old)."""
     beta: float = Field(default=2e-4, ge=0)
     """Weight of the regularisation; 0 switches it off (freezing only)."""
     reduction: Reduction = "sum"
-    """"sum" is the paper's; "relative" measures drift without a unit, so that `beta` means the same at every width."""
+    """sum: the paper's; relative: drift without a unit, so that `beta` means the same at every width."""
     held_logits: Literal["all", "old"] = "all"
-    """Logits held to the stored ones: the whole head's (the paper), or those of classes seen before this task."""
+    """Logits held to the stored ones. all: the whole head's (the paper); old: the classes seen before this task."""
     ratio: float = Field(default=0.15, gt=0, le=1)
     """Share of a map's channels that become vital with each task."""
     memory_size: int = Field(default=15, ge=1)
     """Samples of the new task whose patterns are stored; at least 2 where a batch-norm takes its statistics from them
     (`memory_batch_norm: train`, `network.frozen_batch_norm: train`)."""
     vital_selection: VitalSelection = "exact"
+    """exact: the ratio's channels to the number; paper: one more, as in the paper's code."""
     memory_batch_norm: Literal["eval", "train"] = "eval"
-    """Batch-norm of the suffix while memory samples pass: running statistics, or those of the memory batch."""
+    """Batch-norm of the suffix while memory samples pass. eval: running statistics; train: the memory batch's own."""
 
     @model_validator(mode="before")
     @classmethod

@@ -39,7 +39,8 @@ class LightCLSparseParameters(LightCLParameters):
     )
     """Share of its channels that a layer loses; a layer left out has the paper's. The stem has layer1's channels."""
     channel_score: Score = "mean"
-    """Which channels go: those whose weights have the smallest mean (the paper), or the smallest mean magnitude."""
+    """Which channels go. mean: those whose weights have the smallest mean (the paper); magnitude: the smallest mean
+    magnitude."""
 
     @field_validator("channel_sparsity", mode="before")
     @classmethod

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
@@ -93,7 +94,8 @@ def accuracy_over_memory(points: Mapping[str, Mapping[str, tuple[float, float, f
     """
     shown = {setting: values for setting, values in points.items() if values}
     names = list(dict.fromkeys(name for values in shown.values() for name in values))
-    figure = Figure(figsize=(9.8, 4.0), dpi=PIXELS_PER_INCH, layout="constrained", facecolor=theme.background)
+    layout = ConstrainedLayoutEngine(wspace=0.05)  # without it the second panel's label touches the first panel
+    figure = Figure(figsize=(9.8, 4.0), dpi=PIXELS_PER_INCH, layout=layout, facecolor=theme.background)
     # Neighbours in the list differ in lightness as well as hue, and every method has a shape of its own.
     colours = {name: METHOD_COLOURS[index % len(METHOD_COLOURS)] for index, name in enumerate(names)}
     markers = {name: MARKERS[index % len(MARKERS)] for index, name in enumerate(names)}
@@ -104,9 +106,11 @@ def accuracy_over_memory(points: Mapping[str, Mapping[str, tuple[float, float, f
             error = None if isnan(deviation) else 100 * deviation
             axes.errorbar(
                 memory, 100 * mean, yerr=error, color=colours[name], marker=markers[name], markersize=8, linestyle="",
-                elinewidth=1.2, capsize=2.5, markeredgecolor=theme.background, markeredgewidth=0.7,
+                elinewidth=1.2, capsize=2.5, markeredgecolor=theme.background, markeredgewidth=0.7, clip_on=False,
             )  # fmt: skip
         axes.set_xlim(left=0)
+        ticks = axes.yaxis.get_major_locator().tick_values(*axes.dataLim.intervaly)
+        axes.set_ylim(max(0, ticks[0]), min(100, ticks[-1]))  # whole steps: no point lies above the last number
     handles = [Line2D([], [], color=colours[n], marker=markers[n], markersize=7, linestyle="", label=n) for n in names]
     figure.legend(
         handles=handles, loc="outside right center", frameon=False, fontsize=FONT, labelcolor=theme.ink,

@@ -12,6 +12,7 @@ from lightcl.errors import RequestError
 from lightcl.networks.resnet import StagedResNet
 from lightcl.networks.weights import load_weights, read_weights
 from lightcl.pretraining import EpochReport, Recipe, pretrain, top1
+from lightcl.training import TrainingFailure
 from tests.lightcl import toys
 
 RECIPE = Recipe(width=4, epochs=3, batch_size=16, bf16=False, flip=False)
@@ -114,6 +115,12 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_learned
     with pytest.raises(RequestError, match=rf"--out: {tmp_path / place} {message}"):
         run(tmp_path / place, report=told.append)
     assert told == []
+
+
+def test_a_loss_that_is_no_longer_finite_ends_it_without_weights(tmp_path):
+    with pytest.raises(TrainingFailure, match="epoch 1: the loss is no longer finite"):
+        run(tmp_path / "w.safetensors", Recipe(width=4, epochs=2, batch_size=16, bf16=False, peak_learning_rate=1e30))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_top1_by_hand():

@@ -15,6 +15,7 @@ from lightcl.errors import RequestError
 from lightcl.scenario import Scenario, method_names
 from server.records import RunFolder
 from simulations.bench import Plan, Row, _carry_out, _command, bench_run, table
+from simulations.plots import LIGHT, accuracy_over_memory, png
 
 QUIET = Console(quiet=True)
 SHARING = {"name": "lightcl-plus", "share_statistics": True}
@@ -41,6 +42,7 @@ def results(til: float, cil: float | None) -> str:
         return {"average_accuracy": {"mean": mean}, "forgetting": {"mean": 0.5 - mean / 2}}
 
     found = {"til": figures(til), "cil": None if cil is None else figures(cil), "timing": {"seconds": 8.0}}
+    found["dropped"] = {}
     return json.dumps(found)
 
 
@@ -70,11 +72,20 @@ def test_the_table_by_hand(tmp_path):
     bench(tmp_path, methods="sgd,pnn", seeds=2, only_table=True)
     text = (tmp_path / "table1.md").read_text()
     assert "    lightcl bench table1 x" in text
+    assert "digits, 2 tasks x 2 classes, 1 epoch a task" in text
+    assert "Not as in the scenario" not in text
     # sgd: CIL 20 and 30, TIL 50 and 70; deviations of a sample of two: half the difference times the root of two.
     assert "| sgd | 2 | 25.00 ± 7.07 | 60.00 ± 14.14 | 37.50 ± 3.54 | 20.00 ± 7.07 | 3.0 | 10.0 | 10.0 | 1.00 |" in text
     assert "| pnn | 2 | – | 80.00 ± 0.00 | – | 10.00 ± 0.00 | 3.0 | 10.0 | 25.0 | 2.50 | 2.50 | 8 |" in text
     assert (tmp_path / "table1.png").read_bytes().startswith(b"\x89PNG")
     assert [row["method"] for row in json.loads((tmp_path / "table1.json").read_text())] == ["sgd", "pnn"]
+
+
+def test_the_table_says_what_of_the_scenario_a_method_could_not_keep(tmp_path):
+    planned = made(tmp_path)
+    given = scenario(server={"aggregation": "suffix"})
+    told = table(Plan(given, planned.methods, planned.seeds, None, tmp_path), [])
+    assert "Not as in the scenario: server.aggregation is none, not suffix, for pnn." in told
 
 
 def test_what_is_missing_in_the_table_is_a_dash(tmp_path):
@@ -113,7 +124,8 @@ def test_a_fleet_is_simulated_and_a_device_trained(tmp_path):
     ("options", "message"),
     [
         ({"methods": "sdg"}, "unknown method 'sdg', did you mean 'sgd'"),
-        ({"device": 1}, r"--device 1: the fleet has 1 devices \(allowed: 0 to 0\)"),
+        ({"methods": ""}, "unknown method ''"),
+        ({"device": 1}, r"--device 1: the fleet has 1 device \(allowed: 0 to 0\)"),
         ({"resume": True}, "holds no benchmark to go on with"),
         ({"only_table": True}, "holds no benchmark to go on with"),
         ({"scenario": scenario(stream={"tasks": 6})}, "need 12 classes"),
@@ -139,10 +151,21 @@ def test_another_benchmark_is_neither_overwritten_nor_resumed(tmp_path):
         bench(tmp_path / "strange")
 
 
+@pytest.mark.parametrize("name", ["n" * 300, "file/below"])
+def test_a_folder_that_cannot_be_made(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(RequestError, match="cannot be written to"):
+        bench(tmp_path / name)
+
+
 def test_what_a_half_replaced_benchmark_left_is_no_result(tmp_path, monkeypatch):
     """`--overwrite` was killed after bench.json was gone: the old results must not enter the new table."""
     planned = made(tmp_path)
     (tmp_path / "bench.json").unlink()
+    with pytest.raises(RequestError, match="holds other files"):  # without our marker it may be the user's
+        bench(tmp_path, methods="sgd,pnn", seeds=2)
+    assert planned.results("sgd", 0) is not None
+    (tmp_path / ".lock").touch()
     seen = []
     monkeypatch.setattr("simulations.bench._carry_out", lambda plan, jobs, console: seen.append(plan) or {})
     monkeypatch.setattr("simulations.bench._measure", lambda plan, console: {})
@@ -180,3 +203,23 @@ def test_a_killed_benchmark_goes_on_and_ends_with_the_table(tmp_path):
     rows = json.loads((out / "table1.json").read_text())
     assert [(row["method"], row["seeds"]) for row in rows] == [("er", 2), ("lightcl", 2)]
     assert all(row["memory_measured_bytes"] > 0 and row["cil average_accuracy"]["mean"] > 0 for row in rows)
+
+
+def test_the_pictures_panels_keep_apart_and_every_point_lies_between_two_ticks():
+    accuracies = {"sgd": 0.4396, "joint": 0.7528, "lightcl-sparse": 0.2275}
+    points = {s: {name: (30.0, mean, 0.02) for name, mean in accuracies.items()} for s in ("cil", "til")}
+    figure = accuracy_over_memory(points, LIGHT)
+    assert png(figure)  # draws it
+    left, right = figure.axes
+    assert right.get_tightbbox().x0 - left.get_window_extent().x1 > 20  # pixels, at 192 an inch
+    for axes in figure.axes:
+        shown = [tick for tick in axes.get_yticks() if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]]
+        assert shown[0] <= 20.75
+        assert shown[-1] >= 77.28
+
+
+def test_a_perfect_accuracy_ends_the_axis_at_100():
+    figure = accuracy_over_memory({"til": {"sgd": (3.0, 1.0, 0.0), "er": (4.0, 0.97, 0.01)}}, LIGHT)
+    assert figure.axes[0].get_ylim()[1] == 100
+    alone = accuracy_over_memory({"til": {"sgd": (3.0, 0.0, float("nan"))}}, LIGHT).axes[0].get_ylim()
+    assert alone[0] == 0 < alone[1]

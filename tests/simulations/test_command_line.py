@@ -118,9 +118,13 @@ def test_one_device_from_the_command_line_to_the_report(
     assert lightcl(monkeypatch, "train", scenario, "--out", "run", "--resume", "--overwrite") == 2
     assert lightcl(monkeypatch, "train", scenario, "--out", "tiny.yaml/run") == 2
     assert "tiny.yaml/run cannot be written to" in capfd.readouterr().err
-    before = Path("run/devices.jsonl").read_text()
+    assert lightcl(monkeypatch, "train", scenario, "--out", f"o/{'n' * 300}") == 2
+    assert "cannot be written to (File name too long)" in capfd.readouterr().err
+    files = [Path("run") / name for name in ("devices.jsonl", "rounds.jsonl", "results.json")]
+    before = [(file.read_text(), file.stat().st_mtime_ns) for file in files]
     assert lightcl(monkeypatch, "train", scenario, "--device", 1, "--out", "run", "--resume") == 0
-    assert Path("run/devices.jsonl").read_text() == before
+    assert "the run was complete already" in capfd.readouterr().out
+    assert [(file.read_text(), file.stat().st_mtime_ns) for file in files] == before
 
 
 def test_an_existing_folder_of_other_files_is_left_alone(scenario: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +138,9 @@ def test_an_existing_folder_of_other_files_is_left_alone(scenario: Path, monkeyp
 def test_a_run_killed_while_it_began_is_begun_anew(scenario: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("run/plots").mkdir(parents=True)
     Path("run/scenario.yaml").write_text("half")
+    assert lightcl(monkeypatch, "train", scenario, "--out", "run") == 2  # without our marker it may be the user's
+    assert Path("run/scenario.yaml").read_text() == "half"
+    Path("run/.lock").touch()
     assert lightcl(monkeypatch, "train", scenario, "--out", "run") == 0
 
 
@@ -175,6 +182,33 @@ def test_resume_gives_devices_that_were_put_out_another_chance(
     assert Path("run/results.json").read_bytes() == before
 
 
+def test_a_damaged_run_folder_is_named_and_left_as_it_is(
+    scenario: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert lightcl(monkeypatch, "train", scenario, "--out", "run") == 0
+    Path("run/results.json").rename("results.json")
+    whole = {name: Path("run", name).read_text() for name in ("rounds.jsonl", "devices.jsonl")}
+    damages = [
+        ({"rounds.jsonl": ""}, "rows are missing"),
+        ({"rounds.jsonl": "garbage\n\n"}, "rounds.jsonl, line 1"),
+        ({"devices.jsonl": "{}\n"}, "devices.jsonl, line 1"),
+        (dict.fromkeys(whole, ""), "tells of 0 tasks, but the device has learned 2"),
+    ]
+    for damage, said in damages:
+        for name, text in (whole | damage).items():
+            Path("run", name).write_text(text)
+        assert lightcl(monkeypatch, "train", scenario, "--out", "run", "--resume") == 2
+        assert said in capfd.readouterr().err
+        assert {name: Path("run", name).read_text() for name in whole} == whole | damage
+    Path("run/results.json").write_text("{")
+    assert lightcl(monkeypatch, "report", "run") == 2
+    assert "results.json cannot be read" in capfd.readouterr().err
+    Path("results.json").rename("run/results.json")
+    Path("run/devices.jsonl").write_text("{}\n")
+    assert lightcl(monkeypatch, "report", "run") == 2
+    assert "devices.jsonl, line 1: not a row of a run" in capfd.readouterr().err
+
+
 def test_a_device_that_the_fleet_does_not_have(
     scenario: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,8 +232,43 @@ def test_pretrained_weights_can_be_used_as_a_prefix(
     assert "shape [4, 1, 3, 3], this network (width 8, stem 'cifar') needs [8, 1, 3, 3]" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--learning-rate", "nan"], "--learning-rate nan: expected a number above 0"),
+        (["--learning-rate", "-1"], "--learning-rate -1: expected a number above 0"),
+        (["--out", "README.safetensors"], "README.md exists; replace it with --overwrite"),
+        (["--out", "folder.safetensors", "--overwrite"], "folder.safetensors is a folder"),
+        (["--out", "junk.safetensors"], "junk.checkpoint: not what a killed run leaves"),
+    ],
+)
+def test_pretraining_refuses_before_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder.safetensors").mkdir()
+    Path("README.md").write_text("mine")
+    Path("junk.checkpoint").write_text("junk")
+    before = sorted(Path().iterdir())
+    fixed = ["--source", "digits", "--width", 4, "--epochs", 1, "--threads", 1]
+    assert lightcl(monkeypatch, "pretrain", "--out", "w.safetensors", *fixed, *words) == 2
+    captured = capfd.readouterr()
+    assert said in captured.err
+    assert "epoch" not in captured.out
+    assert sorted(Path().iterdir()) == before
+
+
 def test_the_table_of_keys_in_the_docs_is_the_codes() -> None:
     assert (Path(__file__).parents[2] / "docs" / "scenario-keys.md").read_text() == scenario_keys()
+
+
+def test_the_table_of_keys_leaves_nothing_open_and_says_nothing_twice() -> None:
+    rows = [row for row in scenario_keys().splitlines() if row.startswith("| `")]
+    assert len(set(rows)) == len(rows)
+    assert all(cell.strip() for row in rows for cell in row.strip("|").split("|"))
+    assert "| `data.image_size` | 8 ≤ integer ≤ 1024 or `null` | `null` |" in scenario_keys()
+    assert '| `data.augmentation` | `auto`, `none`, `crop` or `crop-flip` | `"auto"` |' in scenario_keys()
+    assert "\n## method: lightcl, lightcl-sparse, lightcl-plus\n" in scenario_keys()
 
 
 def test_the_bundled_scenarios_are_valid_files() -> None:
@@ -210,3 +279,30 @@ def test_the_bundled_scenarios_are_valid_files() -> None:
     for file in files:
         assert load_scenario(file).name == file.stem
         assert file.read_text().startswith("# lightcl "), "each opens with its command"
+
+
+@pytest.mark.parametrize("command", ["simulate", "train", "analyse", "validate", "footprint", "plan", "bench table1"])
+def test_help_says_what_a_scenario_is(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert lightcl(monkeypatch, *command.split(), "--help") == 0
+    assert "A YAML file, e.g." in capfd.readouterr().out
+
+
+def test_version_and_the_help_of_a_run_folder(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert lightcl(monkeypatch, "--version") == 0
+    assert capfd.readouterr().out.startswith("lightcl ")
+    assert lightcl(monkeypatch, "report", "--help") == 0
+    assert "A run folder" in capfd.readouterr().out
+
+
+def test_one_is_not_written_as_many(
+    scenario: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    changes = ["--set", "fleet.devices=1", "--set", "stream.tasks=1"]
+    assert lightcl(monkeypatch, "validate", scenario, *changes) == 0
+    said = " ".join(capfd.readouterr().out.split())
+    assert "1 device with" in said
+    assert "1 task x 2 classes" in said

@@ -8,7 +8,7 @@ import pytest
 from lightcl.footprint import measured
 from lightcl.footprint.measured import measure, measure_here
 from lightcl.scenario import load_scenario, method_names
-from simulations.footprints import as_method
+from simulations.footprints import as_method, resets
 from simulations.plots import DARK, LIGHT, footprint_bars, png
 from simulations.plots.methods import PART_COLOURS
 from tests.lightcl import toys
@@ -83,14 +83,30 @@ def test_table1_has_all_cells(monkeypatch, capfd, tmp_path):
         (["footprint", "FILE", "--device", "9"], "the fleet has 2 devices"),
         (["plan", "FILE", "--budget-mb", "0.01"], "nothing fits; the smallest setting needs"),
         (["plan", "FILE", "--budget-mb", "9", "--set", "method.name=sgd"], "has no freeze point"),
-        (["plan", "FILE", "--budget-mb", "9", "--out", "FILE"], "exists; replace it with --overwrite"),
+        (["plan", "FILE", "--budget-mb", "1e-9"], "--budget-mb 1e-09: nothing fits"),
+        (["plan", "FILE", "--budget-mb", "9", "--out", "mine.txt"], "--out: mine.txt exists; replace it with --ov"),
+        (["plan", "FILE", "--budget-mb", "9", "--json", "mine.txt"], "--json: mine.txt exists; replace it with --ov"),
+        (["plan", "FILE", "--budget-mb", "9", "--json", "FILE", "--overwrite"], "is the scenario itself"),
+        (["plan", "FILE", "--budget-mb", "9", "--out", "FILE", "--overwrite"], "is the scenario itself"),
+        (["plan", "FILE", "--budget-mb", "9", "--json", "new", "--out", "new"], "is --out's file, too"),
+        (["plan", "FILE", "--budget-mb", "9", "--json", "/dev/full"], "/dev/full cannot be written to (No space left"),
+        (["plan", "FILE", "--budget-mb", "9", "--json", "new", "--out", "/dev/full"], "/dev/full cannot be written to"),
+        (["footprint", "FILE", "--json", "/dev/full"], "/dev/full cannot be written to (No space left"),
+        (["footprint", "FILE", "--json", "mine.txt"], "--json: mine.txt exists; replace it with --overwrite"),
+        (["footprint", "FILE", "--json", "FILE", "--overwrite"], "is the scenario itself"),
+        (["footprint", "FILE", "--json", "a.png", "--picture", "a.png"], "a.png is --json's file, too"),
+        (["footprint", "FILE", "--json", f"{'n' * 300}"], "cannot be written to (File name too long)"),
+        (["footprint", "FILE", "--methods", ""], "--methods: unknown method ''"),
+        (["footprint", "--table1", "--device", "3"], "--table1 is the paper's own setting"),
+        (["footprint", "--table1", "--json", "nowhere/t.json"], "there is no folder nowhere"),
     ],
 )
 def test_a_wrong_request_ends_with_2_and_writes_nothing(file, monkeypatch, capfd, words, said):
-    before = sorted(Path().iterdir())
+    Path("mine.txt").write_text("mine")
+    before = {path: path.read_text() for path in Path().iterdir()}
     assert lightcl(monkeypatch, *(file if word == "FILE" else word for word in words)) == 2
     assert said in " ".join(capfd.readouterr().err.split())
-    assert sorted(Path().iterdir()) == before
+    assert {path: path.read_text() for path in Path().iterdir()} == before
 
 
 def test_a_plan_writes_a_scenario_that_loads(file, monkeypatch, capfd):
@@ -105,14 +121,32 @@ def test_a_plan_writes_a_scenario_that_loads(file, monkeypatch, capfd):
     assert planned.training.batch_size == chosen["keys"]["training.batch_size"]
     assert planned.method.memory_size == chosen["keys"]["method.memory_size"]
     assert planned.stream == load_scenario(file).stream
+    assert lightcl(monkeypatch, "plan", file, "--budget-mb", "1", "--json", "p.json", "--overwrite") == 0
+    assert load_scenario(Path("tiny-1mb.yaml")) == planned
 
 
 def test_another_method_comes_with_its_own_defaults():
-    given = toys.scenario(network={"weights": "none", "width": 4, "freeze": "layer1"}, server={"aggregation": "suffix"})
+    network = {"weights": "none", "width": 4, "freeze": "layer1"}
+    given = toys.scenario(network=network, server={"aggregation": "suffix"}, stream={"tasks": 2, "settings": "til+cil"})
     assert as_method(given, "lightcl") is given
     other = as_method(given, "sgd")
-    assert (other.method.name, other.network.freeze, other.server.aggregation) == ("sgd", None, "none")
+    assert (other.method.name, other.network.freeze) == ("sgd", None)
     assert (other.network.width, other.training, other.data) == (4, given.training, given.data)
+
+
+def test_another_method_keeps_what_it_can_bear_and_the_rest_is_told():
+    network = {"weights": "none", "width": 4, "freeze": "layer1"}
+    given = toys.scenario(network=network, server={"aggregation": "suffix"}, stream={"tasks": 2, "settings": "til+cil"})
+    found = {name: as_method(given, name) for name in method_names()}
+    assert (found["sgd"].server.aggregation, found["pnn"].server.aggregation) == ("suffix", "none")
+    assert (found["sgd"].stream.settings, found["pnn"].stream.settings) == ("til+cil", "auto")
+    assert (found["sgd"].network.freeze, found["lightcl-plus"].network.freeze) == (None, "layer1")
+    assert resets(given, ["lightcl", "lightcl-plus", "sgd", "pnn", "sparcl-er"]) == [
+        "network.freeze is the method's own, not layer1, for sgd, pnn, sparcl-er",
+        "server.aggregation is none, not suffix, for pnn, sparcl-er",
+        "stream.settings is auto, not til+cil, for pnn",
+    ]
+    assert resets(toys.scenario(), method_names()) == []
 
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK])
