@@ -43,7 +43,7 @@ def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("training.epoch=3", "unknown key, did you mean 'epochs'?"),
         ("training.epochs=many", "valid integer"),
         ("stream.tasks=6", "6 tasks x 2 classes need 12 classes, but data.source has 10"),
-        ("network.freeze=layer5", "freeze point 'layer5' is not a block of this network"),
+        ("network.freeze=layer5", "network.freeze 'layer5' is not a block of this network"),
         ("fleet.devices=5000", "5000 devices cannot share"),
         ("fleet={devices: 2, partition: pathological, classes_per_device: 3}", "need 4 classes, but device 0 holds 3"),
         ("data.source=parquet", "needs data.path"),
