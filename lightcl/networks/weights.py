@@ -105,7 +105,9 @@ def load_tensors(network: StagedResNet, stored: Mapping[str, Tensor], origin: st
                 source = source.float().sum(1, keepdim=True)
             if source.shape != target.shape:
                 # Width and stem are read from the first tensor, unless the scenario names others.
-                advice = "; leave network.width and network.stem out to take the file's" if name == "conv1.weight" else ""
+                advice = (
+                    "; leave network.width and network.stem out to take the file's" if name == "conv1.weight" else ""
+                )
                 raise RequestError(
                     f"{origin}: tensor {name!r} has shape {list(source.shape)}, this network "
                     f"(width {network.width}, stem {network.stem_kind!r}) needs {list(target.shape)}{advice}"

@@ -72,7 +72,9 @@ def test_width_and_stem_are_those_of_the_file_and_the_head_is_not(tmp_path, stem
 
 def test_width_that_contradicts_the_file_is_refused(tmp_path):
     save_weights(toys.network(width=5), tmp_path / "own.safetensors", {})
-    with pytest.raises(RequestError, match=r"own.safetensors'?: tensor 'conv1.weight' has shape \[5, 3, 3, 3\].*leave network.width"):
+    with pytest.raises(
+        RequestError, match=r"own.safetensors'?: tensor 'conv1.weight' has shape \[5, 3, 3, 3\].*leave network.width"
+    ):
         build(network={"weights": str(tmp_path / "own.safetensors"), "width": 8})
 
 
