@@ -104,8 +104,8 @@ def choose_channels(network: StagedResNet, sparsity: Mapping[str, float], score:
         removed = int(scores.numel() * share + 0.5)
         if removed >= scores.numel():
             raise RequestError(
-                f"method.channel_sparsity.{channels.layer}: {share} of the {scores.numel()} channels of {channels.name} "
-                "leaves none; lower it, or take a wider network"
+                f"method.channel_sparsity.{channels.layer}: {share} of the {scores.numel()} channels of "
+                f"{channels.name} leaves none; lower it, or take a wider network"
             )
         kept[channels.name] = scores.sort(stable=True).indices[removed:].sort().values
     return kept

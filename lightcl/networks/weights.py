@@ -104,13 +104,11 @@ def load_tensors(network: StagedResNet, stored: Mapping[str, Tensor], origin: st
             if name == "conv1.weight" and source.ndim == 4 and source.shape[1] == 3 and target.shape[1] == 1:
                 source = source.float().sum(1, keepdim=True)
             if source.shape != target.shape:
-                # Width and stem are read from the first tensor, unless the scenario names others.
-                advice = (
-                    "; leave network.width and network.stem out to take the file's" if name == "conv1.weight" else ""
-                )
+                advice = "; leave network.width and network.stem out to take the file's"
                 raise RequestError(
                     f"{origin}: tensor {name!r} has shape {list(source.shape)}, this network "
-                    f"(width {network.width}, stem {network.stem_kind!r}) needs {list(target.shape)}{advice}"
+                    f"(width {network.width}, stem {network.stem_kind!r}) needs {list(target.shape)}"
+                    f"{advice if name == 'conv1.weight' else ''}"
                 )
             if not source.float().isfinite().all():
                 raise RequestError(f"{origin}: tensor {name!r} holds NaN or infinity; allowed: finite values")
