@@ -48,7 +48,7 @@ def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("fleet={devices: 2, partition: pathological, classes_per_device: 3}", "need 4 classes, but device 0 holds 3"),
         ("data.source=parquet", "needs data.path"),
         ("network.weights=nothing.safetensors", "no such file"),
-        ("method.name=lightcll", "unknown method 'lightcll'"),
+        ("method.name=lightcll", 'unknown method "lightcll"'),
         ("server.strategy_options={momentum: 1}", "has no such option"),
         ("server={strategy: FedTrimmedAvg, strategy_options: {beta: 0.7}}", "server.strategy_options: FedTrimmedAvg"),
         ("network={weights: none, width: 4, freeze: layer4}", "has nothing to share"),
