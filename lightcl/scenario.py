@@ -135,7 +135,7 @@ class Training(Section):
     epochs: int = Field(default=50, ge=1, le=1_000_000)
     """Local epochs a task."""
     batch_size: int = Field(default=32, ge=2, le=1_000_000)
-    learning_rate: float = Field(default=0.01, gt=0, le=1000)
+    learning_rate: float = Field(default=0.01, gt=0, le=1e30)  # float32 can hold it
     momentum: float = Field(default=0.0, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0, le=1000)
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -55,7 +55,7 @@ class LightCLParameters(MethodParameters):
 
     name: Literal["lightcl"] = "lightcl"
     preset: Preset = "default"
-    beta: float = Field(default=2e-4, ge=0)
+    beta: float = Field(default=2e-4, ge=0, le=1e9)
     """Weight of the regularisation; 0 switches it off (freezing only)."""
     reduction: Reduction = "sum"
     """"sum" is the paper's; "relative" measures drift without a unit, so that `beta` means the same at every width."""
@@ -63,7 +63,7 @@ class LightCLParameters(MethodParameters):
     """Logits held to the stored ones: the whole head's (the paper), or those of classes seen before this task."""
     ratio: float = Field(default=0.15, gt=0, le=1)
     """Share of a map's channels that become vital with each task."""
-    memory_size: int = Field(default=15, ge=1)
+    memory_size: int = Field(default=15, ge=1, le=1_000_000)
     """Samples of the new task whose patterns are stored."""
     vital_selection: VitalSelection = "exact"
     memory_batch_norm: Literal["eval", "train"] = "eval"
