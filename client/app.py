@@ -113,6 +113,13 @@ def _answer(message: Message, context: Context, state: Path | None, act: Act) ->
 
 
 def _greet(instruction: Instruction, scenario: Scenario, local: Local, message: Message) -> RecordDict:
+    devices = scenario.fleet.devices
+    if local.own_data and 0 < local.partitions < devices:
+        raise RequestError(
+            f"node {local.name!r} has own-data, so it is one device, but as one of num-partitions={local.partitions} "
+            f"nodes for {devices} devices it would be several with the same images; set fleet.devices and "
+            "num-partitions to the number of boards"
+        )
     source = _source(scenario.source_request())
     greeting = Greeting(
         local.partition, local.partitions, local.name, source.channels, len(source.classes), source.labels
@@ -195,15 +202,19 @@ def _local(context: Context, state: Path | None) -> Local:
     own_data = node.get("own-data", False)
     if not isinstance(own_data, bool):
         raise RequestError(f"--node-config own-data is {own_data!r}, expected true or false (without quotes)")
+
+    def path(key: str) -> str | None:
+        return str(Path(str(node[key])).expanduser()) if node.get(key) else None
+
     partition = number("partition-id", 0)
-    folder = node.get("state-dir")
+    folder = path("state-dir")
     return Local(
         partition=partition,
         partitions=number("num-partitions", 0),
         name=str(node.get("name") or f"{socket.gethostname()}-{partition}"),
-        state=Path(str(folder)).expanduser() if folder else state or default_state_folder(),
-        data_path=str(node["data-path"]) if node.get("data-path") else None,
-        weights_path=str(node["weights-path"]) if node.get("weights-path") else None,
+        state=Path(folder) if folder else state or default_state_folder(),
+        data_path=path("data-path"),
+        weights_path=path("weights-path"),
         own_data=own_data,
         accelerator=str(node["accelerator"]) if node.get("accelerator") else None,
         threads=number("threads", 0) or None,

@@ -21,6 +21,8 @@ from torch import Tensor
 
 ROWS = 32
 """Rows of the Gram matrix that are worked out at a time."""
+TURNS = 20
+"""How often more is added to a covariance's diagonal, ten times as much each time, until it has an inverse."""
 
 
 @dataclass
@@ -81,21 +83,34 @@ class LinearHead:
 
 
 def discriminant_head(statistics: Statistics, shrinkage: float) -> LinearHead:
-    """Solves the formula above. Without any sample no class is known."""
+    """Solves the formula above. Without any sample no class is known.
+
+    Raises ValueError for sums that are not finite or that are not those of any samples.
+    """
+    if not all(bool(tensor.isfinite().all()) for tensor in statistics.tensors().values()):
+        raise ValueError("the statistics hold numbers that are not finite")
     count, total = statistics.count, statistics.total
     features = total.shape[1]
     if not bool(count.any()):
         return LinearHead(torch.zeros_like(total).float(), torch.zeros_like(count).float(), (count > 0).float())
     means = total / count.clamp_min(1)[:, None]
     # In place from here on: this is the largest matrix that the method ever makes.
-    covariance = from_upper_triangle(statistics.gram, features).addmm_(total.T, means, alpha=-1).div_(count.sum())
+    covariance = from_upper_triangle(statistics.gram, features)
+    second_moment = covariance.diagonal().mean() / count.sum()
+    covariance.addmm_(total.T, means, alpha=-1).div_(count.sum())
     covariance.diagonal().add_(shrinkage * covariance.diagonal().mean().clamp_min(1e-12))
     factor, failed = torch.linalg.cholesky_ex(covariance)
-    more = 1e-10 * covariance.diagonal().mean()
-    while bool(failed):  # rounding may leave an eigenvalue below zero where the shrinkage is tiny
+    # Rounding may leave an eigenvalue below zero where the shrinkage is tiny; even the mean of all may be, where the
+    # features' means are large beside their variances. Rounding errors are those of the second moment.
+    more = torch.maximum(1e-10 * covariance.diagonal().mean(), 1e-12 * second_moment)
+    for _ in range(TURNS):
+        if not bool(failed):
+            break
         covariance.diagonal().add_(more)
         factor, failed = torch.linalg.cholesky_ex(covariance)
         more *= 10
+    if bool(failed):
+        raise ValueError("the statistics contradict each other: no samples have this covariance")
     weight = torch.cholesky_solve(means.T, factor).T
     return LinearHead(weight.float(), (-0.5 * (means * weight).sum(1)).float(), (count > 0).float())
 

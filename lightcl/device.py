@@ -6,7 +6,6 @@ The same class serves `lightcl train`, a simulated device and a board, so all th
 from __future__ import annotations
 
 import hashlib
-import resource
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightcl import process_memory
 from lightcl.data.partition import Share, share_of
 from lightcl.data.sources import Source, load_source
 from lightcl.data.streams import build_stream
@@ -27,7 +27,7 @@ from lightcl.metrics import AccuracyMatrix
 from lightcl.networks.build import build_network
 from lightcl.networks.weights import digest
 from lightcl.pruning import channel_digest
-from lightcl.scenario import Scenario
+from lightcl.scenario import NAMED_WEIGHTS, Scenario
 from lightcl.seeds import derive
 from lightcl.state import StateError, StateFolder, under
 from lightcl.training import OnEpoch, autocast, evaluate, make_optimiser, train_epoch
@@ -51,6 +51,8 @@ class TrainReport:
     loss: float
     seconds: float
     peak_memory_mib: float
+    """The highest resident memory of the process since this device was opened (a simulated one is, for each message);
+    PyTorch, the images that the process's devices share, and whatever else it holds are in it."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class EdgeDevice:
     def __init__(
         self, scenario: Scenario, number: int, folder: Path, *, source: Source | None = None, share: Share | None = None
     ) -> None:
+        process_memory.reset_peak()  # a simulation's worker serves many devices, large ones and small ones
         self.scenario, self.number = scenario, number
         if source is None:
             source = load_source(scenario.source_request())
@@ -162,7 +165,7 @@ class EdgeDevice:
                 self._save()
             if on_epoch:
                 on_epoch(task, epoch + 1, loss)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        peak = process_memory.peak() / 2**20
         self.last_report = TrainReport(task, until_epoch, len(context.task.train), loss, time.monotonic() - start, peak)
         self._save()
         return self.last_report
@@ -254,7 +257,8 @@ class EdgeDevice:
     def _values(self) -> dict[str, Any]:
         return {
             "device": self.number,
-            "scenario": scenario_digest(self.scenario),
+            "scenario": _state_digest(self.scenario),
+            "prefix": self.prefix_digest,
             "channels": self.channel_digest,
             "accelerator": self.accelerator.type,
             "position": asdict(self.position),
@@ -278,10 +282,15 @@ class EdgeDevice:
         if stored is None:
             return
         tensors, values = stored
-        if values["scenario"] != scenario_digest(self.scenario) or values["device"] != self.number:
+        if values["scenario"] != _state_digest(self.scenario) or values["device"] != self.number:
             raise StateError(
                 f"{self._state.folder}: holds the state of device {values['device']} under another scenario; "
                 "use another folder or remove this one"
+            )
+        if values.get("prefix", self.prefix_digest) != self.prefix_digest:
+            raise StateError(
+                f"{self._state.folder}: was saved with another frozen prefix ({values['prefix']}, now "
+                f"{self.prefix_digest}): the weights are not the same; name those of the first run"
             )
         if values.get("channels", self.channel_digest) != self.channel_digest:
             raise StateError(
@@ -348,3 +357,12 @@ def scenario_digest(scenario: Scenario) -> str:
         }
     )
     return hashlib.sha256(decisive.encode()).hexdigest()[:16]
+
+
+def _state_digest(scenario: Scenario) -> str:
+    """The scenario's, but for where a weights file lies: of what is in it, a state's network holds what is trained, and
+    its digests of prefix and channels speak for the rest."""
+    network = scenario.network
+    if network.weights not in NAMED_WEIGHTS:
+        network = network.model_copy(update={"weights": "a file"})
+    return scenario_digest(scenario.model_copy(update={"network": network}))

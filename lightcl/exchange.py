@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightcl.closed_form import from_upper_triangle
 from lightcl.methods import Method
 from lightcl.networks.resnet import StagedResNet
 from lightcl.state import under
@@ -108,14 +109,15 @@ def check(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]
 
 
 def _check_sums(count: np.ndarray, total: np.ndarray, gram: np.ndarray) -> None:
-    """Raises ExchangeError for sums that no samples have: Σ_c s_c² / n_c <= Σ x² in each feature (Cauchy and Schwarz).
+    """Raises ExchangeError for sums that no samples have: the scatter Σ xxᵀ - Σ_c s_c s_cᵀ / n_c within the classes has
+    no negative eigenvalue, but for rounding.
 
     The head of the whole fleet is solved from them, so one wrong answer would spoil it for all.
     """
-    features = total.shape[1]
-    squares = gram[np.cumsum([0, *range(features, 1, -1)])]  # the diagonal of a packed upper triangle
-    between = (np.square(total) / np.maximum(count, 1)[:, None]).sum(axis=0)
-    if (total[count == 0] != 0).any() or (between > squares * (1 + 1e-6) + 1e-9).any():
+    scatter = from_upper_triangle(torch.from_numpy(np.array(gram)), total.shape[1]).numpy()
+    rounding = 1e-6 * np.trace(scatter) / len(scatter) + 1e-9
+    scatter -= (total / np.maximum(count, 1)[:, None]).T @ total
+    if (total[count == 0] != 0).any() or np.linalg.eigvalsh(scatter)[0] < -rounding:
         raise ExchangeError(f"the sums {STATISTICS}... contradict each other: no samples have them")
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -144,6 +144,11 @@ class Generalizability:
             "tasks": list(range(1, 1 + len(next(iter(self.blocks.values())).stability))),
             "blocks": {name: vars(block) for name, block in self.blocks.items()},
         }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Generalizability:
+        """The inverse of `record`. Raises KeyError or TypeError for what is not one."""
+        return cls(record["device"], record["epochs"], {n: BlockFigures(**b) for n, b in record["blocks"].items()})
 
 
 def analysed_scenario(scenario: Scenario) -> Scenario:

@@ -74,9 +74,10 @@ SPARSITY_KEY = "channel_sparsity"
 
 
 def candidates(scenario: Scenario, stream: TaskStream, image: Image, accelerator: str = "cpu") -> list[Candidate]:
-    """All settings in the order of preference; the first is the scenario as it is.
+    """All settings that the method can be built with, in the order of preference; the first is the scenario as it is,
+    where it is one of them.
 
-    Raises RequestError for a scenario that is not LightCL's.
+    Raises RequestError for a scenario that is not LightCL's, and where there is no such setting.
     """
     if not isinstance(scenario.method, LightCLParameters):
         names = [t.model_fields["name"].default for t in method_types() if issubclass(t, LightCLParameters)]
@@ -84,7 +85,8 @@ def candidates(scenario: Scenario, stream: TaskStream, image: Image, accelerator
             f"plan: method {scenario.method.name} has no freeze point, memory or sparsity to choose (allowed: "
             f"{', '.join(names)}; --set method.name=lightcl)"
         )
-    found = []
+    found: list[Candidate] = []
+    refused: RequestError | None = None
     for sparsity, method in _sparsities(scenario.method):
         sparse = scenario.model_copy(update={"method": method})
         network = build_network(sparse, in_channels=image[0], classes=stream.head_classes)
@@ -97,10 +99,15 @@ def candidates(scenario: Scenario, stream: TaskStream, image: Image, accelerator
             network.freeze(point)
             for change, halvings in _sizes(scenario):
                 candidate = _with(sparse, method, point, change)
-                count = footprint(
-                    network, candidate.method.cost_on(network), workload_of(candidate, stream, image, accelerator)
-                )
+                try:
+                    cost = candidate.method.cost_on(network)
+                except RequestError as error:  # the method cannot be built on this prefix
+                    refused = refused or error
+                    continue
+                count = footprint(network, cost, workload_of(candidate, stream, image, accelerator))
                 found.append(Candidate(candidate, head_alone, sparsity, frozen, halvings, count))
+    if refused and not found:
+        raise refused
     return sorted(found, key=lambda candidate: candidate.departure)
 
 
@@ -134,12 +141,13 @@ def _sparsities(method: LightCLParameters) -> Iterator[tuple[float, LightCLParam
 
 
 def _sizes(scenario: Scenario) -> Iterator[tuple[dict[str, int], tuple[int, int]]]:
-    """Batch and memory sizes, halved up to `HALVINGS` times each, with the number of halvings."""
+    """Batch and memory sizes, halved up to `HALVINGS` times each, with the number of halvings; what is allowed only."""
     assert isinstance(scenario.method, LightCLParameters)
     batch, memory = scenario.training.batch_size, scenario.method.memory_size
+    least = scenario.method.smallest_memory(scenario.frozen_batch_norm)
     for b in range(HALVINGS + 1):
         for m in range(HALVINGS + 1):
-            if (b and batch >> b < SMALLEST_BATCH) or (m and memory >> m < 1):
+            if (b and batch >> b < SMALLEST_BATCH) or (m and memory >> m < least):
                 continue
             yield {"batch_size": batch >> b, "memory_size": memory >> m}, (b, m)
 

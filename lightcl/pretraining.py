@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -54,7 +55,8 @@ def pretrain(
 ) -> float:
     """Trains on `source.train`, writes `file` (fp16 safetensors) and its model card; returns the test accuracy in 0..1.
 
-    `data` and `command` go into the card. A killed run goes on from the last finished epoch.
+    `data` and `command` go into the card. A killed run goes on from the last finished epoch. Raises RequestError,
+    before anything is learned, for a recipe that cannot be carried out and a place that cannot be written to.
     """
     if file.suffix != ".safetensors":
         raise RequestError(f"--out: {file} should end in .safetensors")
@@ -87,6 +89,7 @@ def pretrain(
             if stored.metadata() != facts:
                 raise RequestError(f"{checkpoint}: left by a run with another recipe; remove it or name another --out")
         first = _resume(checkpoint, network, optimiser, schedule, steps)
+    _check_place(file)
 
     accuracy = 0.0
     for epoch in range(first, recipe.epochs):
@@ -132,6 +135,18 @@ def top1(network: StagedResNet, images: ImageSet, bf16: bool) -> float:
     return hits / len(images)
 
 
+def _check_place(file: Path) -> None:
+    """Makes the folder and tries it out: hours of training should not be lost to it."""
+    if file.is_dir():
+        raise RequestError(f"--out: {file} is a folder, not a file")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise RequestError(f"--out: {file} cannot be written to ({error.strerror}); name another place") from error
+
+
 def _save_checkpoint(
     file: Path, network: StagedResNet, optimiser: torch.optim.SGD, epoch: int, facts: dict[str, str]
 ) -> None:
@@ -139,7 +154,6 @@ def _save_checkpoint(
     for name, parameter in network.named_parameters():
         tensors[f"momentum.{name}"] = optimiser.state[parameter]["momentum_buffer"].contiguous()
     temporary = file.with_suffix(".partial")
-    file.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors | {"epoch": torch.tensor(epoch)}, temporary, metadata=facts)
     temporary.replace(file)
 

@@ -24,6 +24,9 @@ from lightcl.networks.resnet import Stem
 
 StrategyName = Literal["FedAvg", "FedAvgM", "FedAdam", "FedAdagrad", "FedYogi", "FedMedian", "FedTrimmedAvg"]
 
+NAMED_WEIGHTS = ("builtin", "imagenet", "none")
+"""What `network.weights` may be beside a file."""
+
 
 class Section(BaseModel):
     # strict: neither true nor '2' nor 2.0 is the integer 2 (an integer is a float all the same).
@@ -158,7 +161,7 @@ class Server(Section):
     round_timeout: float = Field(default=86_400.0, gt=0, le=1e8)
     """Seconds a round may take, queueing included."""
     connect_timeout: float = Field(default=600.0, gt=0, le=1e8)
-    """Seconds to wait for all devices to connect."""
+    """Seconds to wait for all devices to connect; while none has, boards that are busy get up to `round_timeout`."""
     max_failures: int = Field(default=3, ge=1, le=1_000_000)
     """Consecutive failures after which a device is left out for the rest of the run."""
 
@@ -210,6 +213,14 @@ class Scenario(Section):
                 f"server.aggregation is {self.server.aggregation!r}, but what method {self.method.name} trains differs "
                 "from device to device and cannot be averaged (allowed: none)"
             )
+        if isinstance(self.method, LightCLParameters):
+            least = self.method.smallest_memory(self.frozen_batch_norm)
+            if self.method.memory_size < least:
+                raise ValueError(
+                    f"method.memory_size is {self.method.memory_size}, but batch-norm in training mode (method."
+                    f"memory_batch_norm is {self.method.memory_batch_norm}, network.frozen_batch_norm "
+                    f"{self.frozen_batch_norm}) has no variance over a single sample: at least {least}"
+                )
         if self.server.rounds_per_task > self.training.epochs:
             raise ValueError(
                 f"server.rounds_per_task is {self.server.rounds_per_task}, but training.epochs gives only "
@@ -235,6 +246,10 @@ class Scenario(Section):
         if self.data.augmentation != "auto":
             return self.data.augmentation
         return "none" if self.data.source == "digits" else "crop-flip"
+
+    @property
+    def frozen_batch_norm(self) -> Literal["eval", "train"]:
+        return self.network.frozen_batch_norm or self.method.default_frozen_batch_norm
 
     @property
     def settings(self) -> tuple[Setting, ...]:
@@ -287,7 +302,7 @@ for _kind in (_Loader, _Dumper):
 
 
 def load_scenario(file: Path, changes: Sequence[str] = ()) -> Scenario:
-    """Reads a YAML file and applies `KEY=VALUE` changes (dotted keys, YAML values).
+    """Reads a YAML file and applies `KEY=VALUE` changes (dotted keys, YAML values); of a key given twice the last wins.
 
     Relative paths in it are relative to the current folder. Raises RequestError naming file, line and key.
     """
@@ -304,7 +319,7 @@ def load_scenario(file: Path, changes: Sequence[str] = ()) -> Scenario:
     if not isinstance(values, dict):
         raise RequestError(f"{file}: a scenario is a mapping of keys to values, not {type(values).__name__}")
     values = {key: {} if value is None and key in _SECTIONS else value for key, value in values.items()}
-    changed = {_apply(values, change) for change in changes}
+    changed = {_apply(values, change) for change in sorted(changes, key=_reach)}
     if isinstance(values.get("method"), dict):
         values["method"] = {"name": "lightcl"} | values["method"]
     try:
@@ -376,6 +391,12 @@ def _parse(text: str, origin: str) -> tuple[yaml.Node | None, Any]:
         raise ValueError("nested too deeply, or an anchor that holds itself") from error
 
 
+def _reach(change: str) -> tuple[int, bool]:
+    """Sorts what replaces a whole section before what sets a key in it, so that neither order of typing loses a key."""
+    key = change.partition("=")[0]
+    return key.count("."), key != "method.name"
+
+
 def _apply(values: dict[str, Any], change: str) -> str:
     key, equals, text = change.partition("=")
     if not equals or not all(key.split(".")):
@@ -404,7 +425,7 @@ def _with_absolute_paths(scenario: Scenario) -> Scenario:
     data, network = scenario.data, scenario.network
     if data.path is not None:
         data = data.model_copy(update={"path": data.path.expanduser().absolute()})
-    if network.weights not in ("builtin", "imagenet", "none"):
+    if network.weights not in NAMED_WEIGHTS:
         network = network.model_copy(update={"weights": str(Path(network.weights).expanduser().absolute())})
     return scenario.model_copy(update={"data": data, "network": network})
 

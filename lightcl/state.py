@@ -55,7 +55,7 @@ class StateFolder:
             self._stored = f"tensors-{number}.safetensors"
             plain = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or {}).items()}
             save_file(plain, self.folder / self._stored)
-            _sync(self.folder / self._stored)
+            sync(self.folder / self._stored)
         write_atomically(self.folder / MANIFEST, json.dumps({"tensors": self._stored, **values}))
         for file in self.folder.glob("tensors-*.safetensors"):
             if file.name != self._stored:
@@ -83,12 +83,13 @@ def write_atomically(file: Path, text: str) -> None:
     """Replaces a file so that a reader, or a crash, sees the old text or the new one."""
     temporary = file.with_name(f".{file.name}.partial")
     temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(file)
-    _sync(file.parent)
+    sync(file.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Has a file's content, or a folder's list of files, on the disk before anything that comes after."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

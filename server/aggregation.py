@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -36,6 +37,24 @@ OPTIMISER_STATE = ("m_t", "v_t")
 """Dictionaries that FedAdam, FedAdagrad and FedYogi carry from round to round."""
 
 
+@dataclass(frozen=True)
+class Contribution:
+    """A checked answer until its round is over: what Flower averages is in Flower's form already, and only there."""
+
+    reply: Message | None
+    """The weights; None where the device shares statistics only."""
+    batch_norm: Arrays
+    sums: Arrays
+    examples: float
+
+
+def contribution(instruction: Message, arrays: Arrays, examples: float) -> Contribution:
+    """What an answer adds. A round's are all held until Flower averages them, so each holds a tensor only once."""
+    sums, weights = split(arrays, STATISTICS)
+    batch_norm = {name: array for name, array in weights.items() if is_statistic(name)}
+    return Contribution(_reply(instruction, weights, examples) if weights else None, batch_norm, sums, examples)
+
+
 class Aggregator:
     """The shared tensors of a fleet and how they move from round to round.
 
@@ -50,6 +69,7 @@ class Aggregator:
         self.version = 0
         self._method = method
         self._strategy = self.check(section)
+        self._record: tuple[int, ArrayRecord] | None = None
 
     @property
     def shares(self) -> bool:
@@ -60,6 +80,13 @@ class Aggregator:
     def arrays(self) -> Arrays:
         """What the devices get."""
         return self.weights | self.head
+
+    @property
+    def record(self) -> ArrayRecord:
+        """`arrays` as messages carry them: one object a version, the same in all messages, so not to be changed."""
+        if self._record is None or self._record[0] != self.version:
+            self._record = self.version, ArrayRecord({name: Array(array) for name, array in self.arrays.items()})
+        return self._record[1]
 
     def shapes(self, finished: bool) -> dict[str, tuple[int, ...]]:
         """What a device's answer must hold; the one that finishes a task also holds its statistics."""
@@ -76,34 +103,32 @@ class Aggregator:
             except Exception as error:  # each strategy has exceptions of its own
                 raise RequestError(f"server.strategy_options: {kind.__name__} refuses them: {error}") from error
 
-    def update(self, replies: Sequence[tuple[Message, Arrays, float]], round_number: int, grid: Grid) -> None:
-        """Moves the shared tensors by checked `(instruction, arrays, weight)` replies of one round."""
-        sums = [split(arrays, STATISTICS)[0] for _, arrays, _ in replies]
-        weights = [(m, split(arrays, STATISTICS)[1], weight) for m, arrays, weight in replies]
-        moved = self._average([reply for reply in weights if reply[1]], round_number, grid)
-        if any(sums):
+    def update(self, answers: Sequence[Contribution], round_number: int, grid: Grid) -> None:
+        """Moves the shared tensors by the checked answers of one round; their tensors are gone afterwards."""
+        sums = [answer.sums for answer in answers if answer.sums]
+        moved = self._average([answer for answer in answers if answer.reply], round_number, grid)
+        if sums:
             for name, total in self.sums.items():
-                total += np.sum([mine[name] for mine in sums if mine], axis=0)
+                total += np.sum([mine[name] for mine in sums], axis=0)
             self.head = outgoing_head(self._method, self.sums)
-        self.version += moved or any(sums)
+        self.version += moved or bool(sums)
 
-    def _average(self, replies: Sequence[tuple[Message, Arrays, float]], round_number: int, grid: Grid) -> bool:
+    def _average(self, answers: Sequence[Contribution], round_number: int, grid: Grid) -> bool:
         """Moves the weights; says whether they moved."""
-        if not replies:
+        if not answers:
             return False
-        averaged = weighted_average(
-            [{n: a for n, a in arrays.items() if is_statistic(n)} for _, arrays, _ in replies], [w for *_, w in replies]
-        )
+        averaged = weighted_average([answer.batch_norm for answer in answers], [answer.examples for answer in answers])
         with _quiet():
             # Names in sorted order throughout: FedAvgM pairs tensors by position.
             current = ArrayRecord({n: Array(self.weights[n]) for n in sorted(self.weights) if not is_statistic(n)})
             self._strategy.configure_train(round_number, current, ConfigRecord(), grid)
-            moved, _ = self._strategy.aggregate_train(
-                round_number, [_reply(instruction, arrays, weight) for instruction, arrays, weight in replies]
-            )
+            replies = [answer.reply for answer in answers if answer.reply]
+            moved, _ = self._strategy.aggregate_train(round_number, replies)
         if moved is not None:
             averaged |= {name: array.numpy().astype(np.float32) for name, array in moved.items()}
             self.weights = averaged
+        for reply in replies:  # Flower's views of it are reference cycles: all tensors would stay for many rounds
+            reply.content[ARRAYS].clear()
         return moved is not None
 
     def state(self) -> dict[str, Tensor]:

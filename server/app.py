@@ -9,7 +9,8 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from lightcl.scenario import load_scenario
+from lightcl.data.sources import OWN_FILES
+from lightcl.scenario import Scenario, load_scenario
 from server.coordinator import Coordinator
 from server.preparation import open_remote_run, open_run
 from server.records import Row, RunFolder
@@ -26,6 +27,12 @@ def make_app(coordinator: Coordinator) -> ServerApp:
         coordinator.run(grid)
 
     return app
+
+
+def images_are_here(scenario: Scenario) -> bool:
+    """Whether the server can load the images; otherwise they are on the boards alone (`data-path`)."""
+    path = scenario.data.path
+    return path.exists() if path is not None else scenario.data.source not in OWN_FILES
 
 
 class LogListener:
@@ -64,7 +71,7 @@ def main(grid: Grid, context: Context) -> None:
     scenario = load_scenario(bundled if bundled.exists() else wanted, shlex.split(str(config.get("set", ""))))
     folder = RunFolder(Path(str(config.get("out") or f"runs/{scenario.name}-{context.run_id}")).absolute())
     command, resume = f"flwr run ({wanted})", bool(config.get("resume", False))
-    if scenario.data.path is None or scenario.data.path.exists():
+    if images_are_here(scenario):
 
         def log_step(what: str, done: int, total: int) -> None:
             logger.info("choosing the freeze point: %s, epoch %d of %d", what, done, total)
@@ -73,6 +80,9 @@ def main(grid: Grid, context: Context) -> None:
         scenario = prepared.scenario
     else:
         open_remote_run(folder, scenario, command, resume=resume)
+    if folder.whole:
+        logger.info("the run in %s was complete already", folder.path)
+        return
     run = str(folder.read()["run"])
     with folder.held():
         results = Coordinator(scenario, folder, run, LogListener()).run(grid)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import NoReturn, Protocol
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -30,11 +31,11 @@ from lightcl.pruning import channel_digest
 from lightcl.scenario import Scenario
 from lightcl.seeds import numpy_generator
 from lightcl.state import StateFolder
-from server.aggregation import Aggregator
-from server.fleet import Fleet, record_of
+from server.aggregation import Aggregator, Contribution, contribution
+from server.fleet import Fleet, WorkerDied, record_of
 from server.records import Row, RunFolder, add_test_, add_training_, device_row, round_row, run_results
 
-GREETING_SECONDS = 30.0
+logger = logging.getLogger("flwr")
 
 
 class RunFailure(Exception):
@@ -91,18 +92,30 @@ class Coordinator:
         self._prefix = self._channel_sets = ""
         self.aggregator: Aggregator | None = None
         self._restored: tuple[dict[str, Tensor], int] | None = None
+        self._warned: set[str] = set()
         self.stop = threading.Event()
         """Set from another thread, it ends the run at the next look at the grid."""
 
     # -- the run -----------------------------------------------------------------------------------------------
 
     def run(self, grid: Grid) -> Row:
-        """All rounds that are left; returns the results. Raises RunFailure where no device can be asked any more."""
+        """All rounds that are left; returns the results.
+
+        Raises RunFailure where no device can be asked any more, or where a simulation has lost a worker.
+        """
+        self.folder.reopen()
+        try:
+            return self._run(grid)
+        except WorkerDied as error:  # no device's fault: the round is not booked, and a resumed run begins it again
+            self._fail(str(error))
+
+    def _run(self, grid: Grid) -> Row:
         pending = self._restore()
         greeting = Instruction(0, self.run_id, self._scenario_json, self.round, 0, 0, 0)
         fleet = Fleet(grid, len(self.members), greeting, self.stop)
         self._connect(fleet)
-        if pending:
+        if pending:  # the one round whose training is over, so that `_rounds_left` counts it no more
+            self.listener.round_started(self.round, self._rounds_left() + 1, len(pending.rows))
             self._finish_round(fleet, pending, time.monotonic() - pending.training_seconds)
         while self._active():
             reachable = self._reachable(fleet)
@@ -194,7 +207,7 @@ class Coordinator:
         goals = {m.number: self._goal(m) for m in chosen}
         sent = {m.number: self._message(fleet, m, goals[m.number], MessageType.TRAIN, rows) for m in chosen}
         self.listener.phase_started("train", len(sent))
-        accepted: list[tuple[Message, Arrays, float]] = []
+        accepted: list[Contribution] = []
         for member, reply in self._exchange(fleet, sent, rows, "train"):
             try:
                 report, arrays = self._checked_training(reply, member.number, goals[member.number])
@@ -210,7 +223,7 @@ class Coordinator:
             elif self._finished_task(report):
                 member.summed = member.task + 1
             if arrays:
-                accepted.append((sent[member.number], arrays, float(report.examples)))
+                accepted.append(contribution(sent[member.number], arrays, float(report.examples)))
         if self.aggregator is not None:
             self.aggregator.update(accepted, self.round, fleet.grid)
 
@@ -275,24 +288,25 @@ class Coordinator:
         instruction = Instruction(member.number, self.run_id, self._scenario_json, self.round, *goal, version)
         content = RecordDict({INSTRUCTION: ConfigRecord(instruction.to_record())})
         if self.aggregator and member.version != version:  # a device that has this version is not sent it again
-            arrays = self.aggregator.arrays
-            content[ARRAYS] = ArrayRecord({name: Array(array) for name, array in arrays.items()})
-            rows[member.number]["bytes_down"] += size_in_bytes(arrays)
+            content[ARRAYS] = self.aggregator.record
+            rows[member.number]["bytes_down"] += size_in_bytes(self.aggregator.arrays)
         node = fleet.node_of(member.number) or 0
         return Message(content, dst_node_id=node, message_type=kind, ttl=self.scenario.server.round_timeout)
 
     def _exchange(
         self, fleet: Fleet, sent: Mapping[int, Message], rows: dict[int, Row], phase: str
-    ) -> list[tuple[Member, Message]]:
-        """Sends and waits; returns the replies that carry a report, by device number, and notes the rest as errors."""
+    ) -> Iterator[tuple[Member, Message]]:
+        """Sends and waits; gives the replies that carry a report, by device number, and notes the rest as errors.
+
+        It keeps no reply that it has given away: those of a large fleet are most of the server's memory.
+        """
         fleet.forget_absent()
         reachable = {number: m for number, m in sent.items() if fleet.node_of(number) == m.metadata.dst_node_id}
         replies = fleet.send_and_wait(
             reachable, self.scenario.server.round_timeout, lambda n: self.listener.device_done(n, phase)
         )
-        answered: list[tuple[Member, Message]] = []
         for number in sorted(sent):
-            reply = replies.get(number)
+            reply = replies.pop(number, None)
             if number not in reachable:
                 self._refuse(rows, number, "not connected")
             elif reply is None:
@@ -309,8 +323,7 @@ class Coordinator:
                 if 0 <= refusal.task < self.scenario.stream.tasks:  # the device knows best where it is
                     self._follow(self.members[number], refusal)
             else:
-                answered.append((self.members[number], reply))
-        return answered
+                yield self.members[number], reply
 
     def _follow(self, member: Member, refusal: Refusal) -> None:
         member.task, member.epochs, member.version = refusal.task, refusal.epochs, refusal.version
@@ -326,38 +339,68 @@ class Coordinator:
 
     def _connect(self, fleet: Fleet) -> None:
         """Waits until the nodes of all devices that still have to learn are there, or the time to connect is over."""
-        limit = self.scenario.server.connect_timeout
-        deadline = time.monotonic() + limit
-        wanted = self._active()
+        limit, start = self.scenario.server.connect_timeout, time.monotonic()
+        wanted, shown = self._active(), -1
         while True:
-            fleet.look(timeout=limit)
+            self._look(fleet)
             missing = [m for m in wanted if fleet.node_of(m.number) is None]
-            self.listener.connected(len(wanted) - len(missing), len(wanted))
-            if (fleet.first and not missing) or time.monotonic() > deadline:
+            there = len(wanted) - len(missing)
+            if there != shown:
+                self.listener.connected(there, len(wanted))
+                shown = there
+            if fleet.agreed and not missing and not fleet.unanswered:
+                break
+            nobody = fleet.agreed is None or (wanted and not there)
+            if self._given_up(fleet, start) if nobody else time.monotonic() - start > limit:
                 break
             fleet.pause(0.2)
         waited = "".join([f"after {limit:g} s (server.connect_timeout)", *(f"; {p}" for p in fleet.problems)])
-        if fleet.first is None or (wanted and len(missing) == len(wanted)):
+        if fleet.agreed is None or (wanted and not there):
             self._fail(f"none of {len(wanted)} devices is connected {waited}")
         for member in missing:  # they are asked once they come
             self.listener.refused(member.number, f"not connected {waited}")
-        self._describe_network(fleet.first)
+        fleet.settle()
+        self._describe_network(fleet.agreed)
 
     def _reachable(self, fleet: Fleet) -> list[Member]:
         """The connected devices that still have to learn; waits for one, and gives up those that stay away."""
-        active, limit = self._active(), self.scenario.server.connect_timeout
-        deadline = time.monotonic() + limit
+        active, start = self._active(), time.monotonic()
         while True:
-            fleet.look(timeout=GREETING_SECONDS)
+            self._look(fleet)
             connected = [m for m in active if fleet.node_of(m.number) is not None]
             if connected:
                 return connected
-            if time.monotonic() > deadline:
+            if self._given_up(fleet, start):
                 for member in active:
-                    member.dropped = f"not connected for {limit:g} s"
+                    member.dropped = f"not connected for {self.scenario.server.connect_timeout:g} s"
                     self.listener.refused(member.number, member.dropped)
                 return []
             fleet.pause(1)
+
+    def _look(self, fleet: Fleet) -> None:
+        fleet.look()
+        if fleet.settled or not fleet.unanswered:  # before that the next answer may turn the majority
+            for problem in fleet.problems:  # also where no device is missed for it
+                self._warn(problem)
+
+    def _given_up(self, fleet: Fleet, start: float) -> bool:
+        """Whether to wait no longer, since `start`, for anybody at all.
+
+        A board that is there and does not answer may be at work on a message of a server that was killed.
+        """
+        section, waited = self.scenario.server, time.monotonic() - start
+        if not fleet.unanswered or waited <= section.connect_timeout:
+            return waited > section.connect_timeout
+        self._warn(
+            f"{fleet.unanswered} nodes are there but have not answered; they may be at work on an earlier message, so "
+            f"they are waited for, {section.round_timeout:g} s at most (server.round_timeout)"
+        )
+        return waited > section.round_timeout
+
+    def _warn(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            logger.warning("%s", text)
 
     def _describe_network(self, greeting: Greeting) -> None:
         network = build_network(self.scenario, in_channels=greeting.channels, classes=greeting.classes)

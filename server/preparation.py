@@ -128,10 +128,11 @@ def open_remote_run(folder: RunFolder, scenario: Scenario, command: str, *, resu
     Raises RequestError for `network.freeze: auto`, which takes images to choose from.
     """
     if scenario.network.freeze == "auto":
+        path = scenario.data.path
+        missing = f"data.path {path} is not there" if path else "data.path is not set"
         raise RequestError(
-            f"network.freeze is 'auto', but the server has no images to choose a freeze point from (data.path "
-            f"{scenario.data.path} is not there); run `lightcl analyse` where images are, and write the block that it "
-            "names into network.freeze"
+            f"network.freeze is 'auto', but the server has no images to choose a freeze point from ({missing}); run "
+            "`lightcl analyse` where images are, and write the block that it names into network.freeze"
         )
     Aggregator.check(scenario.server)
     if resume and folder.exists:

@@ -7,7 +7,7 @@ generalizability.json  with network.freeze: auto, what the freeze point was chos
 rounds.jsonl    one row a round
 devices.jsonl   one row a device and round; sorted by device; everything that depends on the clock is under "timing"
 results.json    final figures; written last, so its presence means the run was completed
-failure.json    instead of it: why no device finished
+failure.json    instead of it: why the run stopped; a run that goes on has neither
 server/         the server's state after the last finished round
 devices/        the devices' states (of a simulation)
 """
@@ -134,8 +134,10 @@ class RunFolder:
         return (self.path / "run.json").exists()
 
     @property
-    def completed(self) -> bool:
-        return (self.path / "results.json").exists()
+    def whole(self) -> bool:
+        """Whether nothing is left to do: the run was completed, and without putting a device out."""
+        results = self.results()
+        return results is not None and not results["dropped"]
 
     def prepare(self, *, resume: bool, overwrite: bool) -> None:
         """Checks that the folder may be written to; nothing is touched unless `overwrite` empties it.
@@ -242,8 +244,12 @@ class RunFolder:
             if (self.path / name).exists():
                 write_atomically(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
 
+    def reopen(self) -> None:
+        """Takes back how the run had ended: it goes on, and only its new end says how."""
+        for name in ("results.json", "failure.json"):
+            (self.path / name).unlink(missing_ok=True)
+
     def finish(self, results: Mapping[str, Any]) -> None:
-        (self.path / "failure.json").unlink(missing_ok=True)
         write_atomically(self.path / "results.json", json.dumps(results, indent=2))
 
     def fail(self, reason: str, dropped: Mapping[str, str]) -> None:

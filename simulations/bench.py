@@ -25,6 +25,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lightcl.data.sources import load_source
@@ -228,7 +229,7 @@ def _carry_out(plan: Plan, jobs: int, console: Console) -> dict[str, str]:
             done = plan.results(method, seed)
             if done is None:
                 failures[f"{method}, seed {seed}"] = f"exit code {code}; {_last_line(log)} ({log})"
-            said = _said(done) if done else f"[red]failed[/], see {log}"
+            said = _said(done) if done else f"[red]failed[/], see {escape(str(log))}"
             progress.advance(bar)
             finished = progress.tasks[0].completed - (len(plan.cells) - len(left))
             minutes = (time.monotonic() - started) / finished * (len(left) - finished) / 60
@@ -400,4 +401,4 @@ def _write(plan: Plan, console: Console) -> None:
         (plan.folder / "table1.png").write_bytes(png(accuracy_over_memory(points, LIGHT)))
     for name in ("table1.md", "table1.png"):
         if (plan.folder / name).exists():
-            console.print(f"{os.path.relpath(plan.folder / name)}", highlight=False, soft_wrap=True)
+            console.print(f"{os.path.relpath(plan.folder / name)}", highlight=False, markup=False, soft_wrap=True)

@@ -89,7 +89,7 @@ def footprint_run(
         dots = {r.method: r.measured.training for r in results if r.measured}
         picture.write_bytes(png(footprint_bars(parts, dots, LIGHT)))
         if json_to != "-":
-            console.print(f"picture: {picture}", highlight=False, soft_wrap=True)
+            console.print(f"picture: {picture}", highlight=False, markup=False, soft_wrap=True)
 
 
 def as_method(scenario: Scenario, name: str) -> Scenario:
@@ -279,7 +279,7 @@ def plan_run(
         _write_json([c.to_json() | {"chosen": c is chosen} for c in found], json_to)
     if json_to != "-":
         _print_plan(found, chosen, budget, whole, console)
-        console.print(f"scenario: {file}", highlight=False, soft_wrap=True)
+        console.print(f"scenario: {file}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_plan(found: list[Candidate], chosen: Candidate, budget: float, whole: bool, console: Console) -> None:

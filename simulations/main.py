@@ -24,8 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console()
-err = Console(stderr=True)
+out = Console(emoji=False)
+err = Console(stderr=True, emoji=False)
 
 GOING_ON = {
     **dict.fromkeys(("simulate", "train", "bench"), "; what a run had reported is saved: go on with --resume"),
@@ -107,6 +107,7 @@ def validate(scenario: ScenarioFile, changes: Changes = None) -> None:
         f"{scenario}: can be run. {checked.fleet.devices} devices with {min(sizes)} to {max(sizes)} training images, "
         f"{checked.stream.tasks} tasks x {checked.stream.classes_per_task} classes, method {checked.method.name}.",
         highlight=False,
+        markup=False,
     )
 
 
@@ -124,7 +125,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
     from server.records import RunFolder
     from simulations.report import build_report
 
-    out.print(f"report: {build_report(RunFolder(run))}", highlight=False, soft_wrap=True)
+    out.print(f"report: {build_report(RunFolder(run))}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

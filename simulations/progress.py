@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -38,9 +39,9 @@ class LiveProgress:
             transient=True,
         )
         self._bar: TaskID = self._live.add_task("starting Flower and Ray", total=device_rounds * 2, note="")
-        self._accuracy = ""
+        self._accuracy = self._phase = ""
         self._started: float | None = None
-        self._done = 0
+        self._done = self._phase_done = self._phase_total = self._round = self._rounds = 0
 
     def __enter__(self) -> Self:
         self._live.start()
@@ -86,7 +87,7 @@ class LiveProgress:
             )
 
     def refused(self, device: int, reason: str) -> None:
-        self.console.print(f"[yellow]device {device}:[/] {reason}", highlight=False)
+        self.console.print(f"[yellow]device {device}:[/] {escape(reason)}", highlight=False)
 
     def _show(self) -> None:
         verb = "training" if self._phase == "train" else "testing"

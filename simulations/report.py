@@ -19,10 +19,11 @@ import jinja2
 import numpy as np
 
 from lightcl.errors import RequestError
+from lightcl.generalizability import Generalizability
 from lightcl.metrics import AccuracyMatrix, Spread, fleet_summary
 from lightcl.scenario import Scenario, scenario_from_json
 from lightcl.state import write_atomically
-from server.records import Row, RunFolder
+from server.records import ANALYSIS, Row, RunFolder
 from simulations import plots
 
 SETTINGS = ("til", "cil")
@@ -85,6 +86,15 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class FreezeChoice:
+    """What `network.freeze: auto` was decided from, and how."""
+
+    found: Generalizability
+    threshold: float
+    point: str
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """What a run folder holds. `about` is run.json without the scenario; `results` is None before the run's end."""
 
@@ -94,10 +104,14 @@ class RunRecord:
     rounds: list[Row]
     devices: list[DeviceRecord]
     failures: list[Failure]
+    failure: Row | None
+    """Why the server gave the run up, where it did and the run has not gone on since."""
     dropped: dict[int, str]
     """The devices that were put out of the run, by number, and why."""
     held: dict[int, int]
     """Training images of each device by partition.json; empty where that file is."""
+    choice: FreezeChoice | None
+    """None where the freeze point was given."""
     last_sign: datetime
 
     @property
@@ -132,8 +146,10 @@ class RunRecord:
     def status(self) -> tuple[str, str]:
         """The run's state in words, and how to take it: "good", "warning" or "bad"."""
         if self.results is None:
-            if len(self.dropped) == self.scenario.fleet.devices:
+            if self.failure and len(self.dropped) == self.scenario.fleet.devices:
                 return "stopped: every device is out of the run", "bad"
+            if self.failure:
+                return f"stopped: {self.failure['reason']}", "bad"
             return "still running or killed", "warning"
         if self.dropped:
             return f"completed without {len(self.dropped):,} of {self.results['devices']:,} devices", "warning"
@@ -147,7 +163,7 @@ def read_run(folder: RunFolder) -> RunRecord:
         scenario = scenario_from_json(json.dumps(about.pop("scenario", {})))
     except RequestError as error:
         raise RequestError(f"{folder.path / 'run.json'}: the scenario in it is not valid: {error}") from error
-    rows, results = folder.rows("devices.jsonl"), folder.results()
+    rows, results, failure = folder.rows("devices.jsonl"), folder.results(), folder.failure()
     by_device: dict[int, list[Row]] = {number: [] for number in sorted({row["device"] for row in rows})}
     for row in rows:
         by_device[row["device"]].append(row)
@@ -159,10 +175,22 @@ def read_run(folder: RunFolder) -> RunRecord:
         rounds=folder.rows("rounds.jsonl"),
         devices=[_read_device(mine, scenario.stream.tasks) for mine in by_device.values()],
         failures=_read_failures(rows),
-        dropped=_read_dropped(by_device, results or folder.failure(), scenario.server.max_failures),
+        failure=failure,
+        dropped=_read_dropped(by_device, results or failure, scenario.server.max_failures),
         held=_read_partition(folder.path / "partition.json"),
+        choice=_read_choice(folder),
         last_sign=datetime.fromtimestamp(_written(newest), UTC),
     )
+
+
+def _read_choice(folder: RunFolder) -> FreezeChoice | None:
+    record = folder.analysis()
+    if record is None:
+        return None
+    try:
+        return FreezeChoice(Generalizability.from_record(record), record["threshold"], record["freeze"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RequestError(f"{folder.path / ANALYSIS}: not the record of an analysis ({error!r})") from error
 
 
 def _written(file: Path) -> float:
@@ -254,11 +282,13 @@ def mean_matrix(matrices: Sequence[AccuracyMatrix]) -> np.ndarray:
     return means
 
 
-def chance(scenario: Scenario) -> dict[str, list[float]]:
-    """`[setting][t]`: accuracy of guessing, among a task's classes (TIL) or among all that were met so far (CIL)."""
+def chance(scenario: Scenario) -> dict[str, float]:
+    """`[setting]`: accuracy of guessing among a task's classes (TIL) or among the whole stream's (CIL).
+
+    Among those of later tasks, too: a test asks the whole head from the first task on.
+    """
     classes = scenario.stream.classes_per_task
-    tasks = range(1, scenario.stream.tasks + 1)
-    return {"til": [1 / classes for _ in tasks], "cil": [1 / (classes * met) for met in tasks]}
+    return {"til": 1 / classes, "cil": 1 / (classes * scenario.stream.tasks)}
 
 
 @dataclass(frozen=True)
@@ -300,6 +330,9 @@ def _draw(run: RunRecord) -> list[Picture]:
         if any(down) or any(up):
             alt = f"Sent in each round; together {size(sum(down))} down and {size(sum(up))} up"
             drawn.append(("bytes", alt, plots.bytes_per_round, (numbers, down, up)))
+    if run.choice:
+        alt = "Memory stability, learning plasticity and readiness of every block"
+        drawn.append(("generalizability", alt, plots.generalizability, (run.choice.found, run.choice.threshold)))
     return [
         Picture(name, alt, *(plots.png(draw(*values, theme)) for theme in (plots.LIGHT, plots.DARK)))
         for name, alt, draw, values in drawn

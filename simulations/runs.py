@@ -55,7 +55,7 @@ def _simulate(scenario: Scenario, folder: RunFolder, console: Console) -> None:
     from server.coordinator import Coordinator, RunFailure
     from simulations.runtime import simulate
 
-    if folder.completed:
+    if folder.whole:
         console.print("the run was complete already", highlight=False)
     else:
         rounds = scenario.stream.tasks * scenario.server.rounds_per_task * scenario.fleet.devices

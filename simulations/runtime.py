@@ -10,6 +10,7 @@ import logging
 import os
 import tempfile
 import warnings
+from math import ceil
 from pathlib import Path
 
 from flwr.serverapp import ServerApp
@@ -42,6 +43,7 @@ def simulate(server: ServerApp, state: Path, devices: int, runtime: Runtime) -> 
             num_supernodes=devices,
             backend_config={
                 "init_args": {
+                    "address": "local",  # whatever Ray else runs here, or RAY_ADDRESS names, is not for this run
                     "num_cpus": runtime.workers,
                     "log_to_driver": False,
                     "logging_level": logging.ERROR,
@@ -61,4 +63,9 @@ def _gpu_share(runtime: Runtime) -> float:
 
     if runtime.accelerator == "cpu" or not torch.cuda.is_available():
         return 0.0
-    return torch.cuda.device_count() / runtime.workers
+    return gpu_share(torch.cuda.device_count(), runtime.workers)
+
+
+def gpu_share(gpus: int, workers: int) -> float:
+    """Of a GPU, for each worker. Ray places a share on one GPU and takes no broken number above 1."""
+    return 1 / ceil(workers / gpus)

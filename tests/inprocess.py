@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import make_app
@@ -44,26 +45,47 @@ class InProcessGrid:
         self.sent: list[Message] = []
         self.received: list[Message] = []
         self._replies: dict[str, Message] = {}
+        self.waiting: dict[str, Message] = {}
+        self.busy: set[int] = set()
+        """Nodes at work on something else: what they are sent waits."""
+        self.away: set[int] = set()
+        """Nodes that have lost their connection: Flower answers in their place and takes back what they were sent."""
 
     def get_node_ids(self) -> list[int]:
-        return list(self.nodes)
+        return [node for node in self.nodes if node not in self.away]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         ids = []
         for message in messages:
             message.metadata.__dict__["_message_id"] = f"message-{len(self.sent)}"
             self.sent.append(message)
-            reply: Message | None = self.app(message, self.nodes[message.metadata.dst_node_id])
+            ids.append(message.metadata.message_id)
+            self.waiting[ids[-1]] = message
+            self._handle(ids[-1])
+        return ids
+
+    def _handle(self, message_id: str) -> None:
+        message = self.waiting[message_id]
+        node = message.metadata.dst_node_id
+        if node in self.away:
+            reply: Message | None = Message(Error(ErrorCode.NODE_UNAVAILABLE, "Node Unavailable"), reply_to=message)
+        elif node in self.busy:
+            return
+        else:
+            reply = self.app(message, self.nodes[node])
             self.received.append(reply)
             if self.tamper:
                 reply = self.tamper(message, reply)
-            ids.append(message.metadata.message_id)
-            if reply is not None:
-                self._replies[message.metadata.message_id] = reply
-        return ids
+        del self.waiting[message_id]
+        if reply is not None:
+            self._replies[message_id] = reply
 
     def pull_messages(self, ids: Iterable[str]) -> list[Message]:
-        return [self._replies.pop(i) for i in list(ids) if i in self._replies]
+        ids = list(ids)
+        for message_id in ids:
+            if message_id in self.waiting:
+                self._handle(message_id)
+        return [self._replies.pop(i) for i in ids if i in self._replies]
 
 
 class Silent:

@@ -42,7 +42,7 @@ def share_of(source: Source, fleet: Fleet, seed: int, device: int) -> Share:
 
 def _shares(source: Source, fleet: Fleet, seed: int, devices: Sequence[int]) -> list[Share]:
     labels = [_digest(source.train.labels), _digest(source.test.labels)]
-    key = json.dumps([fleet.model_dump(mode="json"), seed, labels, 2])
+    key = json.dumps([fleet.model_dump(mode="json"), seed, labels, 3])
     file = cache_folder() / "partitions" / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
     if not file.exists():
         with warnings.catch_warnings():  # what they warn of is what the scenario asks for, or an error of ours
@@ -74,7 +74,7 @@ def _split_train(labels: np.ndarray, fleet: Fleet, seed: int) -> list[np.ndarray
     derived = derive(seed, "partition") % 2**31
     # The partitioners cut or assign in the order given; the order is ours, seeded.
     order = numpy_generator(seed, "partition", "order").permutation(len(labels))
-    if fleet.devices == 1:
+    if fleet.devices == 1 and fleet.partition != "pathological":  # which may leave classes to nobody
         return [np.sort(order)]
     chosen: partitioners.Partitioner
     if fleet.partition == "iid":

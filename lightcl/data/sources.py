@@ -21,8 +21,11 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from lightcl.errors import RequestError
+from lightcl.state import sync
 
 SourceName = Literal["digits", "cifar10", "cifar100", "fashion-mnist", "parquet", "image-folder"]
+OWN_FILES: tuple[SourceName, ...] = ("parquet", "image-folder")
+"""Sources that are the user's files: they need a path."""
 IMAGE_COLUMNS = ("img", "image", "images")
 TEST_SPLITS = ("test", "val")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target")
@@ -34,6 +37,8 @@ SIXTEEN_BITS_AS_I = ("PNG", "PPM")
 """Formats whose images of 16 bits some versions of Pillow open with 32; they have none of 32."""
 MOST_CLASSES = 100_000
 """A head has a row for every class up to the largest label, whether or not it has images."""
+UNREADABLE = (OSError, ValueError, EOFError)
+"""What reading an entry of the cache raises where it is missing, cut short or empty."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +102,14 @@ def load_source(request: SourceRequest) -> Source:
     split = None if _has_test_split(request) else (request.test_fraction, request.seed)
     key = json.dumps([_fingerprint(request), request.image_size, split, 4])
     folder = cache_folder() / "images" / hashlib.sha256(key.encode()).hexdigest()[:20]
-    if not (folder / "classes.json").exists():
-        _store(folder, _READERS[request.name](request))
+    with suppress(*UNREADABLE):
+        return _stored(folder)
+    _store(folder, _READERS[request.name](request))
+    return _stored(folder)
+
+
+def _stored(folder: Path) -> Source:
+    """An entry of the cache. Raises one of UNREADABLE."""
     classes = tuple(json.loads((folder / "classes.json").read_text()))
     splits = [
         ImageSet(
@@ -110,7 +121,8 @@ def load_source(request: SourceRequest) -> Source:
 
 
 def _store(folder: Path, source: Source) -> None:
-    """Writes the arrays into a temporary folder and renames it, so that a killed or a parallel process does no harm."""
+    """Writes the arrays into a temporary folder, syncs and renames it, so that neither a killed or a parallel process
+    nor a power failure does harm. An entry that cannot be read is replaced."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         staging = Path(temporary) / "set"
@@ -119,14 +131,22 @@ def _store(folder: Path, source: Source) -> None:
             np.save(staging / f"{split}-images.npy", images.images)
             np.save(staging / f"{split}-labels.npy", images.labels)
         (staging / "classes.json").write_text(json.dumps(source.classes))
+        for file in (*staging.iterdir(), staging):
+            sync(file)
+        try:
+            _stored(folder)
+        except UNREADABLE:
+            with suppress(OSError):  # there is none
+                folder.rename(Path(temporary) / "unreadable")
         with suppress(OSError):  # another process was first; its result is the same
             staging.rename(folder)
+        sync(folder.parent)
 
 
 def _fingerprint(request: SourceRequest) -> list[Any]:
     """Changes when the files behind the source change."""
     parts: list[Any] = [request.name, request.image_column, request.label_column]
-    if request.name in ("parquet", "image-folder"):
+    if request.name in OWN_FILES:
         path = _existing(request)
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         stats = [(str(p.resolve()), s.st_size, s.st_mtime_ns) for p in files for s in [p.stat()]]
@@ -147,9 +167,12 @@ def _existing(request: SourceRequest) -> Path:
 def _has_test_split(request: SourceRequest) -> bool:
     if request.name in ("cifar10", "cifar100", "fashion-mnist"):
         return True
-    names = [f"{name}{'*.parquet' if request.name == 'parquet' else ''}" for name in TEST_SPLITS]
     folder = request.path
-    return folder is not None and folder.is_dir() and any(next(folder.glob(name), None) for name in names)
+    if request.name == "digits" or folder is None or not folder.is_dir():
+        return False
+    if request.name == "image-folder":  # without a folder `train` those named so are classes
+        return (folder / "train").is_dir() and any((folder / name).is_dir() for name in TEST_SPLITS)
+    return any(next(folder.glob(f"{name}*.parquet"), None) for name in TEST_SPLITS)
 
 
 def split_off_test(images: ImageSet, fraction: float, seed: int) -> Source:

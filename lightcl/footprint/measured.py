@@ -14,12 +14,10 @@ from __future__ import annotations
 import gc
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +33,7 @@ from lightcl.device import EdgeDevice, choose_accelerator, set_up_torch
 from lightcl.footprint.shapes import Image
 from lightcl.footprint.theory import Workload, workload_of
 from lightcl.networks.build import untrained
+from lightcl.process_memory import reset_peak, resident
 from lightcl.scenario import Scenario, scenario_from_json
 
 STEPS = 3
@@ -166,24 +165,14 @@ def _peak_on_gpu(parts: dict[str, Callable[[], object]]) -> dict[str, int]:
 # -- the process ---------------------------------------------------------------------------------------------------
 
 
-def _resident(key: Literal["VmRSS", "VmHWM"]) -> int | None:
-    """Bytes that are resident now, or were at the highest; None where the system does not say."""
-    try:
-        found = re.search(rf"^{key}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None
-
-
 def _resident_peaks(parts: dict[str, Callable[[], object]]) -> dict[str, int | None]:
     """Runs the parts in turn and gives the highest resident set in each, over what was resident at the start."""
-    baseline = _resident("VmRSS")
+    baseline = resident("VmRSS")
     peaks: dict[str, int | None] = {}
     for name, part in parts.items():
-        with suppress(OSError):  # not allowed everywhere; a part's peak is then the highest of all parts so far
-            Path("/proc/self/clear_refs").write_text("5")
+        reset_peak()
         part()
-        highest = _resident("VmHWM")
+        highest = resident("VmHWM")
         peaks[name] = None if baseline is None or highest is None else highest - baseline
     return peaks
 

@@ -64,7 +64,8 @@ class LightCLParameters(MethodParameters):
     ratio: float = Field(default=0.15, gt=0, le=1)
     """Share of a map's channels that become vital with each task."""
     memory_size: int = Field(default=15, ge=1, le=1_000_000)
-    """Samples of the new task whose patterns are stored."""
+    """Samples of the new task whose patterns are stored; at least 2 where a batch-norm takes its statistics from them
+    (`memory_batch_norm: train`, `network.frozen_batch_norm: train`)."""
     vital_selection: VitalSelection = "exact"
     memory_batch_norm: Literal["eval", "train"] = "eval"
     """Batch-norm of the suffix while memory samples pass: running statistics, or those of the memory batch."""
@@ -83,6 +84,11 @@ class LightCLParameters(MethodParameters):
     @property
     def default_frozen_batch_norm(self) -> Literal["eval", "train"]:
         return "train" if self.preset == "paper" else "eval"
+
+    def smallest_memory(self, frozen_batch_norm: Literal["eval", "train"]) -> int:
+        """The least `memory_size`: a single sample has no variance where its maps are 1x1 (as in batches of training,
+        see `training_batches`)."""
+        return 2 if self.beta and "train" in (self.memory_batch_norm, frozen_batch_norm) else 1
 
     def cost(self) -> StepCost:
         if self.beta == 0:
@@ -157,6 +163,8 @@ class LightCL(Method):
         self.vital = under(state, "vital/")
         self.patterns = under(state, "pattern/")
         self.memory, self.logits, self.held = state.get("memory"), state.get("logits"), state.get("held")
+        if self.memory is not None:  # as it was: in another order a mean over positions rounds differently
+            self.memory = self.memory.contiguous(memory_format=torch.channels_last)
 
     def _memory_mode(self) -> _evaluating | _keeping_statistics:
         if self.parameters.memory_batch_norm == "eval":

@@ -171,7 +171,7 @@ def _ends_of_layers(network: StagedResNet) -> dict[str, str]:
     """The last block of every layer of the suffix -> the name of its boundary (a module's name may hold no dot)."""
     blocks = network.suffix.blocks
     layers = [block.partition(".")[0] for block in blocks]
-    following = [*layers[1:], ""]
+    following = [*layers, ""][1:]
     return {block: layer for block, layer, after in zip(blocks, layers, following, strict=True) if layer != after}
 
 

@@ -102,10 +102,11 @@ class Reservoir:
             new["logits"] = logits[positions].float()
         for name, values in new.items():
             rows = self.rows.get(name, values.new_empty((0, *values.shape[1:])))
-            grown = rows.new_empty((max(len(rows), *(row + 1 for row in where)), *rows.shape[1:]))
-            grown[: len(rows)] = rows
-            grown[where] = values
-            self.rows[name] = grown
+            if max(where) >= len(rows):  # it still fills; once full it is written in place
+                grown = rows.new_empty((max(where) + 1, *rows.shape[1:]))
+                grown[: len(rows)] = rows
+                self.rows[name] = rows = grown
+            rows[where] = values
 
     def draw(self, count: int, context: TaskContext) -> Replayed:
         """Up to `count` different samples, augmented anew like the training data. The buffer must hold one."""
@@ -120,7 +121,7 @@ class Reservoir:
         return {**self.rows, "counters": torch.tensor([self.seen, self.draws])}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.rows = {name: rows for name, rows in state.items() if name != "counters"}
+        self.rows = {name: rows.clone() for name, rows in state.items() if name != "counters"}  # written in place
         self.seen, self.draws = (int(counter) for counter in state["counters"])
 
 

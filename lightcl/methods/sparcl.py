@@ -53,13 +53,14 @@ class SparseParameters(ReplayParameters):
     gradient_sparsity: float | None = Field(default=None, ge=0, lt=1)
     """Share that is not updated; default: a fifth of the weights that are there are not (0.92 at sparsity 0.9)."""
     interval: int = Field(default=5, ge=1, le=1_000_000)
-    """Epochs between two adjustments of masks and data."""
+    """Epochs between two adjustments of masks and data; a task of no more epochs than this has none."""
     intra_task: float = Field(default=0.01, ge=0, lt=1)
     """Share of a layer's weights exchanged in an adjustment."""
     inter_task: float = Field(default=0.01, ge=0, lt=1)
     """Share that grows with a new task, until the next adjustment."""
     removed_data: float = Field(default=0.3, ge=0, lt=1)
-    """Share of a task's samples that is removed in the course of it."""
+    """Share of a task's samples that is removed in the course of it; nothing is, unless an adjustment falls into the
+    first `removal_until` of its epochs: by default from 13 epochs a task on."""
     removal_until: float = Field(default=0.4, gt=0, le=1)
     """Part of a task's epochs in which samples are removed."""
     importance_new: float = Field(default=1.0, ge=0, le=1e9)

@@ -39,7 +39,7 @@ def build_network(scenario: Scenario, *, in_channels: int, classes: int) -> Stag
             in_channels=in_channels,
             stem=stem,
             freeze=section.freeze or method.default_freeze,
-            frozen_batch_norm=section.frozen_batch_norm or method.default_frozen_batch_norm,
+            frozen_batch_norm=scenario.frozen_batch_norm,
         )
     if stored is not None:
         load_tensors(network, stored, f"network.weights {section.weights!r}", head=False)

@@ -162,6 +162,17 @@ class StagedResNet(nn.Module):
 
     # -- stages ------------------------------------------------------------------------------------------------
 
+    # A stage holds its network. Were it kept here, the two would hold each other, and every network that a process is
+    # done with would stay in memory until Python's rare full collection.
+
+    @property
+    def prefix(self) -> Stage:
+        return Stage(self, self._frozen)
+
+    @property
+    def suffix(self) -> Stage:
+        return Stage(self, self._trained)
+
     @property
     def block_names(self) -> tuple[str, ...]:
         """Every block in order: stem, layer1.0, layer1.1, layer2.0 ..."""
@@ -183,8 +194,7 @@ class StagedResNet(nn.Module):
                 f"(allowed: {', '.join(boundaries)})"
             )
         cut = boundaries[point]
-        self.prefix = Stage(self, names[:cut])
-        self.suffix = Stage(self, names[cut:])
+        self._frozen, self._trained = names[:cut], names[cut:]
         for parameter in self.prefix.parameters():
             parameter.requires_grad_(False)
         for parameter in self.suffix.parameters():

@@ -33,13 +33,11 @@ SEPARATE_BARS = 60
 # -- accuracy ------------------------------------------------------------------------------------------------------
 
 
-def accuracy_over_tasks(
-    curves: Mapping[str, Sequence[Spread]], chance: Mapping[str, Sequence[float]], theme: Theme
-) -> Figure:
+def accuracy_over_tasks(curves: Mapping[str, Sequence[Spread]], chance: Mapping[str, float], theme: Theme) -> Figure:
     """`curves[setting][t]`: spread over the devices of the average accuracy (0..1) on tasks 0..t after task t.
 
-    Settings are "til" and "cil". Where a single task was tested the band becomes a whisker. `chance[setting][t]` is
-    what guessing gives.
+    Settings are "til" and "cil". Where a single task was tested the band becomes a whisker. `chance[setting]` is what
+    guessing gives.
     """
     figure, axes = plot_axes(theme, "after task", "average accuracy (%)")
     many = any(spread.p10 < spread.p90 for spreads in curves.values() for spread in spreads)
@@ -53,11 +51,8 @@ def accuracy_over_tasks(
             axes.vlines(tasks, low, high, color=colour, alpha=0.4, linewidth=5)
         marker = "o" if len(spreads) <= 30 else None
         axes.plot(tasks, mean, color=colour, linewidth=1.9, marker=marker, markersize=4.5)
-        levels = 100 * np.asarray(chance[setting][: len(spreads)]) if setting in chance else np.empty(0)
-        if len(levels) == 1:
-            axes.axhline(levels[0], color=colour, linewidth=1.1, linestyle=(0, (4, 3)), alpha=0.8)
-        elif len(levels):
-            axes.plot(tasks, levels, color=colour, linewidth=1.1, linestyle=(0, (4, 3)), alpha=0.8)
+        if setting in chance:
+            axes.axhline(100 * chance[setting], color=colour, linewidth=1.1, linestyle=(0, (4, 3)), alpha=0.8)
     axes.set_ylim(0, 102)
     task_ticks(axes, max((len(spreads) for spreads in curves.values()), default=0))
     handles: list[Any] = [legend_line(theme.settings[setting], setting.upper()) for setting in curves]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from client.app import make_app
@@ -27,6 +28,17 @@ def ask(grid: InProcessGrid, kind: str, *, node: int = 100, **changes: Any) -> d
 def test_a_node_says_what_it_hosts(tmp_path: Path) -> None:
     said = ask(InProcessGrid(tmp_path, 2), "query", node=101)
     assert (said["partition"], said["partitions"], said["channels"], said["classes"]) == (1, 2, 1, 10)
+
+
+@pytest.mark.parametrize(("partitions", "refused"), [(2, True), (3, False), (0, False)])
+def test_a_board_with_data_of_its_own_is_one_device(tmp_path: Path, partitions: int, refused: bool) -> None:
+    grid = InProcessGrid(tmp_path, 2)
+    grid.nodes[100].node_config.update({"own-data": True, "num-partitions": partitions})
+    said = ask(grid, "query")
+    assert ("reason" in said) == refused
+    if refused:
+        for key in ("own-data", "num-partitions=2", "fleet.devices"):
+            assert key in said["reason"]
 
 
 def test_a_message_that_arrives_twice_trains_once(tmp_path: Path) -> None:
@@ -72,3 +84,13 @@ def test_the_nodes_own_configuration_wins(tmp_path: Path) -> None:
     message = Message(RecordDict({"instruction": ConfigRecord(record)}), dst_node_id=7, message_type="train")
     assert "reason" not in app(message, context).content.config_records["reply"]
     assert (tmp_path / "own" / "run" / "device-00000" / "state.json").exists()
+
+
+@pytest.mark.parametrize(("key", "section"), [("weights-path", {}), ("data-path", {"data": {"source": "parquet"}})])
+def test_a_nodes_paths_may_begin_at_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, section: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    grid = InProcessGrid(tmp_path / "s", 1)
+    grid.nodes[100].node_config[key] = "~/nowhere"
+    assert f"{tmp_path}/nowhere" in ask(grid, "train", scenario=small(**section).model_dump_json())["reason"]

@@ -122,3 +122,22 @@ def test_a_covariance_without_an_inverse_is_mended():
     features = torch.linspace(-1, 1, 12)[:, None].repeat(1, 3) * 1e3
     head = discriminant_head(sums(features, torch.arange(12) % 2, 2), 1e-30)
     assert torch.isfinite(head.weight).all()
+
+
+def test_a_variance_that_rounding_left_below_zero_is_mended():
+    """Three samples at 1, and a Σ x² one rounding error below 3."""
+    statistics = Statistics(*(torch.tensor(t, dtype=torch.float64) for t in ([3.0], [[3.0]], [np.nextafter(3.0, 0)])))
+    head = discriminant_head(statistics, 1e-6)
+    assert torch.isfinite(head.weight).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("gram", float("nan"), "not finite"), ("total", float("inf"), "not finite"), ("gram", 1e15, "contradict")],
+)
+def test_sums_of_no_samples_are_refused(name, value, message):
+    features, labels = drawn()
+    statistics = sums(features, labels, 3)
+    statistics.tensors()[name].view(-1)[1] = value  # of the Gram matrix, beside the diagonal
+    with pytest.raises(ValueError, match=message):
+        discriminant_head(statistics, 0.01)

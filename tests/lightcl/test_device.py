@@ -1,21 +1,26 @@
 """A device: in step with its server, killed at any point, and the same numbers however it was run."""
 
+import gc
 import json
+import os
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from lightcl import state
+from lightcl import process_memory, state
 from lightcl.data.partition import partition
 from lightcl.data.sources import load_source
 from lightcl.device import EdgeDevice, OutOfStep, Position, choose_accelerator, scenario_digest
 from lightcl.errors import RequestError
 from lightcl.exchange import ExchangeError
+from lightcl.networks.weights import save_weights
+from lightcl.scenario import method_names
 from lightcl.state import MANIFEST, StateError
 from tests.lightcl import toys
 from tests.lightcl.killed_device import HANG_IN
@@ -57,6 +62,14 @@ def test_training_reports_what_it_did(tmp_path):
     assert report.loss == told[-1][2]
     assert report.peak_memory_mib > 1
     assert device.position == Position(0, 2)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no peak to reset here")
+def test_the_reported_memory_is_not_that_of_what_ran_before(tmp_path):
+    """A worker of a simulation serves one device after the other."""
+    np.ones(2**29, dtype=np.uint8)
+    before = process_memory.peak()
+    assert toys.device(tmp_path).train(0, 1).peak_memory_mib * 2**20 < before - 2**28
 
 
 @pytest.mark.parametrize("restarted", [False, True])
@@ -151,6 +164,27 @@ def test_a_device_may_be_tested_before_it_has_learned_and_restarted_after(tmp_pa
     restarted = toys.device(tmp_path)
     toys.assert_same(everything(restarted), everything(device))
     assert restarted.rows == device.rows
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize("name", method_names())
+def test_the_network_goes_with_its_device(tmp_path, name, restarted):
+    """Without help of the garbage collector: a worker opens a device for every message."""
+    sections = {"method": {"name": name}, "training": {"epochs": 1}, "network": {"freeze": "layer2"}}
+    device = learn(toys.device(tmp_path, **sections))
+    if restarted:
+        device = toys.device(tmp_path, **sections)
+        device.evaluate()
+    gc.disable()
+    try:
+        networks = [weakref.ref(device.network), *map(weakref.ref, getattr(device.method, "frozen", []))]
+        del device
+        assert [network() for network in networks] == [None] * len(networks)
+    finally:
+        gc.enable()
 
 
 # -- killed --------------------------------------------------------------------------------------------------------
@@ -378,6 +412,23 @@ def test_state_from_another_kind_of_accelerator_is_refused(tmp_path):
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"accelerator": "tpu"}))
     with pytest.raises(StateError, match=r"was saved on tpu .* on cpu; set runtime.accelerator"):
         toys.device(tmp_path, runtime={"accelerator": "cpu"})
+
+
+def test_a_weights_file_may_move_but_not_change(tmp_path):
+    here, there = tmp_path / "here.safetensors", tmp_path / "there.safetensors"
+    save_weights(toys.network(), here, {})
+    straight = toys.device(tmp_path / "straight", network={"weights": str(here)})
+    toys.device(tmp_path / "moved", network={"weights": str(here)}).train(0, 1)
+    here.rename(there)
+    moved = toys.device(tmp_path / "moved", network={"weights": str(there)})
+    straight.train(0, 2)
+    moved.train(0, 2)
+    toys.assert_same(everything(moved), everything(straight))
+    save_weights(toys.network(seed=1), there, {})
+    with pytest.raises(StateError, match=r"was saved with another frozen prefix .* name those of the first run"):
+        toys.device(tmp_path / "moved", network={"weights": str(there)})
+    with pytest.raises(StateError, match="under another scenario"):
+        toys.device(tmp_path / "moved")
 
 
 def test_digest_changes_with_what_decides_the_numbers():

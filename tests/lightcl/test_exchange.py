@@ -183,6 +183,7 @@ def fleet_sums() -> dict[str, np.ndarray]:
         ("total", (0, 2), 1e3, "contradict each other"),
         ("gram", 4, -1.0, "contradict each other"),  # the second entry of the diagonal
         ("gram", 9, 0.0, "contradict each other"),  # the last one
+        ("gram", 1, 1e3, "contradict each other"),  # beside the diagonal: more than any correlation
     ],
 )
 def test_sums_that_no_samples_have_are_refused(name, place, value, message):

@@ -5,6 +5,7 @@ import pytest
 from lightcl.data.streams import build_stream
 from lightcl.errors import RequestError
 from lightcl.planning import candidates, choose
+from lightcl.scenario import Scenario
 from tests.lightcl import toys
 
 
@@ -33,6 +34,36 @@ def test_halvings_by_hand():
     first = [s for s in settings if s.frozen_further == 0 and s.sparsity == 0]
     sizes = [(s.keys["training.batch_size"], s.keys["method.memory_size"]) for s in first]
     assert sizes == [(8, 5), (4, 5), (8, 2), (4, 2), (8, 1), (4, 1)]
+
+
+@pytest.mark.parametrize(
+    ("sections", "smallest"),
+    [
+        ({"method": {"preset": "paper"}}, 2),
+        ({"network": {"frozen_batch_norm": "train"}}, 2),
+        ({"method": {"preset": "paper", "memory_batch_norm": "eval"}, "network": {"frozen_batch_norm": "eval"}}, 1),
+    ],
+)
+def test_every_setting_is_a_scenario_that_can_be_run(sections, smallest):
+    """Memory 5 goes to 2; 1 sample has no batch statistics."""
+    _, settings = found(**sections)
+    assert min(s.keys["method.memory_size"] for s in settings) == smallest
+    for setting in settings:
+        Scenario.model_validate(setting.scenario.model_dump())
+
+
+PLUS = {"name": "lightcl-plus", "statistics_mb": 0.002}
+"""Room for the 16 channels of layer3 (1,920 bytes) and not for the 32 of layer4 (5,824)."""
+
+
+def test_freeze_points_that_the_method_cannot_be_built_on_are_left_out():
+    _, settings = found(method=PLUS)
+    assert {s.keys["network.freeze"] for s in settings} == {"layer3.1"}
+
+
+def test_where_the_method_can_be_built_on_no_freeze_point_its_reason_is_given():
+    with pytest.raises(RequestError, match=r"method.statistics_mb is 0.002, but the least that lightcl-plus needs"):
+        found(method=PLUS, network={"freeze": "layer4.0"})
 
 
 def test_sparse_settings_come_after_dense_ones():

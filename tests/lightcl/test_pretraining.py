@@ -103,6 +103,19 @@ def test_requests_that_cannot_be_carried_out_are_refused(tmp_path):
         run(tmp_path / "w.safetensors", Recipe(width=4, batch_size=81))
 
 
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [("file/w.safetensors", "cannot be written to"), ("sub.safetensors", "is a folder, not a file")],
+)
+def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_learned(tmp_path, place, message):
+    (tmp_path / "file").touch()
+    (tmp_path / "sub.safetensors").mkdir()
+    told: list[EpochReport] = []
+    with pytest.raises(RequestError, match=rf"--out: {tmp_path / place} {message}"):
+        run(tmp_path / place, report=told.append)
+    assert told == []
+
+
 def test_top1_by_hand():
     network = toys.network(classes=3)
     with torch.no_grad():

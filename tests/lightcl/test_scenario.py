@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from lightcl.data.sources import SourceRequest
 from lightcl.errors import RequestError
 from lightcl.methods import LightCLParameters, SGDParameters
+from lightcl.methods.ewc import EWCParameters
 from lightcl.scenario import Scenario, load_scenario, scenario_from_json, scenario_schema
 
 
@@ -230,6 +231,11 @@ def test_wrong_values_are_named_with_what_is_allowed(refused, text, message):
         ("training: {epochs: 3}\nserver: {rounds_per_task: 4}",
          "server.rounds_per_task is 4, but training.epochs gives only 3 epochs to spread over them"),
         ("fleet: {classes_per_device: 2}", "fleet.classes_per_device is for partition: pathological, not iid"),
+        ("method: {preset: paper, memory_size: 1}",
+         "method.memory_size is 1, but batch-norm in training mode (method.memory_batch_norm is train, "
+         "network.frozen_batch_norm train) has no variance over a single sample: at least 2"),
+        ("method: {memory_batch_norm: train, memory_size: 1}", "network.frozen_batch_norm eval) has no variance"),
+        ("network: {frozen_batch_norm: train}\nmethod: {name: lightcl-sparse, memory_size: 1}", "at least 2"),
         ("stream: {held_out: 0, evaluate_on: held-out}",
          "stream.evaluate_on: held-out needs stream.held_out above 0"),
         ("stream: {tasks: 1}\ntraining: {epochs: 3}\nserver: {rounds_per_task: 4}",
@@ -351,6 +357,24 @@ def test_naming_another_method_replaces_the_section(load):
     assert load(text, "method.name=sgd").method == SGDParameters()
     assert load(text, "method.name=sgd", "method.loss_classes=all").method == SGDParameters(loss_classes="all")
     assert load("method: {beta: 0.5}", "method.name=sgd").method == SGDParameters()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("method.strength=77", "method.name=ewc"),
+        ("method.strength=77", "method={name: ewc, strength: 3}"),
+        ("method.strength=77", "method.name=ewc", "method={name: sgd}"),
+    ],
+)
+def test_no_change_is_lost_to_one_typed_after_it(load, changes):
+    for typed in (changes, changes[::-1]):
+        assert load("method: {beta: 0.5}", *typed).method == EWCParameters(strength=77)
+
+
+def test_a_key_of_another_method_is_refused_whatever_the_order(refused):
+    for typed in (("method.beta=0.3", "method.name=sgd"), ("method.name=sgd", "method.beta=0.3")):
+        assert "--set method.beta: unknown key" in refused("", *typed)
 
 
 def test_naming_the_same_method_keeps_the_section(load):

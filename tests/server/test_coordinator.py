@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import Array, ArrayRecord, Error, Message
+from flwr.common.constant import ErrorCode
+from ray.exceptions import ActorDiedError
 
-from lightcl.exchange import outgoing, shared_tensors, size_in_bytes
+from lightcl.exchange import check, outgoing, shared_tensors, size_in_bytes
 from lightcl.networks.build import build_network
 from lightcl.scenario import Scenario
+from server.aggregation import Aggregator, Contribution
 from server.coordinator import Coordinator, RunFailure
 from server.records import RunFolder
 from tests.inprocess import InProcessGrid, Silent, small
@@ -80,6 +86,44 @@ def test_the_average_is_weighted_by_examples_and_reaches_the_devices(tmp_path: P
         sent_down[0].content["arrays"]["layer4.0.conv1.weight"].numpy(),
         coordinator.aggregator.arrays["layer4.0.conv1.weight"],
     )
+
+
+def test_a_fleets_tensors_are_in_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One record for the messages to all devices; of the answers only what waits to be averaged, and only till then."""
+    scenario = small(server={"aggregation": "suffix", "rounds_per_task": 2})
+    grid, last = InProcessGrid(tmp_path / "s", 3), 2
+    replies: list[weakref.ref[Message]] = []
+    alive: list[int] = []
+    answers: list[Contribution] = []
+
+    def watch(message: Message, reply: Message) -> Message:
+        if _is(message, "train", 1, message.content["instruction"]["device"]):
+            replies.append(weakref.ref(reply))
+            grid.received.clear()
+        return reply
+
+    def counted(arrays: Any, shapes: Any) -> None:
+        gc.collect()
+        alive.append(sum(reply() is not None for reply in replies))
+        check(arrays, shapes)
+
+    def update(self: Aggregator, given: list[Contribution], round_number: int, fleet_grid: Any) -> None:
+        answers.extend(given)
+        return moves(self, given, round_number, fleet_grid)
+
+    grid.tamper, moves = watch, Aggregator.update
+    monkeypatch.setattr("server.coordinator.check", counted)
+    monkeypatch.setattr(Aggregator, "update", update)
+    start(scenario, tmp_path / "run").run(grid)
+    assert alive[last] == 1, "an answer that is decoded is let go before the next one"
+    assert len(answers) == 3 * 4
+    assert all(answer.reply is not None and not answer.reply.content["arrays"] for answer in answers)
+    sent: dict[int, list[ArrayRecord]] = {}
+    for message in grid.sent:
+        for record in message.content.array_records.values():
+            sent.setdefault(message.content["instruction"]["version"], []).append(record)
+    assert [len(records) for records in sent.values()] == [3] * 4
+    assert all(len({id(record) for record in records}) == 1 for records in sent.values())
 
 
 def _with_array(reply: Message, name: str, array: np.ndarray) -> Message:
@@ -277,7 +321,6 @@ def test_a_board_that_cannot_take_part_is_named_and_the_others_go_on(tmp_path: P
     assert "own-data is 'yes', expected true or false" in listener.refusals[0][1]
     assert "not connected" in results["dropped"]["1"]
     # Resumed with the board mended, it learns what it missed.
-    (tmp_path / "run" / "results.json").unlink()
     del grid.nodes[101].node_config["own-data"]
     assert start(scenario, tmp_path / "run").run(grid)["devices_finished"] == 3
 
@@ -288,6 +331,111 @@ def test_when_nobody_comes_the_reason_is_kept(tmp_path: Path) -> None:
     with pytest.raises(RunFailure, match="none of 3 devices is connected"):
         start(small(server={"connect_timeout": 0.3}), tmp_path / "run").run(grid)
     assert "connect_timeout" in json.loads((tmp_path / "run" / "failure.json").read_text())["reason"]
+
+
+def test_a_run_that_goes_on_has_no_verdict_until_its_new_end(tmp_path: Path) -> None:
+    standing: list[bool] = []
+
+    def lost(message: Message, reply: Message) -> Message | None:
+        if message.metadata.message_type == "train" and message.content["instruction"]["device"] == 1:
+            standing.append((tmp_path / "run" / "results.json").exists())
+            return None
+        return reply
+
+    scenario = small(server={"max_failures": 1, "round_timeout": 0.2, "connect_timeout": 0.3})
+    for _ in range(2):
+        results = start(scenario, tmp_path / "run").run(InProcessGrid(tmp_path / "s", 3, lost))
+        assert results["dropped"].keys() == {"1"}
+    assert standing == [False, False]
+    assert not RunFolder(tmp_path / "run").whole
+    nobody = InProcessGrid(tmp_path / "s", 3)
+    nobody.away = set(nobody.nodes)
+    with pytest.raises(RunFailure, match="none of 1 devices is connected"):
+        start(scenario, tmp_path / "run").run(nobody)
+    assert {f.name for f in (tmp_path / "run").glob("*.json")} == {"run.json", "partition.json", "failure.json"}
+    assert start(scenario, tmp_path / "run").run(InProcessGrid(tmp_path / "s", 3))["devices_finished"] == 3
+    assert not (tmp_path / "run" / "failure.json").exists()
+    assert RunFolder(tmp_path / "run").whole
+
+
+@pytest.mark.parametrize("phase", ["train", "evaluate"])
+def test_a_dead_worker_ends_the_run_and_costs_no_device_a_failure(tmp_path: Path, phase: str) -> None:
+    scenario = small(server={"aggregation": "suffix", "max_failures": 1})
+    whole = start(scenario, tmp_path / "whole").run(InProcessGrid(tmp_path / "s1", 3))
+
+    def dying(message: Message, reply: Message) -> Message:
+        told = message.content["instruction"]
+        if message.metadata.message_type == phase and told["round"] == 2 and told["device"] > 0:
+            error = ActorDiedError()
+            return Message(Error(ErrorCode.UNKNOWN, f"{type(error)}:<'{error}'>"), reply_to=message)
+        return reply
+
+    listener = Silent()
+    with pytest.raises(RunFailure, match=r"a Ray worker died .*fewer runtime\.workers.*--resume"):
+        start(scenario, tmp_path / "run", listener).run(InProcessGrid(tmp_path / "s2", 3, dying))
+    assert not listener.refusals
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert "Ray worker" in json.loads((tmp_path / "run" / "failure.json").read_text())["reason"]
+    resumed = start(scenario, tmp_path / "run").run(InProcessGrid(tmp_path / "s2", 3))
+    assert resumed["til"] == whole["til"]
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+class Freeing(InProcessGrid):
+    """Its busy nodes are done once the server has looked `looks` times since the first of them was busy."""
+
+    looks = 0
+
+    def get_node_ids(self) -> list[int]:
+        self.looks -= bool(self.busy)
+        if self.looks < 0:
+            self.busy.clear()
+        return super().get_node_ids()
+
+
+def test_boards_that_still_train_for_a_killed_server_are_waited_for(tmp_path: Path) -> None:
+    grid = Freeing(tmp_path / "s", 3)
+    grid.busy, grid.looks = set(grid.nodes), 6
+    results = start(small(server={"connect_timeout": 0.3}), tmp_path / "run").run(grid)
+    assert results["devices_finished"] == 3
+    assert sum(m.metadata.message_type == "query" for m in grid.sent) == 3
+
+
+def test_they_are_not_waited_for_longer_than_a_round(tmp_path: Path) -> None:
+    grid = InProcessGrid(tmp_path / "s", 3)
+    grid.busy = set(grid.nodes)
+    with pytest.raises(RunFailure, match="none of 3 devices is connected"):
+        start(small(server={"connect_timeout": 0.2, "round_timeout": 0.5}), tmp_path / "run").run(grid)
+
+
+def test_a_board_that_returns_busy_joins_when_it_is_done_and_holds_nobody_up(tmp_path: Path) -> None:
+    grid = Freeing(tmp_path / "s", 3)
+
+    def leave(message: Message, reply: Message) -> Message:
+        if _is(message, "evaluate", 1, 1):
+            grid.away = {102}
+        elif _is(message, "train", 2, 0):
+            grid.away, grid.busy, grid.looks = set(), {102}, 6
+        return reply
+
+    grid.tamper = leave
+    scenario = small(server={"connect_timeout": 0.5}, stream={"tasks": 3}, training={"learning_rate": 0.01})
+    results = start(scenario, tmp_path / "run").run(grid)
+    assert results["devices_finished"] == 3
+    assert [r["device"] for r in rows(tmp_path / "run") if r["round"] in (2, 3)] == [0, 1, 0, 1]
+    assert sum(_is(m, "query", 0, 0) and m.metadata.dst_node_id == 102 for m in grid.sent) == 2
+
+
+def test_a_board_that_does_not_take_part_is_shown_where_no_device_is_missed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    grid = InProcessGrid(tmp_path / "s", 4)
+    for node, number in ((100, 0), (101, 1), (102, 2), (103, 0)):
+        grid.nodes[node].node_config.update({"partition-id": number, "num-partitions": 3, "name": f"board-{node}"})
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        results = start(small(), tmp_path / "run").run(grid)
+    assert results["devices_finished"] == 3
+    assert caplog.messages == ["nodes 'board-100' and 'board-103' both have partition-id 0: one takes part"]
 
 
 SPARSE_FLEET: dict[str, dict[str, Any]] = {

@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from flwr.app import Context, Message, RecordDict
+from flwr.serverapp import ServerApp
 
-from lightcl.scenario import scenario_keys
+from lightcl.scenario import Runtime, scenario_keys
 from simulations import main as command_line
+from tests.inprocess import InProcessGrid
 
 SCENARIO = """\
 name: tiny
@@ -83,6 +86,16 @@ def test_missing_and_broken_scenario_files(
     assert "tiny.yaml, line 6: typo: unknown key" in capfd.readouterr().err
 
 
+def test_a_path_that_looks_like_markup_is_printed_as_it_is(
+    scenario: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = scenario.rename(scenario.with_name("[bold]tiny :key: .yaml"))
+    assert lightcl(monkeypatch, "validate", file.name) == 0
+    assert capsys.readouterr().out.startswith(f"{file.name}: can be run.")
+    assert lightcl(monkeypatch, "plan", file.name, "--budget-mb", "64", "--out", "[bold]plan.yaml") == 0
+    assert "scenario: [bold]plan.yaml" in capsys.readouterr().out
+
+
 def test_one_device_from_the_command_line_to_the_report(
     scenario: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,6 +149,32 @@ def test_a_row_that_a_kill_cut_off_is_written_again(scenario: Path, monkeypatch:
     assert len(Path("run/devices.jsonl").read_text().splitlines()) == 2
 
 
+def test_resume_gives_devices_that_were_put_out_another_chance(
+    scenario: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = {1}
+
+    def lose(message: Message, reply: Message) -> Message | None:
+        training = message.metadata.message_type == "train"
+        return None if training and message.content["instruction"]["device"] in broken else reply
+
+    def in_process(server: ServerApp, state: Path, devices: int, runtime: Runtime) -> None:
+        server(InProcessGrid(state, devices, lose), Context(1, 0, {}, RecordDict(), {}))
+
+    monkeypatch.setattr("simulations.runtime.simulate", in_process)
+    words = ("simulate", scenario, "--out", "run", "--set", "server={max_failures: 1, round_timeout: 0.2}")
+    assert lightcl(monkeypatch, *words) == 0
+    assert "1 devices were put out" in capfd.readouterr().out
+    broken.clear()
+    assert lightcl(monkeypatch, *words, "--resume") == 0
+    assert "complete already" not in capfd.readouterr().out
+    assert json.loads(Path("run/results.json").read_text())["devices_finished"] == 2
+    before = Path("run/results.json").read_bytes()
+    assert lightcl(monkeypatch, *words, "--resume") == 0
+    assert "the run was complete already" in capfd.readouterr().out
+    assert Path("run/results.json").read_bytes() == before
+
+
 def test_a_device_that_the_fleet_does_not_have(
     scenario: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,6 +190,8 @@ def test_pretrained_weights_can_be_used_as_a_prefix(
     assert "lightcl pretrain --source digits" in Path("w.md").read_text()
     assert lightcl(monkeypatch, *words, "--out", "w.safetensors") == 2
     capfd.readouterr()
+    assert lightcl(monkeypatch, *words, "--out", "w.md/w.safetensors") == 2
+    assert "--out: w.md/w.safetensors cannot be written to" in capfd.readouterr().err
     changes = ("--set", "network.weights=w.safetensors", "--set", "network.width=null")
     assert lightcl(monkeypatch, "validate", scenario, *changes) == 0
     assert lightcl(monkeypatch, "validate", scenario, *changes, "--set", "network.width=8") == 2

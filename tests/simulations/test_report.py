@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from lightcl.errors import RequestError
+from lightcl.generalizability import BlockFigures, Generalizability
 from lightcl.metrics import AccuracyMatrix, Spread
 from lightcl.scenario import Fleet, Scenario, Server, Stream
-from server.records import RunFolder
+from server.records import ANALYSIS, RunFolder
 from simulations import plots
 from simulations.plots.style import PIXELS_PER_INCH, SIZE
 from simulations.report import (
@@ -226,13 +227,33 @@ def test_failures_and_dropped_devices(tmp_path: Path) -> None:
     assert refused not in page.read_text()  # what a device says is escaped
 
 
+def test_a_freeze_point_that_was_chosen_is_explained(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, TWO_DEVICES, TWO_ROUNDS, results())
+    stability = {"stem": 0.98, "layer1": 0.95, "layer2": 0.7}
+    blocks = {name: BlockFigures([value], [0.99], [0.9]) for name, value in stability.items()}
+    (folder.path / ANALYSIS).write_text(json.dumps(Generalizability(0, 3, blocks).record(0.9)))
+    text = text_of(build_report(folder))
+    assert "froze the network up to layer1." in text
+    assert "the stream of device 0 (3 epochs a task)" in text
+    assert "reach 0.9." in text
+    assert (folder.path / "plots" / "generalizability.png").read_bytes().startswith(b"\x89PNG")
+    (folder.path / ANALYSIS).write_text('{"freeze": "layer1", "blocks": {"stem": {}}}')
+    with pytest.raises(RequestError, match=r"generalizability.json: not the record of an analysis"):
+        build_report(folder)
+
+
 @pytest.mark.usefixtures("_unpainted")
 def test_run_that_lost_every_device_says_so(tmp_path: Path) -> None:
     rows = [failed_row(device, number, "gone") for number in (1, 2) for device in (0, 1)]
     folder = make_run(tmp_path, rows, TWO_ROUNDS, None)
     assert read_run(folder).dropped == {0: "gone", 1: "gone"}
+    folder.fail("no device finished its stream: gone", {"0": "gone", "1": "gone"})
     text = text_of(build_report(folder))
     assert "stopped: every device is out of the run" in text
+    folder.reopen()  # by --resume: those rows are the last that there are, but every device is to be asked again
+    assert "still running or killed" in text_of(build_report(folder))
+    folder.fail("a Ray worker died", {})
+    assert "stopped: a Ray worker died" in text_of(build_report(folder))
     assert "Put out of the run: devices 0–1. gone" in text
 
 
@@ -277,8 +298,7 @@ def test_spreads_over_devices_at_different_tasks() -> None:
 
 
 def test_chance() -> None:
-    levels = chance(Scenario(stream=Stream(tasks=3, classes_per_task=4)))
-    assert levels == {"til": [0.25, 0.25, 0.25], "cil": [1 / 4, 1 / 8, 1 / 12]}
+    assert chance(Scenario(stream=Stream(tasks=3, classes_per_task=4))) == {"til": 1 / 4, "cil": 1 / 12}
 
 
 def test_devices_that_are_behind_rank_below_those_that_are_not() -> None:
@@ -307,7 +327,7 @@ def test_units() -> None:
 
 def test_accuracy_plot_draws_means_and_chance_in_percent() -> None:
     curves = {"til": [Spread(0.9, 0.1, 0.8, 0.95), Spread(0.8, 0.1, 0.7, 0.9)]}
-    (axes,) = plots.accuracy_over_tasks(curves, {"til": [0.5, 0.5, 0.5]}, plots.LIGHT).axes
+    (axes,) = plots.accuracy_over_tasks(curves, {"til": 0.5}, plots.LIGHT).axes
     mean, guess = axes.get_lines()
     assert list(mean.get_ydata()) == pytest.approx([90, 80])
     assert list(guess.get_ydata()) == pytest.approx([50, 50])

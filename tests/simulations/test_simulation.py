@@ -44,12 +44,15 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in ("timing", "name")} for row in kept]
 
 
-def test_the_number_of_workers_changes_no_number_and_one_device_alone_learns_the_same(scenario: Path) -> None:
+def test_the_number_of_workers_changes_no_number_and_one_device_alone_learns_the_same(
+    scenario: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, two, alone = (scenario.parent / name for name in ("one", "two", "alone"))
     printed = lightcl("simulate", scenario, "--out", one, "--set", "runtime.workers=1").stdout
     assert "round 3/3" in printed
     assert "TIL (task known)" in printed
     assert (one / "report.html").stat().st_size > 10_000
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # another Ray is of no concern
     lightcl("simulate", scenario, "--out", two, "--set", "runtime.workers=2")
     assert rows(one) == rows(two)
     lightcl("train", scenario, "--device", 2, "--out", alone)
@@ -78,6 +81,30 @@ def test_a_simulation_killed_in_a_task_goes_on_to_the_same_numbers(scenario: Pat
     assert rows(killed) == rows(whole)
     results = [json.loads((run / "results.json").read_text()) for run in (killed, whole)]
     assert results[0]["til"] == results[1]["til"]
+
+
+def test_a_worker_that_dies_ends_the_run_and_resume_loses_nothing(scenario: Path) -> None:
+    """SIGKILL to one of two workers, as the kernel does it when memory runs out."""
+    whole, hurt = scenario.parent / "whole", scenario.parent / "hurt"
+    change = ("--set", "server.aggregation=suffix", "--set", "training.epochs=6")
+    lightcl("simulate", scenario, "--out", whole, *change)
+    process = subprocess.Popen(
+        [LIGHTCL, "simulate", scenario, "--out", hurt, *change],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not _in_second_task(hurt):
+        assert process.poll() is None, "the run was over before a worker could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    family = psutil.Process(process.pid).children(recursive=True)
+    next(p for p in family if "ClientAppActor" in " ".join(p.cmdline())).kill()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "a Ray worker died" in said
+    assert not (hurt / "results.json").exists()
+    lightcl("simulate", scenario, "--out", hurt, *change, "--set", "runtime.workers=1", "--resume")
+    assert rows(hurt) == rows(whole)
 
 
 def _in_second_task(run: Path) -> bool:

@@ -76,9 +76,11 @@ def test_smaller_alpha_makes_devices_differ_more(source):
     assert largest_class_share(0.3) > 0.4 > 0.3 > largest_class_share(1000.0)
 
 
+@pytest.mark.filterwarnings("ignore:Classes. .* will NOT be used")
+@pytest.mark.parametrize("devices", [1, 2, 5])
 @pytest.mark.parametrize("wanted", [1, 2, 4])
-def test_pathological_devices_hold_so_many_classes(source, wanted):
-    for share in shares_of(source, "pathological", classes_per_device=wanted):
+def test_pathological_devices_hold_so_many_classes(source, wanted, devices):
+    for share in shares_of(source, "pathological", classes_per_device=wanted, devices=devices):
         assert len(np.unique(source.train.labels[share.train])) == wanted
 
 

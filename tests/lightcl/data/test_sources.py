@@ -379,6 +379,13 @@ def test_folder_of_classes_is_split(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["test", "val"])
+def test_a_class_may_have_the_name_of_a_split(tmp_path, name):
+    write_folder(tmp_path, {"cat": [10, 20, 30, 40], name: [50, 60, 70, 80]})
+    assert [len(folder(tmp_path, test_fraction=share).test) for share in (0.25, 0.5)] == [2, 4]
+    assert folder(tmp_path).classes == ("cat", name)
+
+
+@pytest.mark.parametrize("name", ["test", "val"])
 def test_folder_with_train_and_test(tmp_path, name):
     write_folder(tmp_path / "train", {"cat": [10], "dog": [20, 30], "eel": [40]})
     write_folder(tmp_path / name, {"dog": [50], "eel": [60]})
@@ -500,6 +507,41 @@ def test_a_reader_that_dies_leaves_nothing_behind(tmp_path, monkeypatch):
                 tmp_path / "cache" / "images" / "set", sources._READERS["parquet"](SourceRequest("parquet", file))
             )
     assert list((tmp_path / "cache" / "images").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["train-images.npy", "test-labels.npy", "classes.json"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "half", "zeros"])
+def test_an_entry_that_a_power_failure_left_unreadable_is_made_anew(tmp_path, monkeypatch, reads, name, damage):
+    monkeypatch.setenv("LIGHTCL_CACHE", str(tmp_path / "cache"))
+    file = write_parquet(tmp_path / "a.parquet", AS_BYTES, LABELS)
+    parquet(file)
+    (entry,) = (tmp_path / "cache" / "images").iterdir()
+    content = (entry / name).read_bytes()
+    (entry / name).unlink()
+    if damage != "missing":
+        left = {"empty": b"", "half": content[: len(content) // 2], "zeros": bytes(len(content))}
+        (entry / name).write_bytes(left[damage])
+    source = parquet(file)
+    assert sorted(values_of(source.train) + values_of(source.test)) == VALUES
+    assert ((entry / name).read_bytes(), len(reads)) == (content, 2)
+    parquet(file)
+    assert len(reads) == 2
+    assert list((tmp_path / "cache" / "images").iterdir()) == [entry]
+
+
+def test_an_entry_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
+    """Else a power failure may leave the name with empty files behind it."""
+    done: list[str] = []
+    rename = Path.rename
+    monkeypatch.setattr(sources, "sync", lambda path: done.append(f"sync {path.name}"))
+    monkeypatch.setattr(Path, "rename", lambda path, to: (rename(path, to), done.append(f"rename {path.name}"))[0])
+    images = ImageSet(np.zeros((2, 4, 4, 1), np.uint8), np.array([0, 1]), ("a", "b"))
+    sources._store(tmp_path / "images" / "entry", sources.Source(images, images))
+    assert sorted(done[:5]) == [
+        "sync classes.json",
+        *(f"sync {p}-{k}.npy" for p in ("test", "train") for k in ("images", "labels")),
+    ]
+    assert done[5:] == ["sync set", "rename set", "sync images"]
 
 
 def test_the_second_of_two_processes_leaves_the_firsts_copy(tmp_path):

@@ -117,6 +117,16 @@ def test_every_layer_boundary_of_the_suffix_has_an_adapter():
     assert set(make("layer2.0").boundaries.values()) == {"layer2", "layer3", "layer4"}
 
 
+def test_where_every_block_is_frozen_a_column_is_a_head():
+    method = make("layer4")
+    learn(method, FIRST)
+    logits = method.predict(IMAGES)
+    learn(method, SECOND)
+    assert method.boundaries == {}
+    assert torch.equal(method.predict(IMAGES)[:, :2], logits[:, :2])
+    assert method.trainable().keys() == {"fc.weight", "fc.bias"}
+
+
 def test_only_the_last_column_and_its_adapters_are_trained():
     method = make()
     for context in (FIRST, SECOND):

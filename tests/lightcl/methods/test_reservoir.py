@@ -39,6 +39,24 @@ def test_rows_belong_together():
     assert reservoir.rows["tasks"].tolist() == [0] * 5
 
 
+def test_a_full_buffer_stays_where_it_is():
+    """A copy of it in every step would cost as much time and memory as the buffer is large."""
+    reservoir = offer(Reservoir(6), 2, logits=True)
+    places = {name: rows.data_ptr() for name, rows in reservoir.rows.items()}
+    labels = reservoir.rows["labels"].tolist()
+    offer(reservoir, 5, start=2, logits=True)
+    assert reservoir.rows["labels"].tolist() != labels
+    assert {name: rows.data_ptr() for name, rows in reservoir.rows.items()} == places
+
+
+def test_a_restored_buffer_writes_into_no_one_elses_tensors():
+    first, restored = offer(Reservoir(6), 2), Reservoir(6)
+    restored.load_state_dict(first.state_dict())
+    before = toys.copy_of(first.state_dict())
+    offer(restored, 5, start=2)
+    toys.assert_same(first.state_dict(), before)
+
+
 def test_every_sample_has_the_same_chance_to_stay():
     """40 samples, 10 rows, 800 seeds: each is expected 200 times, with a deviation of sqrt(800·¼·¾) = 12.2."""
     kept = np.zeros(40)

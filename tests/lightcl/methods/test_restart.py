@@ -2,6 +2,7 @@
 
 import pytest
 
+from lightcl.device import EdgeDevice
 from tests.lightcl import toys
 from tests.lightcl.test_device import everything
 
@@ -36,3 +37,25 @@ def test_restored_after_every_epoch(tmp_path, method):
     toys.assert_same(everything(killed), everything(straight))
     assert killed.rows == straight.rows
     assert killed.method.state_dict()
+
+
+def test_restored_where_the_head_alone_is_trained(tmp_path):
+    """The stored prefix outputs are then averaged as they are; smaller maps would hide the order they are kept in."""
+    held = toys.source(size=32)
+    scenario = toys.scenario(
+        network={"freeze": "layer4", "width": 16},
+        method={"name": "lightcl", "reduction": "relative", "beta": 1.0},
+        training={"epochs": 3, "momentum": 0.9},
+    )
+
+    def opened(name):
+        return EdgeDevice(scenario, 0, tmp_path / name, source=held, share=toys.whole(held))
+
+    straight = opened("straight")
+    for task in (0, 1):
+        straight.train(task, 3)
+        for epochs in (1, 2, 3):
+            killed = opened("killed")
+            report = killed.train(task, epochs)
+    assert report.loss == straight.last_report.loss
+    toys.assert_same(everything(killed), everything(straight))

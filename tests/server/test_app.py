@@ -1,0 +1,67 @@
+"""`flwr run`: from the run configuration to the run folder, with real devices in this process."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Context, RecordDict
+from PIL import Image
+
+from lightcl.errors import RequestError
+from server.app import app
+from tests.inprocess import InProcessGrid
+
+SCENARIO = """\
+data: {source: image-folder}
+network: {weights: none, width: 4}
+stream: {tasks: 2, held_out: 0}
+fleet: {devices: 2, test_data: whole}
+training: {epochs: 1, batch_size: 8}
+server: {connect_timeout: 0.2}
+"""
+
+
+def flwr_run(grid: InProcessGrid, out: Path, **config: bool | str) -> None:
+    """`flwr run` with SCENARIO."""
+    file = out.parent / "scenario.yaml"
+    file.write_text(SCENARIO)
+    app(grid, Context(1, 0, {}, RecordDict(), {"scenario": str(file), "out": str(out)} | config))
+
+
+def boards(folder: Path) -> InProcessGrid:
+    """Two boards, each with images of its own: four classes, ten images a class."""
+    grid = InProcessGrid(folder / "state", 2)
+    for node, context in grid.nodes.items():
+        generator = np.random.default_rng(node)
+        for label in range(4):
+            images = folder / str(node) / f"class-{label}"
+            images.mkdir(parents=True)
+            for i in range(10):
+                Image.fromarray(generator.integers(0, 255, (8, 8), dtype=np.uint8)).save(images / f"{i}.png")
+        context.node_config.update({"data-path": str(folder / str(node)), "own-data": True})
+    return grid
+
+
+def test_images_may_be_on_the_boards_alone_and_what_is_whole_is_not_run_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, grid = tmp_path / "run", boards(tmp_path)
+    flwr_run(grid, out)
+    results = (out / "results.json").read_text()
+    assert json.loads(results)["devices_finished"] == 2
+    assert json.loads((out / "partition.json").read_text()) == [], "the server knows of none"
+    sent = len(grid.sent)
+    with caplog.at_level(logging.INFO, logger="flwr"):
+        flwr_run(grid, out, resume=True)
+    assert "complete already" in caplog.text
+    assert len(grid.sent) == sent
+    assert (out / "results.json").read_text() == results
+
+
+def test_a_freeze_point_is_not_chosen_from_images_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"network\.freeze is 'auto', .*\(data\.path is not set\)"):
+        flwr_run(InProcessGrid(tmp_path / "s", 2), tmp_path / "run", set="network.freeze=auto")
