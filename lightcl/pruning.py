@@ -92,11 +92,11 @@ def choose_channels(network: StagedResNet, sparsity: Mapping[str, float], score:
     for layer, share in sparsity.items():
         if layer not in network.layer_names:
             raise RequestError(
-                f"channel_sparsity.{layer}: this network has no such layer{nearest(layer, network.layer_names)} "
+                f"method.channel_sparsity.{layer}: this network has no such layer{nearest(layer, network.layer_names)} "
                 f"(allowed: {', '.join(network.layer_names)}; the stem has the channels of layer1)"
             )
         if not 0 <= share < 1:
-            raise RequestError(f"channel_sparsity.{layer} is {share}; allowed: 0 up to, but not including, 1")
+            raise RequestError(f"method.channel_sparsity.{layer} is {share}; allowed: 0 up to, but not including, 1")
     kept = {}
     for channels in channel_sets(network):
         scores = channel_scores(network, channels, score)
@@ -104,8 +104,8 @@ def choose_channels(network: StagedResNet, sparsity: Mapping[str, float], score:
         removed = int(scores.numel() * share + 0.5)
         if removed >= scores.numel():
             raise RequestError(
-                f"channel_sparsity.{channels.layer}: {share} of the {scores.numel()} channels of {channels.name} "
-                "leaves none; lower it, or take a wider network"
+                f"method.channel_sparsity.{channels.layer}: {share} of the {scores.numel()} channels of "
+                f"{channels.name} leaves none; lower it, or take a wider network"
             )
         kept[channels.name] = scores.sort(stable=True).indices[removed:].sort().values
     return kept

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,9 @@ def _shares(source: Source, fleet: Fleet, seed: int, devices: Sequence[int]) -> 
     key = json.dumps([fleet.model_dump(mode="json"), seed, labels, 3])
     file = cache_folder() / "partitions" / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
     if not file.exists():
-        train = _split_train(source.train.labels, fleet, seed)
+        with warnings.catch_warnings():  # what they warn of is what the scenario asks for, or an error of ours
+            warnings.filterwarnings("ignore", module="flwr_datasets")
+            train = _split_train(source.train.labels, fleet, seed)
         arrays = {f"train{i}": a for i, a in enumerate(train)}
         if fleet.test_data == "share":
             test = _split_test(source.test.labels, source.train.labels, train, seed)

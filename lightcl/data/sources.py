@@ -29,6 +29,14 @@ OWN_FILES: tuple[SourceName, ...] = ("parquet", "image-folder")
 IMAGE_COLUMNS = ("img", "image", "images")
 TEST_SPLITS = ("test", "val")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
+    ".pnm", ".jp2", ".jxl", ".avif", ".heic", ".heif", ".tga", ".ico", ".psd", ".svg",
+)  # fmt: skip
+SIXTEEN_BITS_AS_I = ("PNG", "PPM")
+"""Formats whose images of 16 bits some versions of Pillow open with 32; they have none of 32."""
+MOST_CLASSES = 100_000
+"""A head has a row for every class up to the largest label, whether or not it has images."""
 UNREADABLE = (OSError, ValueError, EOFError)
 """What reading an entry of the cache raises where it is missing, cut short or empty."""
 
@@ -92,7 +100,7 @@ def load_source(request: SourceRequest) -> Source:
     """
     # Where the source brings its own test split, neither fraction nor seed decides anything.
     split = None if _has_test_split(request) else (request.test_fraction, request.seed)
-    key = json.dumps([_fingerprint(request), request.image_size, split, 3])
+    key = json.dumps([_fingerprint(request), request.image_size, split, 4])
     folder = cache_folder() / "images" / hashlib.sha256(key.encode()).hexdigest()[:20]
     with suppress(*UNREADABLE):
         return _stored(folder)
@@ -174,6 +182,11 @@ def split_off_test(images: ImageSet, fraction: float, seed: int) -> Source:
     for label in range(len(images.classes)):
         members = np.flatnonzero(images.labels == label)
         test[generator.permutation(members)[: round(len(members) * fraction)]] = True
+    if test.all() or not test.any():
+        raise RequestError(
+            f"data.test_fraction: {fraction} of every class of {len(images)} images leaves none to "
+            f"{'train' if test.all() else 'test'} on; {'lower' if test.all() else 'raise'} it"
+        )
     return Source(
         ImageSet(images.images[~test], images.labels[~test], images.classes),
         ImageSet(images.images[test], images.labels[test], images.classes),
@@ -264,7 +277,7 @@ def _read_parquet(files: Sequence[Path], request: SourceRequest) -> ImageSet:
             content = cell.get("bytes") if isinstance(cell, dict) else cell
             if not isinstance(content, bytes):
                 raise RequestError(f"{place}: column {image_column!r} holds no encoded image bytes")
-            pictures.append(_decode(io.BytesIO(content), place, request.image_size))
+            pictures.append(_decode(content, place, request.image_size))
             places.append(place)
             labels.append(label)
     return _image_set(pictures, places, labels)
@@ -294,11 +307,16 @@ def _read_folder(path: Path, request: SourceRequest) -> ImageSet:
     from torchvision.datasets import ImageFolder
 
     try:
-        listing = ImageFolder(str(path))
+        listing = ImageFolder(str(path), is_valid_file=_is_image)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RequestError(f"data.path: {path} is no image folder: {error}") from error
     pictures = [_decode(file, file, request.image_size) for file, _ in listing.samples]
     return _image_set(pictures, [f for f, _ in listing.samples], [listing.classes[i] for _, i in listing.samples])
+
+
+def _is_image(file: str) -> bool:
+    """By its name, so that notes may lie among the images; one that cannot be decoded is refused, not left out."""
+    return file.lower().endswith(IMAGE_SUFFIXES)
 
 
 _READERS: dict[str, Callable[[SourceRequest], Source]] = {
@@ -314,14 +332,22 @@ _READERS: dict[str, Callable[[SourceRequest], Source]] = {
 # -- images --------------------------------------------------------------------------------------------------------
 
 
-def _decode(file: str | io.BytesIO, place: str, size: int | None) -> Image.Image:
+def _decode(content: str | bytes, place: str, size: int | None) -> Image.Image:
+    """The image (of an animated one the first frame) in a file or in bytes, as 8-bit grey or RGB."""
     try:
-        with Image.open(file) as picture:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as picture:
+            if picture.mode == "F" or (picture.mode == "I" and picture.format not in SIXTEEN_BITS_AS_I):
+                raise RequestError(
+                    f"{place}: the image has {'float' if picture.mode == 'F' else '32-bit integer'} pixels, and what "
+                    "is white in them is not known; allowed: 8 or 16 bits a channel"
+                )
             if picture.mode.startswith("I"):  # 16 bits a pixel; convert() would clip them to white
                 converted = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
             else:
                 converted = picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB")
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, UnidentifiedImageError):  # its text names the object that holds the bytes
+            raise RequestError(f"{place}: the image does not decode (no image, or of an unknown format)") from error
         raise RequestError(f"{place}: the image does not decode ({error})") from error
     return converted if size is None else _resized(converted, size)
 
@@ -353,10 +379,14 @@ def _encode_labels(labels: Sequence[Any], places: Sequence[str]) -> tuple[tuple[
         if not isinstance(label, kind):
             raise RequestError(f"{place}: label {label!r} is neither an integer nor a name like the others")
     if kind is int:
-        values = np.asarray(labels, dtype=np.int64)
-        if values.min() < 0:
-            raise RequestError(f"{places[int(values.argmin())]}: label {values.min()} is negative")
-        return tuple(str(i) for i in range(int(values.max()) + 1)), values
+        for label in (min(labels), max(labels)):
+            if not 0 <= label < MOST_CLASSES:
+                raise RequestError(
+                    f"{places[labels.index(label)]}: label {label} is {'negative' if label < 0 else 'too large'}: "
+                    f"integer labels number the classes from 0 on (allowed: 0 to {MOST_CLASSES - 1}); number them "
+                    "anew, or give names"
+                )
+        return tuple(str(i) for i in range(max(labels) + 1)), np.asarray(labels, dtype=np.int64)
     names = sorted(set(labels))
     numbers = {name: i for i, name in enumerate(names)}
     return tuple(names), np.asarray([numbers[label] for label in labels], dtype=np.int64)

@@ -39,6 +39,7 @@ def build_stream(scenario: Scenario, source: Source, share: Share, device: int) 
     classes; one that the device happens to lack stays among its task's answers, but it is not trained or tested on it.
     Raises RequestError where the classes do not suffice or a task has no sample.
     """
+    _check_padding(scenario, source)
     wanted = scenario.stream.tasks * scenario.stream.classes_per_task
     train_labels, test_labels = source.train.labels[share.train], source.test.labels[share.test]
     held = set(np.unique(train_labels).tolist())
@@ -46,10 +47,12 @@ def build_stream(scenario: Scenario, source: Source, share: Share, device: int) 
     if scenario.fleet.partition == "pathological":
         order = [c for c in order if c in held]
     if wanted > len(order):
-        holder = f"device {device} holds" if scenario.fleet.partition == "pathological" else "data.source has"
+        holder, advice = "data.source has", "lower stream.tasks or stream.classes_per_task"
+        if scenario.fleet.partition == "pathological":
+            holder, advice = f"device {device} holds", f"{advice}, or raise fleet.classes_per_device"
         raise RequestError(
             f"stream: {scenario.stream.tasks} tasks x {scenario.stream.classes_per_task} classes need {wanted} "
-            f"classes, but {holder} {len(order)}"
+            f"classes, but {holder} {len(order)}; {advice}"
         )
     tasks = []
     for number in range(scenario.stream.tasks):
@@ -65,10 +68,10 @@ def build_stream(scenario: Scenario, source: Source, share: Share, device: int) 
                 f"images that device {device} has for task {number} is none; raise it"
             )
         if len(mine) - out < 2 or len(test) == 0:
+            advice = _advice(scenario, source, classes, len(mine), out)
             raise RequestError(
                 f"device {device} has {len(mine) - out} training and {len(test)} test images for task {number} "
-                f"(classes {classes}); at least 2 and 1 are needed: use "
-                "fewer devices, a larger fleet.alpha, another seed, or fleet.test_data=whole"
+                f"(classes {classes}); at least 2 and 1 are needed: {advice}"
             )
         tasks.append(
             Task(
@@ -80,6 +83,31 @@ def build_stream(scenario: Scenario, source: Source, share: Share, device: int) 
             )
         )
     return TaskStream(tasks, len(source.classes), scenario.method.joint)
+
+
+def _check_padding(scenario: Scenario, source: Source) -> None:
+    """A crop that is shifted by more than the image shows nothing of it."""
+    side, padding = min(source.train.images.shape[1:3]), scenario.data.crop_padding
+    if scenario.augmentation != "none" and padding >= side:
+        raise RequestError(f"data.crop_padding is {padding}, but the images have {side} pixels a side; allowed: less")
+
+
+def _advice(scenario: Scenario, source: Source, classes: list[int], images: int, held_out: int) -> str:
+    """What gives a task of `classes`, of which a device has `images`, enough of them."""
+    there = np.unique(source.train.labels)
+    if not np.isin(there, classes).any():
+        some = ", ".join(str(c) for c in there[:8]) + (", ..." if len(there) > 8 else "")
+        return f"data.source has no training images of them; choose others by stream.class_order (it has {some})"
+    if not np.isin(source.test.labels, classes).any():
+        return "data.source has no test images of them; raise data.test_fraction"
+    if images - held_out < 2 <= images:
+        return "lower stream.held_out"
+    ways = ["use fewer devices"]
+    if scenario.fleet.partition == "dirichlet":
+        ways += ["a larger fleet.alpha", "another seed"]
+    if scenario.fleet.test_data == "share" and images - held_out >= 2:  # it is test images that are short
+        ways += ["fleet.test_data=whole"]
+    return ", ".join(ways[:-1]) + (" or " if ways[1:] else "") + ways[-1]
 
 
 def training_batches(

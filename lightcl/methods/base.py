@@ -47,7 +47,9 @@ class StepCost:
 class MethodParameters(BaseModel):
     """A method's section of the scenario. Every method names its own keys; an unknown one is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     name: str
     loss_classes: Literal["task", "seen", "all"] = "task"

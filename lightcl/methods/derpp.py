@@ -27,9 +27,9 @@ from lightcl.networks.resnet import StagedResNet
 class DERppKeys(ReplayParameters):
     """α and β are the paper's for Split CIFAR-10 and its smallest buffer (200)."""
 
-    alpha: float = Field(default=0.1, ge=0)
+    alpha: float = Field(default=0.1, ge=0, le=1e9)
     """Weight of the squared distance to the stored logits."""
-    beta: float = Field(default=0.5, ge=0)
+    beta: float = Field(default=0.5, ge=0, le=1e9)
     """Weight of the replayed cross-entropy."""
 
 

@@ -40,11 +40,11 @@ class EWCParameters(MethodParameters):
     """`ewc`: one quadratic penalty, whatever the number of tasks."""
 
     name: Literal["ewc"] = "ewc"
-    strength: float = Field(default=10.0, ge=0)
+    strength: float = Field(default=10.0, ge=0, le=1e9)
     """λ of the penalty λ/2 Σ F (θ - θ*)²."""
     gamma: float = Field(default=1.0, ge=0, le=1)
     """Share of the old Fisher information that stays with each task; 1: all tasks count alike."""
-    fisher_samples: int = Field(default=500, ge=1)
+    fisher_samples: int = Field(default=500, ge=1, le=1_000_000)
     """Training samples of a task behind its Fisher information; one backward pass each."""
 
     def cost(self) -> StepCost:

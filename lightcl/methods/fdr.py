@@ -33,7 +33,7 @@ class FDRParameters(ReplayParameters):
     """`fdr`: stores samples with the outputs of the network at the end of their task."""
 
     name: Literal["fdr"] = "fdr"
-    alpha: float = Field(default=0.3, ge=0)
+    alpha: float = Field(default=0.3, ge=0, le=1e9)
     """Weight of the function distance."""
 
     def cost(self) -> StepCost:

@@ -58,7 +58,7 @@ class LightCLParameters(MethodParameters):
     """Fills the keys that the scenario leaves out. default: the paper's values; paper: also the details of its code
     (vital_selection: paper, memory_batch_norm: train, and network.frozen_batch_norm: train); scale-free: drift
     without a unit (reduction: relative, beta: 1, held_logits: old)."""
-    beta: float = Field(default=2e-4, ge=0)
+    beta: float = Field(default=2e-4, ge=0, le=1e9)
     """Weight of the regularisation; 0 switches it off (freezing only)."""
     reduction: Reduction = "sum"
     """sum: the paper's; relative: drift without a unit, so that `beta` means the same at every width."""
@@ -66,7 +66,7 @@ class LightCLParameters(MethodParameters):
     """Logits held to the stored ones. all: the whole head's (the paper); old: the classes seen before this task."""
     ratio: float = Field(default=0.15, gt=0, le=1)
     """Share of a map's channels that become vital with each task."""
-    memory_size: int = Field(default=15, ge=1)
+    memory_size: int = Field(default=15, ge=1, le=1_000_000)
     """Samples of the new task whose patterns are stored; at least 2 where a batch-norm takes its statistics from them
     (`memory_batch_norm: train`, `network.frozen_batch_norm: train`)."""
     vital_selection: VitalSelection = "exact"

@@ -53,11 +53,11 @@ class LightCLPlusParameters(LightCLParameters):
     """`lightcl-plus`: LightCL's keys, and those of the closed-form classifier."""
 
     name: Literal["lightcl-plus"] = "lightcl-plus"  # type: ignore[assignment]
-    statistics_mb: float = Field(default=2.0, gt=0)
+    statistics_mb: float = Field(default=2.0, gt=0, le=1e9)
     """Memory for the classifier's sums and its solved head, in 10^6 bytes; richer features are used where it allows."""
-    shrinkage: float = Field(default=0.01, ge=1e-6)
+    shrinkage: float = Field(default=0.01, ge=1e-6, le=1e9)
     """Share of the mean variance that is added to the covariance's diagonal."""
-    suffix_weight: float = Field(default=1.0, ge=0)
+    suffix_weight: float = Field(default=1.0, ge=0, le=1e9)
     """Weight of LightCL's own head within a task; 0: the closed-form classifier alone."""
     share_statistics: bool = False
     """The server sums the fleet's statistics (and so learns the class means), and all devices share one classifier."""

@@ -33,9 +33,9 @@ class ReplayParameters(MethodParameters):
     loss_classes: Literal["task", "seen", "all"] = "all"
     """Classes in the cross-entropy; all is what the replay methods' papers do. With `task` the replayed samples are
     still compared with all classes seen, since their task is not the current one (ER-ACE, Caccia et al., ICLR 2022)."""
-    buffer_size: int = Field(default=15, ge=1)
+    buffer_size: int = Field(default=15, ge=1, le=1_000_000)
     """Raw samples kept, over all tasks together."""
-    minibatch_size: int | None = Field(default=None, ge=1)
+    minibatch_size: int | None = Field(default=None, ge=1, le=1_000_000)
     """Samples of a draw from the buffer; default: the whole buffer."""
 
     @property

@@ -52,7 +52,7 @@ class SparseParameters(ReplayParameters):
     """Share of every masked layer's weights that is zero."""
     gradient_sparsity: float | None = Field(default=None, ge=0, lt=1)
     """Share that is not updated; default: a fifth of the weights that are there are not (0.92 at sparsity 0.9)."""
-    interval: int = Field(default=5, ge=1)
+    interval: int = Field(default=5, ge=1, le=1_000_000)
     """Epochs between two adjustments of masks and data; a task of no more epochs than this has none."""
     intra_task: float = Field(default=0.01, ge=0, lt=1)
     """Share of a layer's weights exchanged in an adjustment."""
@@ -63,9 +63,9 @@ class SparseParameters(ReplayParameters):
     first `removal_until` of its epochs: by default from 13 epochs a task on."""
     removal_until: float = Field(default=0.4, gt=0, le=1)
     """Part of a task's epochs in which samples are removed."""
-    importance_new: float = Field(default=1.0, ge=0)
+    importance_new: float = Field(default=1.0, ge=0, le=1e9)
     """α, the weight of the new task's gradients; the authors' code uses one value for α and β."""
-    importance_old: float = Field(default=1.0, ge=0)
+    importance_old: float = Field(default=1.0, ge=0, le=1e9)
     """β, the weight of the buffer's gradients."""
 
     @model_validator(mode="after")

@@ -41,7 +41,7 @@ def build_network(scenario: Scenario, *, in_channels: int, classes: int) -> Stag
             freeze=section.freeze or method.default_freeze,
             frozen_batch_norm=scenario.frozen_batch_norm,
         )
-    if stored:
+    if stored is not None:
         load_tensors(network, stored, f"network.weights {section.weights!r}", head=False)
     method.shape_(network)
     return network.to(memory_format=torch.channels_last)
@@ -53,17 +53,18 @@ def untrained(section: Network) -> Network:
     return section.model_copy(update={"weights": "none", "width": width, "stem": stem})
 
 
-def _stored_weights(section: Network) -> Mapping[str, Tensor]:
+def _stored_weights(section: Network) -> Mapping[str, Tensor] | None:
+    """None: no weights are asked for. (A file may hold no tensors, which does not fit.)"""
     if section.weights == "builtin":
         return read_weights(find_builtin())
     if section.weights == "imagenet":
         return read_torchvision()
-    return {} if section.weights == "none" else read_weights(Path(section.weights))
+    return None if section.weights == "none" else read_weights(Path(section.weights))
 
 
-def _shape_of(section: Network, stored: Mapping[str, Tensor]) -> tuple[int, Stem]:
+def _shape_of(section: Network, stored: Mapping[str, Tensor] | None) -> tuple[int, Stem]:
     """Width and stem: the section's, else those that the weights were made with, else the paper's."""
-    width, stem = _shape_of_weights(stored)
+    width, stem = _shape_of_weights(stored or {})
     return section.width or width, section.stem or stem
 
 

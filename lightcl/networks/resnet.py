@@ -190,7 +190,7 @@ class StagedResNet(nn.Module):
             boundaries[layer] = max(i + 1 for i, name in enumerate(names) if name.rpartition(".")[0] == layer)
         if point not in boundaries:
             raise RequestError(
-                f"freeze point {point!r} is not a block of this network{nearest(point, boundaries)} "
+                f"network.freeze {point!r} is not a block of this network{nearest(point, boundaries)} "
                 f"(allowed: {', '.join(boundaries)})"
             )
         cut = boundaries[point]

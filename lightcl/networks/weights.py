@@ -97,13 +97,21 @@ def load_tensors(network: StagedResNet, stored: Mapping[str, Tensor], origin: st
             source = stored.get(name)
             if source is None:
                 raise RequestError(f"{origin}: tensor {name!r} is missing")
+            if not source.is_floating_point():
+                raise RequestError(
+                    f"{origin}: tensor {name!r} is {str(source.dtype).removeprefix('torch.')}; allowed: floating point"
+                )
             if name == "conv1.weight" and source.ndim == 4 and source.shape[1] == 3 and target.shape[1] == 1:
                 source = source.float().sum(1, keepdim=True)
             if source.shape != target.shape:
+                advice = "; leave network.width and network.stem out to take the file's"
                 raise RequestError(
                     f"{origin}: tensor {name!r} has shape {list(source.shape)}, this network "
                     f"(width {network.width}, stem {network.stem_kind!r}) needs {list(target.shape)}"
+                    f"{advice if name == 'conv1.weight' else ''}"
                 )
+            if not source.float().isfinite().all():
+                raise RequestError(f"{origin}: tensor {name!r} holds NaN or infinity; allowed: finite values")
             target.copy_(source)
 
 

@@ -396,11 +396,11 @@ def test_state_of_another_device_or_scenario_is_refused(tmp_path, other):
 
 
 def test_what_has_no_influence_on_the_numbers_may_change_between_runs(tmp_path):
-    toys.device(tmp_path).train(0, 1)
+    toys.device(tmp_path, data={"source": "parquet"}).train(0, 1)
     moved = toys.device(
         tmp_path,
         name="renamed",
-        data={"path": tmp_path, "download": False},
+        data={"source": "parquet", "path": tmp_path, "download": False},
         runtime={"workers": 8},
     )
     assert moved.position == Position(0, 1)

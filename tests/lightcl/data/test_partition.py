@@ -35,7 +35,7 @@ def shares_of(source: Source, kind: str, seed: int = 0, **fleet):
     return partition(source, Fleet(**{"devices": 5} | KINDS[kind] | fleet), seed)
 
 
-@pytest.mark.filterwarnings("ignore:Classes. .* will NOT be used")
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("devices", [1, 2, 5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_sample_belongs_to_two_devices(source, kind, devices):
@@ -134,7 +134,7 @@ def test_more_devices_than_images_are_refused(source):
         shares_of(source, "iid", devices=201)
 
 
-@pytest.mark.filterwarnings("ignore:The specified min_partition_size")
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     ("kind", "fleet"), [("pathological", {"classes_per_device": 6}), ("dirichlet", {"alpha": 1e-4, "devices": 20})]
 )

@@ -270,7 +270,24 @@ def test_a_test_split_of_another_shape_is_refused(tmp_path, test_picture, found)
 
 def test_undecodable_image_is_named_by_file_and_row(tmp_path):
     file = write_parquet(tmp_path / "a.parquet", [png(10), b"no image", png(30)], [0, 0, 0])
-    refused(file, rf"{file}, row 1: the image does not decode")
+    refused(file, rf"{file}, row 1: the image does not decode \(no image, or of an unknown format\)")
+
+
+def grey_tiff(dtype: str) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 0.5 if dtype == "float32" else 200 * 256, dtype)).save(stream, "TIFF")
+    return stream.getvalue()
+
+
+def test_images_of_16_bits_keep_their_brightness(tmp_path):
+    write_parquet(tmp_path / "a.parquet", [grey_tiff("uint16")] * 4, [0, 0, 1, 1])
+    assert set(values_of(parquet(tmp_path / "a.parquet", test_fraction=0.5).train)) == {200}
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("float32", "float"), ("int32", "32-bit integer")])
+def test_images_of_an_unknown_range_are_refused(tmp_path, dtype, kind):
+    file = write_parquet(tmp_path / "a.parquet", [png(10), grey_tiff(dtype)], [0, 0])
+    refused(file, rf"{file}, row 1: the image has {kind} pixels.*allowed: 8 or 16 bits a channel")
 
 
 def test_truncated_image_is_named_by_file_and_row(tmp_path):
@@ -303,6 +320,7 @@ def test_missing_columns_are_named_with_those_there_are(tmp_path):
     ("labels", "message"),
     [
         ([0, -3], r"row 1: label -3 is negative"),
+        ([0, 10**9], r"row 1: label 1000000000 is too large: .*allowed: 0 to 99999"),
         ([0, None], r"row 1: label None is neither an integer nor a name"),
         (["cat", None], r"row 1: label None is neither"),
         ([0.5, 1.5], r"row 0: label 0.5 is neither"),
@@ -397,6 +415,17 @@ def test_files_of_several_sizes_are_named(tmp_path):
     with pytest.raises(
         RequestError, match=rf"{tmp_path}/dog/020.png: image of 12x12 pixels, but .*/cat/010.png has 8x8"
     ):
+        folder(tmp_path)
+
+
+def test_every_image_of_a_folder_is_read_and_notes_are_not(tmp_path):
+    write_folder(tmp_path, {"cat": [10, 20], "dog": [30, 40]})
+    picture(50).save(tmp_path / "cat" / "050.GIF", save_all=True, append_images=[picture(60)])
+    (tmp_path / "cat" / "notes.txt").write_text("two cats")
+    source = folder(tmp_path, test_fraction=0.4)
+    assert sorted(values_of(source.train) + values_of(source.test)) == [10, 20, 30, 40, 50]
+    (tmp_path / "dog" / "drawing.svg").write_text("<svg/>")
+    with pytest.raises(RequestError, match=r"dog/drawing.svg: the image does not decode"):
         folder(tmp_path)
 
 
@@ -536,6 +565,13 @@ def test_split_takes_the_same_share_of_every_class():
     again, other = split_off_test(images, 0.2, seed=3), split_off_test(images, 0.2, seed=4)
     assert np.array_equal(again.test.images, source.test.images)
     assert not np.array_equal(other.test.images, source.test.images)
+
+
+@pytest.mark.parametrize(("fraction", "verb"), [(0.999, "to train on; lower"), (0.001, "to test on; raise")])
+def test_a_split_that_leaves_nothing_is_refused(fraction, verb):
+    images = ImageSet(np.zeros((20, 1, 1, 1), np.uint8), np.arange(20) % 2, ("a", "b"))
+    with pytest.raises(RequestError, match=rf"data.test_fraction: {fraction} of every class of 20 images .* {verb} it"):
+        split_off_test(images, fraction, seed=0)
 
 
 def test_batches_are_consecutive_and_the_last_may_be_smaller():

@@ -137,7 +137,7 @@ def test_class_that_a_device_lacks_stays_an_answer_but_is_not_tested(source):
 
 
 def test_more_classes_than_the_source_has_are_refused(source):
-    with pytest.raises(RequestError, match=r"4 tasks x 2 classes need 8 classes, but data.source has 6"):
+    with pytest.raises(RequestError, match=r"4 tasks x 2 classes need 8 classes, but data.source has 6; lower"):
         stream_of(source, stream={"tasks": 4})
 
 
@@ -145,7 +145,7 @@ def test_more_classes_than_a_pathological_device_holds_are_refused(source):
     held = np.isin(source.train.labels, [1, 2])
     share = Share(np.flatnonzero(held), np.flatnonzero(np.isin(source.test.labels, [1, 2])))
     sections = {"fleet": {"partition": "pathological", "classes_per_device": 2}, "stream": {"tasks": 2}}
-    with pytest.raises(RequestError, match=r"2 tasks x 2 classes need 4 classes, but device 3 holds 2"):
+    with pytest.raises(RequestError, match=r"need 4 classes, but device 3 holds 2; .*fleet.classes_per_device"):
         stream_of(source, 3, share, **sections)
 
 
@@ -161,6 +161,42 @@ def test_task_without_samples_is_refused(source, train, test, found):
     share = Share(np.asarray(train, dtype=int), np.asarray(test, dtype=int))
     with pytest.raises(RequestError, match=rf"device 5 has {found} images for task 0 \(classes \[0, 1\]\)"):
         stream_of(source, 5, share)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "sections", "advice"),
+    [
+        ([0], [0, 1], {}, "use fewer devices"),
+        ([0, 1, 6, 7], [], {}, "use fewer devices or fleet.test_data=whole"),
+        ([0, 1, 6, 7], [], {"fleet": {"partition": "dirichlet", "test_data": "whole"}},
+         "use fewer devices, a larger fleet.alpha or another seed"),
+        ([0, 1, 6, 7], [0, 1], {"stream": {"tasks": 1, "held_out": 0.9}}, "lower stream.held_out"),
+    ],
+)  # fmt: skip
+def test_advice_for_a_task_without_samples_fits_the_cause(source, train, test, sections, advice):
+    share = Share(np.asarray(train, dtype=int), np.asarray(test, dtype=int))
+    with pytest.raises(RequestError, match=rf"are needed: {advice}$"):
+        stream_of(source, share=share, **sections)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "advice"),
+    [
+        ([2, 3], [0, 1, 2, 3], r"no training images of them; choose others by stream.class_order \(it has 2, 3\)"),
+        ([0, 1, 2, 3], [2, 3], "no test images of them; raise data.test_fraction"),
+    ],
+)
+def test_classes_that_the_source_has_no_images_of(train, test, advice):
+    held = Source(toys.image_set(train * 5, 4), toys.image_set(test, 4))
+    with pytest.raises(RequestError, match=rf"classes \[0, 1\]\); .* data.source has {advice}"):
+        stream_of(held, share=toys.whole(held), stream={"tasks": 1})
+
+
+def test_crop_that_may_miss_the_image_is_refused(source):
+    assert len(stream_of(source, data={"crop_padding": 7})) == 3
+    with pytest.raises(RequestError, match=r"data.crop_padding is 8, but the images have 8 pixels a side"):
+        stream_of(source, data={"crop_padding": 8})
+    assert len(stream_of(source, data={"crop_padding": 8, "augmentation": "none"})) == 3
 
 
 def test_testing_on_held_out_samples_needs_some(source):

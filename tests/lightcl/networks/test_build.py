@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lightcl.errors import RequestError
 from lightcl.networks.build import build_network
@@ -71,5 +72,13 @@ def test_width_and_stem_are_those_of_the_file_and_the_head_is_not(tmp_path, stem
 
 def test_width_that_contradicts_the_file_is_refused(tmp_path):
     save_weights(toys.network(width=5), tmp_path / "own.safetensors", {})
-    with pytest.raises(RequestError, match=r"own.safetensors'?: tensor 'conv1.weight' has shape \[5, 3, 3, 3\]"):
+    message = r"own.safetensors'?: tensor 'conv1.weight' has shape \[5, 3, 3, 3\].*leave network.width .* out"
+    with pytest.raises(RequestError, match=message):
         build(network={"weights": str(tmp_path / "own.safetensors"), "width": 8})
+
+
+@pytest.mark.parametrize("width", [None, 4])
+def test_a_file_without_tensors_is_refused(tmp_path, width):
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(RequestError, match=r"tensor 'conv1.weight' is missing"):
+        build(network={"weights": str(tmp_path / "empty.safetensors"), "width": width})

@@ -87,7 +87,7 @@ def test_freeze_point_does_not_change_the_function(point):
     ("point", "hint"), [("layer5", "layer"), ("layer4.2", "layer4."), ("fc", "layer4.1"), ("layer1.7", "layer1.")]
 )
 def test_freeze_point_beyond_the_network_is_refused(point, hint):
-    with pytest.raises(RequestError, match=rf"freeze point '{point}' is not a block of this network.*{hint}"):
+    with pytest.raises(RequestError, match=rf"network.freeze '{point}' is not a block of this network.*{hint}"):
         toys.network(freeze=point)
 
 

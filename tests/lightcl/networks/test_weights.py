@@ -82,6 +82,20 @@ def test_unknown_tensor_is_named_with_the_nearest_known(file):
         load_weights(toys.network(), file, head=False)
 
 
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (torch.full((8,), torch.nan, dtype=torch.float16), "holds NaN or infinity"),
+        (torch.full((8,), torch.inf), "holds NaN or infinity"),
+        (torch.ones(8, dtype=torch.int8), "is int8; allowed: floating point"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_named(file, broken, said):
+    save_file(read_weights(file) | {"layer2.0.bn1.running_var": broken}, file)
+    with pytest.raises(RequestError, match=rf"tensor 'layer2.0.bn1.running_var' {said}"):
+        load_weights(toys.network(), file, head=False)
+
+
 def test_missing_and_foreign_files_are_refused(tmp_path):
     with pytest.raises(RequestError, match=r"no such file: .*nowhere.safetensors"):
         read_weights(tmp_path / "nowhere.safetensors")
