@@ -287,15 +287,15 @@ class EdgeDevice:
                 f"{self._state.folder}: holds the state of device {values['device']} under another scenario; "
                 "use another folder or remove this one"
             )
-        if values.get("prefix", self.prefix_digest) != self.prefix_digest:
-            raise StateError(
-                f"{self._state.folder}: was saved with another frozen prefix ({values['prefix']}, now "
-                f"{self.prefix_digest}): the weights are not the same; name those of the first run"
-            )
         if values.get("channels", self.channel_digest) != self.channel_digest:
             raise StateError(
                 f"{self._state.folder}: was saved with other channels ({values['channels']}, now "
                 f"{self.channel_digest}): the weights that were pruned are not the same; name those of the first run"
+            )
+        if values.get("prefix", self.prefix_digest) != self.prefix_digest:
+            raise StateError(
+                f"{self._state.folder}: was saved with another frozen prefix ({values['prefix']}, now "
+                f"{self.prefix_digest}): the weights are not the same; name those of the first run"
             )
         if values.get("accelerator", self.accelerator.type) != self.accelerator.type:
             raise StateError(
