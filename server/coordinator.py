@@ -6,15 +6,14 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from typing import NoReturn, Protocol
 
-import numpy as np
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from lightcl.exchange import STATISTICS, Arrays, ExchangeError, check, size_in_bytes, split
+from lightcl.exchange import STATISTICS, ExchangeError, size_in_bytes, split
 from lightcl.networks.build import build_network
 from lightcl.networks.weights import digest
 from lightcl.protocol import (
@@ -24,15 +23,15 @@ from lightcl.protocol import (
     Instruction,
     ProtocolError,
     Refusal,
-    Tested,
-    Trained,
 )
 from lightcl.pruning import channel_digest
 from lightcl.scenario import Scenario
 from lightcl.seeds import numpy_generator
 from lightcl.state import StateFolder
 from server.aggregation import Aggregator, Contribution, contribution
-from server.fleet import Fleet, WorkerDied, arrays_of, record_of
+from server.answers import AnswerCheck
+from server.fleet import Fleet, WorkerDied, record_of
+from server.members import Member
 from server.records import Row, RunFolder, add_test_, add_training_, device_row, round_row, run_results
 
 logger = logging.getLogger("flwr")
@@ -51,21 +50,6 @@ class Listener(Protocol):
     def phase_started(self, phase: str, devices: int) -> None: ...
     def round_finished(self, row: Row) -> None: ...
     def refused(self, device: int, reason: str) -> None: ...
-
-
-@dataclass
-class Member:
-    """One device of the fleet as the server knows it."""
-
-    number: int
-    task: int = 0
-    epochs: int = 0
-    version: int = 0
-    failures: int = 0
-    summed: int = 0
-    """Its first tasks whose statistics are in the fleet's sums: one that lost its state learns them again."""
-    dropped: str = ""
-    rows: dict[str, dict[int, list[float]]] = field(default_factory=lambda: {"til": {}, "cil": {}})
 
 
 @dataclass(frozen=True)
@@ -89,7 +73,6 @@ class Coordinator:
         self.round = 0
         self._state = StateFolder(folder.path / "server")
         self._scenario_json = scenario.model_dump_json()
-        self._prefix = self._channel_sets = ""
         self.aggregator: Aggregator | None = None
         self._restored: tuple[dict[str, Tensor], int] | None = None
         self._warned: set[str] = set()
@@ -134,37 +117,21 @@ class Coordinator:
         """Tests those again that were finished before the fleet's head had all sums in it; it is theirs, too."""
         if self.aggregator is None or not self.aggregator.sums:
             return
-        late = [m for m in self.members if self._finished(m) and m.version < self.aggregator.version]
+        late = [m for m in self.members if m.finished(self.scenario) and m.version < self.aggregator.version]
         if late:
             start = time.monotonic()
             self.round += 1
             self.listener.round_started(self.round, 1, len(late))
             rows = {m.number: device_row(self.round, m.number, fleet.name_of(m.number), m.task, m.epochs) for m in late}
             self._test(fleet, late, rows)
-            ordered = [rows[m.number] for m in late]
-            row = round_row(ordered, sum(self._finished(m) for m in self.members), 0.0, time.monotonic() - start)
-            self.folder.append("devices.jsonl", ordered)
-            self.folder.append("rounds.jsonl", [row])
-            self._save(None)
-            self.listener.round_finished(row)
+            self._book(Pending(rows, 0.0), start)
 
     def _active(self) -> list[Member]:
-        return [m for m in self.members if not m.dropped and not self._finished(m)]
+        return [m for m in self.members if not m.dropped and not m.finished(self.scenario)]
 
     def _fail(self, reason: str) -> NoReturn:
         self.folder.fail(reason, {str(m.number): m.dropped for m in self.members if m.dropped})
         raise RunFailure(reason)
-
-    def _finished(self, member: Member) -> bool:
-        last = self.scenario.stream.tasks - 1
-        return member.task == last and member.epochs == self.scenario.training.epochs and last in member.rows["til"]
-
-    def _finished_task(self, report: Trained) -> bool:
-        return report.epochs == self.scenario.training.epochs
-
-    def _only_untested(self, member: Member) -> bool:
-        """Whether the device has learned its task and only has to be tested on it."""
-        return member.epochs == self.scenario.training.epochs and member.task not in member.rows["til"]
 
     def _choose(self, active: Sequence[Member]) -> list[Member]:
         """The least advanced devices, ties drawn by the scenario's seed and the round."""
@@ -177,7 +144,7 @@ class Coordinator:
         start = time.monotonic()
         self.listener.round_started(self.round, self._rounds_left(), len(chosen))
         rows = {m.number: device_row(self.round, m.number, fleet.name_of(m.number), m.task, m.epochs) for m in chosen}
-        self._train(fleet, [m for m in chosen if not self._only_untested(m)], rows)
+        self._train(fleet, [m for m in chosen if not m.only_untested(self.scenario)], rows)
         # Devices take over the new average when they are tested. Were it not safe on disk by then, a server killed in
         # between would ask them again for tensors that they no longer have.
         pending = Pending(rows, time.monotonic() - start)
@@ -187,7 +154,7 @@ class Coordinator:
     def _finish_round(self, fleet: Fleet, pending: Pending, start: float) -> None:
         rows = pending.rows
         members = [self.members[number] for number in sorted(rows)]
-        testable = [m for m in members if "error" not in rows[m.number] and self._only_untested(m)]
+        testable = [m for m in members if "error" not in rows[m.number] and m.only_untested(self.scenario)]
         if testable:
             self._test(fleet, testable, rows)
         for member in members:
@@ -195,22 +162,16 @@ class Coordinator:
             member.failures = member.failures + 1 if error else 0
             if member.failures >= self.scenario.server.max_failures:
                 member.dropped = str(error)
-        ordered = [rows[m.number] for m in members]
-        finished = sum(self._finished(m) for m in self.members)
-        row = round_row(ordered, finished, pending.training_seconds, time.monotonic() - start)
-        self.folder.append("devices.jsonl", ordered)
-        self.folder.append("rounds.jsonl", [row])
-        self._save(None)
-        self.listener.round_finished(row)
+        self._book(pending, start)
 
     def _train(self, fleet: Fleet, chosen: Sequence[Member], rows: dict[int, Row]) -> None:
-        goals = {m.number: self._goal(m) for m in chosen}
+        goals = {m.number: m.goal(self.scenario) for m in chosen}
         sent = {m.number: self._message(fleet, m, goals[m.number], MessageType.TRAIN, rows) for m in chosen}
         self.listener.phase_started("train", len(sent))
         accepted: list[Contribution] = []
         for member, reply in self._exchange(fleet, sent, rows, "train"):
             try:
-                report, arrays = self._checked_training(reply, member.number, goals[member.number])
+                report, arrays = self._answers.training(reply, member, goals[member.number])
             except (ProtocolError, ExchangeError) as error:
                 self._refuse(rows, member.number, str(error))
                 continue
@@ -220,7 +181,7 @@ class Coordinator:
             row["bytes_up"] += size_in_bytes(arrays)
             if member.task < member.summed:  # the same samples under the same prefix: these sums are in already
                 arrays = split(arrays, STATISTICS)[1]
-            elif self._finished_task(report):
+            elif report.epochs == self.scenario.training.epochs:
                 member.summed = member.task + 1
             if arrays:
                 accepted.append(contribution(sent[member.number], arrays, float(report.examples)))
@@ -232,55 +193,14 @@ class Coordinator:
         self.listener.phase_started("evaluate", len(sent))
         for member, reply in self._exchange(fleet, sent, rows, "evaluate"):
             try:
-                report = self._checked_test(reply, member)
+                report = self._answers.test(reply, member)
             except ProtocolError as error:
                 self._refuse(rows, member.number, str(error))
                 continue
-            member.version = report.version
-            member.rows["til"][report.task] = report.til
-            if report.cil:
-                member.rows["cil"][report.task] = report.cil
+            member.take_test(report)
             add_test_(rows[member.number], report)
 
-    def _checked_test(self, reply: Message, member: Member) -> Tested:
-        report = Tested.from_record(record_of(reply))
-        _expect(report, member.number, member.task, member.epochs)
-        tested = member.task + 1
-        cil = tested if "cil" in self.scenario.settings else 0
-        if (len(report.til), len(report.cil), len(report.images)) != (tested, cil, tested):
-            raise ProtocolError(
-                f"a test of {len(report.til)} tasks (TIL) and {len(report.cil)} (CIL), asked for {tested} and {cil}"
-            )
-        if not all(0 <= accuracy <= 1 for accuracy in [*report.til, *report.cil]):
-            raise ProtocolError("an accuracy outside 0..1")
-        return report
-
-    def _checked_training(self, reply: Message, number: int, goal: tuple[int, int]) -> tuple[Trained, Arrays]:
-        report = Trained.from_record(record_of(reply))
-        _expect(report, number, *goal)
-        if self._prefix and report.prefix != self._prefix:
-            raise ProtocolError(f"its frozen prefix {report.prefix} is not the fleet's {self._prefix}")
-        if self.aggregator and report.channel_sets != self._channel_sets:
-            raise ProtocolError(
-                f"device {number} has kept other channels ({report.channel_sets}) than the fleet "
-                f"({self._channel_sets}), so its tensors are not averaged: it pruned other weights than the server"
-            )
-        if report.examples <= 0 or not np.isfinite(report.loss):
-            raise ProtocolError(f"{report.examples} examples with a loss of {report.loss}")
-        arrays = arrays_of(reply)
-        check(arrays, self.aggregator.shapes(self._finished_task(report)) if self.aggregator else {})
-        return report, arrays
-
     # -- messages ----------------------------------------------------------------------------------------------
-
-    def _goal(self, member: Member) -> tuple[int, int]:
-        """The task and the number of its epochs a device is to have done after its next round."""
-        epochs, parts = self.scenario.training.epochs, self.scenario.server.rounds_per_task
-        task, done = member.task, member.epochs
-        if done == epochs and task in member.rows["til"]:
-            task, done = task + 1, 0
-        until = next((u for p in range(1, parts + 1) if (u := self.scenario.epochs_until(p)) > done), epochs)
-        return task, until
 
     def _message(self, fleet: Fleet, member: Member, goal: tuple[int, int], kind: str, rows: dict[int, Row]) -> Message:
         version = self.aggregator.version if self.aggregator else 0
@@ -320,15 +240,9 @@ class Coordinator:
                     continue
                 self._refuse(rows, number, refusal.reason)
                 if 0 <= refusal.task < self.scenario.stream.tasks:  # the device knows best where it is
-                    self._follow(self.members[number], refusal)
+                    self.members[number].follow(refusal)
             else:
                 yield self.members[number], reply
-
-    def _follow(self, member: Member, refusal: Refusal) -> None:
-        member.task, member.epochs, member.version = refusal.task, refusal.epochs, refusal.version
-        for rows in member.rows.values():
-            for task in [t for t in rows if t >= refusal.task]:
-                del rows[task]
 
     def _refuse(self, rows: dict[int, Row], number: int, reason: str) -> None:
         rows[number]["error"] = reason
@@ -403,28 +317,22 @@ class Coordinator:
 
     def _describe_network(self, greeting: Greeting) -> None:
         network = build_network(self.scenario, in_channels=greeting.channels, classes=greeting.classes)
-        self._prefix, self._channel_sets = digest(network.prefix), channel_digest(network)
         aggregator = Aggregator(self.scenario.server, self.scenario.method.build(network))
         if aggregator.shares:
             self.aggregator = aggregator
             if self._restored:
                 self.aggregator.restore(*self._restored)
+        self._answers = AnswerCheck(self.scenario, digest(network.prefix), channel_digest(network), self.aggregator)
 
     # -- book-keeping --------------------------------------------------------------------------------------------
 
     def _rounds_left(self) -> int:
         """An estimate: device-rounds still to come over devices a round."""
-        parts, section = self.scenario.server.rounds_per_task, self.scenario.server
-        per_round = max(1, round(section.fraction * len(self.members)))
-        left = 0
-        for member in self.members:
-            if not member.dropped and not self._finished(member):
-                done = sum(self.scenario.epochs_until(p) <= member.epochs for p in range(1, parts + 1))
-                left += (self.scenario.stream.tasks - member.task) * parts - done
-        return -(-left // per_round)
+        per_round = max(1, round(self.scenario.server.fraction * len(self.members)))
+        return -(-sum(m.rounds_left(self.scenario) for m in self.members) // per_round)
 
     def _results(self) -> Row:
-        matrices = [m.rows for m in self.members if self._finished(m)]
+        matrices = [m.rows for m in self.members if m.finished(self.scenario)]
         return run_results(
             matrices,
             self.scenario.stream.tasks,
@@ -432,6 +340,16 @@ class Coordinator:
             dropped={str(m.number): m.dropped for m in self.members if m.dropped},
             rounds=self.folder.rows("rounds.jsonl"),
         )
+
+    def _book(self, over: Pending, start: float) -> None:
+        """Writes down a round that is over, then the state that comes after it."""
+        rows = [over.rows[number] for number in sorted(over.rows)]
+        finished = sum(m.finished(self.scenario) for m in self.members)
+        row = round_row(rows, finished, over.training_seconds, time.monotonic() - start)
+        self.folder.append("devices.jsonl", rows)
+        self.folder.append("rounds.jsonl", [row])
+        self._save(None)
+        self.listener.round_finished(row)
 
     def _save(self, pending: Pending | None) -> None:
         values = {
@@ -455,20 +373,6 @@ class Coordinator:
             rows = {int(number): row for number, row in values["pending"]["rows"].items()}
             pending = Pending(rows, values["pending"]["training_seconds"])
         self.folder.forget_after(self.round - 1 if pending else self.round)
-        self.members = [
-            replace(
-                Member(**row),
-                rows={s: {int(t): a for t, a in rows.items()} for s, rows in row["rows"].items()},
-                dropped="",  # whoever starts the run again gives every device another chance
-                failures=0,
-            )
-            for row in values["members"]
-        ]
+        self.members = [Member.from_saved(row) for row in values["members"]]
         self._restored = (tensors, values["version"])
         return pending
-
-
-def _expect(report: Trained | Tested, device: int, task: int, epochs: int) -> None:
-    said, asked = (report.device, report.task, report.epochs), (device, task, epochs)
-    if said != asked:
-        raise ProtocolError(f"speaks of (device, task, epoch) {said}, asked for {asked}")

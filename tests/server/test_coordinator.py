@@ -112,7 +112,7 @@ def test_a_fleets_tensors_are_in_memory_once(tmp_path: Path, monkeypatch: pytest
         return moves(self, given, round_number, fleet_grid)
 
     grid.tamper, moves = watch, Aggregator.update
-    monkeypatch.setattr("server.coordinator.check", counted)
+    monkeypatch.setattr("server.answers.check", counted)
     monkeypatch.setattr(Aggregator, "update", update)
     start(scenario, tmp_path / "run").run(grid)
     assert alive[last] == 1, "an answer that is decoded is let go before the next one"
