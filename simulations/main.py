@@ -243,7 +243,7 @@ def pretrain(
     fp32: Annotated[bool, typer.Option("--fp32", help="Without bf16 autocast")] = False,
     no_flip: Annotated[bool, typer.Option("--no-flip", help="Without horizontal flips (digits, letters)")] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="Torch threads; default: all cores")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Torch threads; default: all cores")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing weights")] = False,
 ) -> None:
     """Train a network on labelled images, to be frozen as the shared prefix; a killed run goes on where it was."""

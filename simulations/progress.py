@@ -21,6 +21,7 @@ from rich.table import Table
 
 from lightcl.generalizability import Generalizability
 from server.records import Row
+from simulations.options import amount
 
 
 class LiveProgress:
@@ -81,7 +82,7 @@ class LiveProgress:
         if not self.console.is_terminal:
             failed = f", {row['failed']} failed" if row["failed"] else ""
             self.console.print(
-                f"round {row['round']}/{self._rounds}: task {row['task']}, {row['devices']} devices{failed}, "
+                f"round {row['round']}/{self._rounds}: task {row['task']}, {amount(row['devices'], 'device')}{failed}, "
                 f"{self._accuracy or 'not tested yet'}, {row['timing']['seconds']:.1f} s",
                 highlight=False,
             )

@@ -250,7 +250,7 @@ def _read_partition(file: Path) -> dict[int, int]:
     """Training images by device number; none where the server does not know, as under `flwr run`."""
     try:
         return {row["device"]: len(row["train"]) for row in json.loads(file.read_text(encoding="utf-8"))}
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 

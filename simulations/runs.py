@@ -23,6 +23,7 @@ from lightcl.scenario import Scenario
 from lightcl.state import write_atomically
 from server.preparation import Prepared, open_run, prepare
 from server.records import ANALYSIS, RunFolder, add_test_, add_training_, device_row, round_row, run_results
+from simulations.options import amount
 from simulations.progress import AnalysisProgress, LiveProgress, accuracy_table, block_table
 
 ANALYSIS_PICTURE = "generalizability.png"
@@ -171,7 +172,8 @@ def _conclude(folder: RunFolder, console: Console) -> None:
     if results:
         console.print(accuracy_table(results))
         if results["dropped"]:
-            console.print(f"[yellow]{len(results['dropped'])} devices were put out of the run[/]", highlight=False)
+            lost = amount(len(results["dropped"]), "device")
+            console.print(f"[yellow]put out of the run: {lost}[/]", highlight=False)
     _report(folder, console)
 
 
