@@ -80,7 +80,7 @@ def candidates(scenario: Scenario, stream: TaskStream, image: Image, accelerator
     Raises RequestError for a scenario that is not LightCL's, and where there is no such setting.
     """
     if not isinstance(scenario.method, LightCLParameters):
-        names = [t.model_fields["name"].default for t in method_types() if issubclass(t, LightCLParameters)]
+        names = [name for name, kind in method_types().items() if issubclass(kind, LightCLParameters)]
         raise RequestError(
             f"plan: method {scenario.method.name} has no freeze point, memory or sparsity to choose (allowed: "
             f"{', '.join(names)}; --set method.name=lightcl)"
@@ -131,7 +131,7 @@ def _sparsities(method: LightCLParameters) -> Iterator[tuple[float, LightCLParam
     if hasattr(method, SPARSITY_KEY):  # sparse already: how sparse is the scenario's decision
         return
     shared = {key: getattr(method, key) for key in LightCLParameters.model_fields if key != "name"}
-    for sparse in method_types():
+    for sparse in method_types().values():
         default = sparse.model_fields[SPARSITY_KEY].get_default() if SPARSITY_KEY in sparse.model_fields else None
         # Only a sparse form of this very method: another one would give up more than channels.
         if issubclass(sparse, type(method)) and isinstance(default, Mapping):

@@ -18,7 +18,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -39,8 +39,7 @@ OWN = (
     "run.json", "scenario.yaml", "partition.json", "rounds.jsonl", "devices.jsonl", "results.json", "failure.json",
     "report.html", "plots", "server", "devices", ANALYSIS, LOCK,
 )  # fmt: skip
-"""Everything that may lie in a run folder. The lock is written first and removed last: without it, and without a
-run.json, a folder is not ours, whatever the names in it."""
+"""Everything that may lie in a run folder. The lock is written first and removed last (see `names_in`)."""
 _ROW_KEYS = {
     "rounds.jsonl": {"round", "task", "devices", "failed", "til", "cil", "bytes_down", "bytes_up", "timing"},
     "devices.jsonl": {"round", "device", "name", "task", "epochs", "bytes_down", "bytes_up", "timing"},
@@ -137,6 +136,22 @@ def writable(path: Path, option: str = "--out") -> Iterator[None]:
         raise RequestError(f"{option}: {path} cannot be written to ({error.strerror})") from error
 
 
+def names_in(path: Path, own: Collection[str], begun: Path | None = None) -> list[str]:
+    """What lies in an output folder. Raises RequestError for a file, and for a folder that is not ours.
+
+    It is ours where `begun` is, the file that says what it holds; or where only names of `own` are, with the lock among
+    them if it is one: it is written first, so without it somebody else's files have our names.
+    """
+    with writable(path):
+        if path.exists() and not path.is_dir():
+            raise RequestError(f"--out: {path} is a file, not a folder")
+        names = sorted(f.name for f in path.iterdir()) if path.exists() else []
+        foreign = [name for name in names if name not in own or (LOCK in own and LOCK not in names)]
+        if foreign and not (begun and begun.exists()):
+            raise RequestError(f"--out: {path} holds other files ({', '.join(foreign[:3])}); name another folder")
+    return names
+
+
 class RunFolder:
     """One run on disk."""
 
@@ -161,13 +176,7 @@ class RunFolder:
         """
         if resume and overwrite:
             raise RequestError("--resume and --overwrite: choose one")
-        with writable(self.path):
-            if self.path.exists() and not self.path.is_dir():
-                raise RequestError(f"--out: {self.path} is a file, not a folder")
-            names = sorted(f.name for f in self.path.iterdir()) if self.path.exists() else []
-        foreign = [name for name in names if name not in OWN or LOCK not in names]
-        if foreign and not self.exists:
-            raise RequestError(f"--out: {self.path} holds other files ({', '.join(foreign[:3])}); name another folder")
+        names = names_in(self.path, OWN, self.path / "run.json")
         if resume and not self.exists:
             raise RequestError(f"--resume: {self.path} holds no run")
         if self.exists and not resume and not overwrite:

@@ -38,7 +38,7 @@ from lightcl.state import write_atomically
 from server.coordinator import RunFailure
 from server.preparation import prepare
 from server.provenance import describe_run
-from server.records import LOCK, RunFolder, writable
+from server.records import LOCK, RunFolder, names_in, writable
 from simulations.footprints import as_method, footprint_of, resets
 from simulations.options import amount, check_device, methods_named
 
@@ -129,14 +129,7 @@ def _check_folder(plan: Plan, *, resume: bool, overwrite: bool) -> None:
     folder, about = plan.folder, plan.folder / "bench.json"
     if resume and overwrite:
         raise RequestError("--resume and --overwrite: choose one")
-    with writable(folder):
-        if folder.exists() and not folder.is_dir():
-            raise RequestError(f"--out: {folder} is a file, not a folder")
-        names = sorted(f.name for f in folder.iterdir()) if folder.exists() else []
-    # The lock is the first file of a benchmark: without it the folder is not ours, whatever the names in it.
-    foreign = [name for name in names if name not in OWN or LOCK not in names]
-    if foreign and not about.exists():
-        raise RequestError(f"--out: {folder} holds other files ({', '.join(foreign[:3])}); name another folder")
+    names_in(folder, OWN, about)
     if resume and not about.exists():
         raise RequestError(f"--out: {folder} holds no benchmark to go on with")
     if about.exists() and not resume and not overwrite:

@@ -100,7 +100,7 @@ def as_method(scenario: Scenario, name: str) -> Scenario:
     """
     if name == scenario.method.name:
         return scenario
-    method = next(t for t in method_types() if t.model_fields["name"].default == name)()
+    method = method_types()[name]()
     values = scenario.model_dump() | {"method": method.model_dump()}
     if method.default_freeze != scenario.method.default_freeze:
         values["network"] |= {"freeze": None, "frozen_batch_norm": None}
@@ -322,13 +322,10 @@ def plan_run(
     found = candidates(scenario, stream, image, accelerator)
     chosen = choose(found, budget * MIB)
     peak = chosen.footprint.peak / MIB
-    text = f"# {scenario.name}, fitted to {budget:g} MiB: {peak:.1f} MiB predicted (lightcl plan)\n"
-    content, table = (
-        text + chosen.scenario.to_yaml(),
-        _json_text([c.to_json() | {"chosen": c is chosen} for c in found]),
-    )
+    heading = f"# {scenario.name}, fitted to {budget:g} MiB: {peak:.1f} MiB predicted (lightcl plan)\n"
+    table = _json_text([c.to_json() | {"chosen": c is chosen} for c in found])
     files = {"--json": (json_file, table.encode())} if (json_file := _file(json_to)) else {}
-    _write_files(files | {"--out": (file, content.encode())})
+    _write_files(files | {"--out": (file, (heading + chosen.scenario.to_yaml()).encode())})
     load_scenario(file)
     if json_to == "-":
         sys.stdout.write(table)

@@ -22,7 +22,17 @@ from lightcl.pretraining import pretrain as run_pretraining
 from lightcl.scenario import Scenario
 from lightcl.state import write_atomically
 from server.preparation import Prepared, open_run, prepare
-from server.records import ANALYSIS, RunFolder, add_test_, add_training_, device_row, round_row, run_results
+from server.records import (
+    ANALYSIS,
+    RunFolder,
+    add_test_,
+    add_training_,
+    device_row,
+    names_in,
+    round_row,
+    run_results,
+    writable,
+)
 from simulations.options import amount
 from simulations.progress import AnalysisProgress, LiveProgress, accuracy_table, block_table
 
@@ -136,19 +146,12 @@ def analyse_run(
     Raises RequestError before anything is written, TrainingFailure later.
     """
     file, picture = path / ANALYSIS, path / ANALYSIS_PICTURE
-    if path.exists() and not path.is_dir():
-        raise RequestError(f"--out: {path} is a file, not a folder")
-    foreign = sorted(f.name for f in path.iterdir() if f not in (file, picture)) if path.exists() else []
-    if foreign:
-        raise RequestError(f"--out: {path} holds other files ({', '.join(foreign[:3])}); name another folder")
-    if (file.exists() or picture.exists()) and not overwrite:
+    if names_in(path, (ANALYSIS, ANALYSIS_PICTURE)) and not overwrite:
         raise RequestError(f"--out: {path} holds an analysis; replace it with --overwrite")
     analysed_scenario(scenario)
     prepared = prepare(scenario)
-    try:
+    with writable(path):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RequestError(f"--out: {path} cannot be written to ({error.strerror})") from error
     with AnalysisProgress(console) as progress:
         found = analyse(scenario, number, prepared.source, prepared.shares[number], progress.step)
     from simulations import plots  # matplotlib takes a second to import

@@ -178,9 +178,9 @@ def _maps(block: Block) -> int:
 
 
 def _own_count(row: Row, setting: Setting) -> Footprint | None:
-    parameters = next((t() for t in method_types() if t.model_fields["name"].default == row.method), None)
-    if parameters is None:
+    if row.method not in method_types():
         return None
+    parameters = method_types()[row.method]()
     workload = setting.workload
     if parameters.joint:
         workload = Workload(workload.image, BATCH, setting.epochs, (setting.images,))

@@ -29,7 +29,7 @@ def scenario_keys() -> str:
         assert issubclass(section, BaseModel)
         lines += ["", f"## {name}", *_KEY_TABLE, *_key_rows(section, f"{name}.", list(section.model_fields))]
     default = fields["method"].default.name
-    methods = {member.model_fields["name"].default: member for member in method_types()}
+    methods = method_types()
     by_row: dict[str, list[str]] = {}
     for method in sorted(methods, key=lambda method: method != default):
         keys = [key for key in methods[method].model_fields if key != "name"]

@@ -288,10 +288,10 @@ class Scenario(Section):
 SECTIONS = {name for name in Scenario.model_fields if name not in ("name", "seed")}
 
 
-def method_types() -> tuple[type[AnyMethod], ...]:
-    """The parameters of every method there is."""
-    return get_args(AnyMethod)
+def method_types() -> dict[str, type[AnyMethod]]:
+    """The parameters of every method there is, by its name."""
+    return {member.model_fields["name"].default: member for member in get_args(AnyMethod)}
 
 
 def method_names() -> list[str]:
-    return [get_args(member.model_fields["name"].annotation)[0] for member in method_types()]
+    return list(method_types())

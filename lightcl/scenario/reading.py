@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from lightcl.errors import RequestError, nearest, shown
-from lightcl.methods import AnyMethod
-from lightcl.scenario.model import NAMED_WEIGHTS, SECTIONS, Scenario, method_names
+from lightcl.scenario.model import NAMED_WEIGHTS, SECTIONS, Scenario, method_names, method_types
 from lightcl.scenario.yaml_text import line_of, parse
 
 
@@ -141,8 +140,8 @@ def _keys_of(location: Sequence[Any], raw: Sequence[Any]) -> list[str]:
     if not location:
         return list(Scenario.model_fields)
     if location[0] == "method":
-        for member in get_args(AnyMethod):
-            if get_args(member.model_fields["name"].annotation)[0] in raw:
+        for name, member in method_types().items():
+            if name in raw:
                 return list(member.model_fields)
     annotation = Scenario.model_fields[location[0]].annotation
     return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
