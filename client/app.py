@@ -122,8 +122,9 @@ def _greet(instruction: Instruction, scenario: Scenario, local: Local, message: 
         )
     source = _source(scenario.source_request())
     greeting = Greeting(
-        local.partition, local.partitions, local.name, source.channels, len(source.classes), source.labels
-    )
+        local.partition, local.partitions, local.name, source.channels, len(source.classes), source.labels,
+        local.own_data,
+    )  # fmt: skip
     return _reply(greeting.to_record())
 
 

@@ -28,12 +28,14 @@ class _Record:
     @classmethod
     def from_record(cls, record: Any) -> Self:
         """Raises ProtocolError naming the field."""
-        types = {"str": str, "int": int, "float": (int, float), "list[float]": list, "list[int]": list}
+        types = {
+            "bool": bool, "str": str, "int": int, "float": (int, float), "list[float]": list, "list[int]": list,
+        }  # fmt: skip
         values = {}
         for field in fields(cls):  # type: ignore[arg-type]
             value = record.get(field.name) if hasattr(record, "get") else None
             kind = types[str(field.type)]
-            fits = isinstance(value, kind) and not isinstance(value, bool)  # type: ignore[arg-type]
+            fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)  # type: ignore[arg-type]
             if fits and isinstance(value, list):
                 fits = all(isinstance(item, types[str(field.type)[5:-1]]) for item in value)  # type: ignore[arg-type]
             if not fits:
@@ -70,6 +72,8 @@ class Greeting(_Record):
     classes: int
     labels: str
     """Fingerprint of the class names in their order: averaging heads makes sense only where class 3 is class 3."""
+    own_data: bool
+    """All of its images are its one device's: no partition says which."""
 
 
 @dataclass(frozen=True)

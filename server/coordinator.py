@@ -76,6 +76,7 @@ class Coordinator:
         self.aggregator: Aggregator | None = None
         self._restored: tuple[dict[str, Tensor], int] | None = None
         self._warned: set[str] = set()
+        self._own_data: set[int] = set()
         self.stop = threading.Event()
         """Set from another thread, it ends the run at the next look at the grid."""
 
@@ -292,6 +293,9 @@ class Coordinator:
 
     def _look(self, fleet: Fleet) -> None:
         fleet.look()
+        if fleet.settled and (new := fleet.own_data - self._own_data):
+            self.folder.note_own_data(new)
+            self._own_data |= new
         if fleet.settled or not fleet.unanswered:  # before that the next answer may turn the majority
             for problem in fleet.problems:  # also where no device is missed for it
                 self._warn(problem)

@@ -56,6 +56,11 @@ class Fleet:
         return self._greetings[node].name if node is not None else ""
 
     @property
+    def own_data(self) -> set[int]:
+        """The connected devices whose images are their own; each has a node to itself."""
+        return {partition for partition, node in self._nodes.items() if self._greetings[node].own_data}
+
+    @property
     def unanswered(self) -> int:
         """How many nodes have a greeting that they did not answer yet: they may be at work on an earlier message."""
         return len(self._asked)

@@ -40,7 +40,7 @@ from server.preparation import prepare
 from server.provenance import describe_run
 from server.records import LOCK, RunFolder, names_in, writable
 from simulations.footprints import as_method, footprint_of, resets
-from simulations.options import amount, check_device, methods_named
+from simulations.options import amount, check_device, methods_named, number_ranges
 
 FIGURES = (("cil", "average_accuracy"), ("til", "average_accuracy"), ("cil", "forgetting"), ("til", "forgetting"))
 OWN = ("bench.json", "footprint.json", "table1.md", "table1.json", "table1.png", "scenarios", "logs", "runs", LOCK)
@@ -211,8 +211,8 @@ class _Runner:
 
 
 def _carry_out(plan: Plan, jobs: int, console: Console) -> dict[str, str]:
-    """Runs the cells that are not complete, `jobs` at a time; returns the reasons of those that failed."""
-    left = [cell for cell in plan.cells if plan.results(*cell) is None]
+    """Runs what is left of the cells, `jobs` at a time; returns the reasons of those that failed."""
+    left = [cell for cell in plan.cells if not RunFolder(plan.run_folder(*cell)).whole]
     failures: dict[str, str] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     runner = _Runner()
@@ -254,7 +254,13 @@ def _command(plan: Plan, method: str, seed: int) -> list[str]:
 
 def _said(results: Mapping[str, Any]) -> str:
     accuracies = [f"{s.upper()} {results[s]['average_accuracy']['mean']:.1%}" for s in ("til", "cil") if results[s]]
-    return f"{', '.join(accuracies)}, {results['timing']['seconds']:.0f} s"
+    lost = f", [yellow]{_put_out(results)}[/]" if results["dropped"] else ""
+    return f"{', '.join(accuracies)}, {results['timing']['seconds']:.0f} s{lost}"
+
+
+def _put_out(results: Mapping[str, Any]) -> str:
+    numbers = sorted(map(int, results["dropped"]))
+    return f"without device{'s' * (len(numbers) > 1)} {number_ranges(numbers)}, put out of the run"
 
 
 def _last_line(log: Path) -> str:
@@ -372,6 +378,12 @@ def table(plan: Plan, rows: Sequence[Row]) -> str:
         )
         cells += [*(_number(ratio, 1, 2) for ratio in ratios), _number(row.seconds, 1, 0)]
         lines.append(f"| {' | '.join(cells)} |")
+    lost = [
+        f"{method}, seed {seed}: {_put_out(found)}; `--resume` tries again"
+        for method, seed in plan.cells
+        if (found := plan.results(method, seed)) and found["dropped"]
+    ]
+    lines += [line for text in lost for line in ("", text)]
     return "\n".join(lines) + "\n"
 
 

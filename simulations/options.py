@@ -1,6 +1,8 @@
-"""What several commands ask of the options they are given."""
+"""What several commands ask of the options they are given, and how they word numbers."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from lightcl.errors import RequestError, nearest
 from lightcl.scenario import Scenario, method_names
@@ -28,3 +30,15 @@ def methods_named(text: str) -> list[str]:
 def amount(number: int, one: str, more: str = "") -> str:
     """`1 task`, `2 tasks`; `more` is the plural where it is not made with an s."""
     return f"{number} {one if number == 1 else more or one + 's'}"
+
+
+def number_ranges(numbers: Sequence[int]) -> str:
+    """Sorted numbers as `0–3, 7`; after a dozen pieces the rest is only counted."""
+    pieces: list[list[int]] = []
+    for number in numbers:
+        if pieces and number == pieces[-1][-1] + 1:
+            pieces[-1] = [pieces[-1][0], number]
+        else:
+            pieces.append([number])
+    shown = ", ".join("–".join(map(str, piece)) for piece in pieces[:12])
+    return shown if len(pieces) <= 12 else f"{shown} … ({len(numbers)} in all)"

@@ -25,6 +25,7 @@ from lightcl.scenario import Scenario, scenario_from_json
 from lightcl.state import write_atomically
 from server.records import ANALYSIS, Row, RunFolder
 from simulations import plots
+from simulations.options import number_ranges
 
 SETTINGS = ("til", "cil")
 MOST_DEVICES = 200
@@ -247,9 +248,10 @@ def _read_failures(rows: Sequence[Row]) -> list[Failure]:
 
 
 def _read_partition(file: Path) -> dict[int, int]:
-    """Training images by device number; none where the server does not know, as under `flwr run`."""
+    """Training images by device number; none for a board with images of its own."""
     try:
-        return {row["device"]: len(row["train"]) for row in json.loads(file.read_text(encoding="utf-8"))}
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        return {row["device"]: len(row["train"]) for row in rows if isinstance(row["train"], list)}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -367,18 +369,6 @@ def size(count: float) -> str:
         if count >= factor:
             return f"{count / factor:.1f}\u00a0{unit}"
     return f"{count:.0f}\u00a0bytes"
-
-
-def number_ranges(numbers: Sequence[int]) -> str:
-    """Sorted numbers as `0–3, 7`; after a dozen pieces the rest is only counted."""
-    pieces: list[list[int]] = []
-    for number in numbers:
-        if pieces and number == pieces[-1][-1] + 1:
-            pieces[-1] = [pieces[-1][0], number]
-        else:
-            pieces.append([number])
-    shown = ", ".join("–".join(map(str, piece)) for piece in pieces[:12])
-    return shown if len(pieces) <= 12 else f"{shown} … ({len(numbers)} in all)"
 
 
 def listed_devices(devices: Sequence[DeviceRecord]) -> list[DeviceRecord]:

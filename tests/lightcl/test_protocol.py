@@ -8,8 +8,8 @@ from lightcl import protocol
 from lightcl.protocol import Greeting, Instruction, ProtocolError, Refusal, Trained
 
 MESSAGES = [Instruction, Greeting, Trained, protocol.Tested, Refusal]
-EXAMPLES = {"str": "text", "int": 3, "float": 0.5, "list[float]": [0.5, 1.0], "list[int]": [1, 2]}
-WRONG = {"str": 3, "int": "3", "float": "0.5", "list[float]": 0.5, "list[int]": "12"}
+EXAMPLES = {"bool": True, "str": "text", "int": 3, "float": 0.5, "list[float]": [0.5, 1.0], "list[int]": [1, 2]}
+WRONG = {"bool": 1, "str": 3, "int": "3", "float": "0.5", "list[float]": 0.5, "list[int]": "12"}
 
 
 def example(message):
@@ -20,7 +20,8 @@ def example(message):
 def test_messages_survive_the_way_through_a_record(message):
     record = example(message).to_record()
     assert message.from_record(record) == example(message)
-    assert {type(value) for value in record.values()} <= {str, int, float, list}  # flat: what a ConfigRecord holds
+    held = {bool, str, int, float, list}  # flat: what a ConfigRecord holds
+    assert {type(value) for value in record.values()} <= held
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from PIL import Image
 
 from lightcl.errors import RequestError
 from server.app import app
+from server.records import RunFolder
+from simulations.report import read_run
 from tests.inprocess import InProcessGrid
 
 SCENARIO = """\
@@ -53,13 +55,26 @@ def test_images_may_be_on_the_boards_alone_and_what_is_whole_is_not_run_again(
     flwr_run(grid, out)
     results = (out / "results.json").read_text()
     assert json.loads(results)["devices_finished"] == 2
-    assert json.loads((out / "partition.json").read_text()) == [], "the server knows of none"
+    own = "all images of the board"
+    told = json.loads((out / "partition.json").read_text())
+    assert told == [{"device": device, "train": own, "test": own} for device in (0, 1)]
     sent = len(grid.sent)
     with caplog.at_level(logging.INFO, logger="flwr"):
         flwr_run(grid, out, resume=True)
     assert "complete already" in caplog.text
     assert len(grid.sent) == sent
     assert (out / "results.json").read_text() == results
+
+
+def test_who_holds_what_is_told_for_boards_with_and_without_images_of_their_own(tmp_path: Path) -> None:
+    out, grid = tmp_path / "run", boards(tmp_path)
+    path = grid.nodes[100].node_config["data-path"]
+    grid.nodes[100].node_config["own-data"] = False
+    flwr_run(grid, out, set=f"data.path={path}")
+    share, own = json.loads((out / "partition.json").read_text())
+    assert len(share["train"]) == 16, "half of four fifths of forty images"
+    assert own == {"device": 1, "train": "all images of the board", "test": "all images of the board"}
+    assert read_run(RunFolder(out)).held == {0: 16}
 
 
 def test_a_freeze_point_is_not_chosen_from_images_that_are_not_there(tmp_path: Path) -> None:

@@ -81,6 +81,18 @@ def test_the_table_by_hand(tmp_path):
     assert [row["method"] for row in json.loads((tmp_path / "table1.json").read_text())] == ["sgd", "pnn"]
 
 
+def test_runs_that_lost_devices_are_named_in_the_table_and_tried_again(tmp_path, monkeypatch):
+    planned = made(tmp_path)
+    file = planned.run_folder("sgd", 1) / "results.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dropped": {"4": "why", "3": "why", "10": "why"}}))
+    said = table(planned, [])
+    assert said.endswith("\nsgd, seed 1: without devices 3–4, 10, put out of the run; `--resume` tries again\n")
+    asked = []
+    monkeypatch.setattr("simulations.bench._Runner.run", lambda self, command, log: asked.append(log.stem) or 0)
+    assert _carry_out(planned, 1, QUIET) == {}, "it may lose them again"
+    assert asked == ["sgd-seed-1"]
+
+
 def test_the_table_says_what_of_the_scenario_a_method_could_not_keep(tmp_path):
     planned = made(tmp_path)
     given = scenario(server={"aggregation": "suffix"})

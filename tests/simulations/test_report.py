@@ -20,6 +20,7 @@ from lightcl.metrics import AccuracyMatrix, Spread
 from lightcl.scenario import Fleet, Scenario, Server, Stream
 from server.records import ANALYSIS, RunFolder
 from simulations import plots
+from simulations.options import number_ranges
 from simulations.plots.style import PIXELS_PER_INCH, SIZE
 from simulations.report import (
     DeviceRecord,
@@ -28,7 +29,6 @@ from simulations.report import (
     duration,
     listed_devices,
     mean_matrix,
-    number_ranges,
     percent,
     points,
     read_run,
