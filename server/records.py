@@ -236,12 +236,19 @@ class RunFolder:
                 write_atomically(self.path / ANALYSIS, json.dumps(analysis, indent=2))
             write_atomically(self.path / "run.json", json.dumps(about, indent=2))
 
+    def partition(self) -> dict[int, Row]:
+        """Rows of partition.json by device; none where it cannot be read: no run depends on it."""
+        try:
+            rows = json.loads((self.path / "partition.json").read_text(encoding="utf-8"))
+            return {row["device"]: row for row in rows}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
     def note_own_data(self, devices: Collection[int]) -> None:
         """Corrects partition.json: what the server thought that these devices hold, they do not."""
-        file, own = self.path / "partition.json", "all images of the board"
-        rows: dict[int, Row] = {row["device"]: row for row in json.loads(file.read_text())}
-        rows |= {device: {"device": device, "train": own, "test": own} for device in devices}
-        write_atomically(file, json.dumps([rows[device] for device in sorted(rows)]))
+        own = "all images of the board"
+        rows = self.partition() | {device: {"device": device, "train": own, "test": own} for device in devices}
+        write_atomically(self.path / "partition.json", json.dumps([rows[device] for device in sorted(rows)]))
 
     def read(self) -> Row:
         """run.json. Raises RequestError where there is none or it cannot be read."""

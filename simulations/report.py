@@ -110,7 +110,7 @@ class RunRecord:
     dropped: dict[int, str]
     """The devices that were put out of the run, by number, and why."""
     held: dict[int, int]
-    """Training images of each device by partition.json; empty where that file is."""
+    """Training images by device number, of partition.json; none for a board with images of its own."""
     choice: FreezeChoice | None
     """None where the freeze point was given."""
     last_sign: datetime
@@ -178,7 +178,7 @@ def read_run(folder: RunFolder) -> RunRecord:
         failures=_read_failures(rows),
         failure=failure,
         dropped=_read_dropped(by_device, results or failure, scenario.server.max_failures),
-        held=_read_partition(folder.path / "partition.json"),
+        held={n: len(row["train"]) for n, row in folder.partition().items() if isinstance(row.get("train"), list)},
         choice=_read_choice(folder),
         last_sign=datetime.fromtimestamp(_written(newest), UTC),
     )
@@ -245,15 +245,6 @@ def _read_failures(rows: Sequence[Row]) -> list[Failure]:
         for reason, mine in by_reason.items()
     ]
     return sorted(found, key=lambda failure: -failure.times)
-
-
-def _read_partition(file: Path) -> dict[int, int]:
-    """Training images by device number; none for a board with images of its own."""
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-        return {row["device"]: len(row["train"]) for row in rows if isinstance(row["train"], list)}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
 
 
 # -- figures -------------------------------------------------------------------------------------------------------

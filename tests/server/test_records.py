@@ -109,3 +109,17 @@ def test_a_name_that_the_disk_refuses(tmp_path):
     for options in ((False, False), (True, False), (False, True)):
         with pytest.raises(RequestError, match="cannot be written to"):
             folder.prepare(resume=options[0], overwrite=options[1])
+
+
+@pytest.mark.parametrize("text", [None, "[{", '{"device": 0}', '[{"train": [1]}]'])
+def test_a_partition_that_cannot_be_read_stops_nobody(tmp_path, text):
+    folder = begun(tmp_path)
+    file = tmp_path / "partition.json"
+    if text is None:
+        file.unlink()
+    else:
+        file.write_text(text)
+    assert folder.partition() == {}
+    folder.note_own_data([1])
+    own = "all images of the board"
+    assert folder.partition() == {1: {"device": 1, "train": own, "test": own}}
