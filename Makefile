@@ -21,7 +21,7 @@ $(READY): pyproject.toml
 	@touch $@
 
 demo: $(READY) ## Simulate ten devices that learn five tasks each, and write a report
-	@$(BIN)/lightcl simulate simulations/scenarios/quickstart.yaml --out runs/quickstart --overwrite
+	@$(BIN)/lightcl simulate quickstart --out runs/quickstart --overwrite
 
 test: $(READY) ## Run the test suite (without the slow tests)
 	@$(BIN)/python -m pytest

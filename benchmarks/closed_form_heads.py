@@ -1,6 +1,6 @@
 """What the closed-form classifier of lightcl-plus owes to what: heads and features, on the networks of finished runs.
 
-    lightcl simulate simulations/scenarios/cifar10-10-devices.yaml --set method.name=lightcl-plus --out RUN ...
+    lightcl simulate cifar10-10-devices --set method.name=lightcl-plus --out RUN ...
     python benchmarks/closed_form_heads.py RUN [RUN ...]
 
 For every device of the runs (one a seed) the final network is opened, the statistics are collected anew in the order of
@@ -20,15 +20,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightcl.closed_form import LinearHead, Statistics, discriminant_head, from_upper_triangle, statistics_bytes
 from lightcl.data.partition import partition
 from lightcl.data.sources import load_source
 from lightcl.data.tasks import Samples
-from lightcl.device import EdgeDevice
+from lightcl.device.device import EdgeDevice
+from lightcl.device.training import autocast
 from lightcl.methods.lightcl_plus import LightCLPlus
+from lightcl.methods.parts.closed_form import (
+    LinearHead,
+    Statistics,
+    discriminant_head,
+    from_upper_triangle,
+    statistics_bytes,
+)
+from lightcl.records.folder import RunFolder
 from lightcl.scenario import scenario_from_json
-from lightcl.training import autocast
-from server.records import RunFolder
 
 Solve = Callable[[Statistics, float], LinearHead]
 
@@ -91,7 +97,7 @@ def compare(path: Path) -> dict[str, tuple[list[tuple[float, float]], int]]:
     folder = RunFolder(path)
     about = folder.read()
     scenario = scenario_from_json(json.dumps(about["scenario"]))
-    torch.set_num_threads(scenario.runtime.threads)
+    torch.set_num_threads(scenario.device.threads)
     source = load_source(scenario.source_request())
     shares = partition(source, scenario.fleet, scenario.seed)
     devices = []

@@ -1,6 +1,6 @@
 """LightCL, freezing alone and plain SGD on one fleet scenario, over seeds and training lengths.
 
-    python benchmarks/compare_methods.py simulations/scenarios/cifar10-10-devices.yaml \
+    python benchmarks/compare_methods.py lightcl/scenario/bundled/cifar10-10-devices.yaml \
         --set data.source=parquet --set data.path=PATH --epochs 5 30 --seeds 0 1 2 --out runs/compare
 
 Every run is `lightcl simulate` with the settings shown in the table. `--devices 0 1` takes these devices of the fleet

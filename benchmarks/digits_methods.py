@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lightcl.device import EdgeDevice
+from lightcl.device.device import EdgeDevice
+from lightcl.device.training import TrainingFailure
 from lightcl.scenario import Scenario
-from lightcl.training import TrainingFailure
 
 METHODS = [
     {"name": "sgd"}, {"name": "sgd", "loss_classes": "all"}, {"name": "joint", "loss_classes": "all"},
@@ -35,7 +35,7 @@ def learn(method: dict[str, object], seed: int, pretrained: bool) -> list[float]
     training = {"epochs": 5, "learning_rate": 0.01} if pretrained else {"epochs": 8, "learning_rate": 0.03}
     scenario = Scenario.model_validate({
         "seed": seed, "fleet": {"devices": 3, "test_data": "whole"}, "network": network, "method": method,
-        "training": {"batch_size": 16, **training}, "runtime": {"accelerator": "cpu"},
+        "training": {"batch_size": 16, **training}, "device": {"accelerator": "cpu"},
     })  # fmt: skip
     figures = [float("nan")] * 4
     with tempfile.TemporaryDirectory() as folder:

@@ -17,11 +17,11 @@ from statistics import median
 import numpy as np
 import torch
 
+from lightcl.assembly import build_network
 from lightcl.data.partition import Share
 from lightcl.data.sources import ImageSet, Source
-from lightcl.device import EdgeDevice
-from lightcl.exchange import outgoing, size_in_bytes
-from lightcl.networks.build import build_network
+from lightcl.device.device import EdgeDevice
+from lightcl.exchange.tensors import outgoing, size_in_bytes
 from lightcl.scenario import Scenario
 
 VARIANTS: dict[str, dict[str, object]] = {

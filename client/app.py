@@ -21,10 +21,10 @@ from pydantic import ValidationError
 
 from lightcl.data.partition import Share
 from lightcl.data.sources import Source, SourceRequest, load_source
-from lightcl.device import EdgeDevice, OutOfStep
+from lightcl.device.device import EdgeDevice, OutOfStep
+from lightcl.device.training import TrainingFailure
 from lightcl.errors import RequestError
-from lightcl.exchange import ExchangeError
-from lightcl.protocol import (
+from lightcl.exchange.messages import (
     ARRAYS,
     EXAMPLES,
     INSTRUCTION,
@@ -37,9 +37,10 @@ from lightcl.protocol import (
     Tested,
     Trained,
 )
+from lightcl.exchange.tensors import ExchangeError
 from lightcl.scenario import Scenario, scenario_from_json
-from lightcl.state import StateError, only_here
-from lightcl.training import TrainingFailure
+from lightcl.storage.files import only_here
+from lightcl.storage.state import StateError
 
 Refusable = (RequestError, StateError, OutOfStep, TrainingFailure, ExchangeError, ProtocolError)
 
@@ -66,9 +67,9 @@ class Local:
         if self.weights_path:
             values["network"]["weights"] = self.weights_path
         if self.accelerator:
-            values["runtime"]["accelerator"] = self.accelerator
+            values["device"]["accelerator"] = self.accelerator
         if self.threads:
-            values["runtime"]["threads"] = self.threads
+            values["device"]["threads"] = self.threads
         try:
             return Scenario.model_validate(values)
         except ValidationError as error:

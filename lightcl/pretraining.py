@@ -19,11 +19,11 @@ from torch.nn import functional as F
 
 from lightcl.data.augment import random_crop_flip
 from lightcl.data.sources import ImageSet, Source, iter_batches
+from lightcl.device.training import TrainingFailure
 from lightcl.errors import RequestError
 from lightcl.networks.resnet import StagedResNet, Stem
 from lightcl.networks.weights import load_weights, save_weights
-from lightcl.state import under
-from lightcl.training import TrainingFailure
+from lightcl.storage.state import under
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,14 @@ def pretrain(
     network = StagedResNet(
         width=recipe.width, classes=len(source.classes), in_channels=source.channels, stem=recipe.stem, freeze="none"
     ).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimiser = torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         network.parameters(), lr=0.1, momentum=recipe.max_momentum, nesterov=True, weight_decay=recipe.weight_decay
     )
     steps = len(source.train) // recipe.batch_size
     if steps == 0:
         raise RequestError(f"{len(source.train)} training images are fewer than one batch of {recipe.batch_size}")
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser,
+        optimizer,
         recipe.peak_learning_rate,
         recipe.epochs * steps,
         max_momentum=recipe.max_momentum,
@@ -96,7 +96,7 @@ def pretrain(
             ) from error
         if before != facts:
             raise RequestError(f"{checkpoint}: left by a run with another recipe; remove it or name another --out")
-        first = _resume(checkpoint, network, optimiser, schedule, steps)
+        first = _resume(checkpoint, network, optimizer, schedule, steps)
     _check_place(file)
 
     accuracy = 0.0
@@ -113,9 +113,9 @@ def pretrain(
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
                 logits = network(images.to(device).permute(0, 3, 1, 2))
             loss = F.cross_entropy(logits.float(), labels)
-            optimiser.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
+            optimizer.step()
             schedule.step()
             total += loss.item()
             if not isfinite(total):
@@ -124,7 +124,7 @@ def pretrain(
                     f"rate than {recipe.peak_learning_rate:g}"
                 )
         accuracy = top1(network, source.test, recipe.bf16)
-        _save_checkpoint(checkpoint, network, optimiser, epoch + 1, facts)
+        _save_checkpoint(checkpoint, network, optimizer, epoch + 1, facts)
         report(EpochReport(epoch + 1, recipe.epochs, total / steps, accuracy, time.monotonic() - start))
 
     save_weights(network, file, facts | {"command": command})
@@ -161,11 +161,11 @@ def _check_place(file: Path) -> None:
 
 
 def _save_checkpoint(
-    file: Path, network: StagedResNet, optimiser: torch.optim.SGD, epoch: int, facts: dict[str, str]
+    file: Path, network: StagedResNet, optimizer: torch.optim.SGD, epoch: int, facts: dict[str, str]
 ) -> None:
     tensors: dict[str, Tensor] = {f"network.{k}": v.contiguous() for k, v in network.state_dict().items()}
     for name, parameter in network.named_parameters():
-        tensors[f"momentum.{name}"] = optimiser.state[parameter]["momentum_buffer"].contiguous()
+        tensors[f"momentum.{name}"] = optimizer.state[parameter]["momentum_buffer"].contiguous()
     temporary = file.with_suffix(".partial")
     save_file(tensors | {"epoch": torch.tensor(epoch)}, temporary, metadata=facts)
     temporary.replace(file)
@@ -174,7 +174,7 @@ def _save_checkpoint(
 def _resume(
     file: Path,
     network: StagedResNet,
-    optimiser: torch.optim.SGD,
+    optimizer: torch.optim.SGD,
     schedule: torch.optim.lr_scheduler.OneCycleLR,
     steps: int,
 ) -> int:
@@ -182,9 +182,9 @@ def _resume(
     epoch = int(tensors.pop("epoch"))
     network.load_state_dict(under(tensors, "network."))
     for name, parameter in network.named_parameters():
-        optimiser.state[parameter]["momentum_buffer"] = tensors[f"momentum.{name}"].to(parameter.device)
+        optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum.{name}"].to(parameter.device)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the optimiser took its steps in the process that was killed
+        warnings.simplefilter("ignore", UserWarning)  # the optimizer took its steps in the process that was killed
         for _ in range(epoch * steps):
             schedule.step()
     return epoch

@@ -17,7 +17,8 @@ from flwr.serverapp import strategy as strategies
 from torch import Tensor
 
 from lightcl.errors import RequestError, nearest
-from lightcl.exchange import (
+from lightcl.exchange.messages import ARRAYS, EXAMPLES, METRICS
+from lightcl.exchange.tensors import (
     FLEET_HEAD,
     STATISTICS,
     Arrays,
@@ -29,11 +30,10 @@ from lightcl.exchange import (
     weighted_average,
 )
 from lightcl.methods import Method
-from lightcl.protocol import ARRAYS, EXAMPLES, METRICS
 from lightcl.scenario import Server
-from lightcl.state import under
+from lightcl.storage.state import under
 
-OPTIMISER_STATE = ("m_t", "v_t")
+OPTIMIZER_STATE = ("m_t", "v_t")
 """Dictionaries that FedAdam, FedAdagrad and FedYogi carry from round to round."""
 
 
@@ -132,10 +132,10 @@ class Aggregator:
         return moved is not None
 
     def state(self) -> dict[str, Tensor]:
-        """The shared tensors and the server optimiser's, for a run that is to be resumed."""
+        """The shared tensors and the server optimizer's, for a run that is to be resumed."""
         state = {f"shared/{name}": torch.from_numpy(array) for name, array in self.weights.items()}
         state |= {name: torch.from_numpy(array) for name, array in (self.sums | self.head).items()}
-        for attribute in OPTIMISER_STATE:
+        for attribute in OPTIMIZER_STATE:
             for name, array in (getattr(self._strategy, attribute, None) or {}).items():
                 state[f"{attribute}/{name}"] = torch.from_numpy(np.asarray(array))
         for index, array in enumerate(getattr(self._strategy, "momentum_vector", None) or []):
@@ -150,7 +150,7 @@ class Aggregator:
         if self.sums:
             self.sums = {f"{STATISTICS}{name}": np.array(array) for name, array in part(STATISTICS).items()}
             self.head = {f"{FLEET_HEAD}{name}": array for name, array in part(FLEET_HEAD).items()}
-        for attribute in OPTIMISER_STATE:
+        for attribute in OPTIMIZER_STATE:
             if part(f"{attribute}/"):
                 setattr(self._strategy, attribute, part(f"{attribute}/"))
         if momentum := part("momentum/"):

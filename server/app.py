@@ -10,10 +10,12 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from lightcl.data.sources import OWN_FILES
+from lightcl.preparation import open_remote_run, open_run
+from lightcl.records.folder import RunFolder
+from lightcl.records.rows import Row
 from lightcl.scenario import Scenario, load_scenario
-from server.coordinator import Coordinator
-from server.preparation import open_remote_run, open_run
-from server.records import Row, RunFolder
+from server.aggregation import Aggregator
+from server.rounds import Coordinator
 
 logger = logging.getLogger("flwr")
 
@@ -67,8 +69,8 @@ def main(grid: Grid, context: Context) -> None:
     """`flwr run`: the run configuration names `scenario` (a file or a bundled one), `set` and `out`."""
     config = context.run_config
     wanted = Path(str(config.get("scenario", "quickstart")))
-    bundled = Path(__file__).parent.parent / "simulations" / "scenarios" / f"{wanted}.yaml"
-    scenario = load_scenario(bundled if bundled.exists() else wanted, shlex.split(str(config.get("set", ""))))
+    scenario = load_scenario(wanted, shlex.split(str(config.get("set", ""))))
+    Aggregator.check(scenario.server)
     folder = RunFolder(Path(str(config.get("out") or f"runs/{scenario.name}-{context.run_id}")).absolute())
     command, resume = f"flwr run ({wanted})", bool(config.get("resume", False))
     if images_are_here(scenario):

@@ -35,7 +35,7 @@ GOING_ON = {
 """What to say of a command that was interrupted; the others write nothing before they are done."""
 
 ARGUMENTS = {
-    "scenario": "A YAML file, e.g. simulations/scenarios/quickstart.yaml; all keys: docs/scenario-keys.md",
+    "scenario": "A YAML file, e.g. lightcl/scenario/bundled/quickstart.yaml; all keys: docs/scenario-keys.md",
     "run": "A run folder, as --out of simulate or train named it",
 }
 
@@ -62,7 +62,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in
 
 def _print_version(asked: bool) -> None:
     if asked:
-        from server.provenance import version
+        from lightcl.records.provenance import version
 
         out.print(f"lightcl {version('lightcl-fleet') or 'of a checkout that is not installed'}", highlight=False)
         raise typer.Exit
@@ -131,9 +131,12 @@ def analyse(
 @app.command(cls=Command)
 def validate(scenario: ScenarioFile, changes: Changes = None) -> None:
     """Check a scenario against its data and weights without running it."""
-    from server.preparation import prepare
+    from lightcl.preparation import prepare
+    from server.aggregation import Aggregator
 
-    prepared = prepare(load_scenario(scenario, changes or []))
+    loaded = load_scenario(scenario, changes or [])
+    Aggregator.check(loaded.server)
+    prepared = prepare(loaded)
     checked, sizes = prepared.scenario, [len(share.train) for share in prepared.shares]
     out.print(
         f"{scenario}: can be run. {amount(checked.fleet.devices, 'device')} with {min(sizes)} to {max(sizes)} training "
@@ -155,8 +158,8 @@ def schema(
 @app.command(cls=Command)
 def report(run: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
     """Rebuild the report of a run, finished or not."""
-    from server.records import RunFolder
-    from simulations.report import build_report
+    from lightcl.records.folder import RunFolder
+    from simulations.reports.page import build_report
 
     out.print(f"report: {build_report(RunFolder(run))}", highlight=False, markup=False, soft_wrap=True)
 
@@ -184,7 +187,7 @@ def footprint(
     ] = False,
 ) -> None:
     """Count FLOPs and memory of training by method, and measure memory; MiB are 2^20 bytes."""
-    from simulations.footprints import footprint_run, table1_run
+    from simulations.commands.footprint import footprint_run, table1_run
 
     if table1:
         if scenario or changes or methods is not None or all_methods or measuring or picture or device is not None:
@@ -217,7 +220,7 @@ def plan(
     json_to: Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Write JSON; - prints it")] = None,
 ) -> None:
     """Fit a LightCL scenario into a memory budget: freeze point, sparsity, batch and memory size."""
-    from simulations.footprints import plan_run
+    from simulations.commands.footprint import plan_run
 
     loaded = load_scenario(scenario, changes or [])
     plan_run(
@@ -285,7 +288,7 @@ def bench_table1(
     network.frozen_batch_norm for the methods with the same default freeze point, server.aggregation for those whose
     weights can be averaged. The table says what was reset.
     """
-    from simulations.bench import bench_run
+    from simulations.sweeps.table1 import bench_run
 
     loaded = load_scenario(scenario, changes or [])
     path = out_folder or Path("runs") / f"table1-{loaded.name}"
@@ -305,11 +308,11 @@ def _command() -> str:
 
 def main() -> None:
     """Entry point: turns exceptions into one screen of text and an exit code."""
-    from lightcl.footprint.measured import MeasurementFailure
-    from lightcl.state import StateError
-    from lightcl.training import TrainingFailure
-    from server.coordinator import RunFailure
-    from server.fleet import RunStopped
+    from lightcl.analysis.footprint.measured import MeasurementFailure
+    from lightcl.device.training import TrainingFailure
+    from lightcl.storage.state import StateError
+    from server.nodes import RunStopped
+    from server.rounds import RunFailure
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

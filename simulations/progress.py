@@ -19,8 +19,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from lightcl.generalizability import Generalizability
-from server.records import Row
+from lightcl.analysis.generalizability import Generalizability
+from lightcl.records.rows import Row
 from simulations.options import amount
 
 

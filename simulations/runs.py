@@ -12,27 +12,19 @@ from typing import cast, get_args
 import torch
 from rich.console import Console
 
+from lightcl.analysis.generalizability import analyse, analysed_scenario
 from lightcl.data.sources import SourceName, SourceRequest, load_source
-from lightcl.device import EdgeDevice
+from lightcl.device.device import EdgeDevice
 from lightcl.errors import RequestError, nearest
-from lightcl.generalizability import analyse, analysed_scenario
 from lightcl.networks.resnet import Stem
+from lightcl.preparation import Prepared, open_run, prepare
 from lightcl.pretraining import EpochReport, Recipe
 from lightcl.pretraining import pretrain as run_pretraining
+from lightcl.records.folder import ANALYSIS, RunFolder
+from lightcl.records.rows import add_test_, add_training_, device_row, round_row, run_results
 from lightcl.scenario import Scenario
-from lightcl.state import write_atomically
-from server.preparation import Prepared, open_run, prepare
-from server.records import (
-    ANALYSIS,
-    RunFolder,
-    add_test_,
-    add_training_,
-    device_row,
-    names_in,
-    round_row,
-    run_results,
-    writable,
-)
+from lightcl.storage.files import names_in, writable, write_atomically
+from server.aggregation import Aggregator
 from simulations.options import amount
 from simulations.progress import AnalysisProgress, LiveProgress, accuracy_table, block_table
 
@@ -53,6 +45,7 @@ def simulate_run(
 def _open(
     folder: RunFolder, scenario: Scenario, command: str, kind: str, resume: bool, overwrite: bool, console: Console
 ) -> Prepared:
+    Aggregator.check(scenario.server)
     with AnalysisProgress(console) as progress:
         prepared = open_run(
             folder, scenario, command, kind, resume=resume, overwrite=overwrite, on_step=progress.step
@@ -64,7 +57,7 @@ def _open(
 
 def _simulate(scenario: Scenario, folder: RunFolder, console: Console) -> None:
     from server.app import make_app
-    from server.coordinator import Coordinator, RunFailure
+    from server.rounds import Coordinator, RunFailure
     from simulations.runtime import simulate
 
     if folder.whole:
@@ -74,7 +67,7 @@ def _simulate(scenario: Scenario, folder: RunFolder, console: Console) -> None:
         with LiveProgress(console, rounds) as progress:
             coordinator = Coordinator(scenario, folder, str(folder.read()["run"]), progress)
             try:
-                simulate(make_app(coordinator), folder.path / "devices", scenario.fleet.devices, scenario.runtime)
+                simulate(make_app(coordinator), folder.path / "devices", scenario)
             except RunFailure:
                 _report(folder, console)  # it shows how far the run came, and why no farther
                 raise
@@ -154,7 +147,7 @@ def analyse_run(
         path.mkdir(parents=True, exist_ok=True)
     with AnalysisProgress(console) as progress:
         found = analyse(scenario, number, prepared.source, prepared.shares[number], progress.step)
-    from simulations import plots  # matplotlib takes a second to import
+    from simulations.reports import plots
 
     threshold = scenario.network.freeze_threshold
     about = {"command": command, "scenario": scenario.model_dump(mode="json")}
@@ -181,7 +174,7 @@ def _conclude(folder: RunFolder, console: Console) -> None:
 
 
 def _report(folder: RunFolder, console: Console) -> None:
-    from simulations.report import build_report  # matplotlib takes a second to import
+    from simulations.reports.page import build_report
 
     page = os.path.relpath(build_report(folder))
     console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)

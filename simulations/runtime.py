@@ -15,18 +15,18 @@ from pathlib import Path
 
 from flwr.serverapp import ServerApp
 
-from lightcl.scenario import Runtime
+from lightcl.scenario import Scenario
 
 
-def simulate(server: ServerApp, state: Path, devices: int, runtime: Runtime) -> None:
-    """Runs `server` over `devices` simulated devices, whose states lie under `state`, on `runtime.workers` Ray workers.
+def simulate(server: ServerApp, state: Path, scenario: Scenario) -> None:
+    """Runs `server` over the scenario's devices, whose states lie under `state`, on `simulation.workers` Ray workers.
 
     Raises whatever the ServerApp raised.
     """
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Workers are forked from Ray's own processes; without this each would start as many threads as there are cores.
-    os.environ["OMP_NUM_THREADS"] = str(runtime.threads)
+    os.environ["OMP_NUM_THREADS"] = str(scenario.device.threads)
     # What fails reaches the server as an error reply, or this function as an exception; Flower's log would repeat it,
     # and after an interruption list every message that the end of Ray cuts off.
     logging.getLogger("flwr").setLevel(logging.CRITICAL + 1)
@@ -35,16 +35,16 @@ def simulate(server: ServerApp, state: Path, devices: int, runtime: Runtime) -> 
 
     from client.app import make_app
 
-    gpus = _gpu_share(runtime)
+    gpus = _gpu_share(scenario)
     try:
         run_simulation(
             server_app=server,
             client_app=make_app(state),
-            num_supernodes=devices,
+            num_supernodes=scenario.fleet.devices,
             backend_config={
                 "init_args": {
                     "address": "local",  # whatever Ray else runs here, or RAY_ADDRESS names, is not for this run
-                    "num_cpus": runtime.workers,
+                    "num_cpus": scenario.simulation.workers,
                     "log_to_driver": False,
                     "logging_level": logging.ERROR,
                     "include_dashboard": False,
@@ -58,12 +58,12 @@ def simulate(server: ServerApp, state: Path, devices: int, runtime: Runtime) -> 
         raise KeyboardInterrupt from error
 
 
-def _gpu_share(runtime: Runtime) -> float:
+def _gpu_share(scenario: Scenario) -> float:
     import torch
 
-    if runtime.accelerator == "cpu" or not torch.cuda.is_available():
+    if scenario.device.accelerator == "cpu" or not torch.cuda.is_available():
         return 0.0
-    return gpu_share(torch.cuda.device_count(), runtime.workers)
+    return gpu_share(torch.cuda.device_count(), scenario.simulation.workers)
 
 
 def gpu_share(gpus: int, workers: int) -> float:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lightcl.data.section import Fleet
 from lightcl.data.sources import Source, cache_folder
 from lightcl.errors import RequestError
-from lightcl.scenario import Fleet
 from lightcl.seeds import derive, numpy_generator
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from lightcl.errors import RequestError
-from lightcl.state import sync
+from lightcl.storage.files import sync
 
 SourceName = Literal["digits", "cifar10", "cifar100", "fashion-mnist", "parquet", "image-folder"]
 OWN_FILES: tuple[SourceName, ...] = ("parquet", "image-folder")

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightcl.data.tasks import Batch, Samples, TaskContext
 from lightcl.networks.resnet import StagedResNet
+from lightcl.section import Section
 
 Setting = Literal["til", "cil"]
 
@@ -44,12 +44,8 @@ class StepCost:
     that are there and of those that are updated."""
 
 
-class MethodParameters(BaseModel):
+class MethodParameters(Section):
     """A method's section of the scenario. Every method names its own keys; an unknown one is an error."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
     name: str
     loss_classes: Literal["task", "seen", "all"] = "task"
@@ -107,7 +103,7 @@ class Method:
         self.loss_classes = parameters.loss_classes
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What the optimiser steps, by name; asked for after `begin_task`, and after `load_state_dict`."""
+        """What the optimizer steps, by name; asked for after `begin_task`, and after `load_state_dict`."""
         return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
 
     def begin_task(self, context: TaskContext) -> None:
@@ -123,10 +119,10 @@ class Method:
         return self.cross_entropy(logits, batch.labels, context)
 
     def before_step(self, batch: Batch, context: TaskContext) -> None:
-        """Called when the gradients are there, before the optimiser's step."""
+        """Called when the gradients are there, before the optimizer's step."""
 
     def after_step(self, batch: Batch, context: TaskContext) -> None:
-        """Called after every optimiser step."""
+        """Called after every optimizer step."""
 
     def end_epoch(self, context: TaskContext, epoch: int) -> None:
         """Called after an epoch's (0-based) last step; the network is in training mode."""

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from lightcl.data.tasks import Batch, TaskContext
 from lightcl.methods.base import Method, StepCost
-from lightcl.methods.reservoir import Replay, ReplayParameters
+from lightcl.methods.parts.reservoir import Replay, ReplayParameters
 from lightcl.networks.resnet import StagedResNet
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightcl.data.tasks import Batch, TaskContext
 from lightcl.methods.base import Method, StepCost
-from lightcl.methods.reservoir import Replay, ReplayParameters
+from lightcl.methods.parts.reservoir import Replay, ReplayParameters
 from lightcl.networks.resnet import StagedResNet
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from lightcl.data.tasks import Batch, TaskContext
 from lightcl.methods.base import Method, MethodParameters, StepCost
 from lightcl.networks.resnet import StagedResNet
-from lightcl.state import under
+from lightcl.storage.state import under
 
 
 class EWCParameters(MethodParameters):

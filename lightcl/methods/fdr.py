@@ -7,7 +7,7 @@ Benjamin, Rolnick, Körding: "Measuring and Regularizing Networks in Function Sp
 M is the working memory: at the end of each task samples of it are stored with the network's outputs f* then (in
 evaluation mode), and the memory is shared equally between the tasks so far; the tasks before give up the samples
 stored last. Details: the distance is one of softmax outputs and is added to the loss of the same step, while the
-version in the DER++ paper's comparison takes a second optimiser step for it; its α (0.3 for Split CIFAR-10 and 200
+version in the DER++ paper's comparison takes a second optimizer step for it; its α (0.3 for Split CIFAR-10 and 200
 samples) is the default. Samples are repeated un-augmented, since f* belongs to those very inputs, and share the batch
 and its batch-norm statistics with the new ones.
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lightcl.data.tasks import Batch, TaskContext
 from lightcl.methods.base import Method, StepCost
-from lightcl.methods.reservoir import ReplayParameters, together
+from lightcl.methods.parts.reservoir import ReplayParameters, together
 from lightcl.networks.resnet import StagedResNet
 from lightcl.seeds import numpy_generator
 

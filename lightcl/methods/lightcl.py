@@ -26,7 +26,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lightcl.data.tasks import Batch, TaskContext
-from lightcl.feature_memory import (
+from lightcl.methods.base import Method, MethodParameters, StepCost
+from lightcl.methods.parts.feature_memory import (
     DriftingMaps,
     Reduction,
     VitalSelection,
@@ -35,9 +36,8 @@ from lightcl.feature_memory import (
     vital_channels,
     vital_patterns,
 )
-from lightcl.methods.base import Method, MethodParameters, StepCost
 from lightcl.networks.resnet import FeatureMaps, Stage, StagedResNet
-from lightcl.state import under
+from lightcl.storage.state import under
 
 Preset = Literal["default", "paper", "scale-free"]
 PRESETS: dict[str, dict[str, str | float]] = {

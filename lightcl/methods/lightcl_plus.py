@@ -33,13 +33,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightcl.closed_form import LinearHead, Statistics, discriminant_head, statistics_bytes
 from lightcl.data.tasks import TaskContext
 from lightcl.errors import RequestError
 from lightcl.methods.base import Method, StepCost
 from lightcl.methods.lightcl import LightCL, LightCLParameters
+from lightcl.methods.parts.closed_form import LinearHead, Statistics, discriminant_head, statistics_bytes
 from lightcl.networks.resnet import FeatureMaps, StagedResNet
-from lightcl.state import under
+from lightcl.storage.state import under
 
 FEATURES = (
     # (maps from the end of the prefix on, whether the last one also enters as a 2x2 grid), richest first

@@ -24,8 +24,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from lightcl.methods.lightcl import LightCLParameters
+from lightcl.networks.pruning import Score, prune_
 from lightcl.networks.resnet import StagedResNet
-from lightcl.pruning import Score, prune_
 
 PAPER_SPARSITY: dict[str, float] = {"layer1": 0.2, "layer2": 0.2, "layer3": 0.7, "layer4": 0.8}
 

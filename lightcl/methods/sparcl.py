@@ -19,7 +19,7 @@ shortcuts, batch-norm and head stay dense. The first mask is by magnitude. Simpl
 an adjustment, on 128 samples of the task and on the whole buffer in evaluation mode, instead of in the course of the
 steps; the gradient mask changes with the weight mask; the surplus of a task too short for an adjustment is dropped at
 its end. Masks here save no time or memory: dense kernels multiply zeros (`lightcl-sparse` removes channels for real).
-The optimiser's momentum, if any, still moves weights that the gradient mask holds back.
+The optimizer's momentum, if any, still moves weights that the gradient mask holds back.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from torch.nn import functional as F
 from lightcl.data.tasks import Batch, Samples, TaskContext
 from lightcl.methods.base import Method, StepCost
 from lightcl.methods.derpp import DERpp, DERppKeys
-from lightcl.methods.dynamic_masks import DynamicMasks
 from lightcl.methods.er import ER
-from lightcl.methods.reservoir import Replay, ReplayParameters
+from lightcl.methods.parts.dynamic_masks import DynamicMasks
+from lightcl.methods.parts.reservoir import Replay, ReplayParameters
 from lightcl.networks.resnet import StagedResNet
 from lightcl.seeds import derive
 

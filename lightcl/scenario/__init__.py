@@ -1,22 +1,29 @@
 """The scenario: what it may say (model), how it is read (reading, yaml_text), and its keys written out (keys)."""
 
+from lightcl.data.section import Data, Fleet, Stream
+from lightcl.exchange.section import Server
+from lightcl.networks.section import NAMED_WEIGHTS, Network
 from lightcl.scenario.keys import scenario_keys, scenario_schema
-from lightcl.scenario.model import (
-    NAMED_WEIGHTS,
-    Data,
-    Fleet,
-    Network,
-    Runtime,
-    Scenario,
-    Server,
-    Stream,
-    Training,
-    method_names,
-    method_types,
-)
-from lightcl.scenario.reading import load_scenario, scenario_from_json
+from lightcl.scenario.model import Device, Scenario, Simulation, Training, method_names, method_types
+from lightcl.scenario.reading import bundled_scenarios, find_scenario, load_scenario, scenario_from_json
 
 __all__ = [
-    "NAMED_WEIGHTS", "Data", "Fleet", "Network", "Runtime", "Scenario", "Server", "Stream", "Training", "load_scenario",
-    "method_names", "method_types", "scenario_from_json", "scenario_keys", "scenario_schema",
-]  # fmt: skip
+    "NAMED_WEIGHTS",
+    "Data",
+    "Device",
+    "Fleet",
+    "Network",
+    "Scenario",
+    "Server",
+    "Simulation",
+    "Stream",
+    "Training",
+    "bundled_scenarios",
+    "find_scenario",
+    "load_scenario",
+    "method_names",
+    "method_types",
+    "scenario_from_json",
+    "scenario_keys",
+    "scenario_schema",
+]

@@ -11,8 +11,19 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lightcl.errors import RequestError, nearest, shown
-from lightcl.scenario.model import NAMED_WEIGHTS, SECTIONS, Scenario, method_names, method_types
+from lightcl.networks.section import NAMED_WEIGHTS
+from lightcl.scenario.model import SECTIONS, Scenario, method_names, method_types
 from lightcl.scenario.yaml_text import line_of, parse
+
+
+def bundled_scenarios() -> dict[str, Path]:
+    """The scenarios that ship with the package, by name."""
+    return {file.stem: file for file in sorted((Path(__file__).parent / "bundled").glob("*.yaml"))}
+
+
+def find_scenario(wanted: Path) -> Path:
+    """A scenario file, or the bundled scenario of that name where there is no such file."""
+    return wanted if wanted.exists() else bundled_scenarios().get(str(wanted), wanted)
 
 
 def load_scenario(file: Path, changes: Sequence[str] = ()) -> Scenario:
@@ -20,6 +31,7 @@ def load_scenario(file: Path, changes: Sequence[str] = ()) -> Scenario:
 
     Relative paths in it are relative to the current folder. Raises RequestError naming file, line and key.
     """
+    file = find_scenario(file)
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

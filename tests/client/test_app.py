@@ -11,7 +11,7 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from client.app import make_app
-from lightcl.protocol import Instruction
+from lightcl.exchange.messages import Instruction
 from tests.inprocess import InProcessGrid, small
 
 

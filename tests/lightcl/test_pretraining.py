@@ -8,11 +8,11 @@ import torch
 from safetensors import safe_open
 
 from lightcl.data.sources import ImageSet, Source
+from lightcl.device.training import TrainingFailure
 from lightcl.errors import RequestError
 from lightcl.networks.resnet import StagedResNet
 from lightcl.networks.weights import load_weights, read_weights
 from lightcl.pretraining import EpochReport, Recipe, pretrain, top1
-from lightcl.training import TrainingFailure
 from tests.lightcl import toys
 
 RECIPE = Recipe(width=4, epochs=3, batch_size=16, bf16=False, flip=False)

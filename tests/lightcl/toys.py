@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightcl.data.partition import Share
 from lightcl.data.sources import ImageSet, Source
 from lightcl.data.tasks import Samples, Task, TaskContext
-from lightcl.device import EdgeDevice
+from lightcl.device.device import EdgeDevice
 from lightcl.networks.resnet import StagedResNet
 from lightcl.scenario import Scenario
 
@@ -78,7 +78,7 @@ def scenario(**sections: Any) -> Scenario:
         "network": {"weights": "none", "width": 4},
         "method": {"name": "lightcl", "beta": 0.001, "memory_size": 5},
         "training": {"epochs": 2, "batch_size": 8},
-        "runtime": {"accelerator": "cpu"},
+        "device": {"accelerator": "cpu"},
     }
     plain = {key: value for key, value in sections.items() if not isinstance(value, Mapping)}
     if "name" in sections.get("method", {}):

@@ -12,9 +12,9 @@ from flwr.app import Context, RecordDict
 from PIL import Image
 
 from lightcl.errors import RequestError
+from lightcl.records.folder import RunFolder
 from server.app import app
-from server.records import RunFolder
-from simulations.report import read_run
+from simulations.reports.page import read_run
 from tests.inprocess import InProcessGrid
 
 SCENARIO = """\

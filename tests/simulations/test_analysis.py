@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from flwr.app import Context, RecordDict
 
+from lightcl import preparation
 from lightcl.errors import RequestError
-from lightcl.protocol import INSTRUCTION, Instruction
+from lightcl.exchange.messages import INSTRUCTION, Instruction
+from lightcl.preparation import open_remote_run
+from lightcl.records.folder import RunFolder
 from lightcl.scenario import load_scenario
-from server import preparation
 from server.app import app as server
-from server.preparation import open_remote_run
-from server.records import RunFolder
-from simulations import report
+from simulations.reports import page as report
 from tests.inprocess import InProcessGrid
 from tests.simulations.test_command_line import lightcl
 

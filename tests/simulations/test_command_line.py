@@ -57,7 +57,7 @@ def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("network={weights: none, width: 4, freeze: layer4}", "has nothing to share"),
         ("training.learning_rate=.inf", "finite number"),
         ("name=2024-13-45", "not a YAML value"),
-        ("runtime.accelerator=tpu", "'auto', 'cpu' or 'cuda'"),
+        ("device.accelerator=tpu", "'auto', 'cpu' or 'cuda'"),
         ("training", "expected KEY=VALUE"),
     ],
 )
@@ -274,7 +274,7 @@ def test_the_table_of_keys_leaves_nothing_open_and_says_nothing_twice() -> None:
 def test_the_bundled_scenarios_are_valid_files() -> None:
     from lightcl.scenario import load_scenario
 
-    files = sorted((Path(__file__).parents[2] / "simulations" / "scenarios").glob("*.yaml"))
+    files = sorted((Path(__file__).parents[2] / "lightcl" / "scenario" / "bundled").glob("*.yaml"))
     assert len(files) >= 3
     for file in files:
         assert load_scenario(file).name == file.stem

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from server.coordinator import Coordinator
-from server.preparation import open_run
-from server.records import RunFolder
+from lightcl.preparation import open_run
+from lightcl.records.folder import RunFolder
+from server.rounds import Coordinator
 from simulations.progress import accuracy_table
-from simulations.report import build_report
+from simulations.reports.page import build_report
 from tests.inprocess import InProcessGrid, Silent, small
 
 

@@ -10,9 +10,10 @@ import pytest
 from flwr.app import Message
 from rich.console import Console
 
+from lightcl.records.folder import RunFolder
+from lightcl.records.rows import Row
 from lightcl.scenario import Scenario
-from server.coordinator import Coordinator
-from server.records import Row, RunFolder
+from server.rounds import Coordinator
 from simulations.progress import LiveProgress
 from tests.inprocess import InProcessGrid, small
 

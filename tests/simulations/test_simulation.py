@@ -48,12 +48,12 @@ def test_the_number_of_workers_changes_no_number_and_one_device_alone_learns_the
     scenario: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two, alone = (scenario.parent / name for name in ("one", "two", "alone"))
-    printed = lightcl("simulate", scenario, "--out", one, "--set", "runtime.workers=1").stdout
+    printed = lightcl("simulate", scenario, "--out", one, "--set", "simulation.workers=1").stdout
     assert "round 3/3" in printed
     assert "TIL (task known)" in printed
     assert (one / "report.html").stat().st_size > 10_000
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # another Ray is of no concern
-    lightcl("simulate", scenario, "--out", two, "--set", "runtime.workers=2")
+    lightcl("simulate", scenario, "--out", two, "--set", "simulation.workers=2")
     assert rows(one) == rows(two)
     lightcl("train", scenario, "--device", 2, "--out", alone)
     assert rows(alone) == [row for row in rows(one) if row["device"] == 2]
@@ -103,7 +103,7 @@ def test_a_worker_that_dies_ends_the_run_and_resume_loses_nothing(scenario: Path
     assert process.returncode == 1
     assert "a Ray worker died" in said
     assert not (hurt / "results.json").exists()
-    lightcl("simulate", scenario, "--out", hurt, *change, "--set", "runtime.workers=1", "--resume")
+    lightcl("simulate", scenario, "--out", hurt, *change, "--set", "simulation.workers=1", "--resume")
     assert rows(hurt) == rows(whole)
 
 

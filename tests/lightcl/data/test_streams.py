@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from lightcl.assembly import build_stream
 from lightcl.data.partition import Share, partition
 from lightcl.data.sources import Source
-from lightcl.data.streams import build_stream, class_order, training_batches
+from lightcl.data.streams.class_incremental import class_order, training_batches
 from lightcl.data.tasks import TaskContext, TaskStream
 from lightcl.errors import RequestError
 from tests.lightcl import toys

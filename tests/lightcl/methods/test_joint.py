@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from lightcl.data.streams import build_stream
-from lightcl.device import OutOfStep
+from lightcl.assembly import build_stream
+from lightcl.device.device import OutOfStep
 from lightcl.metrics import AccuracyMatrix
 from lightcl.scenario import Scenario
 from tests.lightcl import toys

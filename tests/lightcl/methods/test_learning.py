@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from lightcl.device import EdgeDevice
+from lightcl.device.device import EdgeDevice
 from tests.lightcl import toys
 
 

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from lightcl.closed_form import Statistics, discriminant_head
 from lightcl.data.partition import partition
 from lightcl.data.sources import load_source
-from lightcl.device import EdgeDevice
+from lightcl.device.device import EdgeDevice
 from lightcl.errors import RequestError
 from lightcl.methods.lightcl_plus import LightCLPlus, LightCLPlusParameters
+from lightcl.methods.parts.closed_form import Statistics, discriminant_head
 from lightcl.networks.resnet import StagedResNet
+from lightcl.preparation import open_run
+from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario
-from server.coordinator import Coordinator
-from server.preparation import open_run
-from server.records import RunFolder
+from server.rounds import Coordinator
 from tests.inprocess import InProcessGrid, Silent, small
 from tests.lightcl import toys
 

@@ -6,17 +6,17 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from lightcl.device import EdgeDevice
+from lightcl.assembly import build_network
+from lightcl.device.device import EdgeDevice
 from lightcl.errors import RequestError
-from lightcl.exchange import outgoing, size_in_bytes
+from lightcl.exchange.tensors import outgoing, size_in_bytes
 from lightcl.methods import LightCLParameters, LightCLSparseParameters
 from lightcl.methods.base import StepCost
-from lightcl.networks.build import build_network
+from lightcl.networks.pruning import choose_channels
 from lightcl.networks.resnet import StagedResNet
 from lightcl.networks.weights import digest, save_weights
-from lightcl.pruning import choose_channels
 from lightcl.scenario import load_scenario
-from lightcl.state import StateError
+from lightcl.storage.state import StateError
 from tests.inprocess import small
 from tests.lightcl import toys
 

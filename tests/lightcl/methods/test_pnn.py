@@ -24,12 +24,12 @@ def learn(method: PNN, context, steps: int = 3) -> None:
     """A few steps, as the training loop takes them."""
     method.network.train()
     method.begin_task(context)
-    optimiser = torch.optim.SGD(list(method.trainable().values()), lr=0.1)
+    optimizer = torch.optim.SGD(list(method.trainable().values()), lr=0.1)
     for _ in range(steps):
         loss = method.loss(context.task.train.load(slice(0, 8)), context)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     method.network.eval()
     method.end_task(context)
 

@@ -61,7 +61,7 @@ def test_derpp_keeps_the_logits_of_the_step_in_which_a_sample_came():
     method = make(DERppParameters())
     method.loss(NEW, NOW)
     with torch.no_grad():
-        method.network.rows.add_(1.0)  # the optimiser's step
+        method.network.rows.add_(1.0)  # the optimizer's step
     method.after_step(NEW, NOW)
     assert method.buffer.rows["logits"].tolist() == [pytest.approx([0, math.log(3), math.log(2), math.log(4)])]
     assert method.logits is None

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightcl.device import EdgeDevice
+from lightcl.device.device import EdgeDevice
 from tests.lightcl import toys
 from tests.lightcl.test_device import everything
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from lightcl.data.tasks import Batch
 from lightcl.methods import SparCLDERppParameters, SparCLERParameters
-from lightcl.methods.dynamic_masks import DynamicMasks, strongest
+from lightcl.methods.parts.dynamic_masks import DynamicMasks, strongest
 from lightcl.methods.sparcl import Sparse
 from tests.lightcl import toys
 
@@ -27,14 +27,14 @@ def begin(method: Sparse, context=FIRST) -> None:
     method.begin_task(context)
 
 
-def step(method: Sparse, context, *, momentum: float = 0.0, optimiser=None) -> None:
+def step(method: Sparse, context, *, momentum: float = 0.0, optimizer=None) -> None:
     batch = context.task.train.load(slice(0, 8))
-    optimiser = optimiser or torch.optim.SGD(list(method.trainable().values()), lr=0.1, momentum=momentum)
+    optimizer = optimizer or torch.optim.SGD(list(method.trainable().values()), lr=0.1, momentum=momentum)
     loss = method.loss(batch, context)
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     loss.backward()
     method.before_step(batch, context)
-    optimiser.step()
+    optimizer.step()
     method.after_step(batch, context)
 
 

@@ -1,0 +1,380 @@
+"""FLOPs of training, and the memory of a training step by category, counted from the network's shapes.
+
+The memory is that of the step's worst moment. The step is played through operation by operation with sizes instead of
+numbers: what the implementation allocates, what autograd keeps of it for the backward pass, and when each is let go.
+
+    prefix     no graph: a block's input, its two convolutions' outputs and one batch-norm's output at a time
+    forward    kept of each block: both convolutions' outputs (batch-norm needs them), both maps after ReLU (in place;
+               the next convolution needs them), and the shortcut convolution's output
+    backward   from the last block to the first; gradients of the weights appear, kept activations go
+
+Not counted: index and label tensors, batch-norm statistics of a batch, and what a library allocates past PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from lightcl.analysis.footprint.shapes import Block, Convolution, Image, NetworkShape, shape_of
+from lightcl.data.tasks import TaskStream
+from lightcl.methods.base import StepCost
+from lightcl.networks.resnet import StagedResNet
+from lightcl.scenario import Scenario
+
+Category = Literal[
+    "parameters", "gradients", "optimizer state", "kept activations", "frozen part", "temporaries", "buffer",
+    "weight copies", "patterns", "statistics", "masks",
+]  # fmt: skip
+CATEGORIES: tuple[Category, ...] = get_args(Category)
+MEANINGS: dict[Category, str] = {
+    "parameters": "weights, and batch-norm's statistics",
+    "gradients": "of the weights",
+    "optimizer state": "momentum",
+    "kept activations": "what the backward pass needs",
+    "frozen part": "working memory of the prefix",
+    "temporaries": "gradients of activations, layouts of a convolution's weights",
+    "buffer": "images and logits of old samples, and the batch",
+    "weight copies": "further tensors of the weights' size",
+    "patterns": "feature patterns and the memory samples' prefix outputs",
+    "statistics": "class sums, and the head solved from them",
+    "masks": "vital channels, or masked weights",
+}
+
+FP32, BF16 = 4, 2
+LAYOUTS = {"cpu": (1, 3), "cuda": (0, 1)}
+"""Copies of a convolution's weights that are alive while it runs, forward and backward. On the CPU oneDNN works on a
+layout of its own: the weights are brought into it, and their gradient comes back by way of two others."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained on: `images` a task, in the order of the tasks; joint training has one task."""
+
+    image: Image
+    batch: int
+    epochs: int
+    images: tuple[int, ...]
+    precision: Literal["fp32", "bf16"] = "fp32"
+    momentum: bool = False
+    weight_decay: bool = False
+    accelerator: str = "cpu"
+
+    @property
+    def tasks(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Of one device: bytes at a step's worst moment by category, and FLOPs of its whole training (1 MAC = 2 FLOPs)."""
+
+    memory: dict[Category, int]
+    moment: str
+    """Where in the step the peak is, for instance "backward layer4.0.conv2"."""
+    step_flops: int
+    training_flops: int
+
+    @property
+    def peak(self) -> int:
+        return sum(self.memory.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"peak": self.peak}
+
+
+def workload_of(scenario: Scenario, stream: TaskStream, image: Image, accelerator: str = "cpu") -> Workload:
+    training = scenario.training
+    return Workload(
+        image,
+        training.batch_size,
+        training.epochs,
+        tuple(len(stream.to_learn(task).train) for task in range(stream.first, len(stream))),
+        scenario.device.precision,
+        training.momentum > 0,
+        training.weight_decay > 0,
+        accelerator,
+    )
+
+
+def footprint(network: StagedResNet, cost: StepCost, workload: Workload) -> Footprint:
+    """The count for a step of the last task, in which a method has everything it ever stores."""
+    shape = shape_of(network, workload.image)
+    step = _Step(shape, cost, workload)
+    step.play()
+    return Footprint(step.worst, step.moment, step_flops(shape, cost, workload), training_flops(shape, cost, workload))
+
+
+# -- FLOPs ---------------------------------------------------------------------------------------------------------
+
+
+def step_flops(shape: NetworkShape, cost: StepCost, workload: Workload, *, first_task: bool = False) -> int:
+    """Of one full step, forward and backward. Convolutions and the head count; batch-norm and ReLU do not."""
+    columns = (workload.tasks - 1) * cost.columns
+    macs = (workload.batch + cost.replayed) * (shape.macs + backward_macs(shape))
+    macs += (workload.batch + cost.replayed) * columns * trained_macs(shape)
+    if not first_task:
+        macs += cost.held * (trained_macs(shape) + backward_macs(shape))
+    return 2 * macs
+
+
+def training_flops(shape: NetworkShape, cost: StepCost, workload: Workload) -> int:
+    """Of all epochs of all tasks. Patterns are held from the second task on; old samples are counted in all."""
+    image = shape.macs + backward_macs(shape)
+    total = 0
+    for task, images in enumerate(workload.images):
+        steps = -(-images // workload.batch)
+        further = steps * cost.replayed * image
+        if task > 0:
+            further += steps * cost.held * (trained_macs(shape) + backward_macs(shape))
+        further += task * cost.columns * (images + steps * cost.replayed) * trained_macs(shape)
+        total += workload.epochs * (images * image + further)
+    return 2 * total
+
+
+def trained_macs(shape: NetworkShape) -> int:
+    """Of one sample's forward pass through suffix and head."""
+    return sum(b.macs for b in shape.trained) + shape.head_macs
+
+
+def backward_macs(shape: NetworkShape) -> int:
+    """Of one sample: every trained layer has gradients of its weights and of its inputs, each as many MACs as the
+    forward pass; what enters the first trained block needs no gradient."""
+    macs = 2 * trained_macs(shape)
+    if shape.trained:
+        first = shape.trained[0]
+        macs -= first.first.macs + (first.shortcut.macs if first.shortcut else 0)
+    else:
+        macs -= shape.head_macs
+    return macs
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+
+class _Step:
+    """Plays a step and remembers its worst moment."""
+
+    def __init__(self, shape: NetworkShape, cost: StepCost, workload: Workload) -> None:
+        self.shape, self.cost, self.workload = shape, cost, workload
+        self.size = BF16 if workload.precision == "bf16" else FP32
+        self.layouts = LAYOUTS[workload.accelerator]
+        self.live: dict[Category, int] = dict.fromkeys(CATEGORIES, 0)
+        self.worst, self.moment = dict(self.live), ""
+        self.cast: set[str] = set()  # weights of which autocast holds a copy
+        self.begun: set[str] = set()  # weights whose gradients are there, of all passes or of the first
+
+    def hold(self, category: Category, amount: float) -> None:
+        self.live[category] += int(amount)
+
+    def note(self, moment: str, category: Category = "temporaries", amount: float = 0) -> None:
+        """Looks whether this moment, with `amount` bytes more for as long as it lasts, is the worst so far."""
+        here = self.live | {category: self.live[category] + int(amount)}
+        if sum(here.values()) > sum(self.worst.values()):
+            self.worst, self.moment = here, moment
+
+    # -- the parts of a step -----------------------------------------------------------------------------------
+
+    def play(self) -> None:
+        shape, cost, workload = self.shape, self.cost, self.workload
+        samples = workload.batch + cost.replayed
+        self._hold_for_good()
+        # Before the first step of a task the memory samples pass the prefix, and there may be more of them.
+        self._prefix(max(samples, cost.pattern_samples))
+        if shape.frozen:
+            self.hold("kept activations", samples * shape.features * self.size)
+        self._forward(samples)
+        if cost.held:
+            self._forward(cost.held)
+            drifts = self._vital_share * sum(b.maps for b in shape.trained) * cost.held * FP32
+            self.hold("kept activations", drifts)
+            self.note("regularisation", "temporaries", drifts)
+            self._backward(cost.held, last=False)
+            self.hold("kept activations", -drifts)
+        self._backward(samples, last=True)
+        if workload.weight_decay:
+            biggest = max((c.weights for b in shape.trained for c in b.convolutions), default=shape.head_parameters)
+            self.note("optimizer's step", "temporaries", biggest * FP32)
+
+    @property
+    def _vital_share(self) -> float:
+        """Channels that are vital in the last task: those of all tasks before it, which at most differ."""
+        return min(1.0, self.cost.vital_ratio * (self.workload.tasks - 1))
+
+    @property
+    def _columns(self) -> int:
+        """Columns of earlier tasks."""
+        return (self.workload.tasks - 1) * self.cost.columns
+
+    @property
+    def _boundaries(self) -> list[Block]:
+        """The last trained block of each layer, after which a column reads the earlier ones; none without them."""
+        blocks = self.shape.trained if self._columns else ()
+        return [b for b, after in zip(blocks, (*blocks[1:], None), strict=False) if not after or b.layer != after.layer]
+
+    def _lateral(self, block: Block) -> int:
+        """Elements a sample that an adapter keeps: what it reads, both its convolutions' inputs, and the sum."""
+        return (self._columns + 3) * block.outputs if block in self._boundaries else 0
+
+    def _hold_for_good(self) -> None:
+        shape, cost, workload = self.shape, self.cost, self.workload
+        trained = shape.trained_parameters * FP32
+        norms = sum(c.norm for b in shape.blocks for c in b.convolutions)  # as many statistics as affine parameters
+        adapters = sum(_adapter(b, k) for b in self._boundaries for k in range(1, self._columns + 1))
+        self.hold("parameters", (shape.parameters + norms + adapters) * FP32 + self._columns * trained)
+        self.hold("optimizer state", trained * workload.momentum)
+        self.hold("weight copies", (cost.weight_copies + cost.columns) * trained)
+        image = workload.image[0] * workload.image[1] * workload.image[2]
+        pixels = (workload.batch + cost.replayed + cost.stored_images) * image
+        self.hold("buffer", pixels + cost.stored_logits * shape.classes * FP32)
+        maps = sum(b.maps for b in shape.trained)
+        memory = shape.features * (self.size if shape.frozen else 1)
+        stored = memory + (maps * self._vital_share + shape.classes) * FP32
+        self.hold("patterns", cost.pattern_samples * stored)
+        self.hold("statistics", cost.statistics_bytes)
+        masked = sum(c.weights for b in shape.trained for c in b.convolutions if c.kernel == 3 and b.second)
+        vital = sum(b.maps // _positions(c) for b in shape.trained if b.second for c in (b.first,))
+        self.hold("masks", 2 * masked * (cost.weight_sparsity > 0) + vital * (cost.pattern_samples > 0))
+
+    def _prefix(self, samples: int) -> None:
+        """No graph is kept, so only the worst of its moments counts."""
+        unit = samples * self.size
+        image = samples * self.workload.image[0] * self.workload.image[1] * self.workload.image[2] * FP32
+        before = 0
+        for block in self.shape.frozen:
+            x = image if block.second is None else unit * before
+            for name, others, layout in _moments(block):
+                self.note(f"forward {name}", "frozen part", x + unit * others + self._layout(layout, 0))
+            before = block.outputs
+
+    def _forward(self, samples: int) -> None:
+        unit = samples * self.size
+        for block in self.shape.trained:
+            if block.second is None:
+                self.hold("kept activations", unit * self.shape.features)  # normalised; they are fp32 only before
+            for convolution in (block.first, block.shortcut, block.second):
+                if convolution is None:
+                    continue
+                self.hold("kept activations", unit * convolution.outputs)
+                if self.size != FP32 and convolution.name not in self.cast:  # one copy for all passes of the step
+                    self.cast.add(convolution.name)
+                    self.hold("temporaries", convolution.weights * self.size)
+                self.note(f"forward {convolution.name}", "temporaries", self._layout(convolution, 0))
+                if convolution is block.shortcut:
+                    self.hold("temporaries", unit * convolution.outputs)
+                else:
+                    self.hold("kept activations", unit * convolution.outputs)
+                self.note(f"forward {convolution.name}, batch-norm")
+            if block.shortcut:
+                self.hold("temporaries", -unit * block.shortcut.outputs)
+            if block.pooled is not None:
+                self.hold("kept activations", unit * block.pooled + samples * block.pooled * 8)  # and its indices
+            self.hold("kept activations", unit * self._lateral(block))
+            self.note(f"forward {block.name}, earlier columns", "temporaries", unit * self._columns * 3 * block.outputs)
+        self.hold("kept activations", samples * self._head_elements * FP32)
+        self.note("loss")
+
+    @property
+    def _head_elements(self) -> int:
+        """Pooled features, logits and their logarithmic softmax."""
+        return self.shape.pooled + 3 * self.shape.classes
+
+    def _backward(self, samples: int, last: bool) -> None:
+        unit = samples * self.size
+        self.hold("kept activations", -samples * self._head_elements * FP32)
+        self._gradient("fc", last, plain=self.shape.head_parameters)
+        for index in reversed(range(len(self.shape.trained))):
+            block, entered = self.shape.trained[index], index > 0  # its inputs need gradients
+            self._backward_block(block, unit, samples, entered, last)
+        if self.shape.frozen and last:
+            self.hold("kept activations", -unit * self.shape.features)
+
+    def _backward_block(self, block: Block, unit: int, samples: int, entered: bool, last: bool) -> None:
+        out, end = unit * block.outputs, block.second or block.first
+        if lateral := unit * self._lateral(block):
+            self.note(f"backward {block.name}, adapter", "temporaries", 4 * out)
+            self.hold("kept activations", -lateral)
+            self._gradient(f"{block.name}.adapter", last, plain=_adapter(block, self._columns))
+        if block.pooled is not None:
+            out = unit * end.outputs
+            self.note(f"backward {block.name}, max-pool", "temporaries", unit * block.pooled + out)
+            self.hold("kept activations", -unit * block.pooled - samples * block.pooled * 8)
+        self.note(f"backward {end.name}, ReLU", "temporaries", 2 * out)
+        # The last map is the next block's input, whose operations are done: it goes with its ReLU.
+        self.hold("kept activations", -out)
+        shortcut = out if block.second else 0  # its gradient waits while the convolutions are gone through
+        self.note(f"backward {end.name}, batch-norm", "temporaries", shortcut + (3 if shortcut else 2) * out)
+        self.hold("kept activations", -out)
+        if block.second:
+            inner = unit * block.first.outputs
+            self._backward_convolution(block.second, shortcut + out + inner, last)
+            if block.shortcut:
+                self.note(f"backward {block.shortcut.name}, batch-norm", "temporaries", 2 * out + inner)
+                self._backward_convolution(block.shortcut, inner + 2 * out, last)
+                self.hold("kept activations", -out)
+                shortcut = unit * block.shortcut.inputs * entered
+            self.note(f"backward {block.first.name}, ReLU", "temporaries", shortcut + 2 * inner)
+            self.hold("kept activations", -inner)
+            self.note(f"backward {block.first.name}, batch-norm", "temporaries", shortcut + 3 * inner)
+            self.hold("kept activations", -inner)
+            out = inner
+        self._backward_convolution(block.first, shortcut + out + unit * block.first.inputs * entered, last)
+        if block.second is None:
+            self.hold("kept activations", -unit * self.shape.features)
+
+    def _backward_convolution(self, convolution: Convolution, activations: float, last: bool) -> None:
+        gradient = self._layout(convolution, 1)
+        self.note(f"backward {convolution.name}", "temporaries", activations + gradient)
+        self._gradient(convolution.name, last, convolution.weights, convolution.norm)
+
+    def _gradient(self, name: str, last: bool, weights: int = 0, plain: int = 0) -> None:
+        """The gradients of `weights`, which autocast copies, and of `plain` parameters, which it leaves alone.
+
+        Those of several passes are added up, so only the first takes room. Under autocast it is the copies' gradients
+        that are added up; with the last pass they become gradients of the weights, and the copies go.
+        """
+        if name not in self.begun:
+            self.begun.add(name)
+            self.hold("gradients", weights * self.size + plain * FP32)
+        if last and name in self.cast:
+            self.hold("temporaries", -weights * self.size)
+            self.hold("gradients", weights * (FP32 - self.size))
+
+    def _layout(self, convolution: Convolution | None, direction: int) -> int:
+        """Bytes of the copies of a convolution's weights while it runs: forward (0) or backward (1)."""
+        return 0 if convolution is None else self.layouts[direction] * convolution.weights * self.size
+
+
+def _adapter(block: Block, earlier: int) -> int:
+    """Parameters and statistics of an adapter to `earlier` columns after this block: V, U with bias, batch-norm."""
+    channels = block.outputs // _positions(block.second or block.first)
+    return channels * channels * (earlier + 1) + 5 * channels
+
+
+def _positions(convolution: Convolution) -> int:
+    return convolution.macs // convolution.weights
+
+
+def _moments(block: Block) -> Sequence[tuple[str, int, Convolution | None]]:
+    """The moments of a block without a graph: elements a sample beside its input, and the convolution that runs."""
+    first, second, shortcut = block.first, block.second, block.shortcut
+    moments: list[tuple[str, int, Convolution | None]] = [
+        (first.name, first.outputs, first),
+        (f"{first.name}, batch-norm", 2 * first.outputs, None),
+    ]
+    if block.pooled is not None:
+        moments.append(("max-pool", first.outputs + block.pooled, None))
+    beside = 0
+    if shortcut:
+        beside = shortcut.outputs
+        moments += [
+            (shortcut.name, first.outputs + beside, shortcut),
+            (f"{shortcut.name}, batch-norm", first.outputs + 2 * beside, None),
+        ]
+    if second:
+        moments += [
+            (second.name, first.outputs + beside + second.outputs, second),
+            (f"{second.name}, batch-norm", beside + 2 * second.outputs, None),
+        ]
+    return moments

@@ -1,0 +1,85 @@
+"""From a scenario to what it describes: a device's stream, and the network that every device starts with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightcl.data.partition import Share
+from lightcl.data.sources import Source
+from lightcl.data.streams.class_incremental import StreamPlan, cut_stream
+from lightcl.data.tasks import TaskStream
+from lightcl.errors import RequestError
+from lightcl.networks.resnet import StagedResNet, Stem
+from lightcl.networks.weights import find_builtin, load_tensors, read_torchvision, read_weights
+from lightcl.scenario import Network, Scenario
+from lightcl.seeds import derive
+
+PAPER_WIDTH = 64
+
+
+def build_stream(scenario: Scenario, source: Source, share: Share, device: int) -> TaskStream:
+    """A device's share, cut into tasks as the scenario says. Raises RequestError as `cut_stream` does."""
+    plan = StreamPlan(scenario.data, scenario.stream, scenario.fleet, scenario.seed, scenario.method.joint)
+    return cut_stream(plan, source, share, device)
+
+
+def build_network(scenario: Scenario, *, in_channels: int, classes: int) -> StagedResNet:
+    """The network before the first task, equal on every device; channels-last, on the CPU.
+
+    Raises RequestError for weights that do not fit, for a freeze point the network does not have, and where the method
+    cannot shape it as asked.
+    """
+    section, method = scenario.network, scenario.method
+    if section.freeze == "auto":
+        raise RequestError(
+            "network.freeze is 'auto', but a network needs a block: the server chooses it before a run starts; without "
+            "one, run `lightcl analyse` and write the point it names into the scenario"
+        )
+    stored = _stored_weights(section)
+    width, stem = _shape_of(section, stored)
+    with torch.random.fork_rng(devices=[]):  # constructors draw from the global generator
+        torch.manual_seed(derive(scenario.seed, "network"))
+        network = StagedResNet(
+            width=width,
+            classes=classes,
+            in_channels=in_channels,
+            stem=stem,
+            freeze=section.freeze or method.default_freeze,
+            frozen_batch_norm=scenario.frozen_batch_norm,
+        )
+    if stored is not None:
+        load_tensors(network, stored, f"network.weights {section.weights!r}", head=False)
+    method.shape_(network)
+    return network.to(memory_format=torch.channels_last)
+
+
+def untrained(section: Network) -> Network:
+    """The section without its weights, for a network of the same shape. Raises RequestError as `build_network` does."""
+    width, stem = _shape_of(section, _stored_weights(section))
+    return section.model_copy(update={"weights": "none", "width": width, "stem": stem})
+
+
+def _stored_weights(section: Network) -> Mapping[str, Tensor] | None:
+    """None: no weights are asked for. (A file may hold no tensors, which does not fit.)"""
+    if section.weights == "builtin":
+        return read_weights(find_builtin())
+    if section.weights == "imagenet":
+        return read_torchvision()
+    return None if section.weights == "none" else read_weights(Path(section.weights))
+
+
+def _shape_of(section: Network, stored: Mapping[str, Tensor] | None) -> tuple[int, Stem]:
+    """Width and stem: the section's, else those that the weights were made with, else the paper's."""
+    width, stem = _shape_of_weights(stored or {})
+    return section.width or width, section.stem or stem
+
+
+def _shape_of_weights(stored: Mapping[str, Tensor]) -> tuple[int, Stem]:
+    first = stored.get("conv1.weight")
+    if first is None or first.ndim != 4:
+        return PAPER_WIDTH, "cifar"
+    return first.shape[0], "imagenet" if first.shape[-1] == 7 else "cifar"

@@ -1,0 +1,329 @@
+"""One edge device: its private stream, its network, its method and its state on disk.
+
+The same class serves `lightcl train`, a simulated device and a board, so all three do the same thing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightcl.assembly import build_network, build_stream
+from lightcl.data.partition import Share, share_of
+from lightcl.data.sources import Source, load_source
+from lightcl.data.tasks import TaskContext, TaskStream
+from lightcl.device import hardware
+from lightcl.device.hardware import choose_accelerator, set_up_torch
+from lightcl.device.training import OnEpoch, autocast, evaluate, make_optimizer, train_epoch
+from lightcl.exchange.tensors import Arrays, adopt_, outgoing, outgoing_statistics
+from lightcl.metrics import AccuracyMatrix
+from lightcl.networks.pruning import channel_digest
+from lightcl.networks.weights import digest
+from lightcl.scenario import Scenario
+from lightcl.scenario.digest import state_digest
+from lightcl.seeds import derive
+from lightcl.storage.state import StateError, StateFolder, under
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a device has come: the task it is at and how many of its epochs are done."""
+
+    task: int = 0
+    epochs: int = 0
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a device tells about a piece of training."""
+
+    task: int
+    epochs: int
+    examples: int
+    loss: float
+    seconds: float
+    peak_memory_mib: float
+    """The highest resident memory of the process since this device was opened (a simulated one is, for each message);
+    PyTorch, the images that the process's devices share, and whatever else it holds are in it."""
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """Accuracies on tasks 0..task, in 0..1, and the images behind each; `cil` is empty where it is not tested."""
+
+    task: int
+    epochs: int
+    til: list[float]
+    cil: list[float]
+    images: list[int]
+    seconds: float
+
+
+class OutOfStep(Exception):
+    """The server asks for something that does not follow from where the device is."""
+
+
+class EdgeDevice:
+    """A device that learns its stream task by task and survives being killed at any point.
+
+    `share` is the device's part of `source`; the default is its part under the scenario's partition. `folder` is where
+    its state lives. Raises RequestError for a scenario that cannot be carried out, StateError for unreadable state.
+    """
+
+    def __init__(
+        self, scenario: Scenario, number: int, folder: Path, *, source: Source | None = None, share: Share | None = None
+    ) -> None:
+        hardware.reset_peak()  # a simulation's worker serves many devices, large ones and small ones
+        self.scenario, self.number = scenario, number
+        if source is None:
+            source = load_source(scenario.source_request())
+        if share is None:
+            share = share_of(source, scenario.fleet, scenario.seed, number)
+        self.stream: TaskStream = build_stream(scenario, source, share, number)
+        self.accelerator = choose_accelerator(scenario.device.accelerator)
+        set_up_torch(self.accelerator, scenario.device.threads)
+        self.network = build_network(scenario, in_channels=source.channels, classes=self.stream.head_classes)
+        self.network.to(self.accelerator)
+        self.prefix_digest = digest(self.network.prefix)
+        self.channel_digest = channel_digest(self.network)
+        self.method = scenario.method.build(self.network)
+        self.optimizer = make_optimizer(self.method, scenario)
+        self.position = self._start = Position(self.stream.first)
+        self.version = 0
+        self.last_report: TrainReport | None = None
+        self.rows: dict[str, dict[int, list[float]]] = {"til": {}, "cil": {}}
+        self._state = StateFolder(folder)
+        self._saved_at = time.monotonic()
+        self._restore()
+
+    @property
+    def finished(self) -> bool:
+        return self.position == Position(len(self.stream) - 1, self.scenario.training.epochs)
+
+    def matrix(self, setting: str) -> AccuracyMatrix:
+        """The accuracy matrix so far; `setting` is "til" or "cil"."""
+        return AccuracyMatrix.from_rows(self.rows[setting], len(self.stream))
+
+    # -- training ----------------------------------------------------------------------------------------------
+
+    def train(self, task: int, until_epoch: int, on_epoch: OnEpoch | None = None) -> TrainReport:
+        """Learns `task` until `until_epoch` of its epochs are done, then saves the state.
+
+        Asked for the same thing twice, it trains once and gives the same report. Raises OutOfStep where the request
+        does not follow from the device's position, TrainingFailure where the loss is no longer a number; the device is
+        then to be opened anew, from its last saved state.
+        """
+        goal = Position(task, until_epoch)
+        if self.last_report is not None and goal == self.position == Position(
+            self.last_report.task, self.last_report.epochs
+        ):
+            return self.last_report
+        self._check_step(goal)
+        start = time.monotonic()
+        context = self._context(task)
+        if self.position.task != task or self.position.epochs == 0:
+            self.position = Position(task, 0)
+            self.network.train()
+            with autocast(self.scenario, self.accelerator):
+                self.method.begin_task(context)
+            self.optimizer = make_optimizer(self.method, self.scenario)
+        loss = float("nan")
+        for epoch in range(self.position.epochs, until_epoch):
+            loss = train_epoch(self.method, self.optimizer, context, self.scenario, epoch)
+            self.position = Position(task, epoch + 1)
+            if epoch + 1 == self.scenario.training.epochs:
+                self.network.eval()
+                with autocast(self.scenario, self.accelerator):
+                    self.method.end_task(context)
+            elif (
+                epoch + 1 < until_epoch
+                and time.monotonic() - self._saved_at > self.scenario.training.checkpoint_seconds
+            ):
+                self._save()
+            if on_epoch:
+                on_epoch(task, epoch + 1, loss)
+        peak = hardware.peak() / 2**20
+        self.last_report = TrainReport(task, until_epoch, len(context.task.train), loss, time.monotonic() - start, peak)
+        self._save()
+        return self.last_report
+
+    def skip_to(self, task: int) -> None:
+        """Lets a device that has learned nothing begin with `task`, as if those before it had never been.
+
+        Raises OutOfStep where it has begun already or has no such task.
+        """
+        if self.position != self._start or not 0 <= task < len(self.stream):
+            raise OutOfStep(f"device {self.number} cannot begin with task {task}: it is at {self.position}")
+        self.position = self._start = Position(task)
+
+    def _check_step(self, goal: Position) -> None:
+        total = self.scenario.training.epochs
+        if not (0 <= goal.task < len(self.stream) and 0 < goal.epochs <= total):
+            raise OutOfStep(
+                f"asked for task {goal.task}, epoch {goal.epochs}: there are {len(self.stream)} tasks of {total}"
+            )
+        here = self.position
+        same_task = goal.task == here.task and goal.epochs > here.epochs
+        next_task = goal.task == here.task + 1 and here.epochs == total
+        if not (same_task or next_task):
+            raise OutOfStep(
+                f"device {self.number} has done {here.epochs} of {total} epochs of task {here.task} and cannot go to "
+                f"task {goal.task}, epoch {goal.epochs}"
+            )
+
+    # -- evaluation --------------------------------------------------------------------------------------------
+
+    def evaluate(self) -> EvaluationReport:
+        """Tests all tasks up to the current one, keeps the row of the accuracy matrix, and saves the state."""
+        start = time.monotonic()
+        task = self.position.task
+        results = evaluate(self.method, self.stream[: task + 1], self.scenario, self.accelerator)
+        report = EvaluationReport(
+            task,
+            self.position.epochs,
+            [r.til for r in results],
+            [r.cil for r in results] if "cil" in self.scenario.settings else [],
+            [r.images for r in results],
+            time.monotonic() - start,
+        )
+        self.rows["til"][task] = report.til
+        if report.cil:
+            self.rows["cil"][task] = report.cil
+        if self.last_report is None:  # nothing is trained yet, so perhaps no tensors are saved
+            self._save()
+        else:
+            self._state.save(None, self._values())
+        return report
+
+    # -- exchange ----------------------------------------------------------------------------------------------
+
+    def receive(self, arrays: Mapping[str, np.ndarray], version: int) -> None:
+        """Takes over shared tensors of a newer version. Raises ExchangeError and changes nothing."""
+        if version > self.version:
+            adopt_(self.method, arrays, self.scenario.server.aggregation)
+            self.version = version
+            self._save()
+
+    def may_receive(self, task: int, until_epoch: int) -> bool:
+        """Whether shared tensors may replace the device's own before it trains `task` until `until_epoch`.
+
+        Not where that training is done or under way: its answer was lost, or it was killed in between, and what it has
+        learned since would be lost as well.
+        """
+        reported = self.last_report and Position(self.last_report.task, self.last_report.epochs)
+        begun = self.position != self._start and self.position != reported
+        return not begun and self.position != Position(task, until_epoch)
+
+    def check_at(self, task: int, epochs: int) -> None:
+        """Raises OutOfStep where the device is not at this point of its stream."""
+        if self.position != Position(task, epochs):
+            raise OutOfStep(
+                f"device {self.number} is at epoch {self.position.epochs} of task {self.position.task}, "
+                f"not at epoch {epochs} of task {task}"
+            )
+
+    def outgoing(self) -> Arrays:
+        """What goes to the server; the statistics only with the answer that finishes a task."""
+        finished = self.position.epochs == self.scenario.training.epochs
+        return outgoing(self.network, self.scenario.server.aggregation) | (
+            outgoing_statistics(self.method) if finished else {}
+        )
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def _values(self) -> dict[str, Any]:
+        return {
+            "device": self.number,
+            "scenario": state_digest(self.scenario),
+            "prefix": self.prefix_digest,
+            "channels": self.channel_digest,
+            "accelerator": self.accelerator.type,
+            "position": asdict(self.position),
+            "version": self.version,
+            "report": asdict(self.last_report) if self.last_report else None,
+            "rows": self.rows,
+        }
+
+    def _save(self) -> None:
+        tensors = {f"network/{name}": tensor for name, tensor in self._changing_tensors().items()}
+        tensors |= {f"method/{name}": tensor for name, tensor in self.method.state_dict().items()}
+        for name, parameter in self.method.trainable().items():
+            momentum = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
+            if momentum is not None:
+                tensors[f"momentum/{name}"] = momentum
+        self._state.save(tensors, self._values())
+        self._saved_at = time.monotonic()
+
+    def _restore(self) -> None:
+        stored = self._state.load()
+        if stored is None:
+            return
+        tensors, values = stored
+        if values["scenario"] != state_digest(self.scenario) or values["device"] != self.number:
+            raise StateError(
+                f"{self._state.folder}: holds the state of device {values['device']} under another scenario; "
+                "use another folder or remove this one"
+            )
+        if values.get("channels", self.channel_digest) != self.channel_digest:
+            raise StateError(
+                f"{self._state.folder}: was saved with other channels ({values['channels']}, now "
+                f"{self.channel_digest}): the weights that were pruned are not the same; name those of the first run"
+            )
+        if values.get("prefix", self.prefix_digest) != self.prefix_digest:
+            raise StateError(
+                f"{self._state.folder}: was saved with another frozen prefix ({values['prefix']}, now "
+                f"{self.prefix_digest}): the weights are not the same; name those of the first run"
+            )
+        if values.get("accelerator", self.accelerator.type) != self.accelerator.type:
+            raise StateError(
+                f"{self._state.folder}: was saved on {values['accelerator']} and would go on with other numbers on "
+                f"{self.accelerator.type}; set device.accelerator, use another folder or remove this one"
+            )
+        with torch.no_grad():
+            for name, target in self._changing_tensors().items():
+                target.copy_(tensors[f"network/{name}"])
+        self.method.load_state_dict(
+            {name: tensor.to(self.accelerator) for name, tensor in under(tensors, "method/").items()}
+        )
+        self.optimizer = make_optimizer(self.method, self.scenario)
+        for name, parameter in self.method.trainable().items():
+            momentum = tensors.get(f"momentum/{name}")
+            if momentum is not None:
+                self.optimizer.state[parameter]["momentum_buffer"] = momentum.to(self.accelerator)
+        self.position = Position(**values["position"])
+        self.version = values["version"]
+        self.last_report = TrainReport(**values["report"]) if values["report"] else None
+        self.rows = {
+            setting: {int(task): row for task, row in rows.items()} for setting, rows in values["rows"].items()
+        }
+
+    def _changing_tensors(self) -> dict[str, Tensor]:
+        """All of the network's tensors that training can change; the frozen prefix is not among them."""
+        tensors = self.network.suffix.state_dict()
+        tensors |= {f"fc.{name}": tensor for name, tensor in self.network.head.state_dict().items()}
+        if self.network.frozen_batch_norm == "train":
+            buffers = {name for name, _ in self.network.named_buffers()}
+            tensors |= {n: t for n, t in self.network.prefix.state_dict().items() if n in buffers}
+        return tensors
+
+    def _context(self, task: int) -> TaskContext:
+        seen = sorted({c for t in self.stream[: task + 1] for c in t.classes})
+        to_learn = self.stream.to_learn(task)
+        return TaskContext(
+            to_learn,
+            torch.tensor(to_learn.classes, device=self.accelerator),
+            torch.tensor(seen, device=self.accelerator),
+            self.scenario.training.batch_size,
+            derive(self.scenario.seed, "device", self.number, "task", task),
+            self.accelerator,
+            self.scenario.training.epochs,
+            self.scenario.augmentation,
+            self.scenario.data.crop_padding,
+        )

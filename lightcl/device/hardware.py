@@ -1,0 +1,48 @@
+"""The hardware under a device: accelerator, threads, and the physical memory of this process as Linux counts it."""
+
+from __future__ import annotations
+
+import re
+import resource
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from lightcl.errors import RequestError
+
+
+def resident(key: Literal["VmRSS", "VmHWM"]) -> int | None:
+    """Bytes that are resident now, or were at the highest; None where the system does not say."""
+    try:
+        found = re.search(rf"^{key}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def reset_peak() -> None:
+    """Lets the highest count anew from now on. Not allowed everywhere; it is then that of the process's whole life."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int:
+    """The most bytes that were resident at once since `reset_peak`."""
+    return resident("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def choose_accelerator(wanted: str) -> torch.device:
+    """Raises RequestError where cuda is asked for and not there."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise RequestError("device.accelerator is 'cuda', but this machine has no CUDA device (allowed: auto, cpu)")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def set_up_torch(accelerator: torch.device, threads: int) -> None:
+    """Number of threads; on a GPU the same numbers every time, and fp32 that is not TF32."""
+    torch.set_num_threads(threads)
+    if accelerator.type == "cuda":
+        cudnn = torch.backends.cudnn
+        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = False, False, True

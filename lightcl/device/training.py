@@ -1,0 +1,115 @@
+"""The only training loop and the only evaluation loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightcl.data.streams.class_incremental import training_batches
+from lightcl.data.tasks import Task, TaskContext
+from lightcl.methods import Method
+from lightcl.scenario import Scenario
+from lightcl.seeds import derive
+
+EVALUATION_BATCH = 128
+"""At most; never more than the training batch, or testing would need more memory than training."""
+
+
+class TrainingFailure(Exception):
+    """Training cannot go on; the text says where it stopped and what to try."""
+
+
+@dataclass(frozen=True)
+class TaskAccuracy:
+    """Accuracy on one task, in 0..1: with its identity known (TIL) and not known (CIL)."""
+
+    til: float
+    cil: float
+    images: int
+
+
+def make_optimizer(method: Method, scenario: Scenario) -> torch.optim.SGD:
+    """SGD over everything that the method trains."""
+    training = scenario.training
+    return torch.optim.SGD(
+        list(method.trainable().values()),
+        lr=training.learning_rate,
+        momentum=training.momentum,
+        weight_decay=training.weight_decay,
+    )
+
+
+def train_epoch(
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    context: TaskContext,
+    scenario: Scenario,
+    epoch: int,
+) -> float:
+    """One pass over the current task's training samples; returns the mean loss of its steps.
+
+    The batches depend on the scenario's seed, the device, the task and the epoch alone (through `context.seed`).
+    Raises TrainingFailure where the loss is no longer a number.
+    """
+    method.network.train()
+    losses: list[Tensor] = []
+    batches = training_batches(
+        method.select(context.task.train, context, epoch),
+        context.batch_size,
+        derive(context.seed, "epoch", epoch),
+        augmentation=context.augmentation,
+        padding=context.padding,
+        device=context.device,
+    )
+    for batch in batches:
+        with autocast(scenario, context.device):
+            loss = method.loss(batch, context)
+        loss.backward()  # type: ignore[no-untyped-call]
+        method.before_step(batch, context)
+        optimizer.step()
+        method.after_step(batch, context)
+        # Here and not before the backward pass: the next forward pass, the method's end of the task and the evaluation
+        # then need no room for gradients that nobody reads any more.
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
+    with autocast(scenario, context.device):
+        method.end_epoch(context, epoch)
+    mean = float(torch.stack(losses).mean())
+    if not mean < float("inf"):  # also catches NaN
+        raise TrainingFailure(
+            f"the loss became {mean} in task {context.task.id}, epoch {epoch + 1}; try a smaller "
+            f"training.learning_rate ({scenario.training.learning_rate}) or a smaller weight of what the method adds"
+        )
+    return mean
+
+
+@torch.no_grad()
+def evaluate(method: Method, tasks: Sequence[Task], scenario: Scenario, device: torch.device) -> list[TaskAccuracy]:
+    """Accuracy on each task. TIL: argmax over the task's classes; CIL: argmax over all classes of the head."""
+    method.network.eval()
+    results = []
+    size = min(EVALUATION_BATCH, scenario.training.batch_size)
+    for task in tasks:
+        samples = task.test if scenario.stream.evaluate_on == "test" else task.held_out
+        classes = torch.tensor(task.classes, device=device)
+        til = cil = 0
+        for batch in samples.batches(size):
+            labels = batch.labels.to(device)
+            with autocast(scenario, device):
+                logits = method.predict(batch.images.to(device)).float()
+            til += int((classes[logits[:, classes].argmax(1)] == labels).sum())
+            cil += int((logits.argmax(1) == labels).sum())
+        count = len(samples)
+        results.append(TaskAccuracy(til / count if count else 0.0, cil / count if count else 0.0, count))
+    return results
+
+
+def autocast(scenario: Scenario, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=scenario.device.precision == "bf16")
+
+
+OnEpoch = Callable[[int, int, float], None]
+"""Told after every epoch: task, epochs done in it, mean loss."""

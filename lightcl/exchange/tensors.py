@@ -1,0 +1,143 @@
+"""Exactly what may leave a device, under which names, and how it is combined.
+
+Averaged: the suffix (parameters and batch-norm statistics) and, under `suffix+head`, the head. Batch-norm's integer
+counters stay local: averaging them has no meaning.
+
+Summed, under `method.share_statistics` and only with the answer that finishes a task: `statistics/...`, class sums of
+features (lightcl/closed_form.py) in fp64. Back come `fleet_head/...`, the head that the server solved from all of them.
+
+Never the prefix, the memory samples, the stored patterns, the vital masks or images. Beside tensors a device sends the
+fields of `Greeting`, `Trained`, `Tested` and, where it refuses, of `Refusal` (whose reason is a text that may name a
+file); all of them stand in `lightcl/protocol.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightcl.methods import Method
+from lightcl.methods.parts.closed_form import from_upper_triangle
+from lightcl.networks.resnet import StagedResNet
+from lightcl.storage.state import under
+
+Aggregation = Literal["none", "suffix", "suffix+head"]
+Arrays = dict[str, np.ndarray]
+STATISTICS = "statistics/"
+FLEET_HEAD = "fleet_head/"
+
+
+class ExchangeError(Exception):
+    """Tensors that cannot be taken over; the text names the tensor and what is wrong with it."""
+
+
+def shared_tensors(network: StagedResNet, aggregation: Aggregation) -> dict[str, Tensor]:
+    """The live tensors that are exchanged under this aggregation, by name; none under "none"."""
+    if aggregation == "none":
+        return {}
+    tensors = network.suffix.state_dict()
+    if aggregation == "suffix+head":
+        tensors |= {f"fc.{name}": tensor for name, tensor in network.head.state_dict().items()}
+    return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+
+
+def outgoing(network: StagedResNet, aggregation: Aggregation) -> Arrays:
+    """A copy of the shared tensors, as fp32 arrays."""
+    return {
+        name: tensor.detach().cpu().float().contiguous().numpy().copy()
+        for name, tensor in shared_tensors(network, aggregation).items()
+    }
+
+
+def adopt_(method: Method, arrays: Mapping[str, np.ndarray], aggregation: Aggregation) -> None:
+    """Overwrites the network's shared tensors with `arrays` and takes over the fleet's head where it is among them.
+
+    Raises ExchangeError and changes nothing where they are not what is exchanged.
+    """
+    head, weights = split(arrays, FLEET_HEAD)
+    targets = shared_tensors(method.network, aggregation)
+    check(weights, {name: tuple(tensor.shape) for name, tensor in targets.items()})
+    if head:
+        zeros = {name: np.zeros_like(array) for name, array in outgoing_statistics(method).items()}
+        check(head, {name: array.shape for name, array in outgoing_head(method, zeros).items()})
+        method.adopt_head_({n: torch.from_numpy(np.array(a)) for n, a in under(head, FLEET_HEAD).items()})
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(torch.from_numpy(np.ascontiguousarray(weights[name])))
+
+
+def outgoing_statistics(method: Method) -> Arrays:
+    """What a finished task adds to the fleet's sums, as fp64 arrays under their names on the wire."""
+    return {f"{STATISTICS}{name}": tensor.cpu().numpy().copy() for name, tensor in method.statistics().items()}
+
+
+def outgoing_head(method: Method, totals: Mapping[str, np.ndarray]) -> Arrays:
+    """The head that the server sends for these sums, as fp32 arrays under their names on the wire."""
+    plain = {name: torch.from_numpy(array) for name, array in under(totals, STATISTICS).items()}
+    if not plain:
+        return {}
+    return {f"{FLEET_HEAD}{name}": tensor.numpy() for name, tensor in method.shared_head(plain).items()}
+
+
+def split(arrays: Mapping[str, np.ndarray], prefix: str) -> tuple[Arrays, Arrays]:
+    """Those whose names begin with `prefix`, and the others."""
+    chosen = {name: array for name, array in arrays.items() if name.startswith(prefix)}
+    return chosen, {name: array for name, array in arrays.items() if name not in chosen}
+
+
+def check(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ExchangeError for an unknown or missing name, a wrong shape or type, or a value that is not finite."""
+    for name in sorted(arrays.keys() ^ shapes.keys()):
+        raise ExchangeError(f"tensor {name!r} is {'not part of the exchange' if name in arrays else 'missing'}")
+    for name, array in arrays.items():
+        if tuple(array.shape) != shapes[name]:
+            raise ExchangeError(f"tensor {name!r} has shape {list(array.shape)}, expected {list(shapes[name])}")
+        if not np.issubdtype(array.dtype, np.floating):
+            raise ExchangeError(f"tensor {name!r} holds {array.dtype}, expected floating-point values")
+        if not np.isfinite(array).all():
+            raise ExchangeError(f"tensor {name!r} holds values that are not finite")
+        if name.endswith("running_var") and (array < 0).any():
+            raise ExchangeError(f"tensor {name!r} holds a negative variance")
+        if name == f"{STATISTICS}count" and (array < 0).any():
+            raise ExchangeError(f"tensor {name!r} holds a negative number of samples")
+    if f"{STATISTICS}gram" in arrays:
+        _check_sums(arrays[f"{STATISTICS}count"], arrays[f"{STATISTICS}total"], arrays[f"{STATISTICS}gram"])
+
+
+def _check_sums(count: np.ndarray, total: np.ndarray, gram: np.ndarray) -> None:
+    """Raises ExchangeError for sums that no samples have: the scatter Σ xxᵀ - Σ_c s_c s_cᵀ / n_c within the classes has
+    no negative eigenvalue, but for rounding.
+
+    The head of the whole fleet is solved from them, so one wrong answer would spoil it for all.
+    """
+    scatter = from_upper_triangle(torch.from_numpy(np.array(gram)), total.shape[1]).numpy()
+    rounding = 1e-6 * np.trace(scatter) / len(scatter) + 1e-9
+    scatter -= (total / np.maximum(count, 1)[:, None]).T @ total
+    if (total[count == 0] != 0).any() or np.linalg.eigvalsh(scatter)[0] < -rounding:
+        raise ExchangeError(f"the sums {STATISTICS}... contradict each other: no samples have them")
+
+
+def is_statistic(name: str) -> bool:
+    """Batch-norm running statistics: averaged, never stepped by a server optimizer (a variance stays positive)."""
+    return name.rpartition(".")[2] in ("running_mean", "running_var")
+
+
+def weighted_average(arrays: Sequence[Mapping[str, np.ndarray]], weights: Sequence[float]) -> Arrays:
+    """Σ_d w_d·x_d / Σ_d w_d, by name, summed in fp64. All mappings must have the same names and shapes."""
+    total = float(sum(weights))
+    return {
+        name: np.asarray(
+            sum(
+                weight / total * device[name].astype(np.float64) for device, weight in zip(arrays, weights, strict=True)
+            )
+        ).astype(np.float32)
+        for name in arrays[0]
+    }
+
+
+def size_in_bytes(arrays: Mapping[str, np.ndarray]) -> int:
+    return sum(array.nbytes for array in arrays.values())

@@ -1,0 +1,93 @@
+"""Masks over the weights of a network that change while it learns: which weights are there, and which are updated.
+
+Used by SparCL (lightcl/methods/sparcl.py), which says when they change and what makes a weight important.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightcl.networks.resnet import BasicBlock, StagedResNet
+from lightcl.seeds import torch_generator
+from lightcl.storage.state import under
+
+
+class DynamicMasks:
+    """Keeps a share 1 - `sparsity` of every 3x3 convolution of the trained blocks; all others are exactly zero.
+
+    `updated` is the share of a convolution's weights whose gradient is kept. The stem, the shortcuts, batch-norm and
+    the head stay dense.
+    """
+
+    def __init__(self, network: StagedResNet, sparsity: float, updated: float) -> None:
+        self.sparsity, self.share_updated = sparsity, updated
+        self.weights: dict[str, nn.Parameter] = {}
+        for name, module in network.suffix.named_modules():
+            if isinstance(module, BasicBlock):
+                own = module.named_parameters()
+                self.weights |= {f"{name}.{n}": w for n, w in own if n in ("conv1.weight", "conv2.weight")}
+        self.there: dict[str, Tensor] = {}  # boolean, of the weight's shape
+        self.updated: dict[str, Tensor] = {}  # boolean, never True where `there` is not
+
+    def size(self, name: str, further: float = 0.0) -> int:
+        """How many weights of a layer may be there: its share, and `further` of all its weights; at least one."""
+        return max(1, round((1 - self.sparsity + further) * self.weights[name].numel()))
+
+    def start(self) -> None:
+        """The first masks: the weights with the largest magnitude stay."""
+        for name, weight in self.weights.items():
+            everywhere = torch.ones_like(weight, dtype=torch.bool)
+            self.there[name] = strongest(weight.detach().abs(), everywhere, self.size(name))
+        self.zero_()
+
+    def shrink(self, importance: Mapping[str, Tensor], below: float = 0.0) -> None:
+        """Drops the least important weights until a layer is `below` (a share of all its weights) its size."""
+        for name, mask in self.there.items():
+            self.there[name] = strongest(importance[name], mask, self.size(name, -below))
+        self.zero_()
+
+    def grow(self, seed: int, further: float = 0.0) -> None:
+        """Adds weights drawn at random, at zero, until a layer is `further` above its size."""
+        for name, mask in self.there.items():
+            free = (~mask).flatten().nonzero().flatten()
+            order = torch.randperm(len(free), generator=torch_generator(seed, "grow", name)).to(free.device)
+            grown = mask.flatten().clone()
+            grown[free[order[: max(0, self.size(name, further) - int(mask.sum()))]]] = True
+            self.there[name] = grown.view_as(mask)
+
+    def choose_updated(self, importance: Mapping[str, Tensor]) -> None:
+        """Of the weights that are there, the most important ones are updated."""
+        for name, mask in self.there.items():
+            self.updated[name] = strongest(importance[name], mask, round(self.share_updated * mask.numel()))
+
+    @torch.no_grad()
+    def mask_gradients_(self) -> None:
+        for name, weight in self.weights.items():
+            if weight.grad is not None:
+                weight.grad.mul_(self.updated[name])
+
+    @torch.no_grad()
+    def zero_(self) -> None:
+        """Puts the weights that are not there back to zero: momentum and weight decay know nothing of masks."""
+        for name, weight in self.weights.items():
+            weight.mul_(self.there[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {f"there/{name}": mask for name, mask in self.there.items()}
+        return state | {f"updated/{name}": mask for name, mask in self.updated.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.there = under(state, "there/")
+        self.updated = under(state, "updated/")
+
+
+def strongest(scores: Tensor, among: Tensor, count: int) -> Tensor:
+    """Boolean mask, of the shape of both, of the `count` highest scores where `among` is True (all, if fewer)."""
+    ranked = scores.masked_fill(~among, float("-inf")).flatten()
+    chosen = torch.zeros_like(among.flatten())
+    order = ranked.sort(descending=True, stable=True).indices
+    chosen[order[: min(count, int(among.sum()))]] = True
+    return chosen.view_as(among)

@@ -1,0 +1,179 @@
+"""Everything about a scenario that can be checked before the first write and the first training step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lightcl.analysis.generalizability import OnStep, analyse, analysed_scenario
+from lightcl.assembly import build_network, build_stream
+from lightcl.data.partition import Share, partition
+from lightcl.data.sources import Source, load_source
+from lightcl.device.hardware import choose_accelerator
+from lightcl.errors import RequestError
+from lightcl.exchange.tensors import outgoing
+from lightcl.networks.weights import digest
+from lightcl.records.folder import RunFolder
+from lightcl.records.provenance import describe_run
+from lightcl.scenario import Scenario, scenario_from_json
+from lightcl.scenario.digest import scenario_digest
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A scenario that can be carried out, with its images and who gets which."""
+
+    scenario: Scenario
+    source: Source
+    shares: list[Share]
+    prefix: str
+    """Fingerprint of the frozen prefix."""
+    analysis: dict[str, Any] | None = None
+    """With `network.freeze: auto`: what the freeze point was chosen from."""
+
+    @property
+    def images(self) -> str:
+        """Fingerprint of all images and labels."""
+        total = hashlib.sha256()
+        for split in (self.source.train, self.source.test):
+            total.update(np.ascontiguousarray(split.images).data)
+            total.update(np.ascontiguousarray(split.labels).data)
+        return total.hexdigest()[:16]
+
+    def partition_rows(self) -> Iterator[dict[str, object]]:
+        """For partition.json: the indices into the source's training and test split that each device holds."""
+        whole = self.scenario.fleet.test_data == "whole"
+        for device, share in enumerate(self.shares):
+            test = "all test images of its classes" if whole else share.test.tolist()
+            yield {"device": device, "train": share.train.tolist(), "test": test}
+
+
+def prepare(scenario: Scenario) -> Prepared:
+    """Loads the images and the weights, cuts every device's stream. Raises RequestError for what cannot be done.
+
+    `network.freeze: auto` stays as it is (choosing takes a training: `choose_freeze_point`); the rest is checked.
+    """
+    choose_accelerator(scenario.device.accelerator)
+    source = load_source(scenario.source_request())
+    shares = partition(source, scenario.fleet, scenario.seed)
+    for device, share in enumerate(shares):
+        build_stream(scenario, source, share, device)
+    buildable = analysed_scenario(scenario) if scenario.network.freeze == "auto" else scenario
+    network = build_network(buildable, in_channels=source.channels, classes=len(source.classes))
+    buildable.method.build(network)  # a method may refuse a network
+    if scenario.server.aggregation != "none" and not outgoing(network, scenario.server.aggregation):
+        raise RequestError(
+            f"server.aggregation {scenario.server.aggregation!r} has nothing to share: every block is frozen"
+        )
+    return Prepared(scenario, source, shares, digest(network.prefix))
+
+
+def choose_freeze_point(prepared: Prepared, on_step: OnStep | None = None) -> Prepared:
+    """Replaces `network.freeze: auto` by a block, from an analysis of device 0's stream; any other value is kept.
+
+    Device 0 speaks for the fleet, also where another device is trained alone: all have the same prefix. Raises
+    TrainingFailure where the analysis comes to nothing.
+    """
+    scenario, source = prepared.scenario, prepared.source
+    if scenario.network.freeze != "auto":
+        return prepared
+    analysis = analyse(scenario, 0, source, prepared.shares[0], on_step).record(scenario.network.freeze_threshold)
+    scenario = _with_freeze(scenario, analysis["freeze"])
+    network = build_network(scenario, in_channels=source.channels, classes=len(source.classes))
+    scenario.method.build(network)  # raises RequestError where the method cannot do with this point
+    return replace(prepared, scenario=scenario, prefix=digest(network.prefix), analysis=analysis)
+
+
+def open_run(
+    folder: RunFolder,
+    scenario: Scenario,
+    command: str,
+    kind: str,
+    *,
+    resume: bool,
+    overwrite: bool,
+    on_step: OnStep | None = None,
+) -> Prepared:
+    """Checks the request as a whole, and only then writes; `kind` is "fleet" or "device N". Raises RequestError.
+
+    The scenario that it returns has a freeze point, never "auto"; `on_step` watches the analysis that chooses it.
+    """
+    if resume and folder.exists:
+        scenario = _as_chosen(folder, scenario)
+        _check_same(folder, scenario, {"kind": kind})
+    elif not (overwrite and folder.exists):
+        folder.prepare(resume=resume, overwrite=overwrite)
+    prepared = choose_freeze_point(prepare(scenario), on_step)
+    facts = {"kind": kind, "images": prepared.images, "prefix": prepared.prefix}
+    if resume:
+        _check_same(folder, scenario, facts)
+    folder.prepare(resume=resume, overwrite=overwrite)
+    if not folder.exists:
+        about = describe_run(command, uuid.uuid4().hex[:12]) | facts
+        folder.begin(prepared.scenario, about, prepared.partition_rows(), prepared.analysis)
+    return prepared
+
+
+def open_remote_run(folder: RunFolder, scenario: Scenario, command: str, *, resume: bool) -> None:
+    """For boards whose images the server does not have: they check the rest of the scenario themselves.
+
+    Raises RequestError for `network.freeze: auto`, which takes images to choose from.
+    """
+    if scenario.network.freeze == "auto":
+        path = scenario.data.path
+        missing = f"data.path {path} is not there" if path else "data.path is not set"
+        raise RequestError(
+            f"network.freeze is 'auto', but the server has no images to choose a freeze point from ({missing}); run "
+            "`lightcl analyse` where images are, and write the block that it names into network.freeze"
+        )
+    if resume and folder.exists:
+        _check_same(folder, scenario, {"kind": "fleet"})
+    folder.prepare(resume=resume, overwrite=False)
+    if not folder.exists:
+        folder.begin(scenario, describe_run(command, uuid.uuid4().hex[:12]) | {"kind": "fleet"}, [])
+
+
+def _with_freeze(scenario: Scenario, point: str) -> Scenario:
+    return scenario.model_copy(update={"network": scenario.network.model_copy(update={"freeze": point})})
+
+
+def _as_chosen(folder: RunFolder, scenario: Scenario) -> Scenario:
+    """`network.freeze: auto` as it was resolved when the run in the folder began; nothing is analysed again."""
+    analysis = folder.analysis()
+    if scenario.network.freeze != "auto" or analysis is None:
+        return scenario
+    return _with_freeze(scenario, str(analysis["freeze"]))
+
+
+def _check_same(folder: RunFolder, scenario: Scenario, facts: Mapping[str, str]) -> None:
+    """Raises RequestError where the run in the folder is not the one that is to go on."""
+    about = folder.read()
+    before = scenario_from_json(json.dumps(about["scenario"]))
+    differences = [
+        f"{key} was {about.get(key)!r}, now {value!r}" for key, value in facts.items() if about.get(key) != value
+    ]
+    if scenario_digest(before) != scenario_digest(scenario):
+        differences.insert(0, _difference(before, scenario))
+    if differences:
+        raise RequestError(f"--resume: the run in {folder.path} is another one ({differences[0]}); name another --out")
+
+
+def _difference(before: Scenario, after: Scenario) -> str:
+    """The first key in which two scenarios differ."""
+    old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
+    for section in old:
+        if old[section] == new[section]:
+            continue
+        if not isinstance(old[section], dict):
+            return f"{section} was {old[section]!r}, now {new[section]!r}"
+        for key in sorted(old[section].keys() | new[section].keys()):
+            was, now = old[section].get(key), new[section].get(key)
+            if was != now:
+                return f"{section}.{key} was {was!r}, now {now!r}"
+    return "no key differs"

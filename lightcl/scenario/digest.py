@@ -1,0 +1,32 @@
+"""Fingerprints of a scenario: of what decides a device's numbers, and of what a saved state depends on."""
+
+from __future__ import annotations
+
+import hashlib
+
+from lightcl.networks.section import NAMED_WEIGHTS
+from lightcl.scenario.model import Scenario
+
+
+def scenario_digest(scenario: Scenario) -> str:
+    """Changes with every key that can decide a device's numbers; where the data lies and how long one waits cannot."""
+    decisive = scenario.model_dump_json(
+        exclude={
+            "name": True,
+            "data": {"path", "download"},
+            "training": {"checkpoint_seconds"},
+            "server": {"round_timeout", "connect_timeout", "max_failures"},
+            "device": {"accelerator"},
+            "simulation": True,
+        }
+    )
+    return hashlib.sha256(decisive.encode()).hexdigest()[:16]
+
+
+def state_digest(scenario: Scenario) -> str:
+    """The scenario's, but for where a weights file lies: of what is in it, a state's network holds what is trained, and
+    its digests of prefix and channels speak for the rest."""
+    network = scenario.network
+    if network.weights not in NAMED_WEIGHTS:
+        network = network.model_copy(update={"weights": "a file"})
+    return scenario_digest(scenario.model_copy(update={"network": network}))

@@ -1,0 +1,68 @@
+"""Files that survive a crash: atomic writes, locks, and whether an output folder may be written to."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightcl.errors import RequestError
+
+LOCK = ".lock"
+
+
+@contextmanager
+def only_here(folder: Path) -> Iterator[None]:
+    """Keeps every other process out of `folder` for the length of a `with`; a process that dies lets go of it.
+
+    A message whose answer came too late may still be at work when the same request arrives again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def writable(path: Path, option: str = "--out") -> Iterator[None]:
+    """Makes a RequestError about the option of what the disk refuses: no right, no room, a name that is too long."""
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(f"{option}: {path} cannot be written to ({error.strerror})") from error
+
+
+def names_in(path: Path, own: Collection[str], begun: Path | None = None) -> list[str]:
+    """What lies in an output folder. Raises RequestError for a file, and for a folder that is not ours.
+
+    It is ours where `begun` is, the file that says what it holds; or where only names of `own` are, with the lock among
+    them if it is one: it is written first, so without it somebody else's files have our names.
+    """
+    with writable(path):
+        if path.exists() and not path.is_dir():
+            raise RequestError(f"--out: {path} is a file, not a folder")
+        names = sorted(f.name for f in path.iterdir()) if path.exists() else []
+        foreign = [name for name in names if name not in own or (LOCK in own and LOCK not in names)]
+        if foreign and not (begun and begun.exists()):
+            raise RequestError(f"--out: {path} holds other files ({', '.join(foreign[:3])}); name another folder")
+    return names
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Replaces a file so that a reader, or a crash, sees the old text or the new one."""
+    temporary = file.with_name(f".{file.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    temporary.replace(file)
+    sync(file.parent)
+
+
+def sync(path: Path) -> None:
+    """Has a file's content, or a folder's list of files, on the disk before anything that comes after."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

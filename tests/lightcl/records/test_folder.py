@@ -1,0 +1,126 @@
+"""The run folder: who may write to it."""
+
+import pytest
+
+from lightcl.errors import RequestError
+from lightcl.records.folder import RunFolder
+from lightcl.records.rows import device_row, round_row
+from lightcl.scenario import Scenario
+
+
+def begun(path) -> RunFolder:
+    folder = RunFolder(path)
+    folder.begin(Scenario(), {"run": "a"}, [])
+    rows = [device_row(number, 0, "device-0", 0, 1) for number in (1, 2)]
+    folder.append("devices.jsonl", rows)
+    folder.append("rounds.jsonl", [round_row([row], 0, 1.0, 2.0) for row in rows])
+    return folder
+
+
+def test_a_run_that_another_process_writes_is_not_overwritten(tmp_path):
+    folder = begun(tmp_path)
+    with folder.held(), pytest.raises(RequestError, match="another process is at work"):
+        RunFolder(tmp_path).prepare(resume=False, overwrite=True)
+    assert folder.exists
+    assert [row["round"] for row in folder.rows("rounds.jsonl")] == [1, 2]
+
+
+def test_a_run_that_nobody_writes_is_overwritten_when_asked_for(tmp_path):
+    begun(tmp_path)
+    folder = RunFolder(tmp_path)
+    folder.prepare(resume=False, overwrite=True)
+    assert not folder.exists
+    assert folder.rows("rounds.jsonl") == []
+
+
+def damage_last_line(folder, name, text):
+    file = folder.path / name
+    file.write_text("\n".join([*file.read_text().splitlines()[:-1], text]) + "\n")
+
+
+@pytest.mark.parametrize("name", ["rounds.jsonl", "devices.jsonl"])
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"round": 1}', "}\n{}"])
+def test_a_line_that_is_no_row_is_named(tmp_path, name, text):
+    folder = begun(tmp_path)
+    damage_last_line(folder, name, text)
+    with pytest.raises(RequestError, match=rf"{name}, line 2: not a row"):
+        folder.rows(name)
+    with pytest.raises(RequestError, match=rf"{name}, line 2: not a row"):
+        folder.prepare(resume=True, overwrite=False)
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out_and_the_run_goes_on(tmp_path):
+    folder = begun(tmp_path)
+    damage_last_line(folder, "rounds.jsonl", '{"round": 2, "ta')
+    folder.prepare(resume=True, overwrite=False)
+    assert [row["round"] for row in folder.rows("rounds.jsonl")] == [1]
+
+
+@pytest.mark.parametrize(("name", "kept"), [("rounds.jsonl", 0), ("devices.jsonl", 0), ("devices.jsonl", 1)])
+def test_rows_that_no_kill_can_have_lost_are_missed(tmp_path, name, kept):
+    folder = begun(tmp_path)
+    (tmp_path / name).write_text("".join((tmp_path / name).read_text().splitlines(keepends=True)[:kept]))
+    with pytest.raises(RequestError, match="rows are missing"):
+        folder.prepare(resume=True, overwrite=False)
+    folder.prepare(resume=False, overwrite=True)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_broken_results_are_named(tmp_path, text):
+    folder = begun(tmp_path)
+    (tmp_path / "results.json").write_text(text)
+    (tmp_path / "failure.json").write_text(text)
+    with pytest.raises(RequestError, match=r"results\.json"):
+        folder.results()
+    with pytest.raises(RequestError, match=r"failure\.json"):
+        folder.failure()
+
+
+def test_a_folder_is_ours_only_with_our_marker(tmp_path):
+    """Names like ours are not enough: a scenario.yaml may well be the user's."""
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "mine.png").touch()
+    (tmp_path / "scenario.yaml").write_text("name: mine")
+    for overwrite in (False, True):
+        with pytest.raises(RequestError, match=r"holds other files \(plots, scenario.yaml\)"):
+            RunFolder(tmp_path).prepare(resume=False, overwrite=overwrite)
+    assert (tmp_path / "plots" / "mine.png").exists()
+    (tmp_path / ".lock").touch()
+    RunFolder(tmp_path).prepare(resume=False, overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_run_killed_at_any_point_of_its_beginning_leaves_is_ours(tmp_path, monkeypatch):
+    """The marker comes first: each number of files that a run wrote before it was killed is begun anew."""
+    from lightcl.records import folder as records
+
+    for writes in range(3):
+        with monkeypatch.context() as patch:
+            left = iter(range(writes))
+            real = records.write_atomically
+            patch.setattr(records, "write_atomically", lambda *a, left=left, real=real: next(left) + 1 and real(*a))
+            with pytest.raises(StopIteration):
+                RunFolder(tmp_path / "run").begin(Scenario(), {}, [])
+        RunFolder(tmp_path / "run").prepare(resume=False, overwrite=False)
+        assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_name_that_the_disk_refuses(tmp_path):
+    folder = RunFolder(tmp_path / ("n" * 300))
+    for options in ((False, False), (True, False), (False, True)):
+        with pytest.raises(RequestError, match="cannot be written to"):
+            folder.prepare(resume=options[0], overwrite=options[1])
+
+
+@pytest.mark.parametrize("text", [None, "[{", '{"device": 0}', '[{"train": [1]}]'])
+def test_a_partition_that_cannot_be_read_stops_nobody(tmp_path, text):
+    folder = begun(tmp_path)
+    file = tmp_path / "partition.json"
+    if text is None:
+        file.unlink()
+    else:
+        file.write_text(text)
+    assert folder.partition() == {}
+    folder.note_own_data([1])
+    own = "all images of the board"
+    assert folder.partition() == {1: {"device": 1, "train": own, "test": own}}
