@@ -39,7 +39,7 @@ from lightcl.exchange.messages import (
 )
 from lightcl.exchange.tensors import ExchangeError
 from lightcl.scenario import Scenario, scenario_from_json
-from lightcl.storage.files import only_here
+from lightcl.storage.files import exclusive
 from lightcl.storage.state import StateError
 
 Refusable = (RequestError, StateError, OutOfStep, TrainingFailure, ExchangeError, ProtocolError)
@@ -142,7 +142,7 @@ def _with_device(
     if not instruction.run.isalnum():  # it becomes a folder's name
         raise ProtocolError(f"Instruction.run is {instruction.run!r}, expected letters and digits")
     folder = local.state / instruction.run / f"device-{instruction.device:05d}"
-    with only_here(folder):
+    with exclusive(folder):
         device = EdgeDevice(scenario, instruction.device, folder, source=source, share=share)
 
         def receive() -> None:

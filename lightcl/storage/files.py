@@ -14,14 +14,14 @@ LOCK = ".lock"
 
 
 @contextmanager
-def only_here(folder: Path) -> Iterator[None]:
-    """Keeps every other process out of `folder` for the length of a `with`; a process that dies lets go of it.
+def exclusive(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Keeps every other process out of `folder` inside a `with`; the system frees the lock of a process that dies.
 
-    A message whose answer came too late may still be at work when the same request arrives again.
+    Without `wait`, raises BlockingIOError while another process is inside.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with (folder / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
 
 
@@ -50,17 +50,23 @@ def names_in(path: Path, own: Collection[str], begun: Path | None = None) -> lis
     return names
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Replaces a file so that a reader, or a crash, sees the old text or the new one."""
-    temporary = file.with_name(f".{file.name}.partial")
+def write_atomically(file: Path, text: str, *, durable: bool = True) -> None:
+    """Replaces a file so that a reader, or a crash, sees the old text or the new one.
+
+    Without `durable` a killed process still loses nothing, but a power cut may lose the file.
+    """
+    # The name is this process's own: two that write the same file at once must not take each other's away.
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
     temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
+    if durable:
+        sync(temporary)
     temporary.replace(file)
-    sync(file.parent)
+    if durable:
+        sync(file.parent)
 
 
 def sync(path: Path) -> None:
-    """Has a file's content, or a folder's list of files, on the disk before anything that comes after."""
+    """Forces a file's content, or a folder's list of files, onto the disk before anything that follows."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -26,10 +26,15 @@ class StateError(Exception):
 
 
 class StateFolder:
-    """One owner's state: some tensors and a few plain values."""
+    """One owner's state: some tensors and a few plain values.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    `durable`: whether a save survives a power cut. Without it a save waits for no disk; it still survives every kill of
+    the process, since what is written is the system's by then, but after a power cut the state may be an older one, or
+    damaged and then refused.
+    """
+
+    def __init__(self, folder: Path, *, durable: bool = True) -> None:
+        self.folder, self.durable = folder, durable
         self._stored: str | None = None
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -54,8 +59,10 @@ class StateFolder:
             self._stored = f"tensors-{number}.safetensors"
             plain = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or {}).items()}
             save_file(plain, self.folder / self._stored)
-            sync(self.folder / self._stored)
-        write_atomically(self.folder / MANIFEST, json.dumps({"tensors": self._stored, **values}))
+            if self.durable:
+                sync(self.folder / self._stored)
+        manifest = json.dumps({"tensors": self._stored, **values})
+        write_atomically(self.folder / MANIFEST, manifest, durable=self.durable)
         for file in self.folder.glob("tensors-*.safetensors"):
             if file.name != self._stored:
                 file.unlink(missing_ok=True)

@@ -1,0 +1,147 @@
+"""The prefix cache: rows survive kills and concurrent writers, damage is found, and the size is bounded."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lightcl.storage import prefix_cache
+from lightcl.storage.prefix_cache import SEGMENT_ROWS, CacheFull, FeatureStore, PrefixCache
+
+SHAPE = (3, 2, 2)
+SEGMENT = SEGMENT_ROWS * (8 + 3 * 2 * 2 * 4)
+ROOT = Path(__file__).parents[3]
+
+
+def store_in(
+    folder: Path, key: str = "one", limit: int = 100 * SEGMENT, dtype: torch.dtype = torch.float32
+) -> FeatureStore:
+    return PrefixCache(folder, limit).store(key, SHAPE, dtype, {"network": key})
+
+
+def features(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def test_rows_come_back_bit_by_bit_also_in_another_process(tmp_path: Path) -> None:
+    rows, values = np.array([3, SEGMENT_ROWS + 1, 0]), features(3)
+    store_in(tmp_path).write(rows, values)
+    found, present = store_in(tmp_path).read(np.array([0, 7, 3, SEGMENT_ROWS + 1]))
+    assert present.tolist() == [True, False, True, True]
+    assert torch.equal(found[[0, 2, 3]], values[[2, 0, 1]])
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_narrow_type_is_stored_rounded_and_said_so_by_its_type(tmp_path: Path) -> None:
+    store, values = store_in(tmp_path, dtype=torch.bfloat16), features(2)
+    store.write(np.array([0, 1]), values)
+    found, present = store.read(np.array([0, 1]))
+    assert present.all()
+    assert torch.equal(found, values.to(torch.bfloat16))
+
+
+def test_a_damaged_row_counts_as_absent_and_can_be_written_again(tmp_path: Path) -> None:
+    store_in(tmp_path).write(np.arange(4), features(4))
+    file = tmp_path / "one" / "00000.rows"
+    content = bytearray(file.read_bytes())
+    content[8 * SEGMENT_ROWS + 2 * 48] ^= 1  # one bit of row 2
+    file.write_bytes(content)
+    store = store_in(tmp_path)
+    assert store.read(np.arange(4))[1].tolist() == [True, True, False, True]
+    store.write(np.array([2]), features(4)[2:3])
+    found, present = store.read(np.arange(4))
+    assert present.all()
+    assert torch.equal(found, features(4))
+
+
+@pytest.mark.parametrize("content", [b"", b"short"])
+def test_a_segment_that_is_cut_short_is_made_again(tmp_path: Path, content: bytes) -> None:
+    store_in(tmp_path).write(np.arange(2), features(2))
+    (tmp_path / "one" / "00000.rows").write_bytes(content)
+    store = store_in(tmp_path)
+    assert not store.read(np.arange(2))[1].any()
+    store.write(np.arange(2), features(2))
+    assert torch.equal(store.read(np.arange(2))[0], features(2))
+
+
+def test_the_least_recently_used_segment_goes_first(tmp_path: Path) -> None:
+    cache = PrefixCache(tmp_path, 2 * SEGMENT)
+    stores = {key: cache.store(key, SHAPE, torch.float32, {}) for key in ("old", "used", "new")}
+    for age, key in ((300, "used"), (200, "old")):
+        stores[key].write(np.array([0]), features(1))
+        past = time.time() - age
+        os.utime(tmp_path / key / "00000.rows", (past, past))
+    fresh = PrefixCache(tmp_path, 2 * SEGMENT)
+    fresh.store("used", SHAPE, torch.float32, {}).read(np.array([0]))  # makes it the most recently used
+    fresh.store("new", SHAPE, torch.float32, {}).write(np.array([0]), features(1))
+    assert [info.key for info in fresh.stores() if info.rows] == ["new", "used"]
+    assert sum(info.size for info in fresh.stores()) == 2 * SEGMENT
+
+
+def test_a_limit_below_one_segment_and_a_full_disk_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CacheFull, match="may take only 10"):
+        store_in(tmp_path, limit=10).write(np.array([0]), features(1))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(prefix_cache.os, "posix_fallocate", full)
+    with pytest.raises(CacheFull, match="No space left on device"):
+        store_in(tmp_path).write(np.array([0]), features(1))
+    assert not list((tmp_path / "one").glob(".*"))
+
+
+def test_stores_are_listed_and_cleared(tmp_path: Path) -> None:
+    store_in(tmp_path, "a").write(np.arange(3), features(3))
+    store_in(tmp_path, "b").write(np.arange(5), features(5))
+    cache = PrefixCache(tmp_path, 100 * SEGMENT)
+    assert {info.key: (info.rows, info.size, info.about) for info in cache.stores()} == {
+        "a": (3, SEGMENT, {"network": "a"}),
+        "b": (5, SEGMENT, {"network": "b"}),
+    }
+    assert cache.clear("a") >= SEGMENT
+    assert [info.key for info in cache.stores()] == ["b"]
+    cache.clear()
+    assert cache.stores() == []
+
+
+WRITER = """
+import sys, numpy as np, torch
+from pathlib import Path
+from lightcl.storage.prefix_cache import PrefixCache
+store = PrefixCache(Path(sys.argv[1]), 10**9).store("one", (3, 2, 2), torch.float32, {})
+print("ready", flush=True)
+for turn in range(int(sys.argv[2])):
+    for row in range(600):
+        store.write(np.array([row]), torch.full((1, 3, 2, 2), float(row)))
+"""
+
+
+def _writer(folder: Path, turns: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", WRITER, str(folder), str(turns)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+
+
+def test_concurrent_writers_and_one_killed_among_them_leave_only_right_rows(tmp_path: Path) -> None:
+    writers = [_writer(tmp_path, 2), _writer(tmp_path, 2), _writer(tmp_path, 10**6)]
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+    writers[2].kill()
+    assert [writer.wait(timeout=60) for writer in writers][:2] == [0, 0]
+    for writer in writers:
+        assert writer.stdout is not None
+        writer.stdout.close()
+    found, present = store_in(tmp_path).read(np.arange(600))
+    assert present.all()
+    assert torch.equal(found[:, 0, 0, 0], torch.arange(600.0))
