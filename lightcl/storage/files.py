@@ -43,7 +43,9 @@ def names_in(path: Path, own: Collection[str], begun: Path | None = None) -> lis
     with writable(path):
         if path.exists() and not path.is_dir():
             raise RequestError(f"--out: {path} is a file, not a folder")
-        names = sorted(f.name for f in path.iterdir()) if path.exists() else []
+        # A killed process leaves at most a temporary file of `write_atomically`, which belongs to nobody.
+        found = path.iterdir() if path.exists() else []
+        names = sorted(file.name for file in found if not file.name.endswith(".partial"))
         foreign = [name for name in names if name not in own or (LOCK in own and LOCK not in names)]
         if foreign and not (begun and begun.exists()):
             raise RequestError(f"--out: {path} holds other files ({', '.join(foreign[:3])}); name another folder")

@@ -63,7 +63,8 @@ class StateFolder:
                 sync(self.folder / self._stored)
         manifest = json.dumps({"tensors": self._stored, **values})
         write_atomically(self.folder / MANIFEST, manifest, durable=self.durable)
-        for file in self.folder.glob("tensors-*.safetensors"):
+        # Older tensors, and what a process left that was killed while it wrote.
+        for file in (*self.folder.glob("tensors-*.safetensors"), *self.folder.glob(f".{MANIFEST}.*.partial")):
             if file.name != self._stored:
                 file.unlink(missing_ok=True)
 

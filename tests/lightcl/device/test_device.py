@@ -239,7 +239,7 @@ def test_death_after_any_epoch_changes_nothing_in_the_end(tmp_path, kind):
     """Like SIGKILL, but within this process, so that every epoch's end can be tried."""
     sections = with_checkpoints(kind)
 
-    def die(*_: object) -> None:
+    def die(*_: object, **__: object) -> None:
         raise Killed
 
     lives = 0
@@ -276,7 +276,7 @@ def test_death_in_the_middle_of_a_save_loses_that_save_only(tmp_path, monkeypatc
     device.train(0, 1)
     before = everything(device)
 
-    def die(*_: object) -> None:
+    def die(*_: object, **__: object) -> None:
         raise Killed
 
     with monkeypatch.context() as patch:

@@ -86,7 +86,7 @@ def test_death_between_tensors_and_manifest_leaves_the_old_state(tmp_path, monke
     if reopened:
         folder = StateFolder(tmp_path)
 
-    def die(*_: object) -> None:
+    def die(*_: object, **__: object) -> None:
         raise Killed
 
     with monkeypatch.context() as patch:
@@ -104,7 +104,7 @@ def test_death_between_tensors_and_manifest_leaves_the_old_state(tmp_path, monke
 
 
 def test_death_before_the_first_manifest_is_as_if_nothing_was_saved(tmp_path, monkeypatch):
-    def die(*_: object) -> None:
+    def die(*_: object, **__: object) -> None:
         raise Killed
 
     monkeypatch.setattr(state, "write_atomically", die)
@@ -131,7 +131,7 @@ def test_death_while_a_text_is_replaced_leaves_the_old_text(tmp_path, monkeypatc
     file = tmp_path / "text"
     write_atomically(file, "old")
 
-    def die(*_: object) -> None:
+    def die(*_: object, **__: object) -> None:
         raise Killed
 
     monkeypatch.setattr(Path, "replace", die)
