@@ -259,7 +259,7 @@ def test_pretraining_refuses_before_it_trains(
 
 
 def test_the_table_of_keys_in_the_docs_is_the_codes() -> None:
-    assert (Path(__file__).parents[2] / "docs" / "scenario-keys.md").read_text() == scenario_keys()
+    assert (Path(__file__).parents[2] / "docs" / "reference" / "scenario-keys.md").read_text() == scenario_keys()
 
 
 def test_the_table_of_keys_leaves_nothing_open_and_says_nothing_twice() -> None:
@@ -278,7 +278,11 @@ def test_the_bundled_scenarios_are_valid_files() -> None:
     assert len(files) >= 3
     for file in files:
         assert load_scenario(file).name == file.stem
-        assert file.read_text().startswith("# lightcl "), "each opens with its command"
+        about, command, cost, result = file.read_text().splitlines()[:4]
+        assert about.startswith("# ")
+        assert command.startswith("# Command: lightcl ")
+        assert cost.startswith("# Cost: ")
+        assert result.startswith("# Result: ")
 
 
 @pytest.mark.parametrize("command", ["simulate", "train", "analyse", "validate", "footprint", "plan", "bench table1"])
