@@ -31,7 +31,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 ELSEWHERE = {"how-to/read-a-run.md"}
 """Pages of the navigation that another branch brings; empty this set once they are here."""
-COMING = {"analyze", "sweep", "scenarios", "compare", "--plugin"}
+COMING = {"analyze", "sweep", "scenarios", "compare", "device", "server", "--plugin"}
 """Commands and options that other branches bring. Each is checked as soon as it exists; empty this set then."""
 
 FENCE = re.compile(
@@ -211,6 +211,23 @@ def test_python_blocks_compile_and_run_where_they_say_so(block: Block, tmp_path:
 def test_the_table_of_keys_is_the_one_that_the_code_prints() -> None:
     table = (ROOT / "docs" / "reference" / "scenario-keys.md").read_text(encoding="utf-8")
     assert table == scenario_keys(), "run: lightcl schema --markdown > docs/reference/scenario-keys.md"
+
+
+def test_pages_that_code_and_help_texts_name_exist() -> None:
+    folders = ("lightcl", "client", "server", "simulations", "benchmarks", "examples", "tests")
+    files = [file for folder in folders for kind in ("*.py", "*.yaml", "*.j2") for file in (ROOT / folder).rglob(kind)]
+    for file in files:
+        for page in re.findall(r"\bdocs/[\w./-]+\.md\b", file.read_text(encoding="utf-8")):
+            assert (ROOT / page).is_file(), f"{file.relative_to(ROOT)} names {page}"
+
+
+def test_bundled_scenarios_open_with_description_command_cost_and_result() -> None:
+    for name, file in bundled_scenarios().items():
+        about, command, cost, result = file.read_text(encoding="utf-8").splitlines()[:4]
+        assert re.fullmatch(r"# [A-Z].+", about)
+        assert re.fullmatch(rf"# Command: lightcl (simulate|train) {name}", command)
+        assert cost.startswith("# Cost: ")
+        assert result.startswith("# Result: ")
 
 
 def test_results_pages_have_the_same_headings() -> None:
