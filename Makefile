@@ -9,7 +9,7 @@ export FLWR_DISABLE_UPDATE_CHECK = 1
 export RAY_USAGE_STATS_ENABLED = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint typecheck bench clean
+.PHONY: help demo test test-slow lint typecheck bench docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,10 @@ typecheck: $(READY) ## Check types only
 
 bench: $(READY) ## Measure the training step
 	@$(BIN)/python benchmarks/training_step.py
+
+docs: $(READY) ## Build the documentation site in site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir site
+	@echo "open site/index.html"
 
 clean: ## Remove the environment and caches; runs stay
 	@rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -195,7 +195,7 @@ def _card(file: Path, recipe: Recipe, source: Source, data: str, command: str, a
     return f"""# {file.stem}
 
 ResNet-18 of width {recipe.width} ({recipe.stem} stem, {source.channels} input channel(s)), fp16 safetensors,
-{file.stat().st_size / 1e6:.2f} MB. For research use: the images it was trained on carry terms of their own.
+{file.stat().st_size / 1e6:.2f} MB. For research use: the training images have their own terms of use.
 
 - Data: {data}; {len(source.train):,} training and {len(source.test):,} test images of
   {source.train.images.shape[1]}x{source.train.images.shape[2]} pixels, {len(source.classes)} classes.

@@ -35,7 +35,7 @@ GOING_ON = {
 """What to say of a command that was interrupted; the others write nothing before they are done."""
 
 ARGUMENTS = {
-    "scenario": "A YAML file, e.g. lightcl/scenario/bundled/quickstart.yaml; all keys: docs/scenario-keys.md",
+    "scenario": "A YAML file, e.g. lightcl/scenario/bundled/quickstart.yaml; all keys: docs/reference/scenario-keys.md",
     "run": "A run folder, as --out of simulate or train named it",
 }
 

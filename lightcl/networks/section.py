@@ -23,7 +23,7 @@ class Network(Section):
     weights file, else cifar."""
     freeze: str | None = None
     """The last frozen block (stem, layer1.0 ... layer4.1), a whole layer, none, or auto: chosen by an analysis of
-    device 0's stream before the run (docs/generalizability.md); default: the method's own."""
+    device 0's stream before the run (docs/results/generalizability.md); default: the method's own."""
     freeze_threshold: float = Field(default=0.94, ge=0, le=1)
     """With `freeze: auto`: the memory stability and learning plasticity that a block needs to be frozen."""
     analysis_epochs: int = Field(default=5, ge=1, le=1_000_000)

@@ -19,7 +19,7 @@ def scenario_schema() -> dict[str, Any]:
 
 
 def scenario_keys() -> str:
-    """All keys of a scenario with what they may be, as Markdown tables (docs/scenario-keys.md)."""
+    """All keys of a scenario with what they may be, as Markdown tables (docs/reference/scenario-keys.md)."""
     fields = Scenario.model_fields
     lines = ["# Scenario keys", "", "Made by `lightcl schema --markdown`; every key may be left out.", *_KEY_TABLE]
     lines += _key_rows(Scenario, "", [name for name in fields if name not in SECTIONS])
