@@ -40,7 +40,7 @@ from lightcl.scenario.digest import scenario_digest
 from lightcl.storage.files import LOCK, names_in, writable, write_atomically
 from server.aggregation import Aggregator
 from server.rounds import RunFailure
-from simulations.commands.footprint import as_method, footprint_of, resets
+from simulations.footprints import as_method, footprint_of, resets
 from simulations.options import amount, check_device, methods_named, number_ranges
 
 FIGURES = (("cil", "average_accuracy"), ("til", "average_accuracy"), ("cil", "forgetting"), ("til", "forgetting"))
