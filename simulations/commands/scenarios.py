@@ -16,7 +16,7 @@ HEADINGS = ("About", "Cost", "Result")
 _HEADING = re.compile(rf"({'|'.join(HEADINGS)})(?:, measured)?(?: \(([^)]*)\))?: (.*)")
 
 app = command_app()
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a bundled scenario")]
+Name = Annotated[str, typer.Argument(metavar="NAME")]
 
 
 @app.callback()
@@ -46,7 +46,7 @@ def show(name: Name) -> None:
 @app.command(cls=Command)
 def copy(
     name: Name,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The YAML file to write")],
+    file: Annotated[Path, typer.Argument(metavar="FILE")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE")] = False,
 ) -> None:
     """Copy a bundled scenario into a file of your own."""

@@ -115,7 +115,7 @@ def _check_variant(plan: Plan, method: str) -> None:
     if variant.network.freeze == "auto":
         raise RequestError(
             "network.freeze is 'auto', which would be chosen anew for every seed: write the block that "
-            "`lightcl analyse` names into network.freeze"
+            "`lightcl analyze` names into network.freeze"
         )
     if plan.device is not None and variant.method.sums_statistics:
         raise RequestError("method.share_statistics needs a fleet: leave out --device, or set it to false")
