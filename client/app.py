@@ -198,7 +198,7 @@ def local_settings(node: Mapping[str, object], state: Path | None) -> Local:
         value = node.get(key, default)
         if isinstance(value, bool) or not str(value).isdecimal():
             raise RequestError(f"--node-config {key} is {value!r}, expected a whole number")
-        return int(value)
+        return int(str(value))
 
     own_data = node.get("own-data", False)
     if not isinstance(own_data, bool):

@@ -73,7 +73,7 @@ def check(
 
 
 def read_node_config(text: str) -> dict[str, Any]:
-    """`partition-id=0 name="board 0"` as a dictionary; values are TOML, as for flower-supernode. Raises RequestError."""
+    """The pairs of `partition-id=0 name="board 0"`; values are TOML, as for flower-supernode. Raises RequestError."""
     pairs = re.findall(r"""(\S+?)=('[^']*'|"[^"]*"|\S+)""", text)
     rest = re.sub(r"""\S+?=('[^']*'|"[^"]*"|\S+)""", "", text).strip()
     try:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
-from lightcl.errors import Failure, RequestError, Stopped
+from lightcl.errors import Failure, RequestError, Stopped, nearest
 
 COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module that defines `app`, one line of help)
@@ -57,8 +57,12 @@ class LazyGroup(TyperGroup):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        name, _, rest = super().resolve_command(ctx, args)
-        return name, load_command(name) if name else None, rest
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            allowed = ", ".join(COMMANDS)
+            raise click.UsageError(f"No such command {name!r}{nearest(name, COMMANDS)} (commands: {allowed})", ctx)
+        resolved, _, rest = super().resolve_command(ctx, args)
+        return resolved, load_command(resolved) if resolved else None, rest
 
 
 def load_command(name: str) -> click.Command:
@@ -103,7 +107,7 @@ def main() -> None:
     """Entry point: turns exceptions into one screen of text and an exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        app()
+        app(prog_name="lightcl")
     except RequestError as error:
         _print_error("error:", error)
         sys.exit(2)

@@ -48,7 +48,8 @@ def footprint(
     plugins: Plugins = None,
 ) -> None:
     """Count FLOPs and memory of training per method, and measure memory; 1 MiB is 2^20 bytes."""
-    if table1 and (scenario or changes or methods is not None or all_methods or measuring or picture or device is not None):
+    given = (scenario, changes, methods, device, picture, all_methods or None, measuring or None)
+    if table1 and any(value is not None for value in given):
         raise RequestError("--table1 is the paper's own setting: it takes no scenario, only --json and --overwrite")
     if not table1 and scenario is None:
         raise RequestError("footprint: name a SCENARIO, or --table1 for the paper's setting")
