@@ -61,9 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pretrained", action="store_true")
-    parser.add_argument(
-        "--toy", action="store_true", help="smallest size, to see that it runs; the figures mean nothing"
-    )
+    parser.add_argument("--toy", action="store_true", help="smallest size; the figures mean nothing")
     options = parser.parse_args()
     if options.toy:
         options.seeds = 1

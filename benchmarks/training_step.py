@@ -1,5 +1,5 @@
-"""Training speed of one device, per method and precision: images per second over full steps, on one thread; and the size
-of its network and of a message with its suffix.
+"""Training speed of one device, per method and precision: images per second over full steps, on one thread; and the
+size of its network and of a message with its suffix.
 
     python benchmarks/training_step.py [--width 20] [--batch 32] [--epochs 3] [--toy]
 
@@ -38,9 +38,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=3, help="of 8 steps each")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--toy", action="store_true", help="smallest size, to see that it runs; the figures mean nothing"
-    )
+    parser.add_argument("--toy", action="store_true", help="smallest size; the figures mean nothing")
     chosen = parser.parse_args()
     if chosen.toy:
         chosen.width, chosen.batch, chosen.epochs, chosen.repeats = 4, 4, 2, 1

@@ -281,7 +281,8 @@ def table1_run(*, json_to: str | None, overwrite: bool, console: Console) -> Non
             console.print(f"[bold]{_label(row)}[/]: {row.note}.", highlight=False)
     console.print(
         "theory: the paper's rule (lightcl/analysis/footprint/paper.py). own: this project's count of the same "
-        "training; memory is the peak of a real step, with all maps that batch-norm and ReLU keep and temporaries; masked weights (SparCL) save none of it.",
+        "training; memory is the peak of a real step, with all maps that batch-norm and ReLU keep and temporaries; "
+        "masked weights (SparCL) save none of it.",
         style="dim", highlight=False,
     )  # fmt: skip
 
