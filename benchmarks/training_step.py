@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def scenario_of(method: dict[str, object], precision: str, chosen: argparse.Namespace) -> Scenario:
-    training = {"epochs": chosen.epochs, "batch_size": chosen.batch, "precision": precision, "checkpoint_seconds": 1e8}
+    training = {"epochs": chosen.epochs, "batch_size": chosen.batch, "checkpoint_seconds": 1e8}
     return Scenario.model_validate(
         {
             "network": {"weights": "none", "width": chosen.width},
@@ -68,6 +68,7 @@ def scenario_of(method: dict[str, object], precision: str, chosen: argparse.Name
             "fleet": {"devices": 1},
             "stream": {"tasks": 2, "held_out": 0},
             "training": training,
+            "device": {"precision": precision},
             "data": {"augmentation": "crop-flip"},
         }
     )

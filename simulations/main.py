@@ -1,7 +1,8 @@
 """The `lightcl` program. Exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted.
 
 Commands are loaded when they run: `lightcl --help` imports none of them, and a command's own help imports neither
-PyTorch nor Flower. A new command is one line of COMMANDS and one module with a `typer.Typer` named `app`.
+PyTorch nor Flower. A new command is one line of COMMANDS and one module with a function of that name, or with a
+`typer.Typer` named `app`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
 from lightcl.errors import Failure, RequestError, Stopped, nearest
+from simulations.options import Command, command_app
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    # name: (module that defines `app`, one line of help)
+    # name: (module, one line of help)
     "simulate": ("simulations.commands.simulate", "Simulate a fleet of devices and write a report"),
     "train": ("simulations.commands.train", "Train one device of the fleet, without Flower"),
     "validate": ("simulations.commands.validate", "Check a scenario against its data and weights without running it"),
@@ -66,9 +68,13 @@ class LazyGroup(TyperGroup):
 
 
 def load_command(name: str) -> click.Command:
-    """The command or group of commands that a module of the table defines."""
+    """What a module of the table defines: a `typer.Typer` named `app`, or a function with the name of the command."""
     module = importlib.import_module(COMMANDS[name][0])
-    command = typer.main.get_command(module.app)
+    found = getattr(module, "app", None)
+    if found is None:
+        found = command_app()
+        found.command(cls=Command)(getattr(module, name.replace("-", "_")))
+    command = typer.main.get_command(found)
     command.name = name
     return command
 

@@ -23,6 +23,7 @@ ARGUMENTS = {
     "scenario": "A YAML file, or the name of a bundled scenario (`lightcl scenarios list`); all keys: "
     "docs/scenario-keys.md",
     "run": "A run folder, as given to --out of simulate or train",
+    "runs": "Run folders, or sweep folders (all their runs)",
     "name": "Name of a bundled scenario",
     "file": "The YAML file to write",
 }
