@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-# Nothing here is to report home.
+# No telemetry.
 export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
 export RAY_USAGE_STATS_ENABLED = 0
@@ -23,8 +23,8 @@ $(READY): pyproject.toml
 demo: $(READY) ## Simulate ten devices that learn five tasks each, and write a report
 	@$(BIN)/lightcl simulate quickstart --out runs/quickstart --overwrite
 
-test: $(READY) ## Run the test suite (without the slow tests)
-	@$(BIN)/python -m pytest
+test: $(READY) ## Run the test suite in two processes (without the slow tests)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-slow: $(READY) ## Run the slow tests: real SuperLink and SuperNode processes, `flwr run`
 	@$(BIN)/python -m pytest -m slow
@@ -46,4 +46,4 @@ docs: $(READY) ## Build the documentation site in site/
 	@echo "open site/index.html"
 
 clean: ## Remove the environment and caches; runs stay
-	@rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf $(VENV) site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean, stdev
@@ -73,16 +76,38 @@ VARIANTS: dict[str, tuple[str, str, float, bool]] = {
 }
 FEATURES = {"last map": (1, False), "last layer": (4, False), "last layer, grid": (4, True), "all, grid": (64, True)}
 SHRINKAGE = 0.01
+TOY = """\
+name: toy
+network: {weights: none, width: 4}
+stream: {tasks: 2}
+fleet: {devices: 1}
+training: {epochs: 1, batch_size: 64}
+method: {name: lightcl-plus}
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    runs = [compare(path) for path in parser.parse_args().runs]
+    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN")
+    parser.add_argument("--toy", action="store_true", help="on one tiny run of its own; the figures mean nothing")
+    chosen = parser.parse_args()
+    if not chosen.runs and not chosen.toy:
+        parser.error("name the RUN folders, or --toy")
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [compare(path) for path in ([toy_run(Path(folder))] if chosen.toy else chosen.runs)]
     print("| head | TIL | CIL | kept by a device |\n|---|---|---|---|")
     for name, (_, size) in runs[0].items():
         cells = [spread([fmean(figures[i] for figures in run[name][0]) for run in runs]) for i in (0, 1)]
         print(f"| {name} | {' | '.join(cells)} | {f'{size / 1e6:.2f} MB' if size else '–'} |")
+
+
+def toy_run(folder: Path) -> Path:
+    """A run of two tasks on one device, in seconds."""
+    scenario, run = folder / "toy.yaml", folder / "run"
+    scenario.write_text(TOY)
+    lightcl = [sys.executable, "-m", "simulations.main", "train"]
+    subprocess.run([*lightcl, scenario, "--out", run], check=True, stdout=subprocess.DEVNULL)
+    return run
 
 
 def spread(values: list[float]) -> str:

@@ -30,12 +30,13 @@ VARIANTS = {
     "LightCL-plus": ["method.name=lightcl-plus"],
     "LightCL-plus, one head for the fleet": ["method.name=lightcl-plus", "method.share_statistics=true"],
 }
+TOY = ["network.weights=none", "network.width=4", "stream.tasks=2", "data.image_size=8"]
 FIGURES = (("til", "average_accuracy"), ("til", "forgetting"), ("cil", "average_accuracy"), ("cil", "forgetting"))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scenario", type=Path)
+    parser.add_argument("scenario", type=Path, nargs="?")
     parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--epochs", type=int, nargs="+", default=[5, 30])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -43,7 +44,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.add_argument("--devices", type=int, nargs="+", default=[], help="only these, without Flower")
     parser.add_argument("--only-table", action="store_true")
+    parser.add_argument("--toy", action="store_true", help="a tiny scenario of its own; the figures mean nothing")
     chosen = parser.parse_args()
+    if chosen.toy:
+        chosen.scenario, chosen.epochs, chosen.seeds, chosen.devices = Path("quickstart"), [1], [0], [0]
+        chosen.variants, chosen.changes = ["LightCL", "SGD, whole network"], TOY
+    if chosen.scenario is None:
+        parser.error("name a SCENARIO, or --toy")
 
     for epochs in chosen.epochs:
         cells = [(name, seed) for seed in chosen.seeds for name in chosen.variants]
@@ -70,8 +77,7 @@ def commands(chosen: argparse.Namespace, name: str, epochs: int, seed: int) -> l
         if (out / "results.json").exists():
             continue
         kind = ["simulate"] if device < 0 else ["train", "--device", str(device)]
-        lightcl = str(Path(sys.executable).with_name("lightcl"))
-        command = [lightcl, *kind, str(chosen.scenario), "--out", str(out), *settings]
+        command = [sys.executable, "-m", "simulations.main", *kind, str(chosen.scenario), "--out", str(out), *settings]
         found.append(command + (["--resume"] if (out / "run.json").exists() else []))
     return found
 

@@ -1,7 +1,7 @@
 """Every method beside plain SGD on a small stream of real images: the digits, five tasks of two.
 
-    python -m benchmarks.digits_methods --seeds 3                 # width 8 from random weights, 8 epochs at 0.03
-    python -m benchmarks.digits_methods --seeds 3 --pretrained    # the built-in weights (width 20), 5 epochs at 0.01
+    python benchmarks/digits_methods.py --seeds 3                 # width 8 from random weights, 8 epochs at 0.03
+    python benchmarks/digits_methods.py --seeds 3 --pretrained    # the built-in weights (width 20), 5 epochs at 0.01
 
 One of three devices (about 85 training images a task), batch 16, one thread. A sanity check of the methods in minutes,
 not a benchmark of them: the paper's comparison is another matter. Learning rates are not tuned method by method.
@@ -29,14 +29,21 @@ METHODS = [
 ]  # fmt: skip
 
 
-def learn(method: dict[str, object], seed: int, pretrained: bool) -> list[float]:
+TOY = {"network": {"weights": "none", "width": 4}, "stream": {"tasks": 2}}
+"""Sections for `--toy`."""
+
+
+def learn(method: dict[str, object], seed: int, pretrained: bool, toy: bool = False) -> list[float]:
     """TIL accuracy and forgetting, CIL accuracy and forgetting (NaN where it is not tested), in percent."""
     network = {"weights": "builtin"} if pretrained else {"weights": "none", "width": 8}
     training = {"epochs": 5, "learning_rate": 0.01} if pretrained else {"epochs": 8, "learning_rate": 0.03}
-    scenario = Scenario.model_validate({
+    values = {
         "seed": seed, "fleet": {"devices": 3, "test_data": "whole"}, "network": network, "method": method,
         "training": {"batch_size": 16, **training}, "device": {"accelerator": "cpu"},
-    })  # fmt: skip
+    }  # fmt: skip
+    if toy:
+        values |= TOY | {"training": {"batch_size": 16, "epochs": 1}}
+    scenario = Scenario.model_validate(values)
     figures = [float("nan")] * 4
     with tempfile.TemporaryDirectory() as folder:
         device = EdgeDevice(scenario, 0, Path(folder))
@@ -54,11 +61,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pretrained", action="store_true")
+    parser.add_argument("--toy", action="store_true", help="smallest size; the figures mean nothing")
     options = parser.parse_args()
+    if options.toy:
+        options.seeds = 1
     print("| method | TIL | TIL forgetting | CIL | CIL forgetting |\n|---|---|---|---|---|", flush=True)
     for method in METHODS:
         try:
-            runs = np.array([learn(method, seed, options.pretrained) for seed in range(options.seeds)])
+            runs = np.array([learn(method, seed, options.pretrained, options.toy) for seed in range(options.seeds)])
         except TrainingFailure as failure:
             print(f"| {json.dumps(method)} | {failure} | | | |", flush=True)
             continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -105,7 +105,7 @@ Act = Callable[[Instruction, Scenario, Local, Message], RecordDict]
 
 def _answer(message: Message, context: Context, state: Path | None, act: Act) -> Message:
     try:
-        local = _local(context, state)
+        local = local_settings(context.node_config, state)
         instruction = Instruction.from_record(message.content.config_records.get(INSTRUCTION))
         content = act(instruction, local.apply(scenario_from_json(instruction.scenario)), local, message)
     except Refusable as error:
@@ -191,15 +191,14 @@ def _refusal(error: Exception, device: EdgeDevice | None = None) -> RecordDict:
     return _reply(Refusal(*position, reason=f"{type(error).__name__}: {error}").to_record())
 
 
-def _local(context: Context, state: Path | None) -> Local:
-    """The node's configuration. Raises RequestError naming the key."""
-    node = context.node_config
+def local_settings(node: Mapping[str, object], state: Path | None) -> Local:
+    """The node's configuration; `state` is its default state folder. Raises RequestError naming the key."""
 
     def number(key: str, default: int) -> int:
         value = node.get(key, default)
         if isinstance(value, bool) or not str(value).isdecimal():
             raise RequestError(f"--node-config {key} is {value!r}, expected a whole number")
-        return int(value)
+        return int(str(value))
 
     own_data = node.get("own-data", False)
     if not isinstance(own_data, bool):

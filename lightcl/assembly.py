@@ -37,7 +37,7 @@ def build_network(scenario: Scenario, *, in_channels: int, classes: int) -> Stag
     if section.freeze == "auto":
         raise RequestError(
             "network.freeze is 'auto', but a network needs a block: the server chooses it before a run starts; without "
-            "one, run `lightcl analyse` and write the point it names into the scenario"
+            "one, run `lightcl analyze` and write the point it names into the scenario"
         )
     stored = _stored_weights(section)
     width, stem = _shape_of(section, stored)

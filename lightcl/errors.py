@@ -1,13 +1,43 @@
-"""The one error a wrong request raises: the command line prints it on one screen and exits with 2."""
+"""The errors that the command line turns into one screen of text: RequestError exits with 2, Failure with 1."""
 
 import difflib
+import importlib
 import json
 from collections.abc import Iterable
 from itertools import islice
+from types import ModuleType
 
 
 class RequestError(Exception):
-    """What was asked for cannot be done. The text names what was given, what is allowed and what to do."""
+    """The request is wrong. The text names what was given, what is allowed and what to do."""
+
+
+class MissingLibrary(RequestError):
+    """An optional library is not installed. The text names the extra to install."""
+
+
+class Failure(Exception):
+    """The work stopped before its end, through no fault of the request. The text says why. Base of all such errors."""
+
+
+class Stopped(Exception):
+    """The user ended the work early; it can be resumed. Base of all such errors."""
+
+
+def required(module: str, extra: str, purpose: str) -> ModuleType:
+    """Imports an optional library at the point of use, e.g. `required("pyarrow.parquet", "data", "to read parquet")`.
+
+    Raises MissingLibrary where it is not installed. An import error inside the library is raised as it is.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        library = module.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != library:
+            raise
+        raise MissingLibrary(
+            f"{library} is needed {purpose} and is not installed; run: pip install 'lightcl-fleet[{extra}]'"
+        ) from error
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -130,7 +130,7 @@ def open_remote_run(folder: RunFolder, scenario: Scenario, command: str, *, resu
         missing = f"data.path {path} is not there" if path else "data.path is not set"
         raise RequestError(
             f"network.freeze is 'auto', but the server has no images to choose a freeze point from ({missing}); run "
-            "`lightcl analyse` where images are, and write the block that it names into network.freeze"
+            "`lightcl analyze` where images are, and write the block that it names into network.freeze"
         )
     if resume and folder.exists:
         _check_same(folder, scenario, {"kind": "fleet"})

@@ -12,6 +12,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from lightcl.errors import Stopped
 from lightcl.exchange.messages import ARRAYS, INSTRUCTION, REPLY, Greeting, Instruction, ProtocolError
 from lightcl.exchange.tensors import Arrays
 
@@ -24,7 +25,7 @@ DEAD_WORKER = re.compile(r"<class 'ray\.exceptions\.(ActorDiedError|ActorUnavail
 device's failure and stand further on in the text."""
 
 
-class RunStopped(Exception):
+class RunStopped(Stopped):
     """The user asked the run to stop; it can be resumed."""
 
 

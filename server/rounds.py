@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from lightcl.assembly import build_network
+from lightcl.errors import Failure
 from lightcl.exchange.messages import ARRAYS, INSTRUCTION, Greeting, Instruction, ProtocolError, Refusal
 from lightcl.exchange.tensors import STATISTICS, ExchangeError, size_in_bytes, split
 from lightcl.networks.pruning import channel_digest
@@ -31,7 +32,7 @@ from server.replies import AnswerCheck
 logger = logging.getLogger("flwr")
 
 
-class RunFailure(Exception):
+class RunFailure(Failure):
     """The run cannot go on; the text says why."""
 
 

@@ -1,22 +1,108 @@
-"""What several commands ask of the options they are given, and how they word numbers."""
+"""Arguments and options that several commands share, and how commands word numbers. Imports nothing heavy."""
 
 from __future__ import annotations
 
+import importlib
+import shlex
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
 
 from lightcl.errors import RequestError, nearest
-from lightcl.scenario import Scenario, method_names
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lightcl.scenario import Scenario
+
+ARGUMENTS = {
+    "scenario": "A YAML file, or the name of a bundled scenario (`lightcl scenarios list`); all keys: "
+    "docs/reference/scenario-keys.md",
+    "run": "A run folder, as given to --out of simulate or train",
+    "runs": "Run folders, or sweep folders (all their runs)",
+    "name": "Name of a bundled scenario",
+    "file": "The YAML file to write",
+}
+
+
+class Command(TyperCommand):
+    """Sets the help of arguments by their name: that of `typer.Argument` is lost between Typer 0.20 and Click 8.5."""
+
+    def __init__(self, *args: Any, params: list[Any] | None = None, **options: Any) -> None:
+        for parameter in params or []:
+            if parameter.name in ARGUMENTS and parameter.param_type_name == "argument":
+                parameter.help = ARGUMENTS[parameter.name]
+        super().__init__(*args, params=params, **options)
+
+
+ScenarioFile = Annotated[Path, typer.Argument(metavar="SCENARIO")]
+OptionalScenarioFile = Annotated[Path | None, typer.Argument(metavar="SCENARIO")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key, e.g. training.epochs=5; repeatable"),
+]
+Plugins = Annotated[
+    list[Path] | None,
+    typer.Option("--plugin", metavar="FILE", help="Load methods, networks or data sources from a .py file; repeatable"),
+]
+OutFolder = Annotated[Path | None, typer.Option("--out", help="Run folder; default: runs/<scenario's name>-<seed>")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out")]
+JsonTo = Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Write JSON; - prints it")]
+
+
+def command_app() -> typer.Typer:
+    """An app for one command or a group of commands, with the settings of the whole program."""
+    return typer.Typer(
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Where a command prints: text as it is, without emoji."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, emoji=False)
+
+
+def command_line() -> str:
+    """The command as typed, for the records of a run."""
+    return shlex.join(["lightcl", *sys.argv[1:]])
+
+
+def read_scenario(file: Path, changes: Sequence[str] | None, plugins: Sequence[Path] | None) -> Scenario:
+    """Loads the plugins, then the scenario with its changes. Raises RequestError."""
+    from lightcl.scenario import load_scenario
+
+    use_plugins(plugins or [])
+    return load_scenario(file, changes or [])
+
+
+def use_plugins(files: Sequence[Path]) -> None:
+    """Loads plugin files here and in the processes that this one starts (lightcl/plugins.py). Raises RequestError."""
+    if files:
+        importlib.import_module("lightcl.plugins").load_plugins(files)
 
 
 def check_device(number: int, scenario: Scenario) -> None:
-    """Raises RequestError for a device that the fleet does not have."""
+    """Raises RequestError for a device number outside the fleet."""
     count = scenario.fleet.devices
     if number >= count:
         raise RequestError(f"--device {number}: the fleet has {amount(count, 'device')} (allowed: 0 to {count - 1})")
 
 
 def methods_named(text: str) -> list[str]:
-    """`sgd,lightcl` -> the methods, each once. Raises RequestError for one that there is not."""
+    """`sgd,lightcl` -> the methods, each once. Raises RequestError for an unknown one."""
+    from lightcl.scenario import method_names
+
     known = method_names()
     names = [name.strip() for name in text.split(",")]
     for name in names:
@@ -28,7 +114,7 @@ def methods_named(text: str) -> list[str]:
 
 
 def amount(number: int, one: str, more: str = "") -> str:
-    """`1 task`, `2 tasks`; `more` is the plural where it is not made with an s."""
+    """`1 task`, `2 tasks`; `more` is the plural where it is not formed with an s."""
     return f"{number} {one if number == 1 else more or one + 's'}"
 
 

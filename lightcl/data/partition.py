@@ -15,7 +15,7 @@ import numpy as np
 
 from lightcl.data.section import Fleet
 from lightcl.data.sources import Source, cache_folder
-from lightcl.errors import RequestError
+from lightcl.errors import RequestError, required
 from lightcl.seeds import derive, numpy_generator
 
 
@@ -66,9 +66,6 @@ def _tests_of(train_labels: np.ndarray, test_labels: np.ndarray) -> np.ndarray:
 
 
 def _split_train(labels: np.ndarray, fleet: Fleet, seed: int) -> list[np.ndarray]:
-    from datasets import Dataset
-    from flwr_datasets import partitioner as partitioners
-
     if fleet.devices > len(labels):
         raise RequestError(f"fleet.devices: {fleet.devices} devices cannot share {len(labels)} training images")
     derived = derive(seed, "partition") % 2**31
@@ -76,10 +73,11 @@ def _split_train(labels: np.ndarray, fleet: Fleet, seed: int) -> list[np.ndarray
     order = numpy_generator(seed, "partition", "order").permutation(len(labels))
     if fleet.devices == 1 and fleet.partition != "pathological":  # which may leave classes to nobody
         return [np.sort(order)]
-    chosen: partitioners.Partitioner
-    if fleet.partition == "iid":
-        chosen = partitioners.IidPartitioner(num_partitions=fleet.devices)
-    elif fleet.partition == "dirichlet":
+    if fleet.partition == "iid":  # what IidPartitioner does, without the library: a board may lack it
+        return [np.sort(part) for part in np.array_split(order, fleet.devices)]
+    purpose = f"for fleet.partition {fleet.partition!r}"
+    partitioners = required("flwr_datasets.partitioner", "data", purpose)
+    if fleet.partition == "dirichlet":
         chosen = partitioners.DirichletPartitioner(
             num_partitions=fleet.devices, partition_by="label", alpha=fleet.alpha, min_partition_size=1, seed=derived
         )
@@ -91,7 +89,7 @@ def _split_train(labels: np.ndarray, fleet: Fleet, seed: int) -> list[np.ndarray
             class_assignment_mode="deterministic",
             seed=derived,
         )
-    chosen.dataset = Dataset.from_dict({"label": labels[order], "index": order})
+    chosen.dataset = required("datasets", "data", purpose).Dataset.from_dict({"label": labels[order], "index": order})
     try:
         shares = [np.sort(np.asarray(chosen.load_partition(i)["index"])) for i in range(fleet.devices)]
     except ValueError as error:

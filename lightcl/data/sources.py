@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from lightcl.errors import RequestError
+from lightcl.errors import RequestError, required
 from lightcl.storage.files import sync
 
 SourceName = Literal["digits", "cifar10", "cifar100", "fashion-mnist", "parquet", "image-folder"]
@@ -198,9 +198,7 @@ def split_off_test(images: ImageSet, fraction: float, seed: int) -> Source:
 
 def _digits(request: SourceRequest) -> Source:
     """scikit-learn's bundled 8x8 handwritten digits (UCI; 1,797 images), values 0..16 scaled to 0..255."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
+    bunch = required("sklearn.datasets", "data", "for data.source 'digits'").load_digits()
     scaled = np.round(bunch.images * (255 / 16)).astype(np.uint8)
     size = request.image_size or 8
     pictures = np.stack([np.asarray(_resized(Image.fromarray(image), size)) for image in scaled])
@@ -210,7 +208,7 @@ def _digits(request: SourceRequest) -> Source:
 
 def _torchvision(request: SourceRequest) -> Source:
     """CIFAR-10, CIFAR-100 and Fashion-MNIST: torchvision's download, or a folder it was downloaded to before."""
-    from torchvision import datasets
+    datasets = required("torchvision.datasets", "data", f"for data.source {request.name!r}")
 
     kinds = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion-mnist": datasets.FashionMNIST}
     root = request.path or cache_folder() / "downloads"
@@ -250,8 +248,8 @@ def _parquet(request: SourceRequest) -> Source:
 
 
 def _read_parquet(files: Sequence[Path], request: SourceRequest) -> ImageSet:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    pa = required("pyarrow", "data", "for data.source 'parquet'")
+    pq = required("pyarrow.parquet", "data", "for data.source 'parquet'")
 
     pictures: list[Image.Image] = []
     places: list[str] = []
@@ -304,14 +302,28 @@ def _image_folder(request: SourceRequest) -> Source:
 
 
 def _read_folder(path: Path, request: SourceRequest) -> ImageSet:
-    from torchvision.datasets import ImageFolder
+    """One folder per class, classes and files in alphabetical order; images may lie in folders below their class."""
+    if not path.is_dir():
+        raise RequestError(f"data.path: {path} is no image folder: expected a folder with one folder per class")
+    classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+    if not classes:
+        raise RequestError(f"data.path: {path} is no image folder: expected one folder per class, found none")
+    files, labels = [], []
+    for name in classes:
+        found = list(_images_below(path / name))
+        if not found:
+            raise RequestError(f"data.path: {path} is no image folder: class {name!r} has no images")
+        files += found
+        labels += [name] * len(found)
+    return _image_set([_decode(file, file, request.image_size) for file in files], files, labels)
 
-    try:
-        listing = ImageFolder(str(path), is_valid_file=_is_image)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise RequestError(f"data.path: {path} is no image folder: {error}") from error
-    pictures = [_decode(file, file, request.image_size) for file, _ in listing.samples]
-    return _image_set(pictures, [f for f, _ in listing.samples], [listing.classes[i] for _, i in listing.samples])
+
+def _images_below(folder: Path) -> Iterator[str]:
+    """Paths of the images in a folder and the folders below it, folder by folder in alphabetical order."""
+    for parent, _, names in sorted(os.walk(folder, followlinks=True)):
+        for name in sorted(names):
+            if _is_image(name):
+                yield os.path.join(parent, name)  # noqa: PTH118, a string is what the decoder names in errors
 
 
 def _is_image(file: str) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightcl.data.streams.class_incremental import training_batches
 from lightcl.data.tasks import Task, TaskContext
+from lightcl.errors import Failure
 from lightcl.methods import Method
 from lightcl.scenario import Scenario
 from lightcl.seeds import derive
@@ -18,7 +19,7 @@ EVALUATION_BATCH = 128
 """At most; never more than the training batch, or testing would need more memory than training."""
 
 
-class TrainingFailure(Exception):
+class TrainingFailure(Failure):
     """Training cannot go on; the text says where it stopped and what to try."""
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightcl.errors import RequestError, nearest
+from lightcl.errors import RequestError, nearest, required
 from lightcl.networks.resnet import Stage, StagedResNet
 
 DISTRIBUTION = "lightcl-fleet"
@@ -71,10 +71,9 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 def read_torchvision() -> dict[str, Tensor]:
     """torchvision's ImageNet weights of ResNet-18 (downloaded on first use): width 64 and the ImageNet stem."""
-    from torchvision.models import ResNet18_Weights
-
+    models = required("torchvision.models", "data", "for network.weights 'imagenet'")
     try:
-        stored = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
+        stored = models.ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
     except OSError as error:
         raise RequestError(
             f"network.weights 'imagenet': the download failed ({error}); save them as safetensors and name that file"

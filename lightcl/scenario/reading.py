@@ -22,8 +22,25 @@ def bundled_scenarios() -> dict[str, Path]:
 
 
 def find_scenario(wanted: Path) -> Path:
-    """A scenario file, or the bundled scenario of that name where there is no such file."""
-    return wanted if wanted.exists() else bundled_scenarios().get(str(wanted), wanted)
+    """A scenario file, or the bundled scenario of that name where there is no such file.
+
+    Raises RequestError for a name without suffix and folder that is neither.
+    """
+    name = str(wanted)
+    if wanted.exists() and not (wanted.is_dir() and name in bundled_scenarios()):
+        return wanted
+    bundled = bundled_scenarios().get(name)
+    if bundled is None and wanted.name == name and not wanted.suffix:
+        raise unknown_scenario(name)
+    return bundled or wanted
+
+
+def unknown_scenario(name: str) -> RequestError:
+    """The error for a name that is no bundled scenario."""
+    known = bundled_scenarios()
+    return RequestError(
+        f"{name}: no such file and no such bundled scenario{nearest(name, known)} (bundled: {', '.join(known)})"
+    )
 
 
 def load_scenario(file: Path, changes: Sequence[str] = ()) -> Scenario:

@@ -15,13 +15,14 @@ import safetensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lightcl.errors import Failure
 from lightcl.storage.files import sync, write_atomically
 
 MANIFEST = "state.json"
 Value = TypeVar("Value")
 
 
-class StateError(Exception):
+class StateError(Failure):
     """A state folder that cannot be read; the text names the file."""
 
 

@@ -40,7 +40,7 @@ from lightcl.scenario.digest import scenario_digest
 from lightcl.storage.files import LOCK, names_in, writable, write_atomically
 from server.aggregation import Aggregator
 from server.rounds import RunFailure
-from simulations.commands.footprint import as_method, footprint_of, resets
+from simulations.footprints import as_method, footprint_of, resets
 from simulations.options import amount, check_device, methods_named, number_ranges
 
 FIGURES = (("cil", "average_accuracy"), ("til", "average_accuracy"), ("cil", "forgetting"), ("til", "forgetting"))
@@ -115,7 +115,7 @@ def _check_variant(plan: Plan, method: str) -> None:
     if variant.network.freeze == "auto":
         raise RequestError(
             "network.freeze is 'auto', which would be chosen anew for every seed: write the block that "
-            "`lightcl analyse` names into network.freeze"
+            "`lightcl analyze` names into network.freeze"
         )
     if plan.device is not None and variant.method.sums_statistics:
         raise RequestError("method.share_statistics needs a fleet: leave out --device, or set it to false")

@@ -1,4 +1,4 @@
-"""`lightcl analyse` and `network.freeze: auto` from the command line to the files."""
+"""`lightcl analyze` and `network.freeze: auto` from the command line to the files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_an_analysis_from_the_command_line_to_the_picture(
     scenario: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert lightcl(monkeypatch, "analyse", scenario, "--device", 1, "--out", "found", "--threshold", 0.3) == 0
+    assert lightcl(monkeypatch, "analyze", scenario, "--device", 1, "--out", "found", "--threshold", 0.3) == 0
     printed = capfd.readouterr().out
     found = json.loads(Path("found/generalizability.json").read_text())
     assert f"freeze point at threshold 0.3: {found['freeze']}" in printed
@@ -53,10 +53,10 @@ def test_an_analysis_from_the_command_line_to_the_picture(
     assert Path("found/generalizability.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(f.name for f in Path("found").iterdir()) == ["generalizability.json", "generalizability.png"]
 
-    assert lightcl(monkeypatch, "analyse", scenario, "--out", "found") == 2
+    assert lightcl(monkeypatch, "analyze", scenario, "--out", "found") == 2
     assert "replace it with --overwrite" in capfd.readouterr().err
     assert json.loads(Path("found/generalizability.json").read_text()) == found
-    assert lightcl(monkeypatch, "analyse", scenario, "--device", 1, "--out", "found", "--overwrite") == 0
+    assert lightcl(monkeypatch, "analyze", scenario, "--device", 1, "--out", "found", "--overwrite") == 0
     again = json.loads(Path("found/generalizability.json").read_text())
     assert (again["threshold"], again["blocks"]) == (0.5, found["blocks"])
 
@@ -76,7 +76,7 @@ def test_an_analysis_from_the_command_line_to_the_picture(
 def test_a_wrong_request_ends_with_2_and_writes_nothing(
     scenario: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], words: list[str], said: str
 ) -> None:
-    assert lightcl(monkeypatch, "analyse", scenario, *words, "--out", "found") == 2
+    assert lightcl(monkeypatch, "analyze", scenario, *words, "--out", "found") == 2
     assert said in capfd.readouterr().err
     assert not Path("found").exists()
 
@@ -87,11 +87,11 @@ def test_other_files_are_left_alone(
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("keep")
     for option in ([], ["--overwrite"]):
-        assert lightcl(monkeypatch, "analyse", scenario, "--out", "mine", *option) == 2
+        assert lightcl(monkeypatch, "analyze", scenario, "--out", "mine", *option) == 2
         assert "holds other files (notes.txt)" in capfd.readouterr().err
     assert [f.name for f in Path("mine").iterdir()] == ["notes.txt"]
-    assert lightcl(monkeypatch, "analyse", scenario, "--out", "tiny.yaml") == 2
-    assert lightcl(monkeypatch, "analyse", scenario, "--out", "tiny.yaml/found") == 2
+    assert lightcl(monkeypatch, "analyze", scenario, "--out", "tiny.yaml") == 2
+    assert lightcl(monkeypatch, "analyze", scenario, "--out", "tiny.yaml/found") == 2
     assert "cannot be written to" in capfd.readouterr().err
 
 
@@ -156,7 +156,7 @@ def test_a_point_that_the_method_cannot_do_with_is_refused_before_anything_is_wr
 
 def test_a_server_without_images_refuses_auto(scenario: Path, tmp_path: Path) -> None:
     asked = load_scenario(scenario, ["network.freeze=auto", "data={source: parquet, path: /on/the/boards}"])
-    with pytest.raises(RequestError, match="run `lightcl analyse` where images are"):
+    with pytest.raises(RequestError, match="run `lightcl analyze` where images are"):
         open_remote_run(RunFolder(tmp_path / "run"), asked, "flwr run", resume=False)
     assert not (tmp_path / "run").exists()
 

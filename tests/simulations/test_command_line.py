@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import ServerApp
 
-from lightcl.scenario import Runtime, scenario_keys
+from lightcl.scenario import Scenario, scenario_keys
 from simulations import main as command_line
 from tests.inprocess import InProcessGrid
 
@@ -91,7 +92,7 @@ def test_a_path_that_looks_like_markup_is_printed_as_it_is(
 ) -> None:
     file = scenario.rename(scenario.with_name("[bold]tiny :key: .yaml"))
     assert lightcl(monkeypatch, "validate", file.name) == 0
-    assert capsys.readouterr().out.startswith(f"{file.name}: can be run.")
+    assert capsys.readouterr().out.startswith(f"{file.name}: valid.")
     assert lightcl(monkeypatch, "plan", file.name, "--budget-mb", "64", "--out", "[bold]plan.yaml") == 0
     assert "scenario: [bold]plan.yaml" in capsys.readouterr().out
 
@@ -156,7 +157,7 @@ def test_a_row_that_a_kill_cut_off_is_written_again(scenario: Path, monkeypatch:
     assert len(Path("run/devices.jsonl").read_text().splitlines()) == 2
 
 
-def test_resume_gives_devices_that_were_put_out_another_chance(
+def test_resume_gives_dropped_devices_another_chance(
     scenario: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     broken = {1}
@@ -165,13 +166,13 @@ def test_resume_gives_devices_that_were_put_out_another_chance(
         training = message.metadata.message_type == "train"
         return None if training and message.content["instruction"]["device"] in broken else reply
 
-    def in_process(server: ServerApp, state: Path, devices: int, runtime: Runtime) -> None:
-        server(InProcessGrid(state, devices, lose), Context(1, 0, {}, RecordDict(), {}))
+    def in_process(server: ServerApp, state: Path, scenario: Scenario) -> None:
+        server(InProcessGrid(state, scenario.fleet.devices, lose), Context(1, 0, {}, RecordDict(), {}))
 
     monkeypatch.setattr("simulations.runtime.simulate", in_process)
     words = ("simulate", scenario, "--out", "run", "--set", "server={max_failures: 1, round_timeout: 0.2}")
     assert lightcl(monkeypatch, *words) == 0
-    assert "put out of the run: 1 device" in capfd.readouterr().out
+    assert "dropped from the run: 1 device" in capfd.readouterr().out
     broken.clear()
     assert lightcl(monkeypatch, *words, "--resume") == 0
     assert "complete already" not in capfd.readouterr().out
@@ -192,7 +193,7 @@ def test_a_damaged_run_folder_is_named_and_left_as_it_is(
         ({"rounds.jsonl": ""}, "rows are missing"),
         ({"rounds.jsonl": "garbage\n\n"}, "rounds.jsonl, line 1"),
         ({"devices.jsonl": "{}\n"}, "devices.jsonl, line 1"),
-        (dict.fromkeys(whole, ""), "tells of 0 tasks, but the device has learned 2"),
+        (dict.fromkeys(whole, ""), "has rows of 0 tasks, but the device has learned 2"),
     ]
     for damage, said in damages:
         for name, text in (whole | damage).items():
@@ -276,12 +277,58 @@ def test_the_bundled_scenarios_are_valid_files() -> None:
         assert load_scenario(file).name == file.stem
 
 
-@pytest.mark.parametrize("command", ["simulate", "train", "analyse", "validate", "footprint", "plan", "bench table1"])
+@pytest.mark.parametrize("command", ["simulate", "train", "analyze", "validate", "footprint", "plan", "bench table1"])
 def test_help_says_what_a_scenario_is(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], command: str
 ) -> None:
     assert lightcl(monkeypatch, *command.split(), "--help") == 0
-    assert "A YAML file, e.g." in capfd.readouterr().out
+    assert "A YAML file, or the name" in capfd.readouterr().out
+
+
+def test_help_and_version_import_nothing_heavy(tmp_path: Path) -> None:
+    """In a fresh process, for the program and each command: PyTorch alone takes seconds on a board."""
+    script = (
+        "import sys\n"
+        "from simulations.main import main\n"
+        "try:\n    main()\n"
+        "except SystemExit as ended:\n    assert not ended.code, ended.code\n"
+        "heavy = {'torch', 'flwr', 'ray', 'matplotlib', 'pydantic', 'numpy', 'pandas', 'lightcl.scenario'}\n"
+        "print('imported:', sorted(heavy & set(sys.modules)))\n"
+    )
+    for words in (["--help"], ["--version"], *([name, "--help"] for name in command_line.COMMANDS)):
+        done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == "imported: []", words
+
+
+def test_each_command_of_the_table_has_the_help_that_the_table_says() -> None:
+    for name in command_line.COMMANDS:
+        command = command_line.load_command(name)
+        assert command.name == name
+        assert command.help
+
+
+def test_an_unknown_command_names_the_nearest(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert lightcl(monkeypatch, "analyse") == 2
+    assert "'analyze'" in capfd.readouterr().err
+
+
+def test_a_missing_library_names_the_extra(
+    scenario: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # an import then fails as if the library were not installed
+    assert lightcl(monkeypatch, "simulate", scenario, "--out", "run") == 2
+    assert "ray is needed to simulate a fleet" in (said := capfd.readouterr().err)
+    assert "pip install 'lightcl-fleet[simulation]'" in said
+    assert not Path("run").exists()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert lightcl(monkeypatch, "train", scenario, "--out", "run") == 0, "a run without its report is complete"
+    assert "report: not written, matplotlib is needed" in capfd.readouterr().out
+    assert Path("run/results.json").exists()
+    assert lightcl(monkeypatch, "report", "run") == 2
+    assert "lightcl-fleet[simulation]" in capfd.readouterr().err
 
 
 def test_version_and_the_help_of_a_run_folder(

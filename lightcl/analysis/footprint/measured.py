@@ -34,6 +34,7 @@ from lightcl.data.partition import Share
 from lightcl.data.sources import ImageSet, Source
 from lightcl.device.device import EdgeDevice
 from lightcl.device.hardware import choose_accelerator, reset_peak, resident, set_up_torch
+from lightcl.errors import Failure
 from lightcl.scenario import Scenario, scenario_from_json
 
 STEPS = 3
@@ -41,7 +42,7 @@ STEPS = 3
 Way = Literal["tensors", "process"]
 
 
-class MeasurementFailure(Exception):
+class MeasurementFailure(Failure):
     """The process that was to be measured failed; the text says how."""
 
 

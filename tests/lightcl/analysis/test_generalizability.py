@@ -158,7 +158,7 @@ def test_a_device_that_has_begun_skips_nothing(tmp_path: Path) -> None:
 
 
 def test_no_network_is_built_with_auto() -> None:
-    with pytest.raises(RequestError, match="lightcl analyse"):
+    with pytest.raises(RequestError, match="lightcl analyze"):
         build_network(toys.scenario(network={"freeze": "auto"}), in_channels=3, classes=4)
 
 

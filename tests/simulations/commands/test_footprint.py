@@ -8,7 +8,7 @@ import pytest
 from lightcl.analysis.footprint import measured
 from lightcl.analysis.footprint.measured import measure, measure_here
 from lightcl.scenario import load_scenario, method_names
-from simulations.commands.footprint import as_method, resets
+from simulations.footprints import as_method, resets
 from simulations.reports.plots import DARK, LIGHT, footprint_bars, png
 from simulations.reports.plots.methods import PART_COLOURS
 from tests.lightcl import toys
@@ -79,7 +79,7 @@ def test_table1_has_all_cells(monkeypatch, capfd, tmp_path):
         (["footprint", "FILE", "--table1"], "--table1 is the paper's own setting"),
         (["footprint", "FILE", "--methods", "sdg"], "unknown method 'sdg', did you mean 'sgd'?"),
         (["footprint", "FILE", "--methods", "sgd", "--all-methods"], "not both"),
-        (["footprint", "FILE", "--picture", "a.jpg"], "written as .png"),
+        (["footprint", "FILE", "--picture", "a.jpg"], "ends in .png"),
         (["footprint", "FILE", "--device", "9"], "the fleet has 2 devices"),
         (["plan", "FILE", "--budget-mb", "0.01"], "nothing fits; the smallest setting needs"),
         (["plan", "FILE", "--budget-mb", "9", "--set", "method.name=sgd"], "has no freeze point"),

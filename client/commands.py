@@ -1,0 +1,205 @@
+"""`lightcl device ...`: commands for the person who sets up a board. Light at import."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lightcl.errors import Failure, RequestError
+
+if TYPE_CHECKING:
+    from client.app import Local
+    from lightcl.data.sources import Source
+    from lightcl.scenario import Scenario
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """The outcome of one check: what was found, or what is wrong and what to do."""
+
+    name: str
+    passed: bool
+    text: str
+
+
+@app.callback()
+def _device() -> None:
+    """Commands for a board."""
+
+
+@app.command()
+def check(
+    scenario: Annotated[Path, typer.Argument(metavar="SCENARIO")],
+    node_config: Annotated[
+        str,
+        typer.Option(
+            "--node-config", metavar="'KEY=VALUE ...'", help="The text that flower-supernode gets as --node-config"
+        ),
+    ] = "",
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key, e.g. fleet.devices=3; repeatable"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON")] = False,
+) -> None:
+    """Check this board before it joins a fleet: node configuration, state folder, data, accelerator, memory, network.
+
+    SCENARIO is a YAML file, or the name of a bundled scenario. The exit code is 1 if a check fails.
+    """
+    from lightcl.scenario import load_scenario
+
+    checks = run_checks(load_scenario(scenario, changes or []), read_node_config(node_config))
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(one) for one in checks], indent=2) + "\n")
+    else:
+        _print(checks)
+    if not all(one.passed for one in checks):
+        raise typer.Exit(1)
+
+
+def read_node_config(text: str) -> dict[str, Any]:
+    """The pairs of `partition-id=0 name="board 0"`; values are TOML, as for flower-supernode. Raises RequestError."""
+    pairs = re.findall(r"""(\S+?)=('[^']*'|"[^"]*"|\S+)""", text)
+    rest = re.sub(r"""\S+?=('[^']*'|"[^"]*"|\S+)""", "", text).strip()
+    try:
+        values = tomllib.loads("\n".join(f"{key} = {value}" for key, value in pairs))
+    except tomllib.TOMLDecodeError as error:
+        raise RequestError(f"--node-config {text!r}: not KEY=VALUE pairs ({error}); texts need quotes") from error
+    if rest:
+        raise RequestError(f"--node-config: {rest!r} is not KEY=VALUE; separate pairs by spaces, texts need quotes")
+    return values
+
+
+def run_checks(scenario: Scenario, node_config: Mapping[str, Any]) -> list[Check]:
+    """All checks in order. After a node configuration that is invalid, the others are not run."""
+    from client.app import local_settings
+
+    found: list[Check] = []
+
+    def run(name: str, act: Callable[[], tuple[str, Any]]) -> Any:
+        try:
+            text, value = act()
+        except (RequestError, Failure, OSError) as error:
+            found.append(Check(name, False, str(error)))
+            return None
+        found.append(Check(name, True, text))
+        return value
+
+    def configuration() -> tuple[str, tuple[Local, Scenario]]:
+        local = local_settings(node_config, None)
+        return f"{local.name}, device {local.partition} of the fleet", (local, local.apply(scenario))
+
+    settled = run("node configuration", configuration)
+    if settled is None:
+        return found
+    local, own = settled
+    run("state folder", lambda: _check_state_folder(local.state))
+    source = run("data", lambda: _check_data(local, own))
+    run("accelerator", lambda: _check_accelerator(own))
+    if source is not None:
+        run("network", lambda: _check_network(own, source))
+    return found
+
+
+def _check_state_folder(folder: Path) -> tuple[str, None]:
+    """Writes and removes a file; reports the free space of the disk."""
+    import shutil
+    import tempfile
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder):
+        pass
+    return f"{folder} is writable, {shutil.disk_usage(folder).free / 2**30:.1f} GiB free", None
+
+
+def _check_data(local: Local, scenario: Scenario) -> tuple[str, Source]:
+    """Opens the images and cuts this device's stream from them."""
+    import numpy as np
+
+    from lightcl.assembly import build_stream
+    from lightcl.data.partition import Share, share_of
+    from lightcl.data.sources import load_source
+
+    source = load_source(scenario.source_request())
+    if local.own_data:
+        share = Share(np.arange(len(source.train)), np.arange(len(source.test)))
+    else:
+        if local.partition >= scenario.fleet.devices:
+            raise RequestError(
+                f"partition-id is {local.partition}, but fleet.devices is {scenario.fleet.devices} "
+                f"(allowed: 0 to {scenario.fleet.devices - 1})"
+            )
+        share = share_of(source, scenario.fleet, scenario.seed, local.partition)
+    build_stream(scenario, source, share, local.partition)
+    height, width, channels = source.train.images.shape[1:]
+    return (
+        f"{len(share.train)} training images of {height}x{width}x{channels}, {len(source.classes)} classes, "
+        f"{scenario.stream.tasks} tasks"
+    ), source
+
+
+def _check_accelerator(scenario: Scenario) -> tuple[str, None]:
+    """Runs a small product on the accelerator and compares it with the CPU's."""
+    import os
+
+    import torch
+
+    from lightcl.device.hardware import choose_accelerator
+
+    device = choose_accelerator(scenario.device.accelerator)
+    left = torch.arange(64.0).reshape(8, 8)
+    try:
+        product = (left.to(device) @ left.T.to(device)).cpu()
+    except RuntimeError as error:
+        raise RequestError(
+            f"{device}: the accelerator does not compute ({error}); install a PyTorch that fits it, or set "
+            'accelerator="cpu" in the node configuration'
+        ) from error
+    if not torch.equal(product, left @ left.T):  # small integers: exact in fp32
+        raise RequestError(f"{device}: wrong result of a matrix product; set accelerator to cpu")
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        name = torch.cuda.get_device_name(device)
+    else:
+        page = os.sysconf("SC_PAGE_SIZE")
+        free, total = page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")
+        name = f"cpu, {os.cpu_count()} cores"
+    return f"{name}; {free / 2**20:.0f} of {total / 2**20:.0f} MiB memory free; torch {torch.__version__}", None
+
+
+def _check_network(scenario: Scenario, source: Source) -> tuple[str, None]:
+    """Reads the weights and builds the network and the method."""
+    from lightcl.assembly import build_network
+
+    if scenario.network.freeze == "auto":
+        return "not built: the server chooses the freeze point when the run starts", None
+    network = build_network(scenario, in_channels=source.channels, classes=len(source.classes))
+    scenario.method.build(network)
+    frozen = network.prefix.blocks[-1] if network.prefix.blocks else "none"
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return f"{parameters} parameters, frozen up to {frozen}, method {scenario.method.name}", None
+
+
+def _print(checks: list[Check]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(emoji=False)
+    for one in checks:
+        mark = "[green]ok    [/]" if one.passed else "[red]failed[/]"
+        console.print(f"{mark} {one.name}: {escape(one.text)}", highlight=False, soft_wrap=True)

@@ -1,0 +1,69 @@
+"""One device of the fleet in this process, without Flower, into an open run folder.
+
+Its rows are those that the server writes for the device under `server.aggregation: none`, with one round per task.
+"""
+
+from __future__ import annotations
+
+import time
+
+from lightcl.device.device import EdgeDevice
+from lightcl.errors import RequestError
+from lightcl.preparation import Prepared
+from lightcl.records.folder import RunFolder
+from lightcl.records.rows import add_test_, add_training_, device_row, round_row, run_results
+from lightcl.scenario import Scenario
+from simulations.progress import LiveProgress
+
+
+def check_alone(scenario: Scenario) -> None:
+    """Raises RequestError for a scenario whose devices need a server."""
+    if scenario.method.sums_statistics:
+        raise RequestError(
+            "method.share_statistics needs a fleet, whose server adds up the sums: use lightcl simulate, or "
+            "--set method.share_statistics=false"
+        )
+
+
+def train_alone(prepared: Prepared, number: int, folder: RunFolder, listener: LiveProgress) -> None:
+    """Trains and tests device `number` on the tasks that the folder has no row of yet; the folder is open and locked.
+
+    Raises RequestError where the rows do not fit the device's state, TrainingFailure where training cannot continue.
+    """
+    scenario = prepared.scenario
+    first, tasks, epochs = scenario.first_task, scenario.stream.tasks, scenario.training.epochs
+    device = EdgeDevice(
+        scenario, number, folder.path / "devices" / f"device-{number:05d}", source=prepared.source,
+        share=prepared.shares[number],
+    )  # fmt: skip
+    done = _tasks_done(device, folder)
+    folder.forget_after(done)
+    for task in range(first + done, tasks):
+        start, number_of_round = time.monotonic(), task - first + 1
+        listener.round_started(number_of_round, tasks - task, 1)
+        listener.phase_started("train", 1)
+        row = device_row(number_of_round, number, f"device-{number}", task, epochs)
+        trained = device.train(task, epochs, listener.epoch_done)
+        training_seconds = time.monotonic() - start
+        listener.device_done(number, "train")
+        listener.phase_started("evaluate", 1)
+        tested = device.evaluate()
+        listener.device_done(number, "evaluate")
+        add_training_(row, trained)
+        add_test_(row, tested)
+        folder.append("devices.jsonl", [row])
+        summary = round_row([row], int(task == tasks - 1), training_seconds, time.monotonic() - start)
+        folder.append("rounds.jsonl", [summary])
+        listener.round_finished(summary)
+    folder.finish(run_results([device.rows], tasks, devices=1, dropped={}, rounds=folder.rows("rounds.jsonl")))
+
+
+def _tasks_done(device: EdgeDevice, folder: RunFolder) -> int:
+    """Tasks with a row. The device may be one task ahead: it then repeats no work and only reports its result again."""
+    learned, reported = len(device.rows["til"]), len(folder.rows("rounds.jsonl"))
+    if learned > reported + 1:
+        raise RequestError(
+            f"--resume: {folder.path / 'rounds.jsonl'} has rows of {reported} tasks, but the device has learned "
+            f"{learned}; restore its rows, or start again with --overwrite"
+        )
+    return min(learned, reported)

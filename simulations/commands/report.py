@@ -1,0 +1,16 @@
+"""`lightcl report`: the page of a run, from its run folder."""
+
+from __future__ import annotations
+
+from simulations.options import Command, RunPath, command_app, console
+
+app = command_app()
+
+
+@app.command(cls=Command)
+def report(run: RunPath) -> None:
+    """Rebuild the report of a run, finished or not."""
+    from lightcl.records.folder import RunFolder
+    from simulations.commands.shared import build_report
+
+    console().print(f"report: {build_report(RunFolder(run))}", highlight=False, markup=False, soft_wrap=True)

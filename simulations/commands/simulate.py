@@ -1,0 +1,51 @@
+"""`lightcl simulate`: a fleet of devices on this machine."""
+
+from __future__ import annotations
+
+from simulations.options import (
+    Changes,
+    Command,
+    OutFolder,
+    Overwrite,
+    Plugins,
+    Resume,
+    ScenarioFile,
+    command_app,
+    command_line,
+    console,
+    read_scenario,
+)
+
+app = command_app()
+
+
+@app.command(cls=Command)
+def simulate(
+    scenario: ScenarioFile, changes: Changes = None, out_folder: OutFolder = None, resume: Resume = False,
+    overwrite: Overwrite = False, plugins: Plugins = None,
+) -> None:  # fmt: skip
+    """Simulate a fleet of devices in Flower's simulation runtime, and write a report."""
+    from lightcl.records.folder import RunFolder
+    from server.rounds import RunFailure
+    from simulations.commands.shared import default_folder, open_folder, print_report, print_results
+    from simulations.fleet import check_simulation, simulate_fleet
+    from simulations.progress import LiveProgress
+
+    loaded, out = read_scenario(scenario, changes, plugins), console()
+    check_simulation()
+    folder = RunFolder((out_folder or default_folder(loaded)).absolute())
+    prepared = open_folder(
+        folder, loaded, "fleet", command_line(), resume=resume, overwrite=overwrite, console=out
+    )  # fmt: skip
+    with folder.held():
+        if folder.whole:
+            out.print("the run was complete already", highlight=False)
+        else:
+            rounds = loaded.stream.tasks * loaded.server.rounds_per_task * loaded.fleet.devices
+            with LiveProgress(out, rounds) as progress:
+                try:
+                    simulate_fleet(prepared.scenario, folder, progress)
+                except RunFailure:
+                    print_report(folder, out)  # it shows how far the run came, and why it stopped there
+                    raise
+    print_results(folder, out)

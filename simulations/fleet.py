@@ -1,0 +1,30 @@
+"""A simulated fleet: the server's rounds over devices in Flower's simulation runtime, into an open run folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightcl.errors import required
+from lightcl.records.folder import RunFolder
+from lightcl.scenario import Scenario
+from server.app import make_app
+from server.rounds import Coordinator
+
+
+def check_simulation() -> None:
+    """Raises MissingLibrary where the simulation runtime is not installed."""
+    required("ray", "simulation", "to simulate a fleet")
+
+
+def simulate_fleet(scenario: Scenario, folder: RunFolder, listener: Any) -> None:
+    """Runs the rounds that the folder does not have yet; the folder is open and locked, the scenario is resolved.
+
+    Raises RunFailure where the run cannot continue.
+    """
+    from simulations.runtime import simulate
+
+    coordinator = Coordinator(scenario, folder, str(folder.read()["run"]), listener)
+    try:
+        simulate(make_app(coordinator), folder.path / "devices", scenario)
+    finally:
+        coordinator.stop.set()  # the server runs in a thread of this process and must end with it
