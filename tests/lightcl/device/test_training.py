@@ -10,7 +10,8 @@ from lightcl.data.sources import ImageSet
 from lightcl.data.tasks import Samples, Task
 from lightcl.device import training
 from lightcl.device.training import TaskAccuracy, TrainingFailure, evaluate, make_optimizer, train_epoch
-from lightcl.methods import Method, SGDParameters
+from lightcl.methods import Method
+from lightcl.methods.sgd import SGDParameters
 from lightcl.networks.resnet import StagedResNet
 from tests.lightcl import toys
 
@@ -112,9 +113,9 @@ def test_regularisation_keeps_the_patterns_in_place():
         now, then = {}, {}
         network.eval()
         with torch.no_grad():
-            network.classify(network.features(samples), now)
+            network.classify(network.features(samples), now.__setitem__)
             network.load_state_dict(before)
-            network.classify(network.features(samples), then)
+            network.classify(network.features(samples), then.__setitem__)
         moved[beta] = sum(float((now[m] - then[m])[:, mask].square().sum()) for m, mask in method.vital.items())
     assert moved[0.001] < 0.7 * moved[0.0]
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightcl.methods import SGDParameters
+from lightcl.methods.sgd import SGDParameters
 from tests.lightcl import toys
 
 LOGITS = torch.tensor([[0.0, math.log(3), math.log(2), math.log(4)]])  # exp: 1, 3, 2, 4

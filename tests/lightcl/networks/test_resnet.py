@@ -134,7 +134,7 @@ def test_with_nothing_frozen_the_images_themselves_enter_the_suffix():
 def test_feature_maps_are_named_after_their_blocks(point):
     network, maps = toys.network(freeze=point).eval(), {}
     with torch.no_grad():
-        network.classify(network.features(toys.images(2)), maps)
+        network.classify(network.features(toys.images(2)), maps.__setitem__)
     assert tuple(maps) == network.suffix.map_names
     blocks = [block for block in BLOCKS[BOUNDARIES[point] :] if block != "stem"]
     assert list(maps) == [f"{block}.relu{i}" for block in blocks for i in (1, 2)]
@@ -144,7 +144,7 @@ def test_resnet18s_suffix_has_the_papers_four_maps():
     maps = {}
     network = toys.network(freeze="layer3").eval()
     with torch.no_grad():
-        network.classify(network.features(toys.images(2, size=16)), maps)
+        network.classify(network.features(toys.images(2, size=16)), maps.__setitem__)
     assert {name: tuple(m.shape) for name, m in maps.items()} == {
         "layer4.0.relu1": (2, 32, 2, 2),
         "layer4.0.relu2": (2, 32, 2, 2),
@@ -157,7 +157,7 @@ def test_feature_maps_are_the_outputs_of_both_convolutions_after_relu():
     network, maps = toys.network(freeze="layer4.0").eval(), {}
     with torch.no_grad():
         before = network.features(toys.images(2))
-        network.classify(before, maps)
+        network.classify(before, maps.__setitem__)
         block = network.layer4[1]
         first = F.relu(block.bn1(block.conv1(before)))
         second = F.relu(block.bn2(block.conv2(first)) + before)
@@ -169,7 +169,7 @@ def test_bytes_and_unit_floats_are_the_same_images():
     network, images = toys.network().eval(), toys.images(2)
     with torch.no_grad():
         assert torch.equal(network(images), network(images.float() / 255))
-        torch.testing.assert_close(network.input_stem.normalise(images), normalised(images))
+        torch.testing.assert_close(network.input_stem.normalize(images), normalised(images))
 
 
 def test_images_are_not_changed_by_the_network():
@@ -183,5 +183,5 @@ def test_grey_images_are_normalised_by_the_mean_over_colours():
     # mean (0.485 + 0.456 + 0.406)/3 = 0.449, deviation (0.229 + 0.224 + 0.225)/3 = 0.226: (1 - 0.449)/0.226 = 2.43805
     network = toys.network(in_channels=1)
     white = torch.full((1, 1, 8, 8), 255, dtype=torch.uint8)
-    torch.testing.assert_close(network.input_stem.normalise(white), torch.full((1, 1, 8, 8), 2.43805))
+    torch.testing.assert_close(network.input_stem.normalize(white), torch.full((1, 1, 8, 8), 2.43805))
     assert network(white.expand(2, 1, 8, 8)).shape == (2, 4)

@@ -9,8 +9,9 @@ from pydantic import ValidationError
 
 from lightcl.data.sources import SourceRequest
 from lightcl.errors import RequestError
-from lightcl.methods import LightCLParameters, SGDParameters
 from lightcl.methods.ewc import EWCParameters
+from lightcl.methods.lightcl import LightCLParameters
+from lightcl.methods.sgd import SGDParameters
 from lightcl.scenario import Scenario, load_scenario, scenario_from_json, scenario_schema
 
 
