@@ -130,7 +130,7 @@ class SectionByName:
         if isinstance(given, BaseModel) and type(given) in self.registry.values():
             return given
         if not isinstance(given, dict):
-            raise PydanticCustomError("section", "Input should be a section with the key name")
+            raise PydanticCustomError("section", "Input should be a valid dictionary with the key name")
         name = given.get("name")
         section: type[BaseModel] | None = self.registry.get(name) if isinstance(name, str) else None
         if section is None:

@@ -120,6 +120,20 @@ def test_regularisation_keeps_the_patterns_in_place():
     assert moved[0.001] < 0.7 * moved[0.0]
 
 
+@pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
+def test_adam_by_name(name, kind):
+    training = {"optimizer": name, "learning_rate": 0.001, "weight_decay": 0.1}
+    scenario = toys.scenario(training=training)
+    optimizer = make_optimizer(scenario.method.build(toys.network()), scenario)
+    assert type(optimizer) is kind
+    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (0.001, 0.1)
+
+
+def test_momentum_is_for_sgd_only():
+    with pytest.raises(ValueError, match=r"training\.momentum is 0\.9, but training\.optimizer adam has no such"):
+        toys.scenario(training={"optimizer": "adam", "momentum": 0.9})
+
+
 def test_optimizer_takes_the_scenarios_values_and_only_what_is_trained():
     network = toys.network(freeze="layer4.0")
     scenario = toys.scenario(training={"learning_rate": 0.3, "momentum": 0.8, "weight_decay": 0.02})

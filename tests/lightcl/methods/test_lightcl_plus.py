@@ -96,7 +96,7 @@ def test_the_sums_are_those_of_all_tasks_and_survive_a_restart(tmp_path):
     for task in device.stream:
         batch = task.train.load()
         maps = {}
-        device.network.prefix(batch.images, maps)
+        device.network.prefix(batch.images, maps.__setitem__)
         expected.add_(describe(device.method, maps), batch.labels)
     again = toys.device(tmp_path, **settings)
     for name, tensor in expected.tensors().items():
@@ -165,7 +165,7 @@ def test_a_fleet_shares_the_head_that_all_data_together_give(tmp_path):
             batch = task.train.load()
             maps = {}
             device.network.eval()
-            device.network.prefix(batch.images, maps)
+            device.network.prefix(batch.images, maps.__setitem__)
             central.add_(describe(method, maps), batch.labels)
     expected = discriminant_head(central, method.plus.shrinkage)
     for device in devices:

@@ -1,5 +1,9 @@
 """The staged network: torchvision's names and numbers, the freeze point, what frozen means, feature maps."""
 
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
 import torchvision
@@ -185,3 +189,57 @@ def test_grey_images_are_normalised_by_the_mean_over_colours():
     white = torch.full((1, 1, 8, 8), 255, dtype=torch.uint8)
     torch.testing.assert_close(network.input_stem.normalize(white), torch.full((1, 1, 8, 8), 2.43805))
     assert network(white.expand(2, 1, 8, 8)).shape == (2, 4)
+
+
+def test_a_stage_is_a_module_of_the_networks_own_modules():
+    network = toys.network(freeze="layer3").eval()
+    for stage in (network.prefix, network.suffix):
+        assert isinstance(stage, torch.nn.Module)
+        own = network.state_dict()
+        assert all(tensor.data_ptr() == own[name].data_ptr() for name, tensor in stage.state_dict().items())
+    assert {name for name, _ in network.suffix.named_parameters()} == {
+        name for name, _ in network.named_parameters() if name.startswith("layer4")
+    }
+    images = toys.images(2)
+    with torch.no_grad():
+        exported = torch.jit.trace(network.prefix, images)
+        assert torch.equal(exported(images), network.features(images))
+
+
+def test_a_stage_does_not_keep_its_network_alive():
+    network = toys.network()
+    alive, suffix = weakref.ref(network), network.suffix
+    gc.disable()
+    try:
+        del network
+        assert alive() is None
+    finally:
+        gc.enable()
+    assert len(suffix.state_dict()) > 0
+
+
+def test_a_copy_of_a_network_has_stages_of_its_own():
+    network = toys.network().eval()
+    other, images = copy.deepcopy(network), toys.images(2)
+    with torch.no_grad():
+        expected = network(images)
+        for parameter in network.parameters():
+            parameter.zero_()
+        assert torch.equal(other(images), expected)
+
+
+def test_maps_come_in_the_order_of_the_forward_pass_and_only_when_asked_for():
+    network, came = toys.network(freeze="layer2").eval(), []
+    with torch.no_grad():
+        features = network.features(toys.images(2), lambda name, feature_map: came.append((name, feature_map.shape[1])))
+        network.classify(features)
+    assert came == [(name, network.map_channels(name)) for name in network.prefix.map_names]
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_channels_of_a_block_are_those_of_its_output(name):
+    network, x = toys.network().eval(), toys.images(2)
+    with torch.no_grad():
+        for block in BLOCKS[: BLOCKS.index(name) + 1]:
+            x = network.run_block(block, x)
+    assert network.block_channels(name) == x.shape[1]
