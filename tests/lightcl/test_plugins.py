@@ -145,7 +145,7 @@ def test_a_name_is_given_once(plugin):
 
 
 def test_a_method_needs_a_name(plugin):
-    with pytest.raises(RequestError, match="line .*: TypeError: ScaledParameters needs a name"):
+    with pytest.raises(RequestError, match=r"line .*: TypeError: ScaledParameters needs a name"):
         plugin(METHOD.replace('    name: Literal["scaled"] = "scaled"\n', ""))
 
 

@@ -7,6 +7,7 @@ numbers: what the implementation allocates, what autograd keeps of it for the ba
     forward    kept of each block: both convolutions' outputs (batch-norm needs them), both maps after ReLU (in place;
                the next convolution needs them), and the shortcut convolution's output
     backward   from the last block to the first; gradients of the weights appear, kept activations go
+    save       after the task: copies of tensors that lie channels-last in memory
 
 Not counted: index and label tensors, batch-norm statistics of a batch, and what a library allocates past PyTorch.
 """
@@ -202,6 +203,17 @@ class _Step:
         self._backward(samples, last=True)
         if temporaries := self._optimizer_temporaries:
             self.note("optimizer's step", "temporaries", temporaries)
+        self.hold("gradients", -self.live["gradients"])
+        self.note("saved state", "temporaries", self._saved_copies)
+
+    @property
+    def _saved_copies(self) -> int:
+        """Bytes that are copied while the state is saved: files hold tensors in the order of their indices, and the
+        weights of larger kernels lie channels-last in memory. From a GPU the copies go to the host's memory."""
+        if self.workload.accelerator != "cpu":
+            return 0
+        copied = sum(c.weights for b in self.shape.trained for c in b.convolutions if c.kernel > 1)
+        return (1 + self.workload.optimizer_copies + self.cost.weight_copies) * copied * FP32
 
     @property
     def _optimizer_temporaries(self) -> int:

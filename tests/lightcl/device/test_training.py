@@ -150,7 +150,7 @@ def test_loss_that_is_no_number_stops_training_with_advice():
 
 def test_bf16_trains_with_fp32_weights():
     network = toys.network()
-    losses = run(network, training={"precision": "bf16"})
+    losses = run(network, device={"precision": "bf16", "accelerator": "cpu"})
     assert np.isfinite(losses).all()
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
 
