@@ -185,7 +185,7 @@ def _pass(device: EdgeDevice, samples: Samples) -> Iterator[tuple[dict[str, Tens
     for batch in samples.batches(64):
         maps: dict[str, Tensor] = {}
         with torch.no_grad(), autocast(device.scenario, device.accelerator):
-            logits = device.network.classify(device.network.prefix(batch.images, maps))
+            logits = device.network.classify(device.method.features_of(batch, on_map=maps.__setitem__))
         yield maps, logits.float(), batch.labels
 
 
@@ -195,7 +195,7 @@ def _width(device: EdgeDevice, count: int, grid: bool) -> int:
 
 
 def _describe(maps: dict[str, Tensor], count: int, grid: bool) -> Tensor:
-    """As LightCLPlus.describe, for any choice of maps."""
+    """As LightCLPlus.described, for any choice of maps."""
     chosen = list(maps.values())[-count:]
     parts = [feature_map.float().mean((2, 3)) for feature_map in chosen[:-1]]
     return torch.cat([*parts, F.adaptive_avg_pool2d(chosen[-1].float(), 2 if grid else 1).flatten(1)], 1)

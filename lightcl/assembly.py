@@ -13,7 +13,9 @@ from lightcl.data.sources import Source
 from lightcl.data.streams.class_incremental import StreamPlan, cut_stream
 from lightcl.data.tasks import TaskStream
 from lightcl.errors import RequestError
-from lightcl.networks.resnet import StagedResNet, Stem
+from lightcl.networks import BACKBONES
+from lightcl.networks.resnet import Stem
+from lightcl.networks.staged import Backbone
 from lightcl.networks.weights import find_builtin, load_tensors, read_torchvision, read_weights
 from lightcl.scenario import Network, Scenario
 from lightcl.seeds import derive
@@ -27,7 +29,7 @@ def build_stream(scenario: Scenario, source: Source, share: Share, device: int) 
     return cut_stream(plan, source, share, device)
 
 
-def build_network(scenario: Scenario, *, in_channels: int, classes: int) -> StagedResNet:
+def build_network(scenario: Scenario, *, in_channels: int, classes: int) -> Backbone:
     """The network before the first task, equal on every device; channels-last, on the CPU.
 
     Raises RequestError for weights that do not fit, for a freeze point the network does not have, and where the method
@@ -43,7 +45,7 @@ def build_network(scenario: Scenario, *, in_channels: int, classes: int) -> Stag
     width, stem = _shape_of(section, stored)
     with torch.random.fork_rng(devices=[]):  # constructors draw from the global generator
         torch.manual_seed(derive(scenario.seed, "network"))
-        network = StagedResNet(
+        network: Backbone = BACKBONES.find(section.name)(
             width=width,
             classes=classes,
             in_channels=in_channels,

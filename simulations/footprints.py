@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -15,47 +14,24 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lightcl.analysis.footprint import CATEGORIES, Footprint, footprint, workload_of
-from lightcl.analysis.footprint.measured import Measurement, measure, rehearsed_workload
+from lightcl.analysis.footprint import CATEGORIES
+from lightcl.analysis.footprint.comparison import MethodFootprint, footprint_of, image_of
 from lightcl.analysis.footprint.paper import DATA, Cell, Row, table1
 from lightcl.analysis.footprint.shapes import MIB, Image
 from lightcl.analysis.footprint.theory import MEANINGS
 from lightcl.analysis.planning import Candidate, candidates, choose
-from lightcl.assembly import build_network, build_stream
+from lightcl.assembly import build_stream
 from lightcl.data.partition import share_of
-from lightcl.data.sources import Source, load_source
+from lightcl.data.sources import load_source
 from lightcl.device.hardware import choose_accelerator
 from lightcl.errors import RequestError, required
-from lightcl.scenario import Scenario, load_scenario, method_names, method_types
+from lightcl.scenario import Scenario, load_scenario, method_names
+from lightcl.scenario.variants import as_method
 from lightcl.storage.files import writable
 from simulations.options import methods_named
 
 BASELINE = "sgd"
 ROWS_OF_A_PLAN = 20
-
-
-@dataclass(frozen=True)
-class MethodFootprint:
-    """A method under a scenario; `rehearsed` is the count for what was measured, a second task."""
-
-    method: str
-    freeze: str
-    counted: Footprint
-    rehearsed: Footprint | None = None
-    measured: Measurement | None = None
-
-    @property
-    def shown(self) -> Footprint:
-        """The count that belongs beside the measurement, where there is one."""
-        return self.rehearsed or self.counted
-
-    def to_json(self) -> dict[str, Any]:
-        result: dict[str, Any] = {"method": self.method, "freeze": self.freeze, "theory": self.counted.to_json()}
-        if self.rehearsed and self.measured:
-            result["theory_second_task"] = self.rehearsed.to_json()
-            result["measured"] = self.measured.to_json()
-            result["measured_over_theory"] = self.measured.training / self.rehearsed.peak
-        return result
 
 
 def footprint_run(
@@ -78,7 +54,7 @@ def footprint_run(
         if measuring:
             console.print(f"measuring {name} in fresh processes ...", style="dim", highlight=False)
         results.append(footprint_of(as_method(scenario, name), source, device, measuring))
-    image = _image_of(source)
+    image = image_of(source)
     if json_to:
         _write_json({"command": command, "image": image, "methods": [r.to_json() for r in results]}, json_to)
     if json_to != "-":
@@ -91,59 +67,6 @@ def footprint_run(
         _write_files({"--picture": (picture, png(footprint_bars(parts, dots, LIGHT)))})
         if json_to != "-":
             console.print(f"picture: {picture}", highlight=False, markup=False, soft_wrap=True)
-
-
-def as_method(scenario: Scenario, name: str) -> Scenario:
-    """The scenario under another method: with that method's defaults, and all else that it can bear.
-
-    A freeze point says how a method works, so it is kept only among methods that have the same one by default;
-    `resets` tells what was not kept. Under its own method the scenario stays as it is.
-    """
-    if name == scenario.method.name:
-        return scenario
-    method = method_types()[name]()
-    values = scenario.model_dump() | {"method": method.model_dump()}
-    if method.default_freeze != scenario.method.default_freeze:
-        values["network"] |= {"freeze": None, "frozen_batch_norm": None}
-    if not method.shareable:
-        values["server"] |= {"aggregation": "none"}
-    if "cil" not in method.settings and scenario.stream.settings == "til+cil":
-        values["stream"] |= {"settings": "auto"}
-    return Scenario.model_validate(values)
-
-
-def resets(scenario: Scenario, names: Sequence[str]) -> list[str]:
-    """What `as_method` cannot keep for these methods, a line a key."""
-    lines = []
-    for section, key in (
-        ("network", "freeze"), ("network", "frozen_batch_norm"), ("server", "aggregation"), ("stream", "settings"),
-    ):  # fmt: skip
-        given = getattr(getattr(scenario, section), key)
-        found = {name: getattr(getattr(as_method(scenario, name), section), key) for name in names}
-        other = [name for name, value in found.items() if value != given]
-        if other:
-            instead = "the method's own" if section == "network" else found[other[0]]
-            lines.append(f"{section}.{key} is {instead}, not {given}, for {', '.join(other)}")
-    return lines
-
-
-def _image_of(source: Source) -> Image:
-    height, width = source.train.images.shape[1:3]
-    return (source.channels, int(height), int(width))
-
-
-def footprint_of(scenario: Scenario, source: Source, device: int, measuring: bool) -> MethodFootprint:
-    """The count for one device's stream and, where asked, the measurement, which takes fresh processes."""
-    stream = build_stream(scenario, source, share_of(source, scenario.fleet, scenario.seed, device), device)
-    image, classes = _image_of(source), stream.head_classes
-    network = build_network(scenario, in_channels=image[0], classes=classes)
-    cost, accelerator = scenario.method.cost_on(network), choose_accelerator(scenario.device.accelerator).type
-    counted = footprint(network, cost, workload_of(scenario, stream, image, accelerator))
-    freeze = network.prefix.blocks[-1] if network.prefix.blocks else "none"
-    if not measuring:
-        return MethodFootprint(scenario.method.name, freeze, counted)
-    rehearsed = footprint(network, cost, rehearsed_workload(scenario, image, classes))
-    return MethodFootprint(scenario.method.name, freeze, counted, rehearsed, measure(scenario, image, classes))
 
 
 def _file(to: str | None) -> Path | None:
@@ -317,7 +240,7 @@ def plan_run(
         raise RequestError(f"--budget-mb {budget}: expected a number of MiB")
     _check_places({"--out": file, "--json": _file(json_to)}, scenario_file, overwrite=overwrite)
     source = load_source(scenario.source_request())
-    image = _image_of(source)
+    image = image_of(source)
     stream = build_stream(scenario, source, share_of(source, scenario.fleet, scenario.seed, 0), 0)
     accelerator = choose_accelerator(scenario.device.accelerator).type
     found = candidates(scenario, stream, image, accelerator)

@@ -34,7 +34,7 @@ from lightcl.data.tasks import Samples, Task
 from lightcl.device.device import EdgeDevice
 from lightcl.errors import RequestError
 from lightcl.methods.sgd import SGDParameters
-from lightcl.networks.resnet import StagedResNet
+from lightcl.networks.staged import Backbone
 from lightcl.scenario import Scenario
 from lightcl.seeds import numpy_generator
 
@@ -43,7 +43,7 @@ PROBES = 128
 PROBE_BATCH = 32
 
 OnStep = Callable[[str, int, int], None]
-"""Told after every epoch: what is being trained, epochs done, epochs in all."""
+"""Called after every epoch: what is being trained, epochs done, epochs in total."""
 
 
 class LinearCKA:
@@ -83,7 +83,7 @@ class LinearCKA:
 
 
 @torch.no_grad()
-def block_similarity(one: StagedResNet, other: StagedResNet, batches: Iterable[Tensor]) -> dict[str, float]:
+def block_similarity(one: Backbone, other: Backbone, batches: Iterable[Tensor]) -> dict[str, float]:
     """Linear CKA between two networks of one shape at every block, over uint8 images `[N, C, H, W]`.
 
     Both run side by side in evaluation mode and fp32, so that only one map of each is held at a time.

@@ -23,7 +23,7 @@ from lightcl.analysis.footprint.theory import Footprint, footprint, workload_of
 from lightcl.assembly import build_network
 from lightcl.data.tasks import TaskStream
 from lightcl.errors import RequestError
-from lightcl.methods import LightCLParameters
+from lightcl.methods.lightcl import LightCLParameters
 from lightcl.scenario import Scenario, method_types
 
 HALVINGS = 3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import overload
 
 import numpy as np
@@ -23,6 +23,12 @@ class Batch:
     labels: Tensor
     members: Tensor | None = None
     """Positions `[N]` of the images among the samples they were drawn from; None where that does not matter."""
+    origin: Samples | None = None
+    """The images as rows of their source, in order; None where they are not those of the source (augmented, kept)."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with images and labels on `device`."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,8 @@ class Samples:
         """The members (positions among these samples) as a batch, un-augmented."""
         indices = self.indices[members]
         images = torch.from_numpy(self.source.images[indices])
-        return Batch(images.permute(0, 3, 1, 2), torch.from_numpy(self.source.labels[indices]))
+        labels = torch.from_numpy(self.source.labels[indices])
+        return Batch(images.permute(0, 3, 1, 2), labels, origin=Samples(self.source, indices))
 
     def only(self, members: np.ndarray) -> Samples:
         """These members (positions among these samples) alone."""
@@ -132,8 +139,7 @@ class TaskContext:
         """Up to `size` un-augmented training samples of this task, drawn without replacement for `purpose`."""
         generator = np.random.default_rng(derive(self.seed, purpose))
         members = np.sort(generator.permutation(len(self.task.train))[:size])
-        batch = self.task.train.load(members)
-        return Batch(batch.images.to(self.device), batch.labels.to(self.device))
+        return self.task.train.load(members).to(self.device)
 
     def augment(self, images: Tensor, *purpose: int | str) -> Tensor:
         """The scenario's augmentation of uint8 images `[N, C, H, W]`, drawn anew for every `purpose`."""

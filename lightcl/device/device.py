@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lightcl.assembly import build_network, build_stream
 from lightcl.data.partition import Share, share_of
@@ -21,6 +20,7 @@ from lightcl.data.sources import Source, load_source
 from lightcl.data.tasks import TaskContext, TaskStream
 from lightcl.device import hardware
 from lightcl.device.hardware import choose_accelerator, set_up_torch
+from lightcl.device.state import changing_tensors, pack_optimizer, unpack_optimizer_
 from lightcl.device.training import OnEpoch, autocast, evaluate, make_optimizer, train_epoch
 from lightcl.exchange.tensors import Arrays, adopt_, outgoing, outgoing_statistics
 from lightcl.metrics import AccuracyMatrix
@@ -101,6 +101,7 @@ class EdgeDevice:
         self.rows: dict[str, dict[int, list[float]]] = {"til": {}, "cil": {}}
         self._state = StateFolder(folder)
         self._saved_at = time.monotonic()
+        self._optimizer_values: dict[str, Any] = {}  # of the last save: they belong to the tensors saved with them
         self._restore()
 
     @property
@@ -117,8 +118,8 @@ class EdgeDevice:
         """Learns `task` until `until_epoch` of its epochs are done, then saves the state.
 
         Asked for the same thing twice, it trains once and gives the same report. Raises OutOfStep where the request
-        does not follow from the device's position, TrainingFailure where the loss is no longer a number; the device is
-        then to be opened anew, from its last saved state.
+        does not follow from the device's position, TrainingFailure where the loss is no longer a number; after that the
+        device must be opened again, from its last saved state.
         """
         goal = Position(task, until_epoch)
         if self.last_report is not None and goal == self.position == Position(
@@ -249,15 +250,14 @@ class EdgeDevice:
             "version": self.version,
             "report": asdict(self.last_report) if self.last_report else None,
             "rows": self.rows,
+            "optimizer": self._optimizer_values,
         }
 
     def _save(self) -> None:
-        tensors = {f"network/{name}": tensor for name, tensor in self._changing_tensors().items()}
+        tensors = {f"network/{name}": tensor for name, tensor in changing_tensors(self.network).items()}
         tensors |= {f"method/{name}": tensor for name, tensor in self.method.state_dict().items()}
-        for name, parameter in self.method.trainable().items():
-            momentum = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if momentum is not None:
-                tensors[f"momentum/{name}"] = momentum
+        optimizer, self._optimizer_values = pack_optimizer(self.optimizer, list(self.method.trainable()))
+        tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
         self._state.save(tensors, self._values())
         self._saved_at = time.monotonic()
 
@@ -287,31 +287,22 @@ class EdgeDevice:
                 f"{self.accelerator.type}; set device.accelerator, use another folder or remove this one"
             )
         with torch.no_grad():
-            for name, target in self._changing_tensors().items():
+            for name, target in changing_tensors(self.network).items():
                 target.copy_(tensors[f"network/{name}"])
         self.method.load_state_dict(
             {name: tensor.to(self.accelerator) for name, tensor in under(tensors, "method/").items()}
         )
         self.optimizer = make_optimizer(self.method, self.scenario)
-        for name, parameter in self.method.trainable().items():
-            momentum = tensors.get(f"momentum/{name}")
-            if momentum is not None:
-                self.optimizer.state[parameter]["momentum_buffer"] = momentum.to(self.accelerator)
+        self._optimizer_values = values["optimizer"]
+        unpack_optimizer_(
+            self.optimizer, list(self.method.trainable()), under(tensors, "optimizer/"), self._optimizer_values
+        )
         self.position = Position(**values["position"])
         self.version = values["version"]
         self.last_report = TrainReport(**values["report"]) if values["report"] else None
         self.rows = {
             setting: {int(task): row for task, row in rows.items()} for setting, rows in values["rows"].items()
         }
-
-    def _changing_tensors(self) -> dict[str, Tensor]:
-        """All of the network's tensors that training can change; the frozen prefix is not among them."""
-        tensors = self.network.suffix.state_dict()
-        tensors |= {f"fc.{name}": tensor for name, tensor in self.network.head.state_dict().items()}
-        if self.network.frozen_batch_norm == "train":
-            buffers = {name for name, _ in self.network.named_buffers()}
-            tensors |= {n: t for n, t in self.network.prefix.state_dict().items() if n in buffers}
-        return tensors
 
     def _context(self, task: int) -> TaskContext:
         seen = sorted({c for t in self.stream[: task + 1] for c in t.classes})

@@ -16,7 +16,7 @@ from lightcl.scenario import Scenario
 from lightcl.seeds import derive
 
 EVALUATION_BATCH = 128
-"""At most; never more than the training batch, or testing would need more memory than training."""
+"""Upper limit; never more than the training batch, or testing would need more memory than training."""
 
 
 class TrainingFailure(Failure):
@@ -32,15 +32,16 @@ class TaskAccuracy:
     images: int
 
 
-def make_optimizer(method: Method, scenario: Scenario) -> torch.optim.SGD:
-    """SGD over everything that the method trains."""
+def make_optimizer(method: Method, scenario: Scenario) -> torch.optim.Optimizer:
+    """`training.optimizer` over all parameters that the method trains, in the order of `method.trainable()`."""
     training = scenario.training
-    return torch.optim.SGD(
-        list(method.trainable().values()),
-        lr=training.learning_rate,
-        momentum=training.momentum,
-        weight_decay=training.weight_decay,
-    )
+    parameters = list(method.trainable().values())
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
+        )
+    kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
 
 
 def train_epoch(
@@ -73,7 +74,7 @@ def train_epoch(
         optimizer.step()
         method.after_step(batch, context)
         # Here and not before the backward pass: the next forward pass, the method's end of the task and the evaluation
-        # then need no room for gradients that nobody reads any more.
+        # then need no memory for gradients that are no longer read.
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.detach())
     with autocast(scenario, context.device):
@@ -98,11 +99,11 @@ def evaluate(method: Method, tasks: Sequence[Task], scenario: Scenario, device: 
         classes = torch.tensor(task.classes, device=device)
         til = cil = 0
         for batch in samples.batches(size):
-            labels = batch.labels.to(device)
+            batch = batch.to(device)
             with autocast(scenario, device):
-                logits = method.predict(batch.images.to(device)).float()
-            til += int((classes[logits[:, classes].argmax(1)] == labels).sum())
-            cil += int((logits.argmax(1) == labels).sum())
+                logits = method.predict(batch).float()
+            til += int((classes[logits[:, classes].argmax(1)] == batch.labels).sum())
+            cil += int((logits.argmax(1) == batch.labels).sum())
         count = len(samples)
         results.append(TaskAccuracy(til / count if count else 0.0, cil / count if count else 0.0, count))
     return results
@@ -113,4 +114,4 @@ def autocast(scenario: Scenario, device: torch.device) -> torch.autocast:
 
 
 OnEpoch = Callable[[int, int, float], None]
-"""Told after every epoch: task, epochs done in it, mean loss."""
+"""Called after every epoch with task, epochs done in it, and mean loss."""

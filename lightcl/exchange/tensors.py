@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lightcl.methods import Method
 from lightcl.methods.parts.closed_form import from_upper_triangle
-from lightcl.networks.resnet import StagedResNet
+from lightcl.networks.staged import Backbone
 from lightcl.storage.state import under
 
 Aggregation = Literal["none", "suffix", "suffix+head"]
@@ -35,17 +35,17 @@ class ExchangeError(Exception):
     """Tensors that cannot be taken over; the text names the tensor and what is wrong with it."""
 
 
-def shared_tensors(network: StagedResNet, aggregation: Aggregation) -> dict[str, Tensor]:
+def shared_tensors(network: Backbone, aggregation: Aggregation) -> dict[str, Tensor]:
     """The live tensors that are exchanged under this aggregation, by name; none under "none"."""
     if aggregation == "none":
         return {}
     tensors = network.suffix.state_dict()
     if aggregation == "suffix+head":
-        tensors |= {f"fc.{name}": tensor for name, tensor in network.head.state_dict().items()}
+        tensors |= {f"{network.head_name}.{name}": tensor for name, tensor in network.head.state_dict().items()}
     return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
 
 
-def outgoing(network: StagedResNet, aggregation: Aggregation) -> Arrays:
+def outgoing(network: Backbone, aggregation: Aggregation) -> Arrays:
     """A copy of the shared tensors, as fp32 arrays."""
     return {
         name: tensor.detach().cpu().float().contiguous().numpy().copy()

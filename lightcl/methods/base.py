@@ -1,16 +1,25 @@
-"""What a continual-learning method is. The training loop (lightcl/training.py) is the same for all of them."""
+"""What a continual-learning method is, and the registry of methods.
+
+A method is one file: a section with its keys (`MethodParameters`), whose class attributes are the method's constants,
+and the algorithm (`Method`) with the decorator `@register`. The training loop (lightcl/device/training.py) is the same
+for all of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightcl.data.section import Data, Fleet, Stream
 from lightcl.data.tasks import Batch, Samples, TaskContext
-from lightcl.networks.resnet import StagedResNet
+from lightcl.networks.section import Network
+from lightcl.networks.staged import Backbone, OnMap
+from lightcl.registry import Registry
 from lightcl.section import Section
 
 Setting = Literal["til", "cil"]
@@ -18,12 +27,12 @@ Setting = Literal["til", "cil"]
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a method adds to plain SGD on the network; `lightcl/footprint/` makes FLOPs and bytes of it."""
+    """What a method adds to plain SGD on the network; `lightcl/analysis/footprint/` computes FLOPs and bytes of it."""
 
     replayed: int = 0
-    """Further samples a step that pass forward and backward through all that is trained."""
+    """Further samples per step that pass forward and backward through everything that is trained."""
     held: int = 0
-    """Further samples a step that pass the suffix and the head alone, from stored outputs of the prefix."""
+    """Further samples per step that pass only the suffix and the head, from stored outputs of the prefix."""
     weight_copies: int = 0
     """Stored tensors as large as the trained parameters."""
     stored_images: int = 0
@@ -33,77 +42,144 @@ class StepCost:
     pattern_samples: int = 0
     """Samples whose prefix outputs, logits and vital suffix feature maps are kept."""
     vital_ratio: float = 0.0
-    """Share of the suffix's channels that become vital with each task; of the maps only those are kept."""
+    """Share of the suffix's channels that become vital with each task; only those are kept of the maps."""
     columns: bool = False
-    """Whether every earlier task's trained part stays, passes forward in every step, and is read through adapters at
-    the ends of layers (PNN); the state that all of them begin from is kept as well."""
+    """Whether the trained part of every earlier task stays, passes forward in every step, and is read through adapters
+    at the ends of layers (PNN); the state that all of them begin from is kept as well."""
     statistics_bytes: int = 0
-    """Sums and what is solved from them; depends on the network."""
+    """Sums and the head solved from them; depends on the network."""
     weight_sparsity: float = 0.0
-    """Share of the weights held at zero by a mask while training; above 0, two boolean masks are kept: of the weights
-    that are there and of those that are updated."""
+    """Share of the weights that a mask keeps at zero while training; above 0, two boolean masks are kept: one of the
+    weights that are present, one of those that are updated."""
+
+
+class Sections(Protocol):
+    """The parts of a scenario that a method may have rules about (`MethodParameters.check`)."""
+
+    @property
+    def data(self) -> Data: ...
+    @property
+    def stream(self) -> Stream: ...
+    @property
+    def fleet(self) -> Fleet: ...
+    @property
+    def network(self) -> Network: ...
+    @property
+    def frozen_batch_norm(self) -> Literal["eval", "train"]:
+        """The scenario's, or the method's own."""
 
 
 class MethodParameters(Section):
-    """A method's section of the scenario. Every method names its own keys; an unknown one is an error."""
+    """A method's section of the scenario: its keys as fields, its constants as class attributes.
 
-    name: str
+    A subclass gives `name` a literal type and the same value as its default.
+    """
+
+    default_freeze: ClassVar[str] = "none"
+    """The freeze point where the scenario names none."""
+    settings: ClassVar[tuple[Setting, ...]] = ("til", "cil")
+    """What the method can be tested for: task known (TIL), not known (CIL)."""
+    shareable: ClassVar[bool] = True
+    """Whether the trained tensors mean the same on every device, so that a server may average them."""
+    joint: ClassVar[bool] = False
+    """Whether all tasks are learned together, as one."""
+    order: ClassVar[int] = 100
+    """Position in lists of methods: the paper's Table 1, then this project's own, then plugins."""
+    method: ClassVar[type[Method]]
+    """The algorithm; set by `register`."""
+
+    name: str = ""
     loss_classes: Literal["task", "seen", "all"] = "task"
-    """Classes in the cross-entropy. task: those of the current task (the paper); seen: all met so far; all: the
-    whole head."""
-
-    @property
-    def default_freeze(self) -> str:
-        """The freeze point where the scenario names none."""
-        return "none"
+    """Classes in the cross-entropy. task: those of the current task (the paper); seen: all seen so far; all: the
+    entire head."""
 
     @property
     def default_frozen_batch_norm(self) -> Literal["eval", "train"]:
         return "eval"
 
     @property
-    def settings(self) -> tuple[Setting, ...]:
-        """What the method can be tested for: task known (TIL), not known (CIL)."""
-        return ("til", "cil")
-
-    @property
-    def shareable(self) -> bool:
-        """Whether the trained tensors mean the same on every device, so that a server may average them."""
-        return True
-
-    @property
     def sums_statistics(self) -> bool:
         """Whether devices send statistics of a finished task, for the server to add up and solve a head from."""
         return False
 
-    @property
-    def joint(self) -> bool:
-        """Whether all tasks are learned together, as one."""
-        return False
+    def check(self, scenario: Sections) -> None:
+        """Rules between this section and the others. Raises ValueError with a text that begins with the key."""
 
     def cost(self) -> StepCost:
         return StepCost()
 
-    def cost_on(self, network: StagedResNet) -> StepCost:
-        """`cost`, with what depends on the network's shape."""
+    def cost_on(self, network: Backbone) -> StepCost:
+        """`cost`, with the parts that depend on the network's shape."""
         return self.cost()
 
-    def shape_(self, network: StagedResNet) -> None:
+    def shape_(self, network: Backbone) -> None:
         """Changes the shape of the network that every device starts with; its weights are loaded."""
 
-    def build(self, network: StagedResNet) -> Method:
-        raise NotImplementedError
+    def build(self, network: Backbone) -> Method:
+        """The method on one device. Raises RequestError where it cannot work with this network."""
+        return self.method(network, self)
+
+
+METHODS: Registry[type[MethodParameters]] = Registry(
+    "method", "method.name", "lightcl.methods", order=lambda parameters: parameters.order
+)
+"""The sections of all methods by name."""
+
+MethodType = TypeVar("MethodType", bound="type[Method]")
+
+
+def register(parameters: type[MethodParameters]) -> Callable[[MethodType], MethodType]:
+    """Makes the decorated method available under the name of its section:
+
+        @register(MyParameters)
+        class MyMethod(Method): ...
+
+    Raises TypeError where the section has no name.
+    """
+    name = parameters.model_fields["name"].default
+    if not name:
+        raise TypeError(f'{parameters.__name__} needs a name: `name: Literal["my-method"] = "my-method"`')
+
+    def decorate(method: MethodType) -> MethodType:
+        parameters.method = method
+        METHODS.register(name, parameters)
+        return method
+
+    return decorate
+
+
+class PrefixFeatures:
+    """The only place where outputs of the frozen prefix come from.
+
+    A cache replaces it, and answers for the batches that have an `origin`.
+    """
+
+    def __init__(self, network: Backbone) -> None:
+        self.network = network
+
+    def __call__(self, batches: Sequence[Batch], on_map: OnMap | None = None) -> Tensor:
+        """Outputs `[N, C, H, W]` for the images of all batches, one after the other, without a graph.
+
+        The batches pass the prefix as one. `on_map` is called with the prefix's feature maps.
+        """
+        images = batches[0].images if len(batches) == 1 else torch.cat([batch.images for batch in batches])
+        return self.network.features(images, on_map)
 
 
 class Method:
     """One method on one device. Subclasses override what their paper adds to plain cross-entropy."""
 
-    def __init__(self, network: StagedResNet, parameters: MethodParameters) -> None:
+    parameters: MethodParameters
+
+    def __init__(self, network: Backbone, parameters: MethodParameters) -> None:
         self.network = network
-        self.loss_classes = parameters.loss_classes
+        self.parameters = parameters
+        self.prefix_features = PrefixFeatures(network)
+
+    # -- learning ----------------------------------------------------------------------------------------------
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What the optimizer steps, by name; asked for after `begin_task`, and after `load_state_dict`."""
+        """What the optimizer steps, by name; called after `begin_task`, and after `load_state_dict`."""
         return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
 
     def begin_task(self, context: TaskContext) -> None:
@@ -114,12 +190,11 @@ class Method:
         return samples
 
     def loss(self, batch: Batch, context: TaskContext) -> Tensor:
-        """The scalar to minimise on one batch."""
-        logits = self.network.classify(self.network.features(batch.images))
-        return self.cross_entropy(logits, batch.labels, context)
+        """The scalar to minimize on one batch."""
+        return self.cross_entropy(self.logits_of(batch), batch.labels, context)
 
     def before_step(self, batch: Batch, context: TaskContext) -> None:
-        """Called when the gradients are there, before the optimizer's step."""
+        """Called after the backward pass, before the optimizer's step."""
 
     def after_step(self, batch: Batch, context: TaskContext) -> None:
         """Called after every optimizer step."""
@@ -130,13 +205,39 @@ class Method:
     def end_task(self, context: TaskContext) -> None:
         """Called once after the last step of a task; the network is in evaluation mode."""
 
-    def predict(self, images: Tensor) -> Tensor:
-        """Logits `[N, head]` of uint8 images; the network is in evaluation mode and gradients are off."""
-        logits: Tensor = self.network(images)
-        return logits
+    def predict(self, batch: Batch) -> Tensor:
+        """Logits `[N, head]`; the network is in evaluation mode and gradients are off. The labels are not read."""
+        return self.logits_of(batch)
+
+    # -- the network -------------------------------------------------------------------------------------------
+
+    def features_of(self, *batches: Batch, on_map: OnMap | None = None) -> Tensor:
+        """Prefix outputs `[N, C, H, W]` of the batches, which pass as one; no method calls the prefix itself."""
+        return self.prefix_features(batches, on_map)
+
+    def logits_of(self, batch: Batch) -> Tensor:
+        """Logits `[N, head]`."""
+        return self.network.classify(self.features_of(batch))
+
+    def logits_together(self, *batches: Batch) -> list[Tensor]:
+        """Logits of several batches that pass the network as one, and so share the statistics of batch-norm."""
+        logits = self.network.classify(self.features_of(*batches))
+        return list(torch.split(logits, [len(batch.images) for batch in batches]))
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor, context: TaskContext) -> Tensor:
+        """Mean cross-entropy of `[N, head]` logits over the classes that `loss_classes` names.
+
+        Logits outside them are left out of the softmax, so the head's other rows get no gradient.
+        """
+        if self.parameters.loss_classes == "all":
+            return F.cross_entropy(logits.float(), labels)
+        classes = context.task_classes if self.parameters.loss_classes == "task" else context.seen_classes
+        return F.cross_entropy(logits[:, classes].float(), context.position_of(labels, classes))
+
+    # -- sharing -----------------------------------------------------------------------------------------------
 
     def statistics(self) -> dict[str, Tensor]:
-        """What the last finished task adds to the sums of the fleet, in fp64; only of methods that sum statistics."""
+        """What the last finished task adds to the fleet's sums, in fp64; only for methods that sum statistics."""
         return {}
 
     def shared_head(self, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -146,19 +247,11 @@ class Method:
     def adopt_head_(self, head: Mapping[str, Tensor]) -> None:
         """Takes over the fleet's head."""
 
+    # -- state -------------------------------------------------------------------------------------------------
+
     def state_dict(self) -> dict[str, Tensor]:
         """Everything a restarted device needs, as tensors."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
-
-    def cross_entropy(self, logits: Tensor, labels: Tensor, context: TaskContext) -> Tensor:
-        """Mean cross-entropy of `[N, head]` logits over the classes that `loss_classes` names.
-
-        Logits outside them are left out of the softmax, so the head's other rows get no gradient.
-        """
-        if self.loss_classes == "all":
-            return F.cross_entropy(logits.float(), labels)
-        classes = context.task_classes if self.loss_classes == "task" else context.seen_classes
-        return F.cross_entropy(logits[:, classes].float(), context.position_of(labels, classes))

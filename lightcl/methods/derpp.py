@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightcl.data.tasks import Batch, TaskContext
-from lightcl.methods.base import Method, StepCost
+from lightcl.methods.base import StepCost, register
 from lightcl.methods.parts.reservoir import Replay, ReplayParameters
-from lightcl.networks.resnet import StagedResNet
 
 
 class DERppKeys(ReplayParameters):
@@ -36,28 +35,25 @@ class DERppKeys(ReplayParameters):
 class DERppParameters(DERppKeys):
     """`derpp`: keeps `buffer_size` raw samples with their logits and repeats both."""
 
+    order = 7
     name: Literal["derpp"] = "derpp"
 
     def cost(self) -> StepCost:
         return StepCost(replayed=2 * self.drawn, stored_images=self.buffer_size, stored_logits=self.buffer_size)
 
-    def build(self, network: StagedResNet) -> Method:
-        return DERpp(network, self)
 
-
+@register(DERppParameters)
 class DERpp(Replay):
+    parameters: DERppKeys
     keeps_logits = True
 
-    def __init__(self, network: StagedResNet, parameters: DERppKeys) -> None:
-        super().__init__(network, parameters)
-        self.alpha, self.beta = parameters.alpha, parameters.beta
-
     def loss(self, batch: Batch, context: TaskContext) -> Tensor:
-        logits, memory = self.forward(batch, context, draws=2)
+        alpha, beta = self.parameters.alpha, self.parameters.beta
+        logits, replayed = self.forward(batch, context, draws=2)
         loss = self.cross_entropy(logits, batch.labels, context)
-        if not memory:
-            return loss
-        (first_outputs, first), (second_outputs, second) = memory
-        assert first.logits is not None
-        dark = F.mse_loss(first_outputs.float(), first.logits)
-        return loss + self.alpha * dark + self.beta * self.replay_cross_entropy(second_outputs, second.labels, context)
+        if replayed:
+            (outputs1, old1), (outputs2, old2) = replayed
+            assert old1.logits is not None
+            loss = loss + alpha * F.mse_loss(outputs1.float(), old1.logits)
+            loss = loss + beta * self.replay_cross_entropy(outputs2, old2.labels, context)
+        return loss

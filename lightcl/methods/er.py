@@ -17,27 +17,25 @@ from typing import Literal
 from torch import Tensor
 
 from lightcl.data.tasks import Batch, TaskContext
-from lightcl.methods.base import Method, StepCost
+from lightcl.methods.base import StepCost, register
 from lightcl.methods.parts.reservoir import Replay, ReplayParameters
-from lightcl.networks.resnet import StagedResNet
 
 
 class ERParameters(ReplayParameters):
     """`er`: keeps `buffer_size` raw samples and repeats them in every step."""
 
+    order = 6
     name: Literal["er"] = "er"
 
     def cost(self) -> StepCost:
         return StepCost(replayed=self.drawn, stored_images=self.buffer_size)
 
-    def build(self, network: StagedResNet) -> Method:
-        return ER(network, self)
 
-
+@register(ERParameters)
 class ER(Replay):
     def loss(self, batch: Batch, context: TaskContext) -> Tensor:
-        logits, memory = self.forward(batch, context, draws=1)
+        logits, replayed = self.forward(batch, context, draws=1)
         loss = self.cross_entropy(logits, batch.labels, context)
-        for outputs, drawn in memory:
-            loss = loss + self.replay_cross_entropy(outputs, drawn.labels, context)
+        for outputs, old in replayed:
+            loss = loss + self.replay_cross_entropy(outputs, old.labels, context)
         return loss

@@ -31,14 +31,15 @@ from pydantic import Field
 from torch import Tensor
 
 from lightcl.data.tasks import Batch, TaskContext
-from lightcl.methods.base import Method, MethodParameters, StepCost
-from lightcl.networks.resnet import StagedResNet
+from lightcl.methods.base import Method, MethodParameters, StepCost, register
+from lightcl.networks.staged import Backbone
 from lightcl.storage.state import under
 
 
 class EWCParameters(MethodParameters):
     """`ewc`: one quadratic penalty, whatever the number of tasks."""
 
+    order = 3
     name: Literal["ewc"] = "ewc"
     strength: float = Field(default=10.0, ge=0, le=1e9)
     """λ of the penalty λ/2 Σ F (θ - θ*)²."""
@@ -50,14 +51,13 @@ class EWCParameters(MethodParameters):
     def cost(self) -> StepCost:
         return StepCost(weight_copies=2)
 
-    def build(self, network: StagedResNet) -> Method:
-        return EWC(network, self)
 
-
+@register(EWCParameters)
 class EWC(Method):
-    def __init__(self, network: StagedResNet, parameters: EWCParameters) -> None:
+    parameters: EWCParameters
+
+    def __init__(self, network: Backbone, parameters: EWCParameters) -> None:
         super().__init__(network, parameters)
-        self.parameters = parameters
         self.fisher: dict[str, Tensor] = {}
         self.anchor: dict[str, Tensor] = {}  # θ*
 

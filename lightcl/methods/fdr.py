@@ -1,4 +1,4 @@
-"""FDR: function distance regularisation. What the network said of some old samples is held, not their labels.
+"""FDR: function distance regularization. The network's outputs for some old samples are kept, not their labels.
 
 Benjamin, Rolnick, Körding: "Measuring and Regularizing Networks in Function Space", ICLR 2019 (arXiv 1805.08289).
 
@@ -23,15 +23,16 @@ from pydantic import Field
 from torch import Tensor
 
 from lightcl.data.tasks import Batch, TaskContext
-from lightcl.methods.base import Method, StepCost
-from lightcl.methods.parts.reservoir import ReplayParameters, together
-from lightcl.networks.resnet import StagedResNet
+from lightcl.methods.base import Method, StepCost, register
+from lightcl.methods.parts.reservoir import ReplayParameters
+from lightcl.networks.staged import Backbone
 from lightcl.seeds import numpy_generator
 
 
 class FDRParameters(ReplayParameters):
     """`fdr`: stores samples with the outputs of the network at the end of their task."""
 
+    order = 5
     name: Literal["fdr"] = "fdr"
     alpha: float = Field(default=0.3, ge=0, le=1e9)
     """Weight of the function distance."""
@@ -39,14 +40,13 @@ class FDRParameters(ReplayParameters):
     def cost(self) -> StepCost:
         return StepCost(replayed=self.drawn, stored_images=self.buffer_size, stored_logits=self.buffer_size)
 
-    def build(self, network: StagedResNet) -> Method:
-        return FDR(network, self)
 
-
+@register(FDRParameters)
 class FDR(Method):
-    def __init__(self, network: StagedResNet, parameters: FDRParameters) -> None:
+    parameters: FDRParameters
+
+    def __init__(self, network: Backbone, parameters: FDRParameters) -> None:
         super().__init__(network, parameters)
-        self.parameters = parameters
         self.memory: dict[str, Tensor] = {}  # images [M, C, H, W], logits [M, head], tasks [M]
         self.draws = 0
 
@@ -57,7 +57,8 @@ class FDR(Method):
         self.draws += 1
         members = np.sort(random.permutation(len(self.memory["tasks"]))[: self.parameters.drawn])
         rows = torch.from_numpy(members).to(context.device)
-        logits, outputs = together(self.network, batch.images, self.memory["images"][rows])
+        old = Batch(self.memory["images"][rows], torch.full_like(rows, -1))  # no label is kept
+        logits, outputs = self.logits_together(batch, old)
         distance = function_distance(outputs, self.memory["logits"][rows])
         return self.cross_entropy(logits, batch.labels, context) + self.parameters.alpha * distance
 
@@ -70,7 +71,7 @@ class FDR(Method):
             for name, rows in self.memory.items()
         }
         new = context.sample(shares[-1], purpose="memory")
-        logits = self.network(new.images).float()
+        logits = self.logits_of(new).float()
         tasks = torch.full_like(new.labels, context.task.id)
         for name, rows in {"images": new.images, "logits": logits, "tasks": tasks}.items():
             self.memory[name] = torch.cat([*kept.get(name, []), rows])

@@ -1,4 +1,4 @@
-"""LightCL: frozen prefix, and a suffix that remembers its feature patterns.
+"""LightCL: a frozen prefix, and a suffix that memorizes its feature patterns.
 
 Wang, Cheng, Ji, Huang: "LightCL: Compact Continual Learning with Low Memory Footprint For Edge Device", ASP-DAC 2025,
 arXiv 2407.10545.
@@ -12,23 +12,25 @@ patterns are those of the network that will be tested. In every preset importanc
 un-augmented images, and memory samples never move a running statistic.
 
 `preset: scale-free` is ours: drift is measured without a unit (`reduction`), so that one β serves every width, and only
-the logits of classes seen before are held (`held_logits`): holding those of the new classes to what they were before
-anything was learned of them works against the cross-entropy.
+the logits of classes seen before are regularized (`held_logits`): tying the logits of new classes to their values from
+before anything was learned about them works against the cross-entropy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightcl.data.tasks import Batch, TaskContext
-from lightcl.methods.base import Method, MethodParameters, StepCost
+from lightcl.methods.base import Method, MethodParameters, Sections, StepCost, register
+from lightcl.methods.parts.batch_norm import running_statistics, unmoved_statistics
 from lightcl.methods.parts.feature_memory import (
-    DriftingMaps,
+    Drift,
     Reduction,
     VitalSelection,
     channel_importance,
@@ -36,7 +38,7 @@ from lightcl.methods.parts.feature_memory import (
     vital_channels,
     vital_patterns,
 )
-from lightcl.networks.resnet import FeatureMaps, Stage, StagedResNet
+from lightcl.networks.staged import Backbone, FeatureMaps
 from lightcl.storage.state import under
 
 Preset = Literal["default", "paper", "scale-free"]
@@ -53,6 +55,8 @@ class LightCLParameters(MethodParameters):
     A preset fills the keys that the scenario leaves out.
     """
 
+    default_freeze = "layer3"
+    order = 10
     name: Literal["lightcl"] = "lightcl"
     preset: Preset = "default"
     """Fills the keys that the scenario leaves out. default: the paper's values; paper: also the details of its code
@@ -63,7 +67,7 @@ class LightCLParameters(MethodParameters):
     reduction: Reduction = "sum"
     """sum: the paper's; relative: drift without a unit, so that `beta` means the same at every width."""
     held_logits: Literal["all", "old"] = "all"
-    """Logits held to the stored ones. all: the whole head's (the paper); old: the classes seen before this task."""
+    """Logits tied to the stored ones. all: the entire head's (the paper); old: the classes seen before this task."""
     ratio: float = Field(default=0.15, gt=0, le=1)
     """Share of a map's channels that become vital with each task."""
     memory_size: int = Field(default=15, ge=1, le=1_000_000)
@@ -82,10 +86,6 @@ class LightCLParameters(MethodParameters):
         return values
 
     @property
-    def default_freeze(self) -> str:
-        return "layer3"
-
-    @property
     def default_frozen_batch_norm(self) -> Literal["eval", "train"]:
         return "train" if self.preset == "paper" else "eval"
 
@@ -94,114 +94,88 @@ class LightCLParameters(MethodParameters):
         see `training_batches`)."""
         return 2 if self.beta and "train" in (self.memory_batch_norm, frozen_batch_norm) else 1
 
+    def check(self, scenario: Sections) -> None:
+        least = self.smallest_memory(scenario.frozen_batch_norm)
+        if self.memory_size < least:
+            raise ValueError(
+                f"method.memory_size is {self.memory_size}, but batch-norm in training mode (method.memory_batch_norm "
+                f"is {self.memory_batch_norm}, network.frozen_batch_norm {scenario.frozen_batch_norm}) has no variance "
+                f"over a single sample: at least {least}"
+            )
+
     def cost(self) -> StepCost:
         if self.beta == 0:
             return StepCost()
         return StepCost(held=self.memory_size, pattern_samples=self.memory_size, vital_ratio=self.ratio)
 
-    def build(self, network: StagedResNet) -> Method:
-        return LightCL(network, self)
 
-
+@register(LightCLParameters)
 class LightCL(Method):
-    def __init__(self, network: StagedResNet, parameters: LightCLParameters) -> None:
+    parameters: LightCLParameters
+
+    def __init__(self, network: Backbone, parameters: LightCLParameters) -> None:
         super().__init__(network, parameters)
-        self.parameters = parameters
-        self.vital: dict[str, Tensor] = {}
-        self.patterns: FeatureMaps = {}
-        self.logits: Tensor | None = None  # of the held classes
-        self.held: Tensor | None = None  # their columns of the head
-        self.memory: Tensor | None = (
-            None  # prefix outputs of the memory samples, or the samples where nothing is frozen
-        )
+        self.vital: dict[str, Tensor] = {}  # mask_m: boolean [C] of every regularized map
+        self.memory: Tensor | None = None  # prefix outputs of the memory samples (images where nothing is frozen)
+        self.patterns: FeatureMaps = {}  # F*, of the vital channels
+        self.logits: Tensor | None = None  # logits*, of the tied classes
+        self.tied: Tensor | None = None  # the tied classes
 
     def begin_task(self, context: TaskContext) -> None:
+        """Records the feature patterns of samples of the new task, as the network is now."""
         self.memory, self.logits, self.patterns = None, None, {}
         if context.is_first or self.parameters.beta == 0:
             return
-        samples = context.sample(self.parameters.memory_size, purpose="memory").images
-        # The prefix never changes during a task, so its outputs are computed once and not at every step.
-        with _keeping_statistics(self.network.prefix):
-            self.memory = self.network.features(samples)
+        samples = context.sample(self.parameters.memory_size, purpose="memory")
+        # The prefix never changes during a task, so its outputs are computed once and not in every step.
+        with unmoved_statistics(self.network.prefix):
+            self.memory = self.features_of(samples)
         if self.parameters.held_logits == "old":
-            self.held = context.old_classes
+            self.tied = context.old_classes
         else:
-            self.held = torch.arange(self.network.classes, device=context.device)
+            self.tied = torch.arange(self.network.classes, device=context.device)
         maps: FeatureMaps = {}
         with torch.no_grad(), self._memory_mode():
-            self.logits = self.network.classify(self.memory, maps)[:, self.held].float()
+            self.logits = self.network.classify(self.memory, maps.__setitem__)[:, self.tied].float()
         self.patterns = vital_patterns(maps, self.vital)
 
     def loss(self, batch: Batch, context: TaskContext) -> Tensor:
         loss = super().loss(batch, context)
-        if self.memory is None or self.logits is None or self.held is None:
+        if self.memory is None or self.logits is None or self.tied is None:
             return loss
-        reduction = self.parameters.reduction
-        maps = DriftingMaps(self.patterns, self.vital, reduction)
+        drift = Drift(self.patterns, self.vital, self.parameters.reduction)
         with self._memory_mode():
-            logits = self.network.classify(self.memory, maps)[:, self.held]
-        moved = maps.drift() + logit_drift(logits, self.logits, reduction)
+            logits = self.network.classify(self.memory, drift.on_map)[:, self.tied]
+        moved = drift.total() + logit_drift(logits, self.logits, self.parameters.reduction)
         return loss + self.parameters.beta * moved
 
     @torch.no_grad()
     def end_task(self, context: TaskContext) -> None:
-        """Marks the channels that matter to this task as vital, beside those of the tasks before."""
+        """Marks the most important channels of this task as vital, in addition to those of earlier tasks."""
         self.memory, self.logits, self.patterns = None, None, {}
-        images = context.sample(context.batch_size, purpose="importance").images
+        samples = context.sample(context.batch_size, purpose="importance")
         maps: FeatureMaps = {}
-        self.network.classify(self.network.features(images), maps)
+        self.network.classify(self.features_of(samples), maps.__setitem__)
         for name, feature_map in maps.items():
-            mask = vital_channels(
-                channel_importance(feature_map), self.parameters.ratio, self.parameters.vital_selection
-            )
+            importance = channel_importance(feature_map)
+            mask = vital_channels(importance, self.parameters.ratio, self.parameters.vital_selection)
             self.vital[name] = mask | self.vital[name] if name in self.vital else mask
+
+    def _memory_mode(self) -> AbstractContextManager[None]:
+        if self.parameters.memory_batch_norm == "eval":
+            return running_statistics(self.network.suffix, self.network.training)
+        return unmoved_statistics(self.network.suffix)
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {f"vital/{name}": mask for name, mask in self.vital.items()}
         state |= {f"pattern/{name}": stored for name, stored in self.patterns.items()}
-        if self.memory is not None and self.logits is not None and self.held is not None:
-            state |= {"memory": self.memory, "logits": self.logits, "held": self.held}
+        if self.memory is not None and self.logits is not None and self.tied is not None:
+            state |= {"memory": self.memory, "logits": self.logits, "tied": self.tied}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.vital = under(state, "vital/")
         self.patterns = under(state, "pattern/")
-        self.memory, self.logits, self.held = state.get("memory"), state.get("logits"), state.get("held")
-        if self.memory is not None:  # as it was: in another order a mean over positions rounds differently
+        self.memory, self.logits, self.tied = state.get("memory"), state.get("logits"), state.get("tied")
+        if self.memory is not None:  # in its former layout: in another one a mean over positions rounds differently
             self.memory = self.memory.contiguous(memory_format=torch.channels_last)
-
-    def _memory_mode(self) -> _evaluating | _keeping_statistics:
-        if self.parameters.memory_batch_norm == "eval":
-            return _evaluating(self.network)
-        return _keeping_statistics(self.network.suffix)
-
-
-class _evaluating:
-    """The suffix's batch-norm on running statistics for the length of a `with`."""
-
-    def __init__(self, network: StagedResNet) -> None:
-        self.network = network
-
-    def __enter__(self) -> None:
-        self.was_training = self.network.training
-        self.network.suffix.train(False)
-
-    def __exit__(self, *_: object) -> None:
-        self.network.suffix.train(self.was_training)
-
-
-class _keeping_statistics:
-    """Batch statistics without moving the running ones: memory samples are no part of the data's distribution."""
-
-    def __init__(self, stage: Stage) -> None:
-        norms = [m for _, block in stage.named_modules() for m in block.modules()]
-        self.norms = [m for m in norms if isinstance(m, nn.BatchNorm2d)]
-
-    def __enter__(self) -> None:
-        self.momenta = [norm.momentum for norm in self.norms]
-        for norm in self.norms:
-            norm.momentum = 0.0
-
-    def __exit__(self, *_: object) -> None:
-        for norm, momentum in zip(self.norms, self.momenta, strict=True):
-            norm.momentum = momentum

@@ -1,8 +1,8 @@
-"""LightCL-plus: LightCL, and a closed-form classifier on the frozen prefix that says which task an image is of.
+"""LightCL-plus: LightCL, and a closed-form classifier on the frozen prefix that tells the tasks apart.
 
-Ours. LightCL's own head never learns to tell the classes of one task from those of another, for it sees the tasks one
-at a time. Class sums of features can be collected one task at a time and lose nothing by it (lightcl/closed_form.py).
-The two answer together, as a product of experts:
+Ours. LightCL's own head never learns to tell the classes of one task from those of another, because it sees the tasks
+one at a time. Class sums of features can be collected one task at a time without any loss
+(lightcl/methods/parts/closed_form.py). The two answer together, as a product of experts:
 
     score(c | x) = log p_LDA(c | φ(x)) + suffix_weight · log p_suffix(c | x, task of c)
 
@@ -33,12 +33,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightcl.data.tasks import TaskContext
+from lightcl.data.tasks import Batch, TaskContext
 from lightcl.errors import RequestError
-from lightcl.methods.base import Method, StepCost
+from lightcl.methods.base import StepCost, register
 from lightcl.methods.lightcl import LightCL, LightCLParameters
 from lightcl.methods.parts.closed_form import LinearHead, Statistics, discriminant_head, statistics_bytes
-from lightcl.networks.resnet import FeatureMaps, StagedResNet
+from lightcl.networks.staged import Backbone
 from lightcl.storage.state import under
 
 FEATURES = (
@@ -52,6 +52,7 @@ MB = 1_000_000
 class LightCLPlusParameters(LightCLParameters):
     """`lightcl-plus`: LightCL's keys, and those of the closed-form classifier."""
 
+    order = 12
     name: Literal["lightcl-plus"] = "lightcl-plus"  # type: ignore[assignment]
     statistics_mb: float = Field(default=2.0, gt=0, le=1e9)
     """Memory for the classifier's sums and its solved head, in 10^6 bytes; richer features are used where it allows."""
@@ -75,19 +76,18 @@ class LightCLPlusParameters(LightCLParameters):
     def sums_statistics(self) -> bool:
         return self.share_statistics
 
-    def cost_on(self, network: StagedResNet) -> StepCost:
-        held = LightCLPlus(network, self).statistics_of.total
-        return replace(self.cost(), statistics_bytes=statistics_bytes(*held.shape))
-
-    def build(self, network: StagedResNet) -> Method:
-        return LightCLPlus(network, self)
+    def cost_on(self, network: Backbone) -> StepCost:
+        total = LightCLPlus(network, self).statistics_of.total
+        return replace(self.cost(), statistics_bytes=statistics_bytes(*total.shape))
 
 
+@register(LightCLPlusParameters)
 class LightCLPlus(LightCL):
-    def __init__(self, network: StagedResNet, parameters: LightCLPlusParameters) -> None:
+    parameters: LightCLPlusParameters
+
+    def __init__(self, network: Backbone, parameters: LightCLPlusParameters) -> None:
         """Raises RequestError for a network without a frozen prefix, and where no features fit the memory allowed."""
         super().__init__(network, parameters)
-        self.plus = parameters
         if not network.prefix.map_names or network.frozen_batch_norm == "train":
             raise RequestError(
                 "method lightcl-plus classifies by the feature maps of the frozen prefix, which must never change: "
@@ -106,10 +106,10 @@ class LightCLPlus(LightCL):
         needed = 0
         for count, grid in FEATURES:
             needed = statistics_bytes(self.network.classes, self._width(names[-count:], grid))
-            if needed <= self.plus.statistics_mb * MB:
+            if needed <= self.parameters.statistics_mb * MB:
                 return names[-count:], grid
         raise RequestError(
-            f"method.statistics_mb is {self.plus.statistics_mb:g}, but the least that lightcl-plus needs on this "
+            f"method.statistics_mb is {self.parameters.statistics_mb:g}, but the least that lightcl-plus needs on this "
             f"network is {needed / MB:.2f}"
         )
 
@@ -117,20 +117,24 @@ class LightCLPlus(LightCL):
         channels = [self.network.map_channels(name) for name in maps]
         return sum(channels) + 3 * channels[-1] * grid  # the grid's four cells stand for the last map's mean
 
-    def describe(self, maps: FeatureMaps) -> Tensor:
-        """φ: the prefix's feature maps -> `[N, d]`, fp32."""
-        return torch.cat([self.pool(name, maps[name]) for name in self.maps], 1)
-
     def pool(self, name: str, feature_map: Tensor) -> Tensor:
         """The part of φ that one map `[N, C, H, W]` gives, `[N, C]` or `[N, 4C]`."""
         if name != self.maps[-1]:
             return feature_map.float().mean((2, 3))
         return F.adaptive_avg_pool2d(feature_map.float(), 2 if self.grid else 1).flatten(1)
 
-    def features_of(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The prefix's outputs `[N, C, H, W]` for uint8 images, and φ `[N, d]`."""
-        pooled = PooledMaps(self)
-        features = self.network.prefix(images, pooled)
+    def described(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The prefix's outputs `[N, C, H, W]`, and φ `[N, d]`, fp32.
+
+        Each map is pooled as it comes and released: all maps of the prefix would be several times what training needs.
+        """
+        pooled: dict[str, Tensor] = {}
+
+        def on_map(name: str, feature_map: Tensor) -> None:
+            if name in self.maps:
+                pooled[name] = self.pool(name, feature_map)
+
+        features = self.features_of(batch, on_map=on_map)
         return features, torch.cat([pooled[name] for name in self.maps], 1)
 
     # -- the stream ----------------------------------------------------------------------------------------------
@@ -143,22 +147,22 @@ class LightCLPlus(LightCL):
     def end_task(self, context: TaskContext) -> None:
         """Adds the task's un-augmented training samples to the sums."""
         super().end_task(context)
-        if self.plus.share_statistics:
+        if self.parameters.share_statistics:
             self.statistics_of = Statistics.zeros(*self.statistics_of.total.shape)
         for batch in context.task.train.batches(min(STATISTICS_BATCH, context.batch_size)):
-            _, described = self.features_of(batch.images.to(context.device))
+            _, described = self.described(batch.to(context.device))
             self.statistics_of.add_(described, batch.labels)
         self._solved = None
 
-    def predict(self, images: Tensor) -> Tensor:
-        """Logits `[N, head]`: the scores of the formula above; minus infinity for a class that nobody has met."""
-        features, described = self.features_of(images)
+    def predict(self, batch: Batch) -> Tensor:
+        """Logits `[N, head]`: the scores of the formula above; minus infinity for a class that no device has seen."""
+        features, described = self.described(batch)
         suffix_logits = self.network.classify(features).float()
-        head = self._head(images.device)
+        head = self._head(features.device)
         if not bool(head.known.any()):
             return suffix_logits
         # The two experts differ in what is normalised: LDA over all known classes, the suffix within each task.
-        return head.log_posteriors(described) + self.plus.suffix_weight * self._within_tasks(suffix_logits)
+        return head.log_posteriors(described) + self.parameters.suffix_weight * self._within_tasks(suffix_logits)
 
     def _within_tasks(self, logits: Tensor) -> Tensor:
         """Log-softmax over the classes of each task; for a class that only other devices have met, that of guessing."""
@@ -172,17 +176,17 @@ class LightCLPlus(LightCL):
 
     def _head(self, device: torch.device) -> LinearHead:
         if self._solved is None:
-            head = self.fleet_head or discriminant_head(self.statistics_of, self.plus.shrinkage)
+            head = self.fleet_head or discriminant_head(self.statistics_of, self.parameters.shrinkage)
             self._solved = LinearHead(*(tensor.to(device) for tensor in head.tensors().values()))
         return self._solved
 
     # -- sharing -------------------------------------------------------------------------------------------------
 
     def statistics(self) -> dict[str, Tensor]:
-        return self.statistics_of.tensors() if self.plus.share_statistics else {}
+        return self.statistics_of.tensors() if self.parameters.share_statistics else {}
 
     def shared_head(self, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return discriminant_head(Statistics.from_tensors(totals), self.plus.shrinkage).tensors()
+        return discriminant_head(Statistics.from_tensors(totals), self.parameters.shrinkage).tensors()
 
     def adopt_head_(self, head: Mapping[str, Tensor]) -> None:
         self.fleet_head = LinearHead(**{name: tensor.cpu().float() for name, tensor in head.items()})
@@ -204,16 +208,3 @@ class LightCLPlus(LightCL):
         if head := under(state, "fleet_head/"):
             self.adopt_head_(head)
         self._solved = None
-
-
-class PooledMaps(dict[str, Tensor]):
-    """Stands where feature maps are collected, and keeps of them only what φ is made of: the maps of the whole prefix
-    would be several times what training needs."""
-
-    def __init__(self, method: LightCLPlus) -> None:
-        super().__init__()
-        self.method = method
-
-    def __setitem__(self, name: str, feature_map: Tensor) -> None:
-        if name in self.method.maps:
-            super().__setitem__(name, self.method.pool(name, feature_map))

@@ -5,7 +5,7 @@ arXiv 2407.10545. Of layer3 0.7 of the channels go, of layer4 0.8, elsewhere 0.2
 the channels whose weights have the smallest mean. Loss and feature memory are LightCL's, on what is left: `ratio` is a
 share of the remaining channels.
 
-Deviations: the channels are removed physically and not masked (lightcl/pruning.py says how shortcuts are treated). In
+Deviations: the channels are removed physically and not masked (for shortcuts see lightcl/networks/pruning.py). In
 the paper's code layer3's second block is trained in the first task; here the prefix is the same on every device for
 good, so a freeze point does not move during a stream. `network.freeze: layer3.0` trains that block throughout; with
 `preset: paper` or `memory_batch_norm: train`, as the running statistics of a just pruned block are too far off for the
@@ -23,9 +23,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from lightcl.methods.lightcl import LightCLParameters
+from lightcl.methods.base import register
+from lightcl.methods.lightcl import LightCL, LightCLParameters
 from lightcl.networks.pruning import Score, prune_
-from lightcl.networks.resnet import StagedResNet
+from lightcl.networks.staged import Backbone
 
 PAPER_SPARSITY: dict[str, float] = {"layer1": 0.2, "layer2": 0.2, "layer3": 0.7, "layer4": 0.8}
 
@@ -33,6 +34,7 @@ PAPER_SPARSITY: dict[str, float] = {"layer1": 0.2, "layer2": 0.2, "layer3": 0.7,
 class LightCLSparseParameters(LightCLParameters):
     """`lightcl-sparse`: LightCL's keys, and which share of its channels each layer loses."""
 
+    order = 11
     name: Literal["lightcl-sparse"] = "lightcl-sparse"  # type: ignore[assignment]
     channel_sparsity: dict[Literal["layer1", "layer2", "layer3", "layer4"], Annotated[float, Field(ge=0, lt=1)]] = (
         Field(default=PAPER_SPARSITY, validate_default=True)
@@ -47,5 +49,10 @@ class LightCLSparseParameters(LightCLParameters):
     def _fill_sparsity(cls, values: object) -> object:
         return PAPER_SPARSITY | dict(values) if isinstance(values, Mapping) else values
 
-    def shape_(self, network: StagedResNet) -> None:
+    def shape_(self, network: Backbone) -> None:
         prune_(network, {str(layer): share for layer, share in self.channel_sparsity.items()}, self.channel_score)
+
+
+@register(LightCLSparseParameters)
+class LightCLSparse(LightCL):
+    """LightCL; the network alone differs."""

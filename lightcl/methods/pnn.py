@@ -22,36 +22,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightcl.data.tasks import Batch, TaskContext
-from lightcl.methods.base import Method, MethodParameters, Setting, StepCost
-from lightcl.networks.resnet import StagedResNet
+from lightcl.methods.base import Method, MethodParameters, StepCost, register
+from lightcl.networks.staged import Backbone
 from lightcl.seeds import derive
 
 
 class PNNParameters(MethodParameters):
-    """`pnn`: a column a task; for test images whose task is known."""
+    """`pnn`: one column per task; for test images whose task is known."""
 
+    order = 4
+    settings = ("til",)
+    shareable = False
     name: Literal["pnn"] = "pnn"
-
-    @property
-    def settings(self) -> tuple[Setting, ...]:
-        return ("til",)
-
-    @property
-    def shareable(self) -> bool:
-        return False
 
     def cost(self) -> StepCost:
         return StepCost(columns=True, weight_copies=1)  # the initial weights
-
-    def build(self, network: StagedResNet) -> Method:
-        return PNN(network, self)
 
 
 class Adapter(nn.Module):
@@ -70,11 +62,12 @@ class Adapter(nn.Module):
         return laterals
 
 
+@register(PNNParameters)
 class PNN(Method):
-    def __init__(self, network: StagedResNet, parameters: PNNParameters) -> None:
+    def __init__(self, network: Backbone, parameters: PNNParameters) -> None:
         super().__init__(network, parameters)
         self.initial = {name: tensor.clone() for name, tensor in _column_state(network).items()}
-        self.frozen: list[StagedResNet] = []  # the columns before the network
+        self.frozen: list[Backbone] = []  # the columns before the network
         self.adapters: list[nn.ModuleDict] = [nn.ModuleDict()]  # of every column, the network's last
         self.classes: list[Tensor] = []  # of every task begun
         self.boundaries = _ends_of_layers(network)
@@ -92,29 +85,29 @@ class PNN(Method):
         self.classes.append(context.task_classes)
 
     def loss(self, batch: Batch, context: TaskContext) -> Tensor:
-        return self.cross_entropy(self.all_logits(batch.images)[-1], batch.labels, context)
+        return self.cross_entropy(self.all_logits(batch)[-1], batch.labels, context)
 
     @torch.no_grad()
-    def predict(self, images: Tensor) -> Tensor:
+    def predict(self, batch: Batch) -> Tensor:
         """`[N, head]`: the logits of a task's classes come from that task's column, all others from the last one."""
-        columns = self.all_logits(images)
+        columns = self.all_logits(batch)
         logits = columns[-1].clone()
         for classes, column in zip(self.classes, columns, strict=False):
             logits[:, classes] = column[:, classes]
         return logits
 
-    def all_logits(self, images: Tensor) -> list[Tensor]:
+    def all_logits(self, batch: Batch) -> list[Tensor]:
         """`[N, head]` of every column, the network's last; only that one has a graph."""
         columns = [*self.frozen, self.network]
         self.adapters[-1].train(self.network.training)
-        maps = [self.network.features(images)] * len(columns)
+        maps = [self.features_of(batch)] * len(columns)
         for block in self.network.suffix.blocks:
             for k, column in enumerate(columns):
                 with torch.set_grad_enabled(torch.is_grad_enabled() and column is self.network):
                     maps[k] = column.run_block(block, maps[k])
             if block in self.boundaries:
                 maps = [self._with_laterals(maps, k, self.boundaries[block]) for k in range(len(columns))]
-        logits: list[Tensor] = [column.fc(h.mean((2, 3))) for column, h in zip(columns, maps, strict=True)]
+        logits: list[Tensor] = [column.head(h.mean((2, 3))) for column, h in zip(columns, maps, strict=True)]
         return logits
 
     def _with_laterals(self, maps: list[Tensor], k: int, boundary: str) -> Tensor:
@@ -126,7 +119,7 @@ class PNN(Method):
 
     def _add_column(self, seed: int) -> None:
         """Freezes the network as it is and gives it adapters to all columns so far."""
-        shared = {id(module): module for _, module in self.network.prefix.named_modules()}
+        shared: dict[int, Any] = {id(module): module for module in self.network.prefix.modules()}
         column = copy.deepcopy(self.network, shared)
         for weight in (*column.suffix.parameters(), *column.head.parameters()):
             weight.requires_grad_(False)
@@ -142,7 +135,7 @@ class PNN(Method):
             torch.manual_seed(seed)
             for boundary, channels in _channels_at(self.network, self.boundaries).items():
                 new[boundary] = Adapter(channels * len(self.frozen), channels)
-        self.adapters.append(new.to(self.network.fc.weight.device))
+        self.adapters.append(new.to(self.network.head.weight.device))
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {f"classes/{task}": classes for task, classes in enumerate(self.classes)}
@@ -162,12 +155,14 @@ class PNN(Method):
                 tensor.copy_(state[name])
 
 
-def _column_state(network: StagedResNet) -> dict[str, Tensor]:
+def _column_state(network: Backbone) -> dict[str, Tensor]:
     """The live tensors of suffix and head."""
-    return network.suffix.state_dict() | {f"fc.{name}": tensor for name, tensor in network.head.state_dict().items()}
+    return network.suffix.state_dict() | {
+        f"{network.head_name}.{name}": tensor for name, tensor in network.head.state_dict().items()
+    }
 
 
-def _ends_of_layers(network: StagedResNet) -> dict[str, str]:
+def _ends_of_layers(network: Backbone) -> dict[str, str]:
     """The last block of every layer of the suffix -> the name of its boundary (a module's name may hold no dot)."""
     blocks = network.suffix.blocks
     layers = [block.partition(".")[0] for block in blocks]
@@ -175,12 +170,6 @@ def _ends_of_layers(network: StagedResNet) -> dict[str, str]:
     return {block: layer for block, layer, after in zip(blocks, layers, following, strict=True) if layer != after}
 
 
-def _channels_at(network: StagedResNet, boundaries: Mapping[str, str]) -> dict[str, int]:
+def _channels_at(network: Backbone, boundaries: Mapping[str, str]) -> dict[str, int]:
     """Channels of the feature map at each boundary."""
-    channels = {}
-    for block, boundary in boundaries.items():
-        module = dict(network.block_modules(block))
-        convolution = module["conv1"] if block == "stem" else module[block].get_submodule("conv2")
-        assert isinstance(convolution, nn.Conv2d)
-        channels[boundary] = convolution.out_channels
-    return channels
+    return {boundary: network.block_channels(block) for block, boundary in boundaries.items()}

@@ -1,17 +1,19 @@
-"""Plain fine-tuning: every task is learned by SGD and nothing is done against forgetting. The lower bound."""
+"""SGD: plain fine-tuning. Every task is learned by SGD, without any measure against forgetting. The lower bound."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from lightcl.methods.base import Method, MethodParameters
-from lightcl.networks.resnet import StagedResNet
+from lightcl.methods.base import Method, MethodParameters, register
 
 
 class SGDParameters(MethodParameters):
-    """`sgd`: trains the whole network unless `network.freeze` says otherwise."""
+    """`sgd`: trains the entire network unless `network.freeze` says otherwise."""
 
+    order = 2
     name: Literal["sgd"] = "sgd"
 
-    def build(self, network: StagedResNet) -> Method:
-        return Method(network, self)
+
+@register(SGDParameters)
+class SGD(Method):
+    """loss = CE(h(x), y)."""

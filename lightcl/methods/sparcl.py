@@ -34,12 +34,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightcl.data.tasks import Batch, Samples, TaskContext
-from lightcl.methods.base import Method, StepCost
+from lightcl.methods.base import StepCost, register
 from lightcl.methods.derpp import DERpp, DERppKeys
 from lightcl.methods.er import ER
 from lightcl.methods.parts.dynamic_masks import DynamicMasks
 from lightcl.methods.parts.reservoir import Replay, ReplayParameters
-from lightcl.networks.resnet import StagedResNet
+from lightcl.networks.staged import Backbone
 from lightcl.seeds import derive
 
 IMPORTANCE_SAMPLES = 128
@@ -48,6 +48,8 @@ IMPORTANCE_SAMPLES = 128
 class SparseParameters(ReplayParameters):
     """Keys of both forms. The shares and the interval follow the authors' script for Split CIFAR-10."""
 
+    shareable = False
+    """Devices mask different weights, so an average would be zero almost nowhere."""
     sparsity: float = Field(default=0.9, ge=0, lt=1)
     """Share of every masked layer's weights that is zero."""
     gradient_sparsity: float | None = Field(default=None, ge=0, lt=1)
@@ -78,11 +80,6 @@ class SparseParameters(ReplayParameters):
         return self
 
     @property
-    def shareable(self) -> bool:
-        """Devices mask different weights, so an average would be zero almost nowhere."""
-        return False
-
-    @property
     def updated(self) -> float:
         """Share of a layer's weights that is updated."""
         if self.gradient_sparsity is None:
@@ -93,9 +90,10 @@ class SparseParameters(ReplayParameters):
 class Sparse(Replay):
     """What SparCL adds to a replay method."""
 
-    def __init__(self, network: StagedResNet, parameters: SparseParameters) -> None:
+    parameters: SparseParameters
+
+    def __init__(self, network: Backbone, parameters: SparseParameters) -> None:
         super().__init__(network, parameters)
-        self.sparse = parameters
         self.masks = DynamicMasks(network, parameters.sparsity, parameters.updated)
         self.kept = torch.zeros(0, dtype=torch.int64)  # positions of the task's samples that are still trained on
         self.wrong = torch.zeros(0, dtype=torch.int64)  # how often each sample of the task was misclassified
@@ -107,7 +105,7 @@ class Sparse(Replay):
         if not self.masks.there:
             self.masks.start()
         else:
-            self.masks.grow(derive(context.seed, "new task"), self.sparse.inter_task)
+            self.masks.grow(derive(context.seed, "new task"), self.parameters.inter_task)
         self.masks.choose_updated(self.gradients(context))
 
     def select(self, samples: Samples, context: TaskContext, epoch: int) -> Samples:
@@ -129,16 +127,16 @@ class Sparse(Replay):
 
     def end_epoch(self, context: TaskContext, epoch: int) -> None:
         done = epoch + 1
-        if done % self.sparse.interval or done == context.epochs:
+        if done % self.parameters.interval or done == context.epochs:
             return
         gradients = self.gradients(context)
-        self.masks.shrink(self.importance(gradients), self.sparse.intra_task)
+        self.masks.shrink(self.importance(gradients), self.parameters.intra_task)
         self.masks.grow(derive(context.seed, "epoch", epoch))
         self.masks.choose_updated(gradients)
-        removing = range(self.sparse.interval, context.epochs, self.sparse.interval)
-        stages = [stage for stage in removing if stage <= self.sparse.removal_until * context.epochs]
+        removing = range(self.parameters.interval, context.epochs, self.parameters.interval)
+        stages = [stage for stage in removing if stage <= self.parameters.removal_until * context.epochs]
         if done in stages:
-            share = self.sparse.removed_data * (stages.index(done) + 1) / len(stages)
+            share = self.parameters.removed_data * (stages.index(done) + 1) / len(stages)
             self.remove_data(round(share * len(self.wrong)), derive(context.seed, "removal", epoch))
 
     def end_task(self, context: TaskContext) -> None:
@@ -164,17 +162,18 @@ class Sparse(Replay):
         for images, some in zip(
             torch.split(new.images, context.batch_size), torch.split(labels, context.batch_size), strict=True
         ):
-            logits = self.network(images)[:, context.task_classes].float()
+            logits = self.logits_of(Batch(images, some))[:, context.task_classes].float()
             loss = F.cross_entropy(logits, some, reduction="sum") / len(labels)
             for entry, part in zip(total, torch.autograd.grad(loss, weights), strict=True):
                 entry.add_(part)
         for entry in total:
-            entry.abs_().mul_(self.sparse.importance_new)
+            entry.abs_().mul_(self.parameters.importance_new)
         if len(self.buffer):
             old = self.buffer.rows
-            loss = self.replay_cross_entropy(self.network(old["images"]), old["labels"], context)
+            logits = self.logits_of(Batch(old["images"], old["labels"]))
+            loss = self.replay_cross_entropy(logits, old["labels"], context)
             for entry, part in zip(total, torch.autograd.grad(loss, weights), strict=True):
-                entry.add_(part.abs(), alpha=self.sparse.importance_old)
+                entry.add_(part.abs(), alpha=self.parameters.importance_old)
         self.network.train(was_training)
         return dict(zip(self.masks.weights, total, strict=True))
 
@@ -187,9 +186,9 @@ class Sparse(Replay):
 
     def answers(self, logits: Tensor, context: TaskContext) -> Tensor:
         """The class `[N]` with the highest logit among those in the loss."""
-        if self.loss_classes == "all":
+        if self.parameters.loss_classes == "all":
             return logits.argmax(1)
-        classes = context.task_classes if self.loss_classes == "task" else context.seen_classes
+        classes = context.task_classes if self.parameters.loss_classes == "task" else context.seen_classes
         return classes[logits[:, classes].argmax(1)]
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -204,31 +203,33 @@ class Sparse(Replay):
 class SparCLERParameters(SparseParameters):
     """`sparcl-er`: experience replay, sparse in weights, data and gradients."""
 
+    order = 8
     name: Literal["sparcl-er"] = "sparcl-er"
 
     def cost(self) -> StepCost:
         return StepCost(replayed=self.drawn, stored_images=self.buffer_size, weight_sparsity=self.sparsity)
 
-    def build(self, network: StagedResNet) -> Method:
-        return SparCLER(network, self)
-
 
 class SparCLDERppParameters(SparseParameters, DERppKeys):
     """`sparcl-derpp`: dark experience replay, sparse in weights, data and gradients."""
 
+    order = 9
     name: Literal["sparcl-derpp"] = "sparcl-derpp"
 
     def cost(self) -> StepCost:
         size = self.buffer_size
         return StepCost(replayed=2 * self.drawn, stored_images=size, stored_logits=size, weight_sparsity=self.sparsity)
 
-    def build(self, network: StagedResNet) -> Method:
-        return SparCLDERpp(network, self)
 
-
+@register(SparCLERParameters)
 class SparCLER(Sparse, ER):
-    pass
+    """ER with the masks of `Sparse`."""
+
+    parameters: SparCLERParameters
 
 
+@register(SparCLDERppParameters)
 class SparCLDERpp(Sparse, DERpp):
-    pass
+    """DER++ with the masks of `Sparse`."""
+
+    parameters: SparCLDERppParameters

@@ -11,68 +11,25 @@ magnitudes (`score: magnitude`, the usual filter criterion: Li et al., "Pruning 
 2017). Batch-norm is sliced like the weights; its statistics are not estimated anew, as that would take data, and the
 prefix must come out the same on every device.
 
-The table of channel sets is written by hand: a ResNet of basic blocks has two kinds of them, which is shorter to say
-(and to check) than to have a tracer find out, and needs no example input.
+Which channels belong together is the backbone's knowledge (`Backbone.channel_sets`).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightcl.errors import RequestError, nearest
-from lightcl.networks.resnet import BasicBlock, StagedResNet
+from lightcl.networks.staged import Backbone, ChannelSet
 
 Score = Literal["mean", "magnitude"]
 
 
-@dataclass(frozen=True)
-class ChannelSet:
-    """Channels that are kept or removed as one, with the modules they run through, by name.
-
-    The `writers` are convolutions, each followed by the batch-norm of the same place in `norms`; the `readers` are the
-    convolutions (or the head) whose inputs the channels are.
-    """
-
-    name: str
-    layer: str
-    writers: tuple[str, ...]
-    norms: tuple[str, ...]
-    readers: tuple[str, ...]
-
-
-def channel_sets(network: StagedResNet) -> tuple[ChannelSet, ...]:
-    """All channel sets, in order: of each layer its residual stream (`layer3`) and its blocks' inner maps.
-
-    The residual stream of a layer is written by the second convolution of each of its blocks and by the shortcut's (in
-    layer1, which has none, by the stem's). An inner map (`layer3.0.conv1`) has one writer and one reader.
-    """
-    sets = []
-    layers = network.layer_names
-    for index, layer in enumerate(layers):
-        names = [name for name in network.block_names if name.rpartition(".")[0] == layer]
-        blocks = {name: network.get_submodule(name) for name in names}
-        shortcuts = [n for n, block in blocks.items() if isinstance(block, BasicBlock) and block.downsample is not None]
-        writers = [f"{n}.downsample.0" for n in shortcuts] or ["conv1"]
-        norms = [f"{n}.downsample.1" for n in shortcuts] or ["bn1"]
-        readers = [f"{n}.conv1" for n in names if n not in shortcuts]
-        if layer == layers[-1]:
-            readers += ["fc"]
-        else:  # the next layer begins with a shortcut: its stride is 2
-            readers += [f"{layers[index + 1]}.0.conv1", f"{layers[index + 1]}.0.downsample.0"]
-        writers += [f"{n}.conv2" for n in names]
-        norms += [f"{n}.bn2" for n in names]
-        sets.append(ChannelSet(layer, layer, tuple(writers), tuple(norms), tuple(readers)))
-        sets += [ChannelSet(f"{n}.conv1", layer, (f"{n}.conv1",), (f"{n}.bn1",), (f"{n}.conv2",)) for n in names]
-    return tuple(sets)
-
-
-def channel_scores(network: StagedResNet, channels: ChannelSet, score: Score = "mean") -> Tensor:
+def channel_scores(network: Backbone, channels: ChannelSet, score: Score = "mean") -> Tensor:
     """`[C]`, float64: the mean of the weights (or of their magnitudes) that write each channel of a set.
 
     Where several convolutions write it, the mean is over the weights of all of them, so that each counts by its size.
@@ -81,7 +38,7 @@ def channel_scores(network: StagedResNet, channels: ChannelSet, score: Score = "
     return (weights.abs() if score == "magnitude" else weights).mean(1, dtype=torch.float64)
 
 
-def choose_channels(network: StagedResNet, sparsity: Mapping[str, float], score: Score = "mean") -> dict[str, Tensor]:
+def choose_channels(network: Backbone, sparsity: Mapping[str, float], score: Score = "mean") -> dict[str, Tensor]:
     """The channels to keep, ascending, by channel set.
 
     `sparsity` is the share of channels to remove, by layer (0 where a layer is not named): of every set of the layer
@@ -98,7 +55,7 @@ def choose_channels(network: StagedResNet, sparsity: Mapping[str, float], score:
         if not 0 <= share < 1:
             raise RequestError(f"method.channel_sparsity.{layer} is {share}; allowed: 0 up to, but not including, 1")
     kept = {}
-    for channels in channel_sets(network):
+    for channels in network.channel_sets():
         scores = channel_scores(network, channels, score)
         share = sparsity.get(channels.layer, 0.0)
         removed = int(scores.numel() * share + 0.5)
@@ -111,17 +68,17 @@ def choose_channels(network: StagedResNet, sparsity: Mapping[str, float], score:
     return kept
 
 
-def prune_(network: StagedResNet, sparsity: Mapping[str, float], score: Score = "mean") -> None:
+def prune_(network: Backbone, sparsity: Mapping[str, float], score: Score = "mean") -> None:
     """Removes channels for good, as `choose_channels` says, and notes the kept ones in `network.kept_channels`."""
     keep_channels_(network, choose_channels(network, sparsity, score))
 
 
-def keep_channels_(network: StagedResNet, kept: Mapping[str, Tensor]) -> None:
+def keep_channels_(network: Backbone, kept: Mapping[str, Tensor]) -> None:
     """Shrinks the network to the channels `kept` (indices among its present ones, by channel set).
 
     The parameters are new objects, so an optimizer is to be made afterwards. What is frozen stays frozen.
     """
-    for channels in channel_sets(network):
+    for channels in network.channel_sets():
         index = kept[channels.name]
         for name in channels.writers:
             convolution = _convolution(network, name)
@@ -140,17 +97,17 @@ def keep_channels_(network: StagedResNet, kept: Mapping[str, Tensor]) -> None:
         network.kept_channels[channels.name] = index.clone() if before is None else before[index]
 
 
-def channel_digest(network: StagedResNet) -> str:
+def channel_digest(network: Backbone) -> str:
     """Fingerprint of the channels that are left: equal on two networks of one width exactly if they kept the same."""
     total = hashlib.sha256()
-    for channels in channel_sets(network):
+    for channels in network.channel_sets():
         count = _convolution(network, channels.writers[0]).out_channels
         kept = network.kept_channels.get(channels.name, torch.arange(count))
         total.update(f"{channels.name} {kept.tolist()}\n".encode())
     return total.hexdigest()[:16]
 
 
-def _convolution(network: StagedResNet, name: str) -> nn.Conv2d:
+def _convolution(network: Backbone, name: str) -> nn.Conv2d:
     module = network.get_submodule(name)
     assert isinstance(module, nn.Conv2d)
     return module

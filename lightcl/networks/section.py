@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from lightcl.networks import BACKBONES
 from lightcl.networks.resnet import Stem
+from lightcl.registry import OneOf
 from lightcl.section import Section
 
 NAMED_WEIGHTS = ("builtin", "imagenet", "none")
@@ -14,8 +16,8 @@ NAMED_WEIGHTS = ("builtin", "imagenet", "none")
 
 
 class Network(Section):
-    name: Literal["resnet18"] = "resnet18"
-    """The only architecture there is."""
+    name: Annotated[str, OneOf(BACKBONES)] = "resnet18"
+    """The architecture; plugins add more."""
     width: int | None = Field(default=None, ge=4, le=1024)
     """Channels of the first layer; default: that of the weights file, else the paper's 64."""
     stem: Stem | None = None
@@ -27,8 +29,8 @@ class Network(Section):
     freeze_threshold: float = Field(default=0.94, ge=0, le=1)
     """With `freeze: auto`: the memory stability and learning plasticity that a block needs to be frozen."""
     analysis_epochs: int = Field(default=5, ge=1, le=1_000_000)
-    """Epochs a task of the analysis, and no more than `training.epochs`."""
+    """Epochs per task of the analysis; no more than `training.epochs`."""
     frozen_batch_norm: Literal["eval", "train"] | None = None
-    """eval: frozen whole (ours); train: batch statistics that drift (the paper's code); default: the method's own."""
+    """eval: frozen too (ours); train: batch statistics that drift (the paper's code); default: the method's own."""
     weights: str = "builtin"
     """builtin (width 20, Tiny-ImageNet at 32x32), imagenet (torchvision, width 64), none, or a safetensors file."""

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightcl.errors import RequestError, nearest, required
-from lightcl.networks.resnet import Stage, StagedResNet
+from lightcl.networks.staged import Backbone, Stage
 
 DISTRIBUTION = "lightcl-fleet"
 BUILTIN = "resnet18-w20-tiny-imagenet-32.safetensors"
@@ -49,7 +49,7 @@ def find_builtin() -> Path:
     )
 
 
-def load_weights(network: StagedResNet, file: Path, *, head: bool) -> None:
+def load_weights(network: Backbone, file: Path, *, head: bool) -> None:
     """Loads a safetensors file into `network`, with or without its head (whose classes are those of its own data).
 
     A network with one input channel takes three-channel weights summed over colours: on a grey image that is the same
@@ -81,10 +81,10 @@ def read_torchvision() -> dict[str, Tensor]:
     return dict(stored)
 
 
-def load_tensors(network: StagedResNet, stored: Mapping[str, Tensor], origin: str, *, head: bool) -> None:
+def load_tensors(network: Backbone, stored: Mapping[str, Tensor], origin: str, *, head: bool) -> None:
     """Copies `stored` into the network by name; `origin` is named in errors."""
     wanted = network.state_dict()
-    skipped = set() if head else {"fc.weight", "fc.bias"}
+    skipped = set() if head else {f"{network.head_name}.weight", f"{network.head_name}.bias"}
     unknown = stored.keys() - wanted.keys()
     if unknown:
         name = min(unknown)
@@ -114,7 +114,7 @@ def load_tensors(network: StagedResNet, stored: Mapping[str, Tensor], origin: st
             target.copy_(source)
 
 
-def save_weights(network: StagedResNet, file: Path, metadata: Mapping[str, str]) -> None:
+def save_weights(network: Backbone, file: Path, metadata: Mapping[str, str]) -> None:
     """Writes the network as fp16 safetensors (half the size; the rounding is far below the noise of training)."""
     tensors = {
         name: tensor.detach().to(torch.float16).contiguous()

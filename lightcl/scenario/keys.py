@@ -14,8 +14,13 @@ _KEY_TABLE = ("", "| key | allowed | default | |", "|---|---|---|---|")
 
 
 def scenario_schema() -> dict[str, Any]:
-    """JSON schema of a scenario file, for editors."""
-    return Scenario.model_json_schema()
+    """JSON schema of a scenario file, for editors; every registered method has a definition of its own."""
+    schema = Scenario.model_json_schema()
+    method = schema["properties"]["method"]
+    for member in method["oneOf"]:
+        schema["$defs"] |= member.pop("$defs", {}) | {member["title"]: member}
+    method["oneOf"] = [{"$ref": f"#/$defs/{member['title']}"} for member in method["oneOf"]]
+    return schema
 
 
 def scenario_keys() -> str:

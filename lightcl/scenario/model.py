@@ -7,7 +7,7 @@ batch 32, SGD 0.01, 10 % held out).
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
@@ -16,26 +16,39 @@ from lightcl.data.augment import Augmentation
 from lightcl.data.section import Data, Fleet, Stream
 from lightcl.data.sources import SourceRequest
 from lightcl.exchange.section import Server
-from lightcl.methods import AnyMethod, LightCLParameters
-from lightcl.methods.base import Setting
+from lightcl.methods.base import METHODS, MethodParameters, Setting
+from lightcl.methods.lightcl import LightCLParameters
 from lightcl.networks.section import Network
+from lightcl.registry import SectionByName
 from lightcl.scenario.yaml_text import Dumper
 from lightcl.section import Section
 
 
 class Training(Section):
     epochs: int = Field(default=50, ge=1, le=1_000_000)
-    """Local epochs a task."""
+    """Local epochs per task."""
     batch_size: int = Field(default=32, ge=2, le=1_000_000)
-    """Images of a training step."""
+    """Images per training step."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """The optimizer on each device; it starts anew with every task. adam and adamw keep two further numbers per trained
+    weight."""
     learning_rate: float = Field(default=0.01, gt=0, le=1e30)  # float32 can hold it
-    """Of SGD; constant."""
+    """Learning rate, constant. For adam and adamw values around 0.001 are common."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
-    """Of SGD."""
+    """SGD momentum; must be 0 with adam and adamw, which have their own."""
     weight_decay: float = Field(default=0.0, ge=0, le=1000)
-    """Of SGD (L2)."""
+    """Weight decay. sgd, adam: added to the gradients (L2); adamw: decoupled."""
     checkpoint_seconds: float = Field(default=60.0, ge=0, le=1e8)
     """A device that trains longer than this saves its state at the next epoch's end, not only after the message."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(
+                f"training.momentum is {self.momentum:g}, but training.optimizer {self.optimizer} has no such momentum "
+                "(allowed: 0, or optimizer: sgd)"
+            )
+        return self
 
 
 class Device(Section):
@@ -61,7 +74,7 @@ class Scenario(Section):
     stream: Stream = Stream()
     fleet: Fleet = Fleet()
     network: Network = Network()
-    method: Annotated[AnyMethod, Field(discriminator="name")] = LightCLParameters()
+    method: Annotated[MethodParameters, SectionByName(METHODS)] = LightCLParameters()
     training: Training = Training()
     server: Server = Server()
     device: Device = Device()
@@ -86,14 +99,7 @@ class Scenario(Section):
                 f"server.aggregation is {self.server.aggregation!r}, but what method {self.method.name} trains differs "
                 "from device to device and cannot be averaged (allowed: none)"
             )
-        if isinstance(self.method, LightCLParameters):
-            least = self.method.smallest_memory(self.frozen_batch_norm)
-            if self.method.memory_size < least:
-                raise ValueError(
-                    f"method.memory_size is {self.method.memory_size}, but batch-norm in training mode (method."
-                    f"memory_batch_norm is {self.method.memory_batch_norm}, network.frozen_batch_norm "
-                    f"{self.frozen_batch_norm}) has no variance over a single sample: at least {least}"
-                )
+        self.method.check(self)
         if self.server.rounds_per_task > self.training.epochs:
             raise ValueError(
                 f"server.rounds_per_task is {self.server.rounds_per_task}, but training.epochs gives only "
@@ -139,10 +145,10 @@ class Scenario(Section):
 SECTIONS = {name for name in Scenario.model_fields if name not in ("name", "seed")}
 
 
-def method_types() -> dict[str, type[AnyMethod]]:
-    """The parameters of every method there is, by its name."""
-    return {member.model_fields["name"].default: member for member in get_args(AnyMethod)}
+def method_types() -> dict[str, type[MethodParameters]]:
+    """The sections of all registered methods, by name."""
+    return dict(METHODS.items())
 
 
 def method_names() -> list[str]:
-    return list(method_types())
+    return list(METHODS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +12,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lightcl.errors import RequestError, nearest, shown
+from lightcl.methods.base import METHODS, MethodParameters
 from lightcl.networks.section import NAMED_WEIGHTS
-from lightcl.scenario.model import SECTIONS, Scenario, method_names, method_types
+from lightcl.scenario.model import SECTIONS, Scenario
 from lightcl.scenario.yaml_text import line_of, parse
 
 
@@ -68,7 +70,9 @@ def load_scenario(file: Path, changes: Sequence[str] = ()) -> Scenario:
     try:
         return _with_absolute_paths(Scenario.model_validate(values))
     except ValidationError as error:
-        lines = [_explain(problem, file, tree, changed) for problem in error.errors()]
+        method = values.get("method")
+        name = method.get("name") if isinstance(method, dict) else None
+        lines = [_explain(problem, file, tree, changed, name) for problem in error.errors()]
         raise RequestError("\n".join(dict.fromkeys(lines))) from error
 
 
@@ -78,8 +82,16 @@ def scenario_from_json(text: str) -> Scenario:
         return Scenario.model_validate_json(text)
     except ValidationError as error:
         raise RequestError(
-            "\n".join(_explain(problem, Path("<message>"), None, set()) for problem in error.errors())
+            "\n".join(_explain(problem, Path("<message>"), None, set(), _method_in(text)) for problem in error.errors())
         ) from error
+
+
+def _method_in(text: str) -> object:
+    """The name of the method in a scenario as JSON; None where there is none."""
+    try:
+        return json.loads(text)["method"]["name"]
+    except (ValueError, TypeError, LookupError):
+        return None
 
 
 def _reach(change: str) -> tuple[int, bool]:
@@ -121,15 +133,13 @@ def _with_absolute_paths(scenario: Scenario) -> Scenario:
     return scenario.model_copy(update={"data": data, "network": network})
 
 
-def _explain(problem: Mapping[str, Any], file: Path, tree: yaml.Node | None, changed: set[str]) -> str:
+def _explain(
+    problem: Mapping[str, Any], file: Path, tree: yaml.Node | None, changed: set[str], method: object = None
+) -> str:
     """One line for one of pydantic's errors: file, line, key, what was given, what is allowed."""
-    raw = problem["loc"]
-    # A union adds the tag of the member it tried to the location; that is not a key of the file.
-    tagged = len(raw) > 1 and raw[0] == "method" and raw[1] in method_names()
-    location = [raw[0], *raw[2:]] if tagged else list(raw)
-    location = [part for part in location if not (isinstance(part, str) and "[" in part)]  # a dictionary's [key]
+    location = [part for part in problem["loc"] if not (isinstance(part, str) and "[" in part)]  # a dictionary's [key]
     kind, given = problem["type"], problem.get("input")
-    if kind == "union_tag_invalid":
+    if kind == "unknown_section":  # its class is registered under the key `name`
         location.append("name")
     message = problem["msg"].removeprefix("Value error, ")
     if kind == "value_error":  # its text begins with the key and may name others, each of which may be the culprit
@@ -139,11 +149,10 @@ def _explain(problem: Mapping[str, Any], file: Path, tree: yaml.Node | None, cha
     where, key = _place([location], file, tree, changed)
     where += "" if where == f"--set {key}" else f": {key}"
     if kind == "extra_forbidden":
-        known = _keys_of(location[:-1], raw)
+        known = _keys_of(location[:-1], method)
         return f"{where}: unknown key{nearest(str(location[-1]), known)} (allowed here: {', '.join(known)})"
-    if kind == "union_tag_invalid":
-        name = given.get("name") if isinstance(given, dict) else given
-        return f"{where}: unknown method {shown(name)} (allowed: {', '.join(method_names())})"
+    if kind in ("unknown_section", "unknown_name"):
+        return f"{where}: {message}"
     return f"{where}: {message[0].lower()}{message[1:]}, not {shown(given)}"
 
 
@@ -164,13 +173,12 @@ def _place(
     return f"{file}, line {line}" if line else str(file), keys[0]
 
 
-def _keys_of(location: Sequence[Any], raw: Sequence[Any]) -> list[str]:
-    """The keys allowed in the section at `location`."""
+def _keys_of(location: Sequence[Any], method: object) -> list[str]:
+    """The keys allowed in the section at `location`; those of the section `method` depend on its name."""
     if not location:
         return list(Scenario.model_fields)
     if location[0] == "method":
-        for name, member in method_types().items():
-            if name in raw:
-                return list(member.model_fields)
+        section = METHODS.get(method) if isinstance(method, str) else None
+        return list((section or MethodParameters).model_fields)
     annotation = Scenario.model_fields[location[0]].annotation
     return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []

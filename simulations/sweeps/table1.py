@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lightcl.analysis.footprint.comparison import footprint_of
 from lightcl.analysis.footprint.measured import MeasurementFailure
 from lightcl.analysis.footprint.shapes import MIB
 from lightcl.data.sources import load_source
@@ -37,10 +38,10 @@ from lightcl.records.folder import RunFolder
 from lightcl.records.provenance import describe_run
 from lightcl.scenario import Scenario, method_names, scenario_from_json
 from lightcl.scenario.digest import scenario_digest
+from lightcl.scenario.variants import as_method, resets
 from lightcl.storage.files import LOCK, names_in, writable, write_atomically
 from server.aggregation import Aggregator
 from server.rounds import RunFailure
-from simulations.footprints import as_method, footprint_of, resets
 from simulations.options import amount, check_device, methods_named, number_ranges
 
 FIGURES = (("cil", "average_accuracy"), ("til", "average_accuracy"), ("cil", "forgetting"), ("til", "forgetting"))

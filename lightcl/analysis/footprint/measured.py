@@ -194,7 +194,7 @@ def _warm_up(accelerator: torch.device) -> None:
 
 def _in_fresh_process(scenario: Scenario, image: Image, classes: int, way: Way) -> dict[str, Any]:
     request = {"scenario": scenario.model_dump_json(), "image": image, "classes": classes, "way": way}
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[3])
     paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     answer = subprocess.run(
         [sys.executable, "-m", __name__], input=json.dumps(request), capture_output=True, text=True,

@@ -20,7 +20,7 @@ import torch
 
 from lightcl.analysis.footprint.shapes import MIB, Block, NetworkShape, shape_of
 from lightcl.analysis.footprint.theory import Footprint, Workload, footprint
-from lightcl.methods import AnyMethod
+from lightcl.methods.base import MethodParameters
 from lightcl.networks.resnet import StagedResNet
 from lightcl.scenario import method_types
 
@@ -191,7 +191,7 @@ def _shape(setting: Setting, freeze: str) -> NetworkShape:
     return shape_of(_network(setting, freeze), (3, setting.side, setting.side))
 
 
-def _network(setting: Setting, freeze: str, parameters: AnyMethod | None = None) -> StagedResNet:
+def _network(setting: Setting, freeze: str, parameters: MethodParameters | None = None) -> StagedResNet:
     # Sizes are all that is asked for; a method that chooses by the weights' values gets real ones to choose from.
     with torch.random.fork_rng(devices=[]), torch.device("meta" if _keeps_shape(parameters) else "cpu"):
         torch.manual_seed(0)
@@ -201,7 +201,5 @@ def _network(setting: Setting, freeze: str, parameters: AnyMethod | None = None)
     return network
 
 
-def _keeps_shape(parameters: AnyMethod | None) -> bool:
-    from lightcl.methods.base import MethodParameters
-
+def _keeps_shape(parameters: MethodParameters | None) -> bool:
     return parameters is None or type(parameters).shape_ is MethodParameters.shape_

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightcl.networks.resnet import BasicBlock, StagedResNet
+from lightcl.errors import RequestError
+from lightcl.networks.resnet import StagedResNet
+from lightcl.networks.staged import Backbone
 
 Image = tuple[int, int, int]
 """Channels, height, width."""
@@ -118,8 +120,15 @@ class NetworkShape:
         return self.frozen[-1].outputs if self.frozen else channels * height * width
 
 
-def shape_of(network: StagedResNet, image: Image) -> NetworkShape:
-    """Walks the blocks with an image of this size; no tensor is computed."""
+def shape_of(network: Backbone, image: Image) -> NetworkShape:
+    """Walks the blocks with an image of this size; no tensor is computed.
+
+    Raises RequestError for a network that is not a ResNet of basic blocks: the count knows no other kind of block.
+    """
+    if not isinstance(network, StagedResNet):
+        raise RequestError(
+            f"network.name: FLOPs and memory are counted for resnet18 only, not for {type(network).__name__}"
+        )
     _, height, width = image
     blocks = []
     for name in network.block_names:
@@ -132,8 +141,7 @@ def shape_of(network: StagedResNet, image: Image) -> NetworkShape:
                 pooled = network.conv1.out_channels * height * width
             blocks.append(Block(name, frozen, first, pooled=pooled))
             continue
-        block = network.get_submodule(name)
-        assert isinstance(block, BasicBlock)
+        block = network.basic_block(name)
         first, size = _convolution(f"{name}.conv1", block.conv1, block.bn1, height, width)
         second, size = _convolution(f"{name}.conv2", block.conv2, block.bn2, *size)
         shortcut = None

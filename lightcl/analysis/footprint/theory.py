@@ -7,6 +7,7 @@ numbers: what the implementation allocates, what autograd keeps of it for the ba
     forward    kept of each block: both convolutions' outputs (batch-norm needs them), both maps after ReLU (in place;
                the next convolution needs them), and the shortcut convolution's output
     backward   from the last block to the first; gradients of the weights appear, kept activations go
+    save       after the task: copies of tensors that lie channels-last in memory
 
 Not counted: index and label tensors, batch-norm statistics of a batch, and what a library allocates past PyTorch.
 """
@@ -20,7 +21,7 @@ from typing import Any, Literal, get_args
 from lightcl.analysis.footprint.shapes import Block, Convolution, Image, NetworkShape, shape_of
 from lightcl.data.tasks import TaskStream
 from lightcl.methods.base import StepCost
-from lightcl.networks.resnet import StagedResNet
+from lightcl.networks.staged import Backbone
 from lightcl.scenario import Scenario
 
 Category = Literal[
@@ -31,7 +32,7 @@ CATEGORIES: tuple[Category, ...] = get_args(Category)
 MEANINGS: dict[Category, str] = {
     "parameters": "weights, and batch-norm's statistics",
     "gradients": "of the weights",
-    "optimizer state": "momentum",
+    "optimizer state": "momentum, or the two moments of adam and adamw",
     "kept activations": "what the backward pass needs",
     "frozen part": "working memory of the prefix",
     "temporaries": "gradients of activations, layouts of a convolution's weights",
@@ -60,6 +61,12 @@ class Workload:
     momentum: bool = False
     weight_decay: bool = False
     accelerator: str = "cpu"
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+
+    @property
+    def optimizer_copies(self) -> int:
+        """Numbers that the optimizer keeps per trained weight."""
+        return int(self.momentum) if self.optimizer == "sgd" else 2
 
     @property
     def tasks(self) -> int:
@@ -95,10 +102,11 @@ def workload_of(scenario: Scenario, stream: TaskStream, image: Image, accelerato
         training.momentum > 0,
         training.weight_decay > 0,
         accelerator,
+        training.optimizer,
     )
 
 
-def footprint(network: StagedResNet, cost: StepCost, workload: Workload) -> Footprint:
+def footprint(network: Backbone, cost: StepCost, workload: Workload) -> Footprint:
     """The count for a step of the last task, in which a method has everything it ever stores."""
     shape = shape_of(network, workload.image)
     step = _Step(shape, cost, workload)
@@ -193,9 +201,33 @@ class _Step:
             self._backward(cost.held, last=False)
             self.hold("kept activations", -drifts)
         self._backward(samples, last=True)
-        if workload.weight_decay:
-            biggest = max((c.weights for b in shape.trained for c in b.convolutions), default=shape.head_parameters)
-            self.note("optimizer's step", "temporaries", biggest * FP32)
+        if temporaries := self._optimizer_temporaries:
+            self.note("optimizer's step", "temporaries", temporaries)
+        self.hold("gradients", -self.live["gradients"])
+        self.note("saved state", "temporaries", self._saved_copies)
+
+    @property
+    def _saved_copies(self) -> int:
+        """Bytes that are copied while the state is saved: files hold tensors in the order of their indices, and the
+        weights of larger kernels lie channels-last in memory. From a GPU the copies go to the host's memory."""
+        if self.workload.accelerator != "cpu":
+            return 0
+        copied = sum(c.weights for b in self.shape.trained for c in b.convolutions if c.kernel > 1)
+        return (1 + self.workload.optimizer_copies + self.cost.weight_copies) * copied * FP32
+
+    @property
+    def _optimizer_temporaries(self) -> int:
+        """Bytes that the optimizer's step takes for a moment.
+
+        Weight decay that is added to the gradients makes a copy of one. Adam makes the square root of the second
+        moment and its quotient: tensor by tensor on the CPU, of all tensors at once on a GPU.
+        """
+        shape, workload = self.shape, self.workload
+        biggest = max((c.weights for b in shape.trained for c in b.convolutions), default=shape.head_parameters)
+        adam, decay = workload.optimizer != "sgd", workload.weight_decay and workload.optimizer != "adamw"
+        if adam and workload.accelerator == "cuda":
+            return (1 + decay) * shape.trained_parameters * FP32
+        return (2 * adam + decay) * biggest * FP32
 
     @property
     def _vital_share(self) -> float:
@@ -223,7 +255,7 @@ class _Step:
         norms = sum(c.norm for b in shape.blocks for c in b.convolutions)  # as many statistics as affine parameters
         adapters = sum(_adapter(b, k) for b in self._boundaries for k in range(1, self._columns + 1))
         self.hold("parameters", (shape.parameters + norms + adapters) * FP32 + self._columns * trained)
-        self.hold("optimizer state", trained * workload.momentum)
+        self.hold("optimizer state", trained * workload.optimizer_copies)
         self.hold("weight copies", (cost.weight_copies + cost.columns) * trained)
         image = workload.image[0] * workload.image[1] * workload.image[2]
         pixels = (workload.batch + cost.replayed + cost.stored_images) * image

@@ -8,27 +8,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightcl.networks.resnet import BasicBlock, StagedResNet
+from lightcl.networks.staged import Backbone
 from lightcl.seeds import torch_generator
 from lightcl.storage.state import under
 
 
 class DynamicMasks:
-    """Keeps a share 1 - `sparsity` of every 3x3 convolution of the trained blocks; all others are exactly zero.
+    """Keeps a share 1 - `sparsity` of each of the backbone's `maskable_weights`; all others are exactly zero.
 
-    `updated` is the share of a convolution's weights whose gradient is kept. The stem, the shortcuts, batch-norm and
-    the head stay dense.
+    `updated` is the share of a tensor's weights whose gradient is kept. All other tensors stay dense.
     """
 
-    def __init__(self, network: StagedResNet, sparsity: float, updated: float) -> None:
+    def __init__(self, network: Backbone, sparsity: float, updated: float) -> None:
         self.sparsity, self.share_updated = sparsity, updated
-        self.weights: dict[str, nn.Parameter] = {}
-        for name, module in network.suffix.named_modules():
-            if isinstance(module, BasicBlock):
-                own = module.named_parameters()
-                self.weights |= {f"{name}.{n}": w for n, w in own if n in ("conv1.weight", "conv2.weight")}
+        self.weights = network.maskable_weights()
         self.there: dict[str, Tensor] = {}  # boolean, of the weight's shape
         self.updated: dict[str, Tensor] = {}  # boolean, never True where `there` is not
 

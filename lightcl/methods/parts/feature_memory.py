@@ -1,4 +1,4 @@
-"""Memorise Feature Patterns: which channels of the suffix are vital, and how far they may drift.
+"""Memorize Feature Patterns: which channels of the suffix are vital, and how far they may drift.
 
 LightCL, Wang et al., ASP-DAC 2025 (arXiv 2407.10545), section "Memorize Feature Patterns".
 """
@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightcl.networks.resnet import FeatureMaps
+from lightcl.networks.staged import FeatureMaps
 
 Reduction = Literal["sum", "relative"]
 VitalSelection = Literal["exact", "paper"]
@@ -41,45 +41,45 @@ def vital_channels(importance: Tensor, ratio: float, selection: VitalSelection =
 
 
 def vital_patterns(maps: FeatureMaps, vital: Mapping[str, Tensor]) -> FeatureMaps:
-    """What of the feature maps `[M, C, H, W]` `DriftingMaps` has to be given: the vital channels, `[M, V, H, W]`."""
+    """The vital channels `[M, V, H, W]` of the feature maps `[M, C, H, W]`, as `Drift` takes them."""
     return {name: maps[name][:, mask].float() for name, mask in vital.items()}
 
 
-class DriftingMaps(dict[str, Tensor]):
-    """Stands where feature maps `[M, C, H, W]` are collected by name, and keeps of each only how far it has drifted.
+class Drift:
+    """How far feature maps have moved from stored patterns: the sum, or the mean, of one term per map.
 
-    `vital[m]` is a boolean `[C]` with V channels set, and `stored[m]` are the patterns `[M, V, H, W]` of those channels
-    (`vital_patterns`).
+    `on_map` takes the maps `[M, C, H, W]` as they are computed, by name. `vital[m]` is a boolean `[C]` with V channels
+    set, and `stored[m]` are the patterns `[M, V, H, W]` of those channels (`vital_patterns`). Other maps are ignored.
 
     - "sum" (the paper): Σ_m Σ (mask_m ⊙ (F_m - F*_m))². It grows with the number of channels and positions, so the
-      same β is felt less in a narrower network.
+      same β has less effect in a narrower network.
     - "relative" (ours): the mean over the maps of Σ(mask ⊙ (F - F*))² / Σ(mask ⊙ F*)². It has no unit, so a β means
       the same at every width, resolution and memory size.
 
-    Autograd goes back in the order of creation: were the terms made after the whole forward pass, there would be a
-    full-sized gradient of every map before the first of them is used. Made while the maps come, each has its turn.
+    Memory: only the terms are kept, never the maps. Autograd goes back in the reverse order of creation: were the terms
+    made after the entire forward pass, a full-sized gradient of every map would exist before the first is used. Made
+    while the maps come, one exists at a time.
     """
 
     def __init__(self, stored: FeatureMaps, vital: Mapping[str, Tensor], reduction: Reduction) -> None:
-        super().__init__()
         self.stored, self.vital, self.reduction = stored, vital, reduction
         self.terms: list[Tensor] = []
 
-    def __setitem__(self, name: str, feature_map: Tensor) -> None:
+    def on_map(self, name: str, feature_map: Tensor) -> None:
         if name in self.vital:
-            # Indexing first keeps the graph's temporaries at the vital share of the map instead of the whole of it.
+            # Indexing first keeps the graph's temporaries at the vital share of the map.
             now, then = feature_map[:, self.vital[name]].float(), self.stored[name]
             term = (now - then).square().sum()
             if self.reduction == "relative":
                 term = term / then.square().sum().clamp_min(1e-12)
             self.terms.append(term)
 
-    def drift(self) -> Tensor:
-        """The scalar over all maps that came."""
-        if not self.terms:  # everything but the head is frozen
+    def total(self) -> Tensor:
+        """The scalar over all maps so far; 0 where no map has come (everything but the head is frozen)."""
+        if not self.terms:
             return torch.zeros(())
-        total = torch.stack(self.terms)
-        return total.sum() if self.reduction == "sum" else total.mean()
+        terms = torch.stack(self.terms)
+        return terms.sum() if self.reduction == "sum" else terms.mean()
 
 
 def logit_drift(logits: Tensor, stored: Tensor, reduction: Reduction) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from lightcl.data.tasks import Batch, Samples, TaskContext
 from lightcl.methods.base import Method, MethodParameters
-from lightcl.networks.resnet import StagedResNet
+from lightcl.networks.staged import Backbone
 from lightcl.seeds import numpy_generator
 from lightcl.storage.state import under
 
@@ -128,11 +128,11 @@ class Reservoir:
 class Replay(Method):
     """A method with a reservoir: after each step the batch is offered to it."""
 
-    keeps_logits = False
+    parameters: ReplayParameters
+    keeps_logits: ClassVar[bool] = False
 
-    def __init__(self, network: StagedResNet, parameters: ReplayParameters) -> None:
+    def __init__(self, network: Backbone, parameters: ReplayParameters) -> None:
         super().__init__(network, parameters)
-        self.drawn = parameters.drawn
         self.buffer = Reservoir(parameters.buffer_size)
         self.samples: Samples | None = None  # of this epoch
         self.logits: Tensor | None = None  # of the step's batch
@@ -143,14 +143,14 @@ class Replay(Method):
 
     def forward(self, batch: Batch, context: TaskContext, draws: int) -> tuple[Tensor, list[tuple[Tensor, Replayed]]]:
         """Logits of the batch, and of each of `draws` independent draws (none while the buffer is empty)."""
-        replayed = [self.buffer.draw(self.drawn, context) for _ in range(draws)] if len(self.buffer) else []
-        logits, *outputs = together(self.network, batch.images, *(drawn.images for drawn in replayed))
+        replayed = [self.buffer.draw(self.parameters.drawn, context) for _ in range(draws)] if len(self.buffer) else []
+        logits, *outputs = self.logits_together(batch, *(Batch(old.images, old.labels) for old in replayed))
         self.logits = logits.detach()
         return logits, list(zip(outputs, replayed, strict=True))
 
     def replay_cross_entropy(self, logits: Tensor, labels: Tensor, context: TaskContext) -> Tensor:
         """Mean cross-entropy of replayed samples, whose task need not be the current one."""
-        if self.loss_classes == "all":
+        if self.parameters.loss_classes == "all":
             return F.cross_entropy(logits.float(), labels)
         seen = context.seen_classes
         return F.cross_entropy(logits[:, seen].float(), context.position_of(labels, seen))
@@ -166,9 +166,3 @@ class Replay(Method):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         own = under(state, "buffer/")
         self.buffer.load_state_dict(own)
-
-
-def together(network: StagedResNet, *images: Tensor) -> list[Tensor]:
-    """Logits of several sets of images that pass the network in one batch, and so share batch-norm's statistics."""
-    logits = network.classify(network.features(torch.cat(images)))
-    return list(torch.split(logits, [len(part) for part in images]))

@@ -28,7 +28,7 @@ from lightcl.storage.state import MANIFEST, StateError
 from tests.lightcl import toys
 from tests.lightcl.storage.killed_device import HANG_IN
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 class Killed(BaseException):

@@ -10,7 +10,8 @@ from lightcl.data.sources import ImageSet
 from lightcl.data.tasks import Samples, Task
 from lightcl.device import training
 from lightcl.device.training import TaskAccuracy, TrainingFailure, evaluate, make_optimizer, train_epoch
-from lightcl.methods import Method, SGDParameters
+from lightcl.methods import Method
+from lightcl.methods.sgd import SGDParameters
 from lightcl.networks.resnet import StagedResNet
 from tests.lightcl import toys
 
@@ -112,11 +113,25 @@ def test_regularisation_keeps_the_patterns_in_place():
         now, then = {}, {}
         network.eval()
         with torch.no_grad():
-            network.classify(network.features(samples), now)
+            network.classify(network.features(samples), now.__setitem__)
             network.load_state_dict(before)
-            network.classify(network.features(samples), then)
+            network.classify(network.features(samples), then.__setitem__)
         moved[beta] = sum(float((now[m] - then[m])[:, mask].square().sum()) for m, mask in method.vital.items())
     assert moved[0.001] < 0.7 * moved[0.0]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
+def test_adam_by_name(name, kind):
+    training = {"optimizer": name, "learning_rate": 0.001, "weight_decay": 0.1}
+    scenario = toys.scenario(training=training)
+    optimizer = make_optimizer(scenario.method.build(toys.network()), scenario)
+    assert type(optimizer) is kind
+    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (0.001, 0.1)
+
+
+def test_momentum_is_for_sgd_only():
+    with pytest.raises(ValueError, match=r"training\.momentum is 0\.9, but training\.optimizer adam has no such"):
+        toys.scenario(training={"optimizer": "adam", "momentum": 0.9})
 
 
 def test_optimizer_takes_the_scenarios_values_and_only_what_is_trained():
@@ -135,7 +150,7 @@ def test_loss_that_is_no_number_stops_training_with_advice():
 
 def test_bf16_trains_with_fp32_weights():
     network = toys.network()
-    losses = run(network, training={"precision": "bf16"})
+    losses = run(network, device={"precision": "bf16", "accelerator": "cpu"})
     assert np.isfinite(losses).all()
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
 

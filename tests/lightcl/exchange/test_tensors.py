@@ -14,8 +14,9 @@ from lightcl.exchange.tensors import (
     size_in_bytes,
     weighted_average,
 )
-from lightcl.methods import Method, SGDParameters
+from lightcl.methods import Method
 from lightcl.methods.parts.closed_form import Statistics
+from lightcl.methods.sgd import SGDParameters
 from tests.lightcl import toys
 
 BLOCK = ("conv1.weight", *(f"bn1.{n}" for n in ("weight", "bias", "running_mean", "running_var")))

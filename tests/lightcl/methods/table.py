@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightcl.data.sources import ImageSet
 from lightcl.data.tasks import Batch, Samples, Task, TaskContext
+from lightcl.networks.staged import OnMap
 from tests.lightcl import toys
 
 PROBABILITIES = [[0.1, 0.3, 0.2, 0.4], [0.2, 0.2, 0.2, 0.4], [0.25, 0.25, 0.25, 0.25]]
@@ -23,10 +24,10 @@ class Table(nn.Module):
         super().__init__()
         self.rows = nn.Parameter((10 * torch.tensor(PROBABILITIES)).log())
 
-    def features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor, on_map: OnMap | None = None) -> Tensor:
         return images
 
-    def classify(self, features: Tensor) -> Tensor:
+    def classify(self, features: Tensor, on_map: OnMap | None = None) -> Tensor:
         return self.rows[features.flatten().long()]
 
     def forward(self, images: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from lightcl.methods import SGDParameters
+from lightcl.methods.base import METHODS, PrefixFeatures
+from lightcl.methods.sgd import SGDParameters
 from tests.lightcl import toys
 
 LOGITS = torch.tensor([[0.0, math.log(3), math.log(2), math.log(4)]])  # exp: 1, 3, 2, 4
@@ -40,3 +41,33 @@ def test_sgd_trains_everything_and_keeps_nothing():
     method.begin_task(SECOND)
     method.end_task(SECOND)
     assert method.state_dict() == {}
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_asks_one_place_for_the_prefixs_outputs(tmp_path, name, monkeypatch):
+    """With that place counted and the network's own way closed, two tasks are learned and tested."""
+    device = toys.device(tmp_path, method={"name": name}, network={"freeze": "layer3"}, training={"epochs": 1})
+    asked = []
+
+    class Counted(PrefixFeatures):
+        def __call__(self, batches, on_map=None):
+            asked.append(len(batches))
+            return type(self.network).features(self.network, torch.cat([b.images for b in batches]), on_map)
+
+    def closed(*_):
+        raise AssertionError("the prefix was called past features_of")
+
+    device.method.prefix_features = Counted(device.network)
+    monkeypatch.setattr(device.network, "features", closed)
+    for task in range(device.stream.first, 2):
+        device.train(task, 1)
+        device.evaluate()
+    assert asked
+
+
+def test_test_images_and_samples_say_where_they_come_from():
+    batch = SECOND.sample(3, "memory")
+    assert batch.origin is not None
+    again = batch.origin.load()
+    assert torch.equal(again.images, batch.images)
+    assert torch.equal(again.labels, batch.labels)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightcl.methods import EWCParameters
+from lightcl.methods.ewc import EWCParameters
 from tests.lightcl import toys
 from tests.lightcl.methods import table
 

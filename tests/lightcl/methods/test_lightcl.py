@@ -5,8 +5,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from lightcl.methods import LightCLParameters
-from lightcl.methods.lightcl import LightCL
+from lightcl.methods.lightcl import LightCL, LightCLParameters
 from lightcl.networks.resnet import StagedResNet
 from tests.lightcl import toys
 from tests.reference import regularisation as reference
@@ -96,7 +95,7 @@ def suffix_maps(network: StagedResNet, images: Tensor, *, batch_statistics: bool
     network.suffix.train(batch_statistics)
     maps: dict[str, Tensor] = {}
     with torch.no_grad():
-        logits = network.classify(network.features(images), maps)
+        logits = network.classify(network.features(images), maps.__setitem__)
     return {name: m.tolist() for name, m in maps.items()}, logits.tolist()
 
 

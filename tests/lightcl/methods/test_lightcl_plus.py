@@ -9,6 +9,7 @@ import torch
 
 from lightcl.data.partition import partition
 from lightcl.data.sources import load_source
+from lightcl.data.tasks import Batch
 from lightcl.device.device import EdgeDevice
 from lightcl.errors import RequestError
 from lightcl.methods.lightcl_plus import LightCLPlus, LightCLPlusParameters
@@ -28,12 +29,16 @@ def built(network: StagedResNet | None = None, **keys) -> LightCLPlus:
     return LightCLPlusParameters(**keys).build(network or toys.network())
 
 
+def describe(method: LightCLPlus, maps: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([method.pool(name, maps[name]) for name in method.maps], 1)
+
+
 def test_features_are_channel_means_and_a_grid_of_the_last_map():
     method = built()  # width 4: every map of the prefix fits
     assert method.grid
     assert method.maps == method.network.prefix.map_names
     maps = {name: torch.rand(2, method.network.map_channels(name), 4, 4) for name in method.maps}
-    described = method.describe(maps)
+    described = describe(method, maps)
     means = torch.cat([maps[name].mean((2, 3)) for name in method.maps[:-1]], 1)
     assert torch.allclose(described[:, : means.shape[1]], means)
     corner = maps[method.maps[-1]][:, :, :2, :2].mean((2, 3))  # the first of each channel's four cells
@@ -91,8 +96,8 @@ def test_the_sums_are_those_of_all_tasks_and_survive_a_restart(tmp_path):
     for task in device.stream:
         batch = task.train.load()
         maps = {}
-        device.network.prefix(batch.images, maps)
-        expected.add_(device.method.describe(maps), batch.labels)
+        device.network.prefix(batch.images, maps.__setitem__)
+        expected.add_(describe(device.method, maps), batch.labels)
     again = toys.device(tmp_path, **settings)
     for name, tensor in expected.tensors().items():
         assert torch.equal(again.method.statistics_of.tensors()[name], device.method.statistics_of.tensors()[name])
@@ -103,7 +108,7 @@ def test_the_sums_are_those_of_all_tasks_and_survive_a_restart(tmp_path):
 def test_the_suffix_may_move_and_the_statistics_stay_valid(tmp_path):
     device = toys.device(tmp_path, method={**PLUS, "suffix_weight": 0.0}, training={"epochs": 1})
     device.train(0, 1)
-    images = device.stream[0].test.load().images
+    images = device.stream[0].test.load()
     device.network.eval()
     before = device.method.predict(images)
     with torch.no_grad():
@@ -115,7 +120,7 @@ def test_the_suffix_may_move_and_the_statistics_stay_valid(tmp_path):
 def test_before_the_first_task_the_network_answers():
     method = built(toys.network().eval())
     images = toys.images(3)
-    assert torch.equal(method.predict(images), method.network(images))
+    assert torch.equal(method.predict(Batch(images, torch.zeros(3))), method.network(images))
 
 
 def test_it_knows_old_tasks_better_than_lightcl(tmp_path):
@@ -160,8 +165,8 @@ def test_a_fleet_shares_the_head_that_all_data_together_give(tmp_path):
             batch = task.train.load()
             maps = {}
             device.network.eval()
-            device.network.prefix(batch.images, maps)
-            central.add_(method.describe(maps), batch.labels)
+            device.network.prefix(batch.images, maps.__setitem__)
+            central.add_(describe(method, maps), batch.labels)
     expected = discriminant_head(central, method.plus.shrinkage)
     for device in devices:
         for name, tensor in expected.tensors().items():

@@ -10,8 +10,9 @@ from lightcl.assembly import build_network
 from lightcl.device.device import EdgeDevice
 from lightcl.errors import RequestError
 from lightcl.exchange.tensors import outgoing, size_in_bytes
-from lightcl.methods import LightCLParameters, LightCLSparseParameters
 from lightcl.methods.base import StepCost
+from lightcl.methods.lightcl import LightCLParameters
+from lightcl.methods.lightcl_sparse import LightCLSparseParameters
 from lightcl.networks.pruning import choose_channels
 from lightcl.networks.resnet import StagedResNet
 from lightcl.networks.weights import digest, save_weights

@@ -4,14 +4,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from lightcl.methods import PNNParameters
+from lightcl.data.tasks import Batch
 from lightcl.methods.base import StepCost
-from lightcl.methods.pnn import PNN
+from lightcl.methods.pnn import PNN, PNNParameters
 from tests.lightcl import toys
 
 FIRST, SECOND = toys.context(0, [0, 1]), toys.context(1, [2, 3], seen=[0, 1, 2, 3])
 THIRD = toys.context(2, [0, 2], seen=[0, 1, 2, 3])
 IMAGES = toys.images(3)
+BATCH = Batch(IMAGES, torch.zeros(3, dtype=torch.int64))
 
 
 def make(freeze: str = "layer3") -> PNN:
@@ -49,7 +50,7 @@ def test_first_column_is_the_network():
     method = make()
     method.network.eval()
     method.begin_task(FIRST)
-    assert torch.equal(method.predict(IMAGES), method.network(IMAGES).detach())
+    assert torch.equal(method.predict(BATCH), method.network(IMAGES).detach())
     assert method.trainable().keys() == {n for n, p in method.network.named_parameters() if p.requires_grad}
 
 
@@ -61,20 +62,20 @@ def test_a_new_column_starts_as_the_initial_network(freeze):
     method.network.eval()
     initial = toys.network(freeze=freeze).eval()
     toys.assert_same(method.network.state_dict(), initial.state_dict())
-    assert torch.equal(method.all_logits(IMAGES)[1], initial(IMAGES))
+    assert torch.equal(method.all_logits(BATCH)[1], initial(IMAGES))
 
 
 @pytest.mark.parametrize("freeze", ["layer3", "layer2.0", "none"])
 def test_old_answers_never_change(freeze):
     method = make(freeze)
     learn(method, FIRST)
-    after_first = method.predict(IMAGES)[:, [0, 1]]
+    after_first = method.predict(BATCH)[:, [0, 1]]
     learn(method, SECOND)
-    both = method.predict(IMAGES)
+    both = method.predict(BATCH)
     assert torch.equal(both[:, [0, 1]], after_first)
     assert not torch.equal(both[:, [2, 3]], toys.network(freeze=freeze).eval()(IMAGES)[:, [2, 3]])
     learn(method, toys.context(2, [3], seen=[0, 1, 2, 3]))
-    assert torch.equal(method.predict(IMAGES)[:, [0, 1, 2]], both[:, [0, 1, 2]])
+    assert torch.equal(method.predict(BATCH)[:, [0, 1, 2]], both[:, [0, 1, 2]])
 
 
 def test_lateral_connection_by_the_formula():
@@ -100,7 +101,7 @@ def test_lateral_connection_by_the_formula():
             return torch.einsum("oc,nchw->nohw", u, inner.clamp(min=0)) + adapter.u.bias[:, None, None]
 
         expected = [columns[k].fc((h[k] + (lateral(k) if k else 0)).mean((2, 3))) for k in range(3)]
-        given = method.all_logits(IMAGES)
+        given = method.all_logits(BATCH)
     for one, other in zip(given, expected, strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
     assert (expected[2] - columns[2].fc(h[2].mean((2, 3)))).abs().max() > 0.1  # the lateral term is seen
@@ -120,10 +121,10 @@ def test_every_layer_boundary_of_the_suffix_has_an_adapter():
 def test_where_every_block_is_frozen_a_column_is_a_head():
     method = make("layer4")
     learn(method, FIRST)
-    logits = method.predict(IMAGES)
+    logits = method.predict(BATCH)
     learn(method, SECOND)
     assert method.boundaries == {}
-    assert torch.equal(method.predict(IMAGES)[:, :2], logits[:, :2])
+    assert torch.equal(method.predict(BATCH)[:, :2], logits[:, :2])
     assert method.trainable().keys() == {"fc.weight", "fc.bias"}
 
 
@@ -162,7 +163,7 @@ def test_restored_in_the_middle_of_a_task():
     restored.load_state_dict(toys.copy_of(method.state_dict()))
     restored.network.eval()
     toys.assert_same(restored.state_dict(), method.state_dict())
-    assert torch.equal(restored.predict(IMAGES), method.predict(IMAGES))
+    assert torch.equal(restored.predict(BATCH), method.predict(BATCH))
     assert restored.trainable().keys() == method.trainable().keys()
     for one in (method, restored):
         learn(one, THIRD)

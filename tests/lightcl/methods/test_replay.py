@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from lightcl.methods import DERppParameters, ERParameters, FDRParameters
-from lightcl.methods.fdr import equal_shares, function_distance
+from lightcl.methods.derpp import DERppParameters
+from lightcl.methods.er import ERParameters
+from lightcl.methods.fdr import FDRParameters, equal_shares, function_distance
 from tests.lightcl import toys
 from tests.lightcl.methods import table
 

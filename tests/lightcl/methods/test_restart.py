@@ -4,7 +4,7 @@ import pytest
 
 from lightcl.device.device import EdgeDevice
 from tests.lightcl import toys
-from tests.lightcl.test_device import everything
+from tests.lightcl.device.test_device import everything
 
 SPARSE = {"sparsity": 0.8, "interval": 1, "intra_task": 0.05, "inter_task": 0.05, "buffer_size": 5}
 METHODS = [
@@ -37,6 +37,27 @@ def test_restored_after_every_epoch(tmp_path, method):
     toys.assert_same(everything(killed), everything(straight))
     assert killed.rows == straight.rows
     assert killed.method.state_dict()
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+@pytest.mark.parametrize("name", ["lightcl", "pnn"])  # pnn trains adapters that are no part of the network
+def test_restored_with_another_optimizer(tmp_path, name, optimizer):
+    training = {"epochs": 3, "optimizer": optimizer, "learning_rate": 0.002, "weight_decay": 0.1}
+    sections = {"method": {"name": name}, "training": training, "network": {"freeze": "layer3"}}
+    straight = toys.device(tmp_path / "straight", **sections)
+    for task in (0, 1):
+        straight.train(task, 3)
+        for epochs in (1, 2, 3):
+            killed = toys.device(tmp_path / "killed", **sections)
+            killed.evaluate()  # saves values without tensors
+            report = killed.train(task, epochs)
+        assert report.loss == straight.last_report.loss
+    toys.assert_same(everything(killed), everything(straight))
+    given, expected = (device.optimizer.state_dict() for device in (killed, straight))
+    assert given["param_groups"] == expected["param_groups"]
+    for index, entries in expected["state"].items():
+        assert int(entries["step"]) == 3 * -(-36 // 8)  # of one task: an optimizer starts anew with every task
+        toys.assert_same(given["state"][index], entries)
 
 
 def test_restored_where_the_head_alone_is_trained(tmp_path):

@@ -6,9 +6,8 @@ from pydantic import ValidationError
 from torch.nn import functional as F
 
 from lightcl.data.tasks import Batch
-from lightcl.methods import SparCLDERppParameters, SparCLERParameters
 from lightcl.methods.parts.dynamic_masks import DynamicMasks, strongest
-from lightcl.methods.sparcl import Sparse
+from lightcl.methods.sparcl import SparCLDERppParameters, SparCLERParameters, Sparse
 from tests.lightcl import toys
 
 FIRST, SECOND = toys.context(0, [0, 1]), toys.context(1, [2, 3], seen=[0, 1, 2, 3])

@@ -14,7 +14,6 @@ from lightcl.methods.lightcl_sparse import PAPER_SPARSITY
 from lightcl.networks.pruning import (
     channel_digest,
     channel_scores,
-    channel_sets,
     choose_channels,
     keep_channels_,
     prune_,
@@ -34,7 +33,7 @@ def width_8() -> StagedResNet:
 
 
 def set_named(network: StagedResNet, name: str):
-    return next(channels for channels in channel_sets(network) if channels.name == name)
+    return next(channels for channels in network.channel_sets() if channels.name == name)
 
 
 def twins(network: StagedResNet) -> tuple[StagedResNet, StagedResNet]:
@@ -96,7 +95,7 @@ def test_every_convolution_is_written_once_and_read_once():
     network = toys.network()
     convolutions = {name for name, module in network.named_modules() if isinstance(module, torch.nn.Conv2d)}
     norms = {name for name, module in network.named_modules() if isinstance(module, torch.nn.BatchNorm2d)}
-    sets = channel_sets(network)
+    sets = network.channel_sets()
     assert sorted(n for s in sets for n in s.writers) == sorted(convolutions)
     assert sorted(n for s in sets for n in s.norms) == sorted(norms)
     assert sorted(n for s in sets for n in s.readers) == sorted(convolutions - {"conv1"} | {"fc"})
@@ -133,8 +132,8 @@ def test_outputs_are_those_of_the_masked_network(make, training):
         for network in (whole, pruned, masked):
             network.freeze("none" if training else "layer3")
             network.train(training)
-        given = pruned.classify(pruned.features(images), maps)
-        expected = masked.classify(masked.features(images), masked_maps)
+        given = pruned.classify(pruned.features(images), maps.__setitem__)
+        expected = masked.classify(masked.features(images), masked_maps.__setitem__)
         assert not torch.allclose(whole(images), expected, atol=0.01), "removing channels must show"
     torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-5)
     for name, feature_map in maps.items():
@@ -211,7 +210,7 @@ def test_frozen_stays_frozen_and_memory_format_stays():
 
 def test_pruned_twice_still_knows_the_original_channels():
     network, first, second = toys.network(), {}, {}
-    for channels in channel_sets(network):
+    for channels in network.channel_sets():
         count = network.get_submodule(channels.writers[0]).out_channels
         first[channels.name], second[channels.name] = torch.arange(1, count), torch.arange(0, count - 1, 2)
     keep_channels_(network, first)

@@ -1,5 +1,9 @@
 """The staged network: torchvision's names and numbers, the freeze point, what frozen means, feature maps."""
 
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
 import torchvision
@@ -134,7 +138,7 @@ def test_with_nothing_frozen_the_images_themselves_enter_the_suffix():
 def test_feature_maps_are_named_after_their_blocks(point):
     network, maps = toys.network(freeze=point).eval(), {}
     with torch.no_grad():
-        network.classify(network.features(toys.images(2)), maps)
+        network.classify(network.features(toys.images(2)), maps.__setitem__)
     assert tuple(maps) == network.suffix.map_names
     blocks = [block for block in BLOCKS[BOUNDARIES[point] :] if block != "stem"]
     assert list(maps) == [f"{block}.relu{i}" for block in blocks for i in (1, 2)]
@@ -144,7 +148,7 @@ def test_resnet18s_suffix_has_the_papers_four_maps():
     maps = {}
     network = toys.network(freeze="layer3").eval()
     with torch.no_grad():
-        network.classify(network.features(toys.images(2, size=16)), maps)
+        network.classify(network.features(toys.images(2, size=16)), maps.__setitem__)
     assert {name: tuple(m.shape) for name, m in maps.items()} == {
         "layer4.0.relu1": (2, 32, 2, 2),
         "layer4.0.relu2": (2, 32, 2, 2),
@@ -157,7 +161,7 @@ def test_feature_maps_are_the_outputs_of_both_convolutions_after_relu():
     network, maps = toys.network(freeze="layer4.0").eval(), {}
     with torch.no_grad():
         before = network.features(toys.images(2))
-        network.classify(before, maps)
+        network.classify(before, maps.__setitem__)
         block = network.layer4[1]
         first = F.relu(block.bn1(block.conv1(before)))
         second = F.relu(block.bn2(block.conv2(first)) + before)
@@ -169,7 +173,7 @@ def test_bytes_and_unit_floats_are_the_same_images():
     network, images = toys.network().eval(), toys.images(2)
     with torch.no_grad():
         assert torch.equal(network(images), network(images.float() / 255))
-        torch.testing.assert_close(network.input_stem.normalise(images), normalised(images))
+        torch.testing.assert_close(network.input_stem.normalize(images), normalised(images))
 
 
 def test_images_are_not_changed_by_the_network():
@@ -183,5 +187,59 @@ def test_grey_images_are_normalised_by_the_mean_over_colours():
     # mean (0.485 + 0.456 + 0.406)/3 = 0.449, deviation (0.229 + 0.224 + 0.225)/3 = 0.226: (1 - 0.449)/0.226 = 2.43805
     network = toys.network(in_channels=1)
     white = torch.full((1, 1, 8, 8), 255, dtype=torch.uint8)
-    torch.testing.assert_close(network.input_stem.normalise(white), torch.full((1, 1, 8, 8), 2.43805))
+    torch.testing.assert_close(network.input_stem.normalize(white), torch.full((1, 1, 8, 8), 2.43805))
     assert network(white.expand(2, 1, 8, 8)).shape == (2, 4)
+
+
+def test_a_stage_is_a_module_of_the_networks_own_modules():
+    network = toys.network(freeze="layer3").eval()
+    for stage in (network.prefix, network.suffix):
+        assert isinstance(stage, torch.nn.Module)
+        own = network.state_dict()
+        assert all(tensor.data_ptr() == own[name].data_ptr() for name, tensor in stage.state_dict().items())
+    assert {name for name, _ in network.suffix.named_parameters()} == {
+        name for name, _ in network.named_parameters() if name.startswith("layer4")
+    }
+    images = toys.images(2)
+    with torch.no_grad():
+        exported = torch.jit.trace(network.prefix, images)
+        assert torch.equal(exported(images), network.features(images))
+
+
+def test_a_stage_does_not_keep_its_network_alive():
+    network = toys.network()
+    alive, suffix = weakref.ref(network), network.suffix
+    gc.disable()
+    try:
+        del network
+        assert alive() is None
+    finally:
+        gc.enable()
+    assert len(suffix.state_dict()) > 0
+
+
+def test_a_copy_of_a_network_has_stages_of_its_own():
+    network = toys.network().eval()
+    other, images = copy.deepcopy(network), toys.images(2)
+    with torch.no_grad():
+        expected = network(images)
+        for parameter in network.parameters():
+            parameter.zero_()
+        assert torch.equal(other(images), expected)
+
+
+def test_maps_come_in_the_order_of_the_forward_pass_and_only_when_asked_for():
+    network, came = toys.network(freeze="layer2").eval(), []
+    with torch.no_grad():
+        features = network.features(toys.images(2), lambda name, feature_map: came.append((name, feature_map.shape[1])))
+        network.classify(features)
+    assert came == [(name, network.map_channels(name)) for name in network.prefix.map_names]
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_channels_of_a_block_are_those_of_its_output(name):
+    network, x = toys.network().eval(), toys.images(2)
+    with torch.no_grad():
+        for block in BLOCKS[: BLOCKS.index(name) + 1]:
+            x = network.run_block(block, x)
+    assert network.block_channels(name) == x.shape[1]

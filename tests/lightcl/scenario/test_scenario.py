@@ -9,8 +9,9 @@ from pydantic import ValidationError
 
 from lightcl.data.sources import SourceRequest
 from lightcl.errors import RequestError
-from lightcl.methods import LightCLParameters, SGDParameters
 from lightcl.methods.ewc import EWCParameters
+from lightcl.methods.lightcl import LightCLParameters
+from lightcl.methods.sgd import SGDParameters
 from lightcl.scenario import Scenario, load_scenario, scenario_from_json, scenario_schema
 
 
@@ -203,7 +204,7 @@ def test_unknown_keys_are_named_with_the_nearest_known_one(refused, text, where,
         ("name: a/b", "line 1: name: string should match pattern .*, not \"a/b\""),
         ("seed: -1", "line 1: seed: input should be greater than or equal to 0, not -1"),
         ("method: {ratio: 2}", "line 1: method.ratio: input should be less than or equal to 1, not 2"),
-        ("method: {name: sgdd}", r"line 1: method.name: unknown method \"sgdd\" \(allowed: .*sgd.*lightcl"),
+        ("method: {name: sgdd}", r"line 1: method.name: unknown method \"sgdd\", did you mean 'sgd'\?"),
         ("method: {name: joint}\nstream: {settings: cil}", "line 2: stream.settings: input should be 'auto', 'til' or"),
         ("method: sgd", "line 1: method: input should be a valid dictionary .*, not \"sgd\""),
         ("network: {width: 3}", "line 1: network.width: input should be greater than or equal to 4, not 3"),

@@ -8,7 +8,7 @@ import pytest
 from lightcl.analysis.footprint import measured
 from lightcl.analysis.footprint.measured import measure, measure_here
 from lightcl.scenario import load_scenario, method_names
-from simulations.footprints import as_method, resets
+from lightcl.scenario.variants import as_method, resets
 from simulations.reports.plots import DARK, LIGHT, footprint_bars, png
 from simulations.reports.plots.methods import PART_COLOURS
 from tests.lightcl import toys

@@ -95,6 +95,13 @@ def test_what_is_stored_by_hand():
     assert memory["parameters"] == 4 * (numbers + statistics)
 
 
+@pytest.mark.parametrize(("optimizer", "copies"), [("sgd", 0), ("adam", 2), ("adamw", 2)])
+def test_adam_keeps_two_moments(optimizer, copies):
+    """Head only: 4 classes of 32 pooled features."""
+    memory = footprint(toys.network(freeze="layer4"), PLAIN, replace(WORK, optimizer=optimizer)).memory
+    assert memory["optimizer state"] == copies * 4 * (32 + 1) * 4
+
+
 def test_patterns_hold_vital_channels_and_no_more_than_all():
     network = toys.network(freeze="layer3")
     maps = 4 * 32 * 2 * 2

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightcl.methods.parts.feature_memory import (
-    DriftingMaps,
+    Drift,
     channel_importance,
     logit_drift,
     vital_channels,
@@ -91,10 +91,10 @@ VITAL = {"a": torch.tensor([False, True]), "b": torch.tensor([True])}
 
 def drift(maps, stored, vital, reduction):
     """The scalar after these maps have come, one after the other."""
-    moving = DriftingMaps(stored, vital, reduction)
+    moving = Drift(stored, vital, reduction)
     for name in vital:
-        moving[name] = maps[name]
-    return moving.drift()
+        moving.on_map(name, maps[name])
+    return moving.total()
 
 
 def test_drift_by_hand():

@@ -1,0 +1,59 @@
+"""The footprint of one method under a scenario: counted and, on request, measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lightcl.analysis.footprint.measured import Measurement, measure, rehearsed_workload
+from lightcl.analysis.footprint.shapes import Image
+from lightcl.analysis.footprint.theory import Footprint, footprint, workload_of
+from lightcl.assembly import build_network, build_stream
+from lightcl.data.partition import share_of
+from lightcl.data.sources import Source
+from lightcl.device.hardware import choose_accelerator
+from lightcl.scenario import Scenario
+
+
+@dataclass(frozen=True)
+class MethodFootprint:
+    """A method under a scenario; `rehearsed` is the count for what was measured, a second task."""
+
+    method: str
+    freeze: str
+    counted: Footprint
+    rehearsed: Footprint | None = None
+    measured: Measurement | None = None
+
+    @property
+    def shown(self) -> Footprint:
+        """The count to compare with the measurement, where there is one."""
+        return self.rehearsed or self.counted
+
+    def to_json(self) -> dict[str, Any]:
+        result: dict[str, Any] = {"method": self.method, "freeze": self.freeze, "theory": self.counted.to_json()}
+        if self.rehearsed and self.measured:
+            result["theory_second_task"] = self.rehearsed.to_json()
+            result["measured"] = self.measured.to_json()
+            result["measured_over_theory"] = self.measured.training / self.rehearsed.peak
+        return result
+
+
+def image_of(source: Source) -> Image:
+    """The shape of the source's images."""
+    height, width = source.train.images.shape[1:3]
+    return (source.channels, int(height), int(width))
+
+
+def footprint_of(scenario: Scenario, source: Source, device: int, measuring: bool) -> MethodFootprint:
+    """The count for one device's stream and, where `measuring`, the measurement, which takes fresh processes."""
+    stream = build_stream(scenario, source, share_of(source, scenario.fleet, scenario.seed, device), device)
+    image, classes = image_of(source), stream.head_classes
+    network = build_network(scenario, in_channels=image[0], classes=classes)
+    cost, accelerator = scenario.method.cost_on(network), choose_accelerator(scenario.device.accelerator).type
+    counted = footprint(network, cost, workload_of(scenario, stream, image, accelerator))
+    freeze = network.prefix.blocks[-1] if network.prefix.blocks else "none"
+    if not measuring:
+        return MethodFootprint(scenario.method.name, freeze, counted)
+    rehearsed = footprint(network, cost, rehearsed_workload(scenario, image, classes))
+    return MethodFootprint(scenario.method.name, freeze, counted, rehearsed, measure(scenario, image, classes))
