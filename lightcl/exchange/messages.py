@@ -78,7 +78,7 @@ class Greeting(_Record):
 
 @dataclass(frozen=True)
 class Trained(_Record):
-    """From a device, after training."""
+    """From a device, after training: the device returns it, the wire carries it, the row takes it."""
 
     device: int
     task: int
@@ -91,11 +91,16 @@ class Trained(_Record):
     loss: float
     seconds: float
     peak_memory_mib: float
+    """The highest resident memory of the process since this device was opened (a simulated one is, for each message);
+    PyTorch, the images that the devices of the process share, and everything else in the process are included."""
 
 
 @dataclass(frozen=True)
 class Tested(_Record):
-    """From a device, after testing all tasks so far: accuracies in 0..1 and the images behind them, a task each."""
+    """From a device, after a test of tasks 0..task: per task the accuracy in 0..1 and the number of test images.
+
+    `cil` is empty where the scenario does not test it.
+    """
 
     device: int
     task: int

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
-from lightcl.device.device import EvaluationReport, TrainReport
 from lightcl.exchange.messages import Tested, Trained
 from lightcl.metrics import AccuracyMatrix, Spread, fleet_summary
 
@@ -28,13 +27,13 @@ def device_row(round_number: int, device: int, name: str, task: int, epochs: int
     }
 
 
-def add_training_(row: Row, report: Trained | TrainReport) -> None:
+def add_training_(row: Row, report: Trained) -> None:
     """Enters into a device's row what came out of its training."""
     row |= {"task": report.task, "epochs": report.epochs, "examples": report.examples, "loss": report.loss}
     row["timing"] |= {"train_seconds": report.seconds, "peak_memory_mib": report.peak_memory_mib}
 
 
-def add_test_(row: Row, report: Tested | EvaluationReport) -> None:
+def add_test_(row: Row, report: Tested) -> None:
     """Enters into a device's row what came out of its test."""
     row |= {"til": report.til, "images": report.images}
     if report.cil:
