@@ -24,6 +24,7 @@ from lightcl.data.sources import Source, SourceRequest, load_source
 from lightcl.device.device import EdgeDevice, OutOfStep
 from lightcl.device.training import TrainingFailure
 from lightcl.errors import RequestError
+from lightcl.exchange.compression import codec_named
 from lightcl.exchange.messages import (
     ARRAYS,
     EXAMPLES,
@@ -146,7 +147,8 @@ def _with_device(
         def receive() -> None:
             record = message.content.array_records.get(ARRAYS)
             if record is not None:
-                device.receive({name: array.numpy() for name, array in record.items()}, instruction.version)
+                sent = {name: array.numpy() for name, array in record.items()}
+                device.receive(codec_named(scenario.server.compression).restore(sent), instruction.version)
 
         try:
             return work(device, instruction, receive)
@@ -159,7 +161,7 @@ def _train(device: EdgeDevice, instruction: Instruction, receive: Callable[[], N
         receive()
     trained = device.train(instruction.task, instruction.until_epoch)
     content = _reply(trained.to_record())
-    arrays = device.outgoing()
+    arrays = codec_named(device.scenario.server.compression).compress(device.outgoing())
     if arrays:
         content[ARRAYS] = ArrayRecord({name: Array(array) for name, array in arrays.items()})
         content[METRICS] = MetricRecord({EXAMPLES: trained.examples})

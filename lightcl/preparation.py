@@ -20,6 +20,7 @@ from lightcl.errors import RequestError
 from lightcl.exchange.tensors import outgoing
 from lightcl.networks.weights import digest
 from lightcl.records.folder import RunFolder
+from lightcl.records.old_runs import is_old
 from lightcl.records.provenance import describe_run
 from lightcl.scenario import Scenario, scenario_from_json
 from lightcl.scenario.digest import scenario_digest
@@ -154,6 +155,11 @@ def _as_chosen(folder: RunFolder, scenario: Scenario) -> Scenario:
 def _check_same(folder: RunFolder, scenario: Scenario, facts: Mapping[str, str]) -> None:
     """Raises RequestError where the run in the folder is not the one that is to go on."""
     about = folder.read()
+    if is_old(about["scenario"]):
+        raise RequestError(
+            f"--resume: the run in {folder.path} was made by an earlier version; it can be read and reported, but not "
+            "continued. Name another --out"
+        )
     before = scenario_from_json(json.dumps(about["scenario"]))
     differences = [
         f"{key} was {about.get(key)!r}, now {value!r}" for key, value in facts.items() if about.get(key) != value

@@ -311,7 +311,7 @@ def main() -> None:
     from lightcl.analysis.footprint.measured import MeasurementFailure
     from lightcl.device.training import TrainingFailure
     from lightcl.storage.state import StateError
-    from server.nodes import RunStopped
+    from server.mailbox import RunStopped
     from server.rounds import RunFailure
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -20,8 +20,8 @@ from lightcl.networks.resnet import Stem
 from lightcl.preparation import Prepared, open_run, prepare
 from lightcl.pretraining import EpochReport, Recipe
 from lightcl.pretraining import pretrain as run_pretraining
-from lightcl.records.folder import ANALYSIS, RunFolder
-from lightcl.records.rows import add_test_, add_training_, device_row, round_row, run_results
+from lightcl.records import DeviceRow, Results, RoundRow
+from lightcl.records.folder import ANALYSIS, DEVICES, ROUNDS, RunFolder
 from lightcl.scenario import Scenario
 from lightcl.storage.files import names_in, writable, write_atomically
 from server.aggregation import Aggregator
@@ -101,34 +101,34 @@ def _train(prepared: Prepared, number: int, folder: RunFolder, console: Console)
         scenario, number, folder.path / "devices" / f"device-{number:05d}", source=prepared.source,
         share=prepared.shares[number],
     )  # fmt: skip
-    # The device may be one task ahead of the rows: it repeats no work, it only says again what came out.
-    learned, told = len(device.rows["til"]), len(folder.rows("rounds.jsonl"))
-    if learned > told + 1:
+    # The device may be one task ahead of the rows: it repeats no work, it only reports its result again.
+    learned, recorded = len(device.rows["til"]), len(folder.rounds())
+    if learned > recorded + 1:
         raise RequestError(
-            f"--resume: {folder.path / 'rounds.jsonl'} tells of {told} tasks, but the device has learned {learned}; "
-            "put its rows back, or begin anew with --overwrite"
+            f"--resume: {folder.path / 'rounds.jsonl'} has rows of {recorded} tasks, but the device has learned "
+            f"{learned}; restore its rows, or start over with --overwrite"
         )
-    done = min(learned, told)
+    done = min(learned, recorded)
     folder.forget_after(done)
     with LiveProgress(console, tasks - first) as progress:
         for task in range(first + done, tasks):
             start, number_of_round = time.monotonic(), task - first + 1
             progress.round_started(number_of_round, tasks - task, 1)
             progress.phase_started("train", 1)
-            row = device_row(number_of_round, number, f"device-{number}", task, epochs)
+            row = DeviceRow(number_of_round, number, f"device-{number}", task, epochs)
             trained = device.train(task, epochs, progress.epoch_done)
             training_seconds = time.monotonic() - start
             progress.device_done(number, "train")
             progress.phase_started("evaluate", 1)
             tested = device.evaluate()
             progress.device_done(number, "evaluate")
-            add_training_(row, trained)
-            add_test_(row, tested)
-            folder.append("devices.jsonl", [row])
-            summary = round_row([row], int(task == tasks - 1), training_seconds, time.monotonic() - start)
-            folder.append("rounds.jsonl", [summary])
+            row.add_training_(trained)
+            row.add_test_(tested)
+            folder.append(DEVICES, [row])
+            summary = RoundRow.of([row], int(task == tasks - 1), training_seconds, time.monotonic() - start)
+            folder.append(ROUNDS, [summary])
             progress.round_finished(summary)
-    folder.finish(run_results([device.rows], tasks, devices=1, dropped={}, rounds=folder.rows("rounds.jsonl")))
+    folder.finish(Results.of([device.rows], tasks, devices=1, dropped={}, rounds=folder.rounds()))
 
 
 def analyse_run(
@@ -167,9 +167,8 @@ def _conclude(folder: RunFolder, console: Console) -> None:
     results = folder.results()
     if results:
         console.print(accuracy_table(results))
-        if results["dropped"]:
-            lost = amount(len(results["dropped"]), "device")
-            console.print(f"[yellow]put out of the run: {lost}[/]", highlight=False)
+        if results.dropped:
+            console.print(f"[yellow]dropped from the run: {amount(len(results.dropped), 'device')}[/]", highlight=False)
     _report(folder, console)
 
 
