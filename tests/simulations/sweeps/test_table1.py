@@ -86,7 +86,7 @@ def test_runs_that_lost_devices_are_named_in_the_table_and_tried_again(tmp_path,
     file = planned.run_folder("sgd", 1) / "results.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"dropped": {"4": "why", "3": "why", "10": "why"}}))
     said = table(planned, [])
-    assert said.endswith("\nsgd, seed 1: without devices 3–4, 10, put out of the run; `--resume` tries again\n")
+    assert said.endswith("\nsgd, seed 1: without devices 3–4, 10, dropped from the run; `--resume` tries again\n")
     asked = []
     monkeypatch.setattr("simulations.sweeps.table1._Runner.run", lambda self, command, log: asked.append(log.stem) or 0)
     assert _carry_out(planned, 1, QUIET) == {}, "it may lose them again"
