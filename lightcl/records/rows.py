@@ -328,15 +328,15 @@ def _text(value: object) -> str:
 
 
 def _integers(value: object) -> list[int]:
-    if not isinstance(value, list):
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
         raise _Wrong("a list of integers")
-    return [_integer(item) for item in value]
+    return value
 
 
 def _numbers(value: object) -> list[float]:
-    if not isinstance(value, list):
+    if not isinstance(value, list) or not all(type(item) in (int, float) for item in value):
         raise _Wrong("a list of numbers")
-    return [_number(item) for item in value]
+    return value
 
 
 def _reasons(value: object) -> dict[int, str]:

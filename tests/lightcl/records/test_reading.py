@@ -121,7 +121,7 @@ def test_a_run_of_an_earlier_version_is_read(tmp_path: Path) -> None:
 def test_a_run_of_an_earlier_version_is_not_continued(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
     old_style(folder)
-    with pytest.raises(RequestError, match="made by an earlier version; it can be read and reported, but not continued"):
+    with pytest.raises(RequestError, match="by an earlier version; it can be read and reported, but not continued"):
         open_run(folder, Scenario(), "lightcl simulate", "fleet", resume=True, overwrite=False)
 
 

@@ -12,6 +12,8 @@ import pytest
 from rich.console import Console
 
 from lightcl.errors import RequestError
+from lightcl.metrics import Spread
+from lightcl.records import Figures, Results
 from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario, method_names
 from simulations.reports.plots import LIGHT, accuracy_over_memory, png
@@ -38,12 +40,15 @@ def bench(folder: Path, **options) -> None:
 
 
 def results(til: float, cil: float | None) -> str:
-    def figures(mean: float) -> dict:
-        return {"average_accuracy": {"mean": mean}, "forgetting": {"mean": 0.5 - mean / 2}}
+    def figures(mean: float) -> Figures:
+        spreads = (Spread(value, 0.0, value, value) for value in (mean, 0.5 - mean / 2, 0.0))
+        return Figures(*spreads)
 
-    found = {"til": figures(til), "cil": None if cil is None else figures(cil), "timing": {"seconds": 8.0}}
-    found["dropped"] = {}
-    return json.dumps(found)
+    found = Results(
+        devices=1, devices_finished=1, dropped={}, rounds=1, til=figures(til),
+        cil=None if cil is None else figures(cil), bytes_down=0, bytes_up=0, seconds=8.0,
+    )  # fmt: skip
+    return json.dumps(found.to_json())
 
 
 def made(folder: Path) -> Plan:
