@@ -21,10 +21,11 @@ from lightcl.preparation import Prepared, open_run, prepare
 from lightcl.pretraining import EpochReport, Recipe
 from lightcl.pretraining import pretrain as run_pretraining
 from lightcl.records import DeviceRow, Results, RoundRow
-from lightcl.records.folder import ANALYSIS, DEVICES, ROUNDS, RunFolder
+from lightcl.records.folder import ANALYSIS, DEVICES, EVENTS, ROUNDS, RunFolder
 from lightcl.scenario import Scenario
 from lightcl.storage.files import names_in, writable, write_atomically
 from server.aggregation import Aggregator
+from server.listeners import EventLog, Listeners
 from simulations.options import amount
 from simulations.progress import AnalysisProgress, LiveProgress, accuracy_table, block_table
 
@@ -111,23 +112,24 @@ def _train(prepared: Prepared, number: int, folder: RunFolder, console: Console)
     done = min(learned, recorded)
     folder.forget_after(done)
     with LiveProgress(console, tasks - first) as progress:
+        listeners = Listeners([EventLog(folder.path / EVENTS), progress])
         for task in range(first + done, tasks):
             start, number_of_round = time.monotonic(), task - first + 1
-            progress.round_started(number_of_round, tasks - task, 1)
-            progress.phase_started("train", 1)
+            listeners.round_started(number_of_round, tasks - task, 1)
+            listeners.phase_started("train", 1)
             row = DeviceRow(number_of_round, number, f"device-{number}", task, epochs)
             trained = device.train(task, epochs, progress.epoch_done)
             training_seconds = time.monotonic() - start
-            progress.device_done(number, "train")
-            progress.phase_started("evaluate", 1)
+            listeners.device_done(number, "train")
+            listeners.phase_started("evaluate", 1)
             tested = device.evaluate()
-            progress.device_done(number, "evaluate")
+            listeners.device_done(number, "evaluate")
             row.add_training_(trained)
             row.add_test_(tested)
             folder.append(DEVICES, [row])
             summary = RoundRow.of([row], int(task == tasks - 1), training_seconds, time.monotonic() - start)
             folder.append(ROUNDS, [summary])
-            progress.round_finished(summary)
+            listeners.round_finished(summary)
     folder.finish(Results.of([device.rows], tasks, devices=1, dropped={}, rounds=folder.rounds()))
 
 
