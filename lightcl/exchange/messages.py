@@ -1,4 +1,4 @@
-"""What server and devices say to each other, as typed values; Flower's records are made of them at the edges.
+"""The messages between server and devices as typed values; only the edges turn them into Flower's records.
 
 Both rooms import this one and never each other.
 """
@@ -16,7 +16,7 @@ EXAMPLES = "num-examples"
 
 
 class ProtocolError(Exception):
-    """A message that does not say what it must."""
+    """A message with a missing or wrong field."""
 
 
 class _Record:
@@ -71,7 +71,7 @@ class Greeting(_Record):
     channels: int
     classes: int
     labels: str
-    """Fingerprint of the class names in their order: averaging heads makes sense only where class 3 is class 3."""
+    """Digest of the class names in their order: averaging heads makes sense only where class 3 is class 3."""
     own_data: bool
     """All of its images are its one device's: no partition says which."""
 
@@ -86,7 +86,7 @@ class Trained(_Record):
     version: int
     prefix: str
     channel_sets: str
-    """Fingerprint of the channels its network has kept: tensors are averaged only where they mean the same."""
+    """Digest of the channels its network has kept: tensors are averaged only where they mean the same."""
     examples: int
     loss: float
     seconds: float

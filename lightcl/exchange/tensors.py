@@ -4,11 +4,12 @@ Averaged: the suffix (parameters and batch-norm statistics) and, under `suffix+h
 counters stay local: averaging them has no meaning.
 
 Summed, under `method.share_statistics` and only with the reply that finishes a task: `statistics/...`, class sums of
-features (lightcl/methods/parts/closed_form.py) in fp64. Back come `fleet_head/...`, the head that the server solved from all of them.
+features (lightcl/methods/parts/closed_form.py) in fp64. The server returns `fleet_head/...`, the head that it solved
+from all of them.
 
-Never the prefix, the memory samples, the stored patterns, the vital masks or images. Besides tensors a device sends the
-fields of `Greeting`, `Trained`, `Tested` and, if it refuses, of `Refusal` (whose reason is a text that may name a file);
-all of them are in `lightcl/exchange/messages.py`. `compression.py` has the form in which the tensors are sent.
+Never the prefix, the memory samples, the stored patterns, the vital masks or images. Besides tensors a device sends
+the fields of `Greeting`, `Trained`, `Tested` and, if it refuses, of `Refusal` (whose reason is a text that may name a
+file); all of them are in `lightcl/exchange/messages.py`. `compression.py` has the form in which the tensors are sent.
 """
 
 from __future__ import annotations
@@ -109,8 +110,8 @@ def check(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]
 
 
 def _check_sums(count: np.ndarray, total: np.ndarray, gram: np.ndarray) -> None:
-    """Raises ExchangeError for inconsistent sums: the scatter Σ xxᵀ - Σ_c s_c s_cᵀ / n_c within the classes must have no
-    negative eigenvalue, up to rounding.
+    """Raises ExchangeError for inconsistent sums: the scatter Σ xxᵀ - Σ_c s_c s_cᵀ / n_c within the classes must have
+    no negative eigenvalue, up to rounding.
 
     The head of the whole fleet is solved from them, so one wrong reply would spoil it for all.
     """

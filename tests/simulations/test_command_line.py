@@ -174,7 +174,7 @@ def test_resume_gives_devices_that_were_put_out_another_chance(
     monkeypatch.setattr("simulations.runtime.simulate", in_process)
     words = ("simulate", scenario, "--out", "run", "--set", "server={max_failures: 1, round_timeout: 0.2}")
     assert lightcl(monkeypatch, *words) == 0
-    assert "put out of the run: 1 device" in capfd.readouterr().out
+    assert "dropped from the run: 1 device" in capfd.readouterr().out
     broken.clear()
     assert lightcl(monkeypatch, *words, "--resume") == 0
     assert "complete already" not in capfd.readouterr().out
