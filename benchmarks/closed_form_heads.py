@@ -36,8 +36,7 @@ from lightcl.methods.parts.closed_form import (
     from_upper_triangle,
     statistics_bytes,
 )
-from lightcl.records.folder import RunFolder
-from lightcl.scenario import scenario_from_json
+from lightcl.records import load_run
 
 Solve = Callable[[Statistics, float], LinearHead]
 
@@ -117,17 +116,14 @@ def spread(values: list[float]) -> str:
 
 def compare(path: Path) -> dict[str, tuple[list[tuple[float, float]], int]]:
     """For every variant (TIL, CIL) of each device, and the bytes of its statistics."""
-    import json
-
-    folder = RunFolder(path)
-    about = folder.read()
-    scenario = scenario_from_json(json.dumps(about["scenario"]))
+    run = load_run(path)
+    scenario = run.scenario
     torch.set_num_threads(scenario.device.threads)
     source = load_source(scenario.source_request())
     shares = partition(source, scenario.fleet, scenario.seed)
     devices = []
     for number, share in enumerate(shares):
-        state = path / "devices" / str(about["run"]) / f"device-{number:05d}"
+        state = path / "devices" / str(run.about["run"]) / f"device-{number:05d}"
         device = EdgeDevice(scenario, number, state, source=source, share=share)
         device.network.eval()
         sums = {f: Statistics.zeros(device.stream.head_classes, _width(device, *FEATURES[f])) for f in FEATURES}

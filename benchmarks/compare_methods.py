@@ -12,7 +12,6 @@ prints what there is. Figures: mean over the devices, then mean ± standard erro
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import subprocess
@@ -20,7 +19,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+
+from lightcl.records import Results, load_run
 
 VARIANTS = {
     "LightCL": [],
@@ -104,19 +104,26 @@ def table(chosen: argparse.Namespace, epochs: int) -> str:
         seeds = [read(folders(chosen, name, epochs, seed)) for seed in chosen.seeds]
         complete = [results for results in seeds if results]
         if complete:
-            cells = [spread([fmean(r[s][key]["mean"] for r in results) for results in complete]) for s, key in FIGURES]
-            seconds = fmean(fmean(r["timing"]["seconds"] for r in results) for results in complete)
+            cells = [spread([fmean(mean(r, s, key) for r in results) for results in complete]) for s, key in FIGURES]
+            seconds = fmean(fmean(r.seconds for r in results) for results in complete)
             lines.append(f"| {name} | {len(complete)} | {' | '.join(cells)} | {seconds:.0f} |")
     return "\n".join(lines)
 
 
-def read(runs: list[Path]) -> list[Any]:
+def read(runs: list[Path]) -> list[Results]:
     """Their results, or none where one is not complete."""
-    files = [run / "results.json" for run in runs]
-    return [json.loads(file.read_text()) for file in files] if all(file.exists() for file in files) else []
+    found = [load_run(run).results if (run / "results.json").exists() else None for run in runs]
+    complete = [results for results in found if results]
+    return complete if len(complete) == len(runs) else []
 
 
-def spread(values: list[Any]) -> str:
+def mean(results: Results, setting: str, key: str) -> float:
+    """NaN for a setting that the method is not tested in."""
+    figures = results.figures(setting)
+    return float(getattr(figures, key).mean) if figures else math.nan
+
+
+def spread(values: list[float]) -> str:
     error = f" ± {100 * stdev(values) / math.sqrt(len(values)):.2f}" if len(values) > 1 else ""
     return f"{100 * fmean(values):.2f}{error}"
 

@@ -24,6 +24,7 @@ from lightcl.data.sources import Source, SourceRequest, load_source
 from lightcl.device.device import EdgeDevice, OutOfStep
 from lightcl.device.training import TrainingFailure
 from lightcl.errors import RequestError
+from lightcl.exchange.compression import codec_named
 from lightcl.exchange.messages import (
     ARRAYS,
     EXAMPLES,
@@ -34,8 +35,6 @@ from lightcl.exchange.messages import (
     Instruction,
     ProtocolError,
     Refusal,
-    Tested,
-    Trained,
 )
 from lightcl.exchange.tensors import ExchangeError
 from lightcl.scenario import Scenario, scenario_from_json
@@ -148,7 +147,8 @@ def _with_device(
         def receive() -> None:
             record = message.content.array_records.get(ARRAYS)
             if record is not None:
-                device.receive({name: array.numpy() for name, array in record.items()}, instruction.version)
+                sent = {name: array.numpy() for name, array in record.items()}
+                device.receive(codec_named(scenario.server.compression).restore(sent), instruction.version)
 
         try:
             return work(device, instruction, receive)
@@ -159,27 +159,19 @@ def _with_device(
 def _train(device: EdgeDevice, instruction: Instruction, receive: Callable[[], None]) -> RecordDict:
     if device.may_receive(instruction.task, instruction.until_epoch):
         receive()
-    report = device.train(instruction.task, instruction.until_epoch)
-    trained = Trained(
-        device.number, report.task, report.epochs, device.version, device.prefix_digest, device.channel_digest,
-        report.examples, report.loss, report.seconds, report.peak_memory_mib,
-    )  # fmt: skip
+    trained = device.train(instruction.task, instruction.until_epoch)
     content = _reply(trained.to_record())
-    arrays = device.outgoing()
+    arrays = codec_named(device.scenario.server.compression).compress(device.outgoing())
     if arrays:
         content[ARRAYS] = ArrayRecord({name: Array(array) for name, array in arrays.items()})
-        content[METRICS] = MetricRecord({EXAMPLES: report.examples})
+        content[METRICS] = MetricRecord({EXAMPLES: trained.examples})
     return content
 
 
 def _evaluate(device: EdgeDevice, instruction: Instruction, receive: Callable[[], None]) -> RecordDict:
     device.check_at(instruction.task, instruction.until_epoch)
     receive()
-    report = device.evaluate()
-    tested = Tested(
-        device.number, report.task, report.epochs, device.version, report.til, report.cil, report.images, report.seconds
-    )
-    return _reply(tested.to_record())
+    return _reply(device.evaluate().to_record())
 
 
 def _reply(record: dict[str, object]) -> RecordDict:

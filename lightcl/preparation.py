@@ -1,4 +1,4 @@
-"""Everything about a scenario that can be checked before the first write and the first training step."""
+"""Checks a request as a whole, before the first write and the first training step, and opens its run folder."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from lightcl.errors import RequestError
 from lightcl.exchange.tensors import outgoing
 from lightcl.networks.weights import digest
 from lightcl.records.folder import RunFolder
+from lightcl.records.old_runs import is_old
 from lightcl.records.provenance import describe_run
 from lightcl.scenario import Scenario, scenario_from_json
 from lightcl.scenario.digest import scenario_digest
@@ -27,19 +28,19 @@ from lightcl.scenario.digest import scenario_digest
 
 @dataclass(frozen=True)
 class Prepared:
-    """A scenario that can be carried out, with its images and who gets which."""
+    """A scenario that can be run, with its images and the share of each device."""
 
     scenario: Scenario
     source: Source
     shares: list[Share]
     prefix: str
-    """Fingerprint of the frozen prefix."""
+    """Digest of the frozen prefix."""
     analysis: dict[str, Any] | None = None
-    """With `network.freeze: auto`: what the freeze point was chosen from."""
+    """With `network.freeze: auto`: the figures that the freeze point was chosen from."""
 
     @property
     def images(self) -> str:
-        """Fingerprint of all images and labels."""
+        """Digest of all images and labels."""
         total = hashlib.sha256()
         for split in (self.source.train, self.source.test):
             total.update(np.ascontiguousarray(split.images).data)
@@ -55,9 +56,9 @@ class Prepared:
 
 
 def prepare(scenario: Scenario) -> Prepared:
-    """Loads the images and the weights, cuts every device's stream. Raises RequestError for what cannot be done.
+    """Loads the images and the weights, and cuts every device's stream. Raises RequestError for an impossible request.
 
-    `network.freeze: auto` stays as it is (choosing takes a training: `choose_freeze_point`); the rest is checked.
+    `network.freeze: auto` stays as it is, since choosing needs a training (`choose_freeze_point`); the rest is checked.
     """
     choose_accelerator(scenario.device.accelerator)
     source = load_source(scenario.source_request())
@@ -77,8 +78,8 @@ def prepare(scenario: Scenario) -> Prepared:
 def choose_freeze_point(prepared: Prepared, on_step: OnStep | None = None) -> Prepared:
     """Replaces `network.freeze: auto` by a block, from an analysis of device 0's stream; any other value is kept.
 
-    Device 0 speaks for the fleet, also where another device is trained alone: all have the same prefix. Raises
-    TrainingFailure where the analysis comes to nothing.
+    Device 0 stands for the fleet, also when another device is trained alone: all have the same prefix. Raises
+    TrainingFailure if the analysis diverges.
     """
     scenario, source = prepared.scenario, prepared.source
     if scenario.network.freeze != "auto":
@@ -86,7 +87,7 @@ def choose_freeze_point(prepared: Prepared, on_step: OnStep | None = None) -> Pr
     analysis = analyse(scenario, 0, source, prepared.shares[0], on_step).record(scenario.network.freeze_threshold)
     scenario = _with_freeze(scenario, analysis["freeze"])
     network = build_network(scenario, in_channels=source.channels, classes=len(source.classes))
-    scenario.method.build(network)  # raises RequestError where the method cannot do with this point
+    scenario.method.build(network)  # raises RequestError if the method does not accept this point
     return replace(prepared, scenario=scenario, prefix=digest(network.prefix), analysis=analysis)
 
 
@@ -121,16 +122,16 @@ def open_run(
 
 
 def open_remote_run(folder: RunFolder, scenario: Scenario, command: str, *, resume: bool) -> None:
-    """For boards whose images the server does not have: they check the rest of the scenario themselves.
+    """For boards whose images the server does not have: the boards check the rest of the scenario themselves.
 
-    Raises RequestError for `network.freeze: auto`, which takes images to choose from.
+    Raises RequestError for `network.freeze: auto`, which needs images to choose from.
     """
     if scenario.network.freeze == "auto":
         path = scenario.data.path
         missing = f"data.path {path} is not there" if path else "data.path is not set"
         raise RequestError(
             f"network.freeze is 'auto', but the server has no images to choose a freeze point from ({missing}); run "
-            "`lightcl analyze` where images are, and write the block that it names into network.freeze"
+            "`lightcl analyze` on a machine that has images, and write the block that it names into network.freeze"
         )
     if resume and folder.exists:
         _check_same(folder, scenario, {"kind": "fleet"})
@@ -152,8 +153,13 @@ def _as_chosen(folder: RunFolder, scenario: Scenario) -> Scenario:
 
 
 def _check_same(folder: RunFolder, scenario: Scenario, facts: Mapping[str, str]) -> None:
-    """Raises RequestError where the run in the folder is not the one that is to go on."""
+    """Raises RequestError if the run in the folder is not the one that is to be continued."""
     about = folder.read()
+    if is_old(about["scenario"]):
+        raise RequestError(
+            f"--resume: the run in {folder.path} was made by an earlier version; it can be read and reported, but not "
+            "continued. Name another --out"
+        )
     before = scenario_from_json(json.dumps(about["scenario"]))
     differences = [
         f"{key} was {about.get(key)!r}, now {value!r}" for key, value in facts.items() if about.get(key) != value

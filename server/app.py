@@ -1,4 +1,4 @@
-"""The Flower ServerApp: takes a scenario, runs it over whatever devices the grid has, and writes the run folder."""
+"""The Flower ServerApp: runs a scenario over the devices of the grid and writes the run folder."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from flwr.serverapp import Grid, ServerApp
 from lightcl.data.sources import OWN_FILES
 from lightcl.preparation import open_remote_run, open_run
 from lightcl.records.folder import RunFolder
-from lightcl.records.rows import Row
 from lightcl.scenario import Scenario, load_scenario
 from server.aggregation import Aggregator
+from server.listeners import LogListener
 from server.rounds import Coordinator
 
 logger = logging.getLogger("flwr")
@@ -35,30 +35,6 @@ def images_are_here(scenario: Scenario) -> bool:
     """Whether the server can load the images; otherwise they are on the boards alone (`data-path`)."""
     path = scenario.data.path
     return path.exists() if path is not None else scenario.data.source not in OWN_FILES
-
-
-class LogListener:
-    """Progress as Flower's log lines, for `flwr run`."""
-
-    def connected(self, devices: int, wanted: int) -> None:
-        logger.info("%d of %d devices connected", devices, wanted)
-
-    def round_started(self, number: int, rounds_left: int, devices: int) -> None:
-        logger.info("round %d: %d devices, about %d rounds left", number, devices, rounds_left)
-
-    def phase_started(self, phase: str, devices: int) -> None:
-        pass
-
-    def device_done(self, device: int, phase: str) -> None:
-        pass
-
-    def round_finished(self, row: Row) -> None:
-        if row["til"]:
-            accuracy = ", ".join(f"{s.upper()} {100 * row[s]['mean']:.1f} %" for s in ("til", "cil") if row[s])
-            logger.info("round %d: %s", row["round"], accuracy)
-
-    def refused(self, device: int, reason: str) -> None:
-        logger.warning("device %d: %s", device, reason)
 
 
 app = ServerApp()
@@ -89,6 +65,6 @@ def main(grid: Grid, context: Context) -> None:
     with folder.held():
         results = Coordinator(scenario, folder, run, LogListener()).run(grid)
     for setting in ("til", "cil"):
-        if results[setting]:
-            logger.info("%s %.1f %%", setting.upper(), 100 * results[setting]["average_accuracy"]["mean"])
+        if figures := results.figures(setting):
+            logger.info("%s %.1f %%", setting.upper(), 100 * figures.average_accuracy.mean)
     logger.info("run folder: %s", folder.path)

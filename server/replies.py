@@ -1,4 +1,4 @@
-"""What a device's answer must say to be taken. Whatever is wrong with it is that device's failure, nobody else's."""
+"""What a reply of a device must say to be accepted. Anything wrong with it is a failure of that device alone."""
 
 from __future__ import annotations
 
@@ -8,15 +8,28 @@ import numpy as np
 from flwr.app import Message
 
 from lightcl.exchange.messages import ProtocolError, Tested, Trained
-from lightcl.exchange.tensors import Arrays, check
+from lightcl.exchange.tensors import STATISTICS, Arrays, check, size_in_bytes, split
 from lightcl.scenario import Scenario
 from server.aggregation import Aggregator
-from server.ledger import Member
-from server.nodes import arrays_of, record_of
+from server.ledger import Entry
+from server.mailbox import arrays_of, record_of
 
 
 @dataclass(frozen=True)
-class AnswerCheck:
+class AcceptedTraining:
+    """A checked report with its tensors, restored from what was sent; `bytes_up` counts the latter."""
+
+    report: Trained
+    arrays: Arrays
+    bytes_up: int
+
+    @property
+    def without_sums(self) -> Arrays:
+        return split(self.arrays, STATISTICS)[1]
+
+
+@dataclass(frozen=True)
+class ReplyCheck:
     """`prefix` and `channel_sets` are digests of the fleet's network; `aggregator` is None where nothing is shared."""
 
     scenario: Scenario
@@ -24,33 +37,36 @@ class AnswerCheck:
     channel_sets: str
     aggregator: Aggregator | None
 
-    def training(self, reply: Message, member: Member, goal: tuple[int, int]) -> tuple[Trained, Arrays]:
+    def training(self, reply: Message, entry: Entry, goal: tuple[int, int]) -> AcceptedTraining:
         """Raises ProtocolError and ExchangeError."""
         report = Trained.from_record(record_of(reply))
-        _expect(report, member.number, *goal)
+        _expect(report, entry.number, *goal)
         if report.prefix != self.prefix:
             raise ProtocolError(f"its frozen prefix {report.prefix} is not the fleet's {self.prefix}")
         if self.aggregator and report.channel_sets != self.channel_sets:
             raise ProtocolError(
-                f"device {member.number} has kept other channels ({report.channel_sets}) than the fleet "
+                f"device {entry.number} has kept other channels ({report.channel_sets}) than the fleet "
                 f"({self.channel_sets}), so its tensors are not averaged: it pruned other weights than the server"
             )
         if report.examples <= 0 or not np.isfinite(report.loss):
             raise ProtocolError(f"{report.examples} examples with a loss of {report.loss}")
-        arrays = arrays_of(reply)
-        finished = report.epochs == self.scenario.training.epochs
-        check(arrays, self.aggregator.shapes(finished) if self.aggregator else {})
-        return report, arrays
+        sent = arrays_of(reply)
+        arrays = self.aggregator.codec.restore(sent) if self.aggregator else sent
+        check(arrays, self.aggregator.shapes(self.finishes_task(report)) if self.aggregator else {})
+        return AcceptedTraining(report, arrays, size_in_bytes(sent))
 
-    def test(self, reply: Message, member: Member) -> Tested:
+    def finishes_task(self, report: Trained) -> bool:
+        return report.epochs == self.scenario.training.epochs
+
+    def test(self, reply: Message, entry: Entry) -> Tested:
         """Raises ProtocolError."""
         report = Tested.from_record(record_of(reply))
-        _expect(report, member.number, member.task, member.epochs)
-        tested = member.task + 1
+        _expect(report, entry.number, entry.task, entry.epochs)
+        tested = entry.task + 1
         cil = tested if "cil" in self.scenario.settings else 0
         if (len(report.til), len(report.cil), len(report.images)) != (tested, cil, tested):
             raise ProtocolError(
-                f"a test of {len(report.til)} tasks (TIL) and {len(report.cil)} (CIL), asked for {tested} and {cil}"
+                f"a test of {len(report.til)} tasks (TIL) and {len(report.cil)} (CIL), expected {tested} and {cil}"
             )
         if not all(0 <= accuracy <= 1 for accuracy in [*report.til, *report.cil]):
             raise ProtocolError("an accuracy outside 0..1")
@@ -58,6 +74,6 @@ class AnswerCheck:
 
 
 def _expect(report: Trained | Tested, device: int, task: int, epochs: int) -> None:
-    said, asked = (report.device, report.task, report.epochs), (device, task, epochs)
-    if said != asked:
-        raise ProtocolError(f"speaks of (device, task, epoch) {said}, asked for {asked}")
+    given, expected = (report.device, report.task, report.epochs), (device, task, epochs)
+    if given != expected:
+        raise ProtocolError(f"reply is for (device, task, epoch) {given}, expected {expected}")

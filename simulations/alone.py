@@ -10,9 +10,10 @@ import time
 from lightcl.device.device import EdgeDevice
 from lightcl.errors import RequestError
 from lightcl.preparation import Prepared
-from lightcl.records.folder import RunFolder
-from lightcl.records.rows import add_test_, add_training_, device_row, round_row, run_results
+from lightcl.records import DeviceRow, Results, RoundRow
+from lightcl.records.folder import DEVICES, EVENTS, ROUNDS, RunFolder
 from lightcl.scenario import Scenario
+from server.listeners import EventLog, Listeners
 from simulations.progress import LiveProgress
 
 
@@ -25,7 +26,7 @@ def check_alone(scenario: Scenario) -> None:
         )
 
 
-def train_alone(prepared: Prepared, number: int, folder: RunFolder, listener: LiveProgress) -> None:
+def train_alone(prepared: Prepared, number: int, folder: RunFolder, progress: LiveProgress) -> None:
     """Trains and tests device `number` on the tasks that the folder has no row of yet; the folder is open and locked.
 
     Raises RequestError where the rows do not fit the device's state, TrainingFailure where training cannot continue.
@@ -38,29 +39,30 @@ def train_alone(prepared: Prepared, number: int, folder: RunFolder, listener: Li
     )  # fmt: skip
     done = _tasks_done(device, folder)
     folder.forget_after(done)
+    listeners = Listeners([EventLog(folder.path / EVENTS), progress])
     for task in range(first + done, tasks):
         start, number_of_round = time.monotonic(), task - first + 1
-        listener.round_started(number_of_round, tasks - task, 1)
-        listener.phase_started("train", 1)
-        row = device_row(number_of_round, number, f"device-{number}", task, epochs)
-        trained = device.train(task, epochs, listener.epoch_done)
+        listeners.round_started(number_of_round, tasks - task, 1)
+        listeners.phase_started("train", 1)
+        row = DeviceRow(number_of_round, number, f"device-{number}", task, epochs)
+        trained = device.train(task, epochs, progress.epoch_done)
         training_seconds = time.monotonic() - start
-        listener.device_done(number, "train")
-        listener.phase_started("evaluate", 1)
+        listeners.device_done(number, "train")
+        listeners.phase_started("evaluate", 1)
         tested = device.evaluate()
-        listener.device_done(number, "evaluate")
-        add_training_(row, trained)
-        add_test_(row, tested)
-        folder.append("devices.jsonl", [row])
-        summary = round_row([row], int(task == tasks - 1), training_seconds, time.monotonic() - start)
-        folder.append("rounds.jsonl", [summary])
-        listener.round_finished(summary)
-    folder.finish(run_results([device.rows], tasks, devices=1, dropped={}, rounds=folder.rows("rounds.jsonl")))
+        listeners.device_done(number, "evaluate")
+        row.add_training_(trained)
+        row.add_test_(tested)
+        folder.append(DEVICES, [row])
+        summary = RoundRow.of([row], int(task == tasks - 1), training_seconds, time.monotonic() - start)
+        folder.append(ROUNDS, [summary])
+        listeners.round_finished(summary)
+    folder.finish(Results.of([device.rows], tasks, devices=1, dropped={}, rounds=folder.rounds()))
 
 
 def _tasks_done(device: EdgeDevice, folder: RunFolder) -> int:
     """Tasks with a row. The device may be one task ahead: it then repeats no work and only reports its result again."""
-    learned, reported = len(device.rows["til"]), len(folder.rows("rounds.jsonl"))
+    learned, reported = len(device.rows["til"]), len(folder.rounds())
     if learned > reported + 1:
         raise RequestError(
             f"--resume: {folder.path / 'rounds.jsonl'} has rows of {reported} tasks, but the device has learned "

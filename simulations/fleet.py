@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightcl.errors import required
 from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario
 from server.app import make_app
+from server.listeners import Listener
 from server.rounds import Coordinator
 
 
@@ -16,7 +15,7 @@ def check_simulation() -> None:
     required("ray", "simulation", "to simulate a fleet")
 
 
-def simulate_fleet(scenario: Scenario, folder: RunFolder, listener: Any) -> None:
+def simulate_fleet(scenario: Scenario, folder: RunFolder, listener: Listener) -> None:
     """Runs the rounds that the folder does not have yet; the folder is open and locked, the scenario is resolved.
 
     Raises RunFailure where the run cannot continue.

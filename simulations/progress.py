@@ -20,12 +20,13 @@ from rich.progress import (
 from rich.table import Table
 
 from lightcl.analysis.generalizability import Generalizability
-from lightcl.records.rows import Row
+from lightcl.records import Results, RoundRow
+from server.listeners import Listener
 from simulations.options import amount
 
 
-class LiveProgress:
-    """The coordinator's listener on a console; use it in a `with`."""
+class LiveProgress(Listener):
+    """A listener on a console; use it in a `with`."""
 
     def __init__(self, console: Console, device_rounds: int) -> None:
         self.console = console
@@ -75,15 +76,15 @@ class LiveProgress:
         """For a single device, whose rounds are long."""
         self._live.update(self._bar, description=f"task {task}, epoch {epochs}, loss {loss:.3f}")
 
-    def round_finished(self, row: Row) -> None:
-        if row["til"]:
-            tested = [s for s in ("til", "cil") if row[s]]
-            self._accuracy = "  ".join(f"{s.upper()} {row[s]['mean']:.1%}" for s in tested)
+    def round_finished(self, row: RoundRow) -> None:
+        tested = [(setting, spread) for setting in ("til", "cil") if (spread := row.accuracy(setting))]
+        if tested:
+            self._accuracy = "  ".join(f"{setting.upper()} {spread.mean:.1%}" for setting, spread in tested)
         if not self.console.is_terminal:
-            failed = f", {row['failed']} failed" if row["failed"] else ""
+            failed = f", {row.failed} failed" if row.failed else ""
             self.console.print(
-                f"round {row['round']}/{self._rounds}: task {row['task']}, {amount(row['devices'], 'device')}{failed}, "
-                f"{self._accuracy or 'not tested yet'}, {row['timing']['seconds']:.1f} s",
+                f"round {row.round}/{self._rounds}: task {row.task}, {amount(row.devices, 'device')}{failed}, "
+                f"{self._accuracy or 'not tested yet'}, {row.seconds:.1f} s",
                 highlight=False,
             )
 
@@ -156,16 +157,16 @@ def block_table(found: Generalizability, threshold: float) -> Table:
     return table
 
 
-def accuracy_table(results: Row) -> Table:
+def accuracy_table(results: Results) -> Table:
     """The final figures of a run, in percent; the report has the percentiles."""
-    devices = results["devices_finished"]
+    devices = results.devices_finished
     of = f"mean ± standard deviation over {devices} devices" if devices > 1 else "one device"
     table = Table(title=f"After the last task, {of}")
     for column in ("", "average accuracy", "forgetting", "backward transfer"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    for setting, name in (("til", "TIL (task known)"), ("cil", "CIL (task not known)")):
-        if not results[setting]:  # the method answers only where the task is known
+    for name, figures in (("TIL (task known)", results.til), ("CIL (task not known)", results.cil)):
+        if figures is None:  # the method answers only where the task is known
             continue
-        spreads = [results[setting][key] for key in ("average_accuracy", "forgetting", "backward_transfer")]
-        table.add_row(name, *[f"{s['mean']:.1%}" + (f" ± {s['std']:.1%}" if devices > 1 else "") for s in spreads])
+        spreads = (figures.average_accuracy, figures.forgetting, figures.backward_transfer)
+        table.add_row(name, *[f"{s.mean:.1%}" + (f" ± {s.std:.1%}" if devices > 1 else "") for s in spreads])
     return table

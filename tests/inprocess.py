@@ -12,6 +12,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import make_app
 from lightcl.scenario import Scenario
+from server.listeners import Listener
 
 SMALL: dict[str, Any] = {
     "network": {"weights": "none", "width": 4},
@@ -88,16 +89,11 @@ class InProcessGrid:
         return [self._replies.pop(i) for i in ids if i in self._replies]
 
 
-class Silent:
+class Silent(Listener):
     """A listener that remembers what was refused."""
 
     def __init__(self) -> None:
         self.refusals: list[tuple[int, str]] = []
 
-    def connected(self, devices: int, wanted: int) -> None: ...
-    def round_started(self, number: int, rounds_left: int, devices: int) -> None: ...
-    def phase_started(self, phase: str, devices: int) -> None: ...
-    def device_done(self, device: int, phase: str) -> None: ...
-    def round_finished(self, row: dict[str, Any]) -> None: ...
     def refused(self, device: int, reason: str) -> None:
         self.refusals.append((device, reason))

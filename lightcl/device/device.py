@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from lightcl.device import hardware
 from lightcl.device.hardware import choose_accelerator, set_up_torch
 from lightcl.device.state import changing_tensors, pack_optimizer, unpack_optimizer_
 from lightcl.device.training import OnEpoch, autocast, evaluate, make_optimizer, train_epoch
+from lightcl.exchange.messages import Tested, Trained
 from lightcl.exchange.tensors import Arrays, adopt_, outgoing, outgoing_statistics
 from lightcl.metrics import AccuracyMatrix
 from lightcl.networks.pruning import channel_digest
@@ -38,32 +39,6 @@ class Position:
 
     task: int = 0
     epochs: int = 0
-
-
-@dataclass(frozen=True)
-class TrainReport:
-    """What a device tells about a piece of training."""
-
-    task: int
-    epochs: int
-    examples: int
-    loss: float
-    seconds: float
-    peak_memory_mib: float
-    """The highest resident memory of the process since this device was opened (a simulated one is, for each message);
-    PyTorch, the images that the process's devices share, and whatever else it holds are in it."""
-
-
-@dataclass(frozen=True)
-class EvaluationReport:
-    """Accuracies on tasks 0..task, in 0..1, and the images behind each; `cil` is empty where it is not tested."""
-
-    task: int
-    epochs: int
-    til: list[float]
-    cil: list[float]
-    images: list[int]
-    seconds: float
 
 
 class OutOfStep(Exception):
@@ -97,7 +72,7 @@ class EdgeDevice:
         self.optimizer = make_optimizer(self.method, scenario)
         self.position = self._start = Position(self.stream.first)
         self.version = 0
-        self.last_report: TrainReport | None = None
+        self.last_report: Trained | None = None
         self.rows: dict[str, dict[int, list[float]]] = {"til": {}, "cil": {}}
         self._state = StateFolder(folder)
         self._saved_at = time.monotonic()
@@ -114,7 +89,7 @@ class EdgeDevice:
 
     # -- training ----------------------------------------------------------------------------------------------
 
-    def train(self, task: int, until_epoch: int, on_epoch: OnEpoch | None = None) -> TrainReport:
+    def train(self, task: int, until_epoch: int, on_epoch: OnEpoch | None = None) -> Trained:
         """Learns `task` until `until_epoch` of its epochs are done, then saves the state.
 
         Asked for the same thing twice, it trains once and gives the same report. Raises OutOfStep where the request
@@ -125,7 +100,7 @@ class EdgeDevice:
         if self.last_report is not None and goal == self.position == Position(
             self.last_report.task, self.last_report.epochs
         ):
-            return self.last_report
+            return replace(self.last_report, version=self.version)
         self._check_step(goal)
         start = time.monotonic()
         context = self._context(task)
@@ -151,7 +126,18 @@ class EdgeDevice:
             if on_epoch:
                 on_epoch(task, epoch + 1, loss)
         peak = hardware.peak() / 2**20
-        self.last_report = TrainReport(task, until_epoch, len(context.task.train), loss, time.monotonic() - start, peak)
+        self.last_report = Trained(
+            device=self.number,
+            task=task,
+            epochs=until_epoch,
+            version=self.version,
+            prefix=self.prefix_digest,
+            channel_sets=self.channel_digest,
+            examples=len(context.task.train),
+            loss=loss,
+            seconds=time.monotonic() - start,
+            peak_memory_mib=peak,
+        )
         self._save()
         return self.last_report
 
@@ -181,18 +167,20 @@ class EdgeDevice:
 
     # -- evaluation --------------------------------------------------------------------------------------------
 
-    def evaluate(self) -> EvaluationReport:
+    def evaluate(self) -> Tested:
         """Tests all tasks up to the current one, keeps the row of the accuracy matrix, and saves the state."""
         start = time.monotonic()
         task = self.position.task
         results = evaluate(self.method, self.stream[: task + 1], self.scenario, self.accelerator)
-        report = EvaluationReport(
-            task,
-            self.position.epochs,
-            [r.til for r in results],
-            [r.cil for r in results] if "cil" in self.scenario.settings else [],
-            [r.images for r in results],
-            time.monotonic() - start,
+        report = Tested(
+            device=self.number,
+            task=task,
+            epochs=self.position.epochs,
+            version=self.version,
+            til=[r.til for r in results],
+            cil=[r.cil for r in results] if "cil" in self.scenario.settings else [],
+            images=[r.images for r in results],
+            seconds=time.monotonic() - start,
         )
         self.rows["til"][task] = report.til
         if report.cil:
@@ -299,7 +287,7 @@ class EdgeDevice:
         )
         self.position = Position(**values["position"])
         self.version = values["version"]
-        self.last_report = TrainReport(**values["report"]) if values["report"] else None
+        self.last_report = Trained(**values["report"]) if values["report"] else None
         self.rows = {
             setting: {int(task): row for task, row in rows.items()} for setting, rows in values["rows"].items()
         }

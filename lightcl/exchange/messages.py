@@ -1,4 +1,4 @@
-"""What server and devices say to each other, as typed values; Flower's records are made of them at the edges.
+"""The messages between server and devices as typed values; only the edges turn them into Flower's records.
 
 Both rooms import this one and never each other.
 """
@@ -16,7 +16,7 @@ EXAMPLES = "num-examples"
 
 
 class ProtocolError(Exception):
-    """A message that does not say what it must."""
+    """A message with a missing or wrong field."""
 
 
 class _Record:
@@ -71,14 +71,14 @@ class Greeting(_Record):
     channels: int
     classes: int
     labels: str
-    """Fingerprint of the class names in their order: averaging heads makes sense only where class 3 is class 3."""
+    """Digest of the class names in their order: averaging heads makes sense only where class 3 is class 3."""
     own_data: bool
     """All of its images are its one device's: no partition says which."""
 
 
 @dataclass(frozen=True)
 class Trained(_Record):
-    """From a device, after training."""
+    """From a device, after training: the device returns it, the wire carries it, the row takes it."""
 
     device: int
     task: int
@@ -86,16 +86,21 @@ class Trained(_Record):
     version: int
     prefix: str
     channel_sets: str
-    """Fingerprint of the channels its network has kept: tensors are averaged only where they mean the same."""
+    """Digest of the channels its network has kept: tensors are averaged only where they mean the same."""
     examples: int
     loss: float
     seconds: float
     peak_memory_mib: float
+    """The highest resident memory of the process since this device was opened (a simulated one is, for each message);
+    PyTorch, the images that the devices of the process share, and everything else in the process are included."""
 
 
 @dataclass(frozen=True)
 class Tested(_Record):
-    """From a device, after testing all tasks so far: accuracies in 0..1 and the images behind them, a task each."""
+    """From a device, after a test of tasks 0..task: per task the accuracy in 0..1 and the number of test images.
+
+    `cil` is empty where the scenario does not test it.
+    """
 
     device: int
     task: int

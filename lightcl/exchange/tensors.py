@@ -3,12 +3,13 @@
 Averaged: the suffix (parameters and batch-norm statistics) and, under `suffix+head`, the head. Batch-norm's integer
 counters stay local: averaging them has no meaning.
 
-Summed, under `method.share_statistics` and only with the answer that finishes a task: `statistics/...`, class sums of
-features (lightcl/closed_form.py) in fp64. Back come `fleet_head/...`, the head that the server solved from all of them.
+Summed, under `method.share_statistics` and only with the reply that finishes a task: `statistics/...`, class sums of
+features (lightcl/methods/parts/closed_form.py) in fp64. The server returns `fleet_head/...`, the head that it solved
+from all of them.
 
-Never the prefix, the memory samples, the stored patterns, the vital masks or images. Beside tensors a device sends the
-fields of `Greeting`, `Trained`, `Tested` and, where it refuses, of `Refusal` (whose reason is a text that may name a
-file); all of them stand in `lightcl/protocol.py`.
+Never the prefix, the memory samples, the stored patterns, the vital masks or images. Besides tensors a device sends
+the fields of `Greeting`, `Trained`, `Tested` and, if it refuses, of `Refusal` (whose reason is a text that may name a
+file); all of them are in `lightcl/exchange/messages.py`. `compression.py` has the form in which the tensors are sent.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ FLEET_HEAD = "fleet_head/"
 
 
 class ExchangeError(Exception):
-    """Tensors that cannot be taken over; the text names the tensor and what is wrong with it."""
+    """Tensors that cannot be adopted; the text names the tensor and what is wrong with it."""
 
 
 def shared_tensors(network: Backbone, aggregation: Aggregation) -> dict[str, Tensor]:
@@ -109,16 +110,18 @@ def check(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]
 
 
 def _check_sums(count: np.ndarray, total: np.ndarray, gram: np.ndarray) -> None:
-    """Raises ExchangeError for sums that no samples have: the scatter Σ xxᵀ - Σ_c s_c s_cᵀ / n_c within the classes has
-    no negative eigenvalue, but for rounding.
+    """Raises ExchangeError for inconsistent sums: the scatter Σ xxᵀ - Σ_c s_c s_cᵀ / n_c within the classes must have
+    no negative eigenvalue, up to rounding.
 
-    The head of the whole fleet is solved from them, so one wrong answer would spoil it for all.
+    The head of the whole fleet is solved from them, so one wrong reply would spoil it for all.
     """
     scatter = from_upper_triangle(torch.from_numpy(np.array(gram)), total.shape[1]).numpy()
     rounding = 1e-6 * np.trace(scatter) / len(scatter) + 1e-9
     scatter -= (total / np.maximum(count, 1)[:, None]).T @ total
     if (total[count == 0] != 0).any() or np.linalg.eigvalsh(scatter)[0] < -rounding:
-        raise ExchangeError(f"the sums {STATISTICS}... contradict each other: no samples have them")
+        raise ExchangeError(
+            f"the sums {STATISTICS}... are inconsistent: the scatter matrix is not positive semidefinite"
+        )
 
 
 def is_statistic(name: str) -> bool:

@@ -1,13 +1,14 @@
-"""The run folder: what was asked for, what happened, and where a killed run goes on.
+"""The run folder: what was asked for, what happened, and the state that a killed run continues from.
 
 run.json        scenario, versions, seeds, git commit, command
 scenario.yaml   the scenario in full
 partition.json  which device holds which sample
-generalizability.json  with network.freeze: auto, what the freeze point was chosen from
-rounds.jsonl    one row a round
-devices.jsonl   one row a device and round; sorted by device; everything that depends on the clock is under "timing"
-results.json    final figures; written last, so its presence means the run was completed
-failure.json    instead of it: why the run stopped; a run that goes on has neither
+generalizability.json  with network.freeze: auto, the figures that the freeze point was chosen from
+rounds.jsonl    one row per round
+devices.jsonl   one row per device and round, sorted by device; everything that depends on the clock is under "timing"
+events.jsonl    what happened when, one event per line (see server/listeners.py)
+results.json    final figures; written last: a run that has it is completed
+failure.json    written instead of it: why the run stopped; a run in progress has neither
 server/         the server's state after the last finished round
 devices/        the devices' states (of a simulation)
 """
@@ -21,23 +22,24 @@ import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lightcl.errors import RequestError
-from lightcl.records.rows import Row
+from lightcl.records.rows import DeviceRow, Failure, Results, RoundRow
 from lightcl.scenario import Scenario
 from lightcl.storage.files import LOCK, names_in, writable, write_atomically
 
 ANALYSIS = "generalizability.json"
+ROUNDS, DEVICES, EVENTS = "rounds.jsonl", "devices.jsonl", "events.jsonl"
+OWN_IMAGES = "all images of the board"
+"""What partition.json says of a device whose images are its own."""
 OWN = (
-    "run.json", "scenario.yaml", "partition.json", "rounds.jsonl", "devices.jsonl", "results.json", "failure.json",
+    "run.json", "scenario.yaml", "partition.json", ROUNDS, DEVICES, EVENTS, "results.json", "failure.json",
     "report.html", "plots", "server", "devices", ANALYSIS, LOCK,
 )  # fmt: skip
 """Everything that may lie in a run folder. The lock is written first and removed last (see `names_in`)."""
-_ROW_KEYS = {
-    "rounds.jsonl": {"round", "task", "devices", "failed", "til", "cil", "bytes_down", "bytes_up", "timing"},
-    "devices.jsonl": {"round", "device", "name", "task", "epochs", "bytes_down", "bytes_up", "timing"},
-}
+Row = TypeVar("Row", DeviceRow, RoundRow)
+End = TypeVar("End", Results, Failure)
 
 
 class RunFolder:
@@ -53,9 +55,9 @@ class RunFolder:
 
     @property
     def whole(self) -> bool:
-        """Whether nothing is left to do: the run was completed, and without putting a device out."""
+        """Whether nothing is left to do: the run is completed and no device was dropped."""
         results = self.results()
-        return results is not None and not results["dropped"]
+        return results is not None and not results.dropped
 
     def prepare(self, *, resume: bool, overwrite: bool) -> None:
         """Checks that the folder may be written to; nothing is touched unless `overwrite` empties it.
@@ -68,7 +70,7 @@ class RunFolder:
         if resume and not self.exists:
             raise RequestError(f"--resume: {self.path} holds no run")
         if self.exists and not resume and not overwrite:
-            raise RequestError(f"--out: {self.path} holds a run; go on with --resume or replace it with --overwrite")
+            raise RequestError(f"--out: {self.path} holds a run; continue with --resume or replace it with --overwrite")
         if resume:
             self._check_rows()
             return
@@ -80,15 +82,15 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
 
     def _check_rows(self) -> None:
-        """Raises RequestError where rows were lost by more than a kill: going on would forget what they told."""
-        rounds = [row["round"] for row in self.rows("rounds.jsonl")]
-        told = {row["round"] for row in self.rows("devices.jsonl")}
-        whole = set(range(1, len(rounds) + 1))
+        """Raises RequestError where more rows are lost than a kill can lose: a resumed run would forget them."""
+        rounds = [row.round for row in self.rounds()]
+        in_devices = {row.round for row in self.devices()}
+        complete = set(range(1, len(rounds) + 1))
         # The devices' rows of a round are written before its own; a kill may fall in between.
-        if rounds != sorted(whole) or not whole <= told <= whole | {len(rounds) + 1}:
+        if rounds != sorted(complete) or not complete <= in_devices <= complete | {len(rounds) + 1}:
             raise RequestError(
-                f"--resume: rows are missing: rounds.jsonl and devices.jsonl in {self.path} do not tell of the same "
-                "rounds; put them back, or begin anew with --overwrite"
+                f"--resume: rows are missing: rounds.jsonl and devices.jsonl in {self.path} are not about the same "
+                "rounds; restore them, or start over with --overwrite"
             )
 
     @contextmanager
@@ -124,8 +126,8 @@ class RunFolder:
                 write_atomically(self.path / ANALYSIS, json.dumps(analysis, indent=2))
             write_atomically(self.path / "run.json", json.dumps(about, indent=2))
 
-    def partition(self) -> dict[int, Row]:
-        """Rows of partition.json by device; none where it cannot be read: no run depends on it."""
+    def partition(self) -> dict[int, dict[str, Any]]:
+        """Rows of partition.json by device; empty where it cannot be read: no run depends on it."""
         try:
             rows = json.loads((self.path / "partition.json").read_text(encoding="utf-8"))
             return {row["device"]: row for row in rows}
@@ -133,45 +135,53 @@ class RunFolder:
             return {}
 
     def note_own_data(self, devices: Collection[int]) -> None:
-        """Corrects partition.json: what the server thought that these devices hold, they do not."""
-        own = "all images of the board"
-        rows = self.partition() | {device: {"device": device, "train": own, "test": own} for device in devices}
+        """Corrects partition.json: these devices hold images of their own, not the shares that the server cut."""
+        own = {device: {"device": device, "train": OWN_IMAGES, "test": OWN_IMAGES} for device in devices}
+        rows = self.partition() | own
         write_atomically(self.path / "partition.json", json.dumps([rows[device] for device in sorted(rows)]))
 
-    def read(self) -> Row:
+    def read(self) -> dict[str, Any]:
         """run.json. Raises RequestError where there is none or it cannot be read."""
         try:
-            values: Row = json.loads((self.path / "run.json").read_text())
+            values: dict[str, Any] = json.loads((self.path / "run.json").read_text())
         except (OSError, ValueError) as error:
             raise RequestError(f"{self.path} holds no readable run.json ({error})") from error
         if not isinstance(values, dict) or not isinstance(values.get("scenario"), dict):
             raise RequestError(f"{self.path / 'run.json'}: not the record of a run (it has no scenario)")
         return values
 
-    def analysis(self) -> Row | None:
+    def analysis(self) -> dict[str, Any] | None:
         """generalizability.json, or None where the freeze point was given. Raises RequestError for a broken file."""
         file = self.path / ANALYSIS
         if not file.exists():
             return None
         try:
-            found: Row = json.loads(file.read_text())
+            found: dict[str, Any] = json.loads(file.read_text())
             return found | {"freeze": str(found["freeze"])}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RequestError(f"{file}: not the record of an analysis ({error})") from error
 
-    def append(self, name: str, rows: Iterable[Row]) -> None:
+    def append(self, name: str, rows: Iterable[DeviceRow] | Iterable[RoundRow]) -> None:
         """Adds rows to a .jsonl file, synced to disk."""
         with (self.path / name).open("a", encoding="utf-8") as file:
             for row in rows:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row.to_json()) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
-    def rows(self, name: str) -> list[Row]:
-        """All whole rows of a .jsonl file; a last line that a crash cut short is left out.
+    def rounds(self) -> list[RoundRow]:
+        """The rows of rounds.jsonl. A last line that a crash cut short is left out.
 
-        Raises RequestError for any other line that is not a row.
+        Raises RequestError naming file, line and field for any other line that is not a row.
         """
+        return [row for row, _ in self._read_rows(ROUNDS, RoundRow)]
+
+    def devices(self) -> list[DeviceRow]:
+        """The rows of devices.jsonl; as `rounds`."""
+        return [row for row, _ in self._read_rows(DEVICES, DeviceRow)]
+
+    def _read_rows(self, name: str, kind: type[Row]) -> list[tuple[Row, str]]:
+        """Rows with the lines that they are written in."""
         file = self.path / name
         if not file.exists():
             return []
@@ -179,52 +189,48 @@ class RunFolder:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
+                values = json.loads(line)
             except ValueError:
-                row = None
+                values = None
                 if number == len(lines):
                     break
-            if not isinstance(row, dict) or not row.keys() >= _ROW_KEYS[name] or not isinstance(row["round"], int):
-                raise RequestError(f"{file}, line {number}: not a row of a run")
-            rows.append(row)
+            rows.append((kind.from_json(values, f"{file}, line {number}"), line))
         return rows
 
     def forget_after(self, round_number: int) -> None:
         """Drops rows of rounds that were not finished when the run was killed; they will be written again."""
-        for name in ("rounds.jsonl", "devices.jsonl"):
-            kept = [row for row in self.rows(name) if row["round"] <= round_number]
+        rounds = [line for row, line in self._read_rows(ROUNDS, RoundRow) if row.round <= round_number]
+        devices = [line for row, line in self._read_rows(DEVICES, DeviceRow) if row.round <= round_number]
+        for name, kept in ((ROUNDS, rounds), (DEVICES, devices)):
             if (self.path / name).exists():
-                write_atomically(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
+                write_atomically(self.path / name, "".join(f"{line}\n" for line in kept))
 
     def reopen(self) -> None:
-        """Takes back how the run had ended: it goes on, and only its new end says how."""
+        """Removes the earlier end of the run: it continues, and its new end will be written."""
         for name in ("results.json", "failure.json"):
             (self.path / name).unlink(missing_ok=True)
 
-    def finish(self, results: Mapping[str, Any]) -> None:
-        write_atomically(self.path / "results.json", json.dumps(results, indent=2))
+    def finish(self, results: Results) -> None:
+        write_atomically(self.path / "results.json", json.dumps(results.to_json(), indent=2))
 
-    def fail(self, reason: str, dropped: Mapping[str, str]) -> None:
-        """Keeps why a run came to nothing; it is not completed, so it can be resumed."""
-        content = {"status": "failed", "reason": reason, "dropped": dict(dropped)}
-        write_atomically(self.path / "failure.json", json.dumps(content, indent=2))
+    def fail(self, failure: Failure) -> None:
+        """Keeps why a run stopped; it is not completed, so it can be resumed."""
+        write_atomically(self.path / "failure.json", json.dumps(failure.to_json(), indent=2))
 
-    def failure(self) -> Row | None:
+    def failure(self) -> Failure | None:
         """Why the run failed, or None. Raises RequestError for a broken file."""
-        return self._read_end("failure.json")
+        return self._read_end("failure.json", Failure)
 
-    def results(self) -> Row | None:
-        """Final figures, or None where the run has not come to its end. Raises RequestError for a broken file."""
-        return self._read_end("results.json")
+    def results(self) -> Results | None:
+        """Final figures, or None where the run is not completed. Raises RequestError for a broken file."""
+        return self._read_end("results.json", Results)
 
-    def _read_end(self, name: str) -> Row | None:
+    def _read_end(self, name: str, kind: type[End]) -> End | None:
         file = self.path / name
         if not file.exists():
             return None
         try:
-            values: Row = json.loads(file.read_text())
+            values = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RequestError(f"{file} cannot be read ({error})") from error
-        if not isinstance(values, dict) or "dropped" not in values:
-            raise RequestError(f"{file}: not what the end of a run is told by")
-        return values
+        return kind.from_json(values, str(file))

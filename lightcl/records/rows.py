@@ -1,95 +1,364 @@
-"""The rows of a run: one per device and round, one per round, and the final results."""
+"""The typed rows of a run: one per device and round, one per round, and how the run ended.
+
+Each type is written by `to_json` and read by `from_json`, which checks every field. `where` in the checks is the place
+that an error names: a file, and in a .jsonl file its line.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from statistics import fmean
-from typing import Any
+from typing import Any, Self, TypeVar
 
-from lightcl.device.device import EvaluationReport, TrainReport
+from lightcl.errors import RequestError, shown
 from lightcl.exchange.messages import Tested, Trained
 from lightcl.metrics import AccuracyMatrix, Spread, fleet_summary
 
-Row = dict[str, Any]
+T = TypeVar("T")
 
 
-def device_row(round_number: int, device: int, name: str, task: int, epochs: int) -> Row:
-    """What is known of a device before a round; training and testing add `examples`, `loss`, `til`, `cil`, `images`."""
-    return {
-        "round": round_number,
-        "device": device,
-        "name": name,
-        "task": task,
-        "epochs": epochs,
-        "bytes_down": 0,
-        "bytes_up": 0,
-        "timing": {},
-    }
+@dataclass
+class DeviceRow:
+    """One device in one round; a field is None where the device did not get that far."""
+
+    round: int
+    device: int
+    name: str
+    """The name of the node that hosts the device."""
+    task: int
+    """The task the device has reached, from 0."""
+    epochs: int
+    """Epochs of this task that are done."""
+    bytes_down: int = 0
+    bytes_up: int = 0
+    examples: int | None = None
+    """Training images of the task."""
+    loss: float | None = None
+    til: list[float] | None = None
+    """Accuracy per task 0..task, in 0..1, with the task known."""
+    images: list[int] | None = None
+    """Test images per task."""
+    cil: list[float] | None = None
+    """Accuracy per task with the task not known."""
+    error: str | None = None
+    train_seconds: float | None = None
+    peak_memory_mib: float | None = None
+    evaluate_seconds: float | None = None
+
+    def add_training_(self, report: Trained) -> None:
+        self.task, self.epochs = report.task, report.epochs
+        self.examples, self.loss = report.examples, report.loss
+        self.train_seconds, self.peak_memory_mib = report.seconds, report.peak_memory_mib
+
+    def add_test_(self, report: Tested) -> None:
+        self.til, self.images = report.til, report.images
+        self.cil = report.cil or None
+        self.evaluate_seconds = report.seconds
+
+    def to_json(self) -> dict[str, Any]:
+        timing = {name: getattr(self, name) for name in DEVICE_TIMING}
+        row = {
+            "round": self.round,
+            "device": self.device,
+            "name": self.name,
+            "task": self.task,
+            "epochs": self.epochs,
+            "bytes_down": self.bytes_down,
+            "bytes_up": self.bytes_up,
+            "timing": {name: value for name, value in timing.items() if value is not None},
+        }
+        later = {name: getattr(self, name) for name in ("examples", "loss", "til", "images", "cil", "error")}
+        return row | {name: value for name, value in later.items() if value is not None}
+
+    @classmethod
+    def from_json(cls, values: object, where: str = "row") -> Self:
+        """Raises RequestError naming `where` and the field."""
+        row, timing = _row_and_timing(values, where)
+        return cls(
+            round=row.get("round", _integer),
+            device=row.get("device", _integer),
+            name=row.get("name", _text),
+            task=row.get("task", _integer),
+            epochs=row.get("epochs", _integer),
+            bytes_down=row.get("bytes_down", _integer),
+            bytes_up=row.get("bytes_up", _integer),
+            examples=row.optional("examples", _integer),
+            loss=row.optional("loss", _number),
+            til=row.optional("til", _numbers),
+            images=row.optional("images", _integers),
+            cil=row.optional("cil", _numbers),
+            error=row.optional("error", _text),
+            **{name: timing.optional(name, _number) for name in DEVICE_TIMING},
+        )
 
 
-def add_training_(row: Row, report: Trained | TrainReport) -> None:
-    """Enters into a device's row what came out of its training."""
-    row |= {"task": report.task, "epochs": report.epochs, "examples": report.examples, "loss": report.loss}
-    row["timing"] |= {"train_seconds": report.seconds, "peak_memory_mib": report.peak_memory_mib}
+DEVICE_TIMING = ("train_seconds", "peak_memory_mib", "evaluate_seconds")
+"""The fields that depend on the machine; on disk they are under "timing"."""
 
 
-def add_test_(row: Row, report: Tested | EvaluationReport) -> None:
-    """Enters into a device's row what came out of its test."""
-    row |= {"til": report.til, "images": report.images}
-    if report.cil:
-        row["cil"] = report.cil
-    row["timing"]["evaluate_seconds"] = report.seconds
+@dataclass
+class RoundRow:
+    """One round. `til` and `cil` are the spread of the devices' average accuracies so far; None where none was tested.
 
-
-def round_row(rows: Sequence[Row], finished: int, training_seconds: float, seconds: float) -> Row:
-    """One round over its devices' rows. `til` and `cil` are the spread of the devices' average accuracies so far."""
-    losses = [row["loss"] for row in rows if "loss" in row]
-    return {
-        "round": rows[0]["round"],
-        "task": max(row["task"] for row in rows),
-        "devices": len(rows),
-        "failed": sum("error" in row for row in rows),
-        "devices_finished": finished,
-        "loss": fmean(losses) if losses else None,
-        "til": _spread([row["til"] for row in rows if "til" in row]),
-        "cil": _spread([row["cil"] for row in rows if "cil" in row]),
-        "bytes_down": sum(row["bytes_down"] for row in rows),
-        "bytes_up": sum(row["bytes_up"] for row in rows),
-        "timing": {"train_seconds": training_seconds, "seconds": seconds},
-    }
-
-
-def _spread(accuracies: Sequence[Sequence[float]]) -> dict[str, float] | None:
-    """Of the devices' average accuracies; None where none was tested."""
-    return asdict(Spread.of([fmean(row) for row in accuracies])) if accuracies else None
-
-
-def run_results(
-    finished: Sequence[Mapping[str, Mapping[int, Sequence[float]]]],
-    tasks: int,
-    *,
-    devices: int,
-    dropped: Mapping[str, str],
-    rounds: Sequence[Row],
-) -> Row:
-    """Final figures over the devices that finished their stream: `finished[d][setting][t]` is a row of a matrix.
-
-    A setting in which nobody was tested has no figures: None.
+    `train_seconds` are wall-clock seconds until all devices had trained, `seconds` those of the whole round.
     """
-    figures: dict[str, Any] = {}
-    for setting in ("til", "cil"):
-        matrices = [AccuracyMatrix.from_rows(rows[setting], tasks) for rows in finished if rows[setting]]
-        summary = {key: asdict(spread) for key, spread in fleet_summary(matrices).items()}
-        figures[setting] = summary if matrices or setting == "til" else None
-    return {
-        "status": "completed",
-        "devices": devices,
-        "devices_finished": len(finished),
-        "dropped": dict(dropped),
-        "rounds": len(rounds),
-        **figures,
-        "bytes_down": sum(row["bytes_down"] for row in rounds),
-        "bytes_up": sum(row["bytes_up"] for row in rounds),
-        "timing": {"seconds": sum(row["timing"]["seconds"] for row in rounds)},
-    }
+
+    round: int
+    task: int
+    """The most advanced device's task."""
+    devices: int
+    failed: int
+    devices_finished: int
+    loss: float | None
+    til: Spread | None
+    cil: Spread | None
+    bytes_down: int
+    bytes_up: int
+    train_seconds: float
+    seconds: float
+
+    @classmethod
+    def of(cls, rows: Sequence[DeviceRow], finished: int, train_seconds: float, seconds: float) -> Self:
+        """The round over its devices' rows; `finished` devices are at the end of their streams."""
+        losses = [row.loss for row in rows if row.loss is not None]
+        return cls(
+            round=rows[0].round,
+            task=max(row.task for row in rows),
+            devices=len(rows),
+            failed=sum(row.error is not None for row in rows),
+            devices_finished=finished,
+            loss=fmean(losses) if losses else None,
+            til=_spread([row.til for row in rows if row.til]),
+            cil=_spread([row.cil for row in rows if row.cil]),
+            bytes_down=sum(row.bytes_down for row in rows),
+            bytes_up=sum(row.bytes_up for row in rows),
+            train_seconds=train_seconds,
+            seconds=seconds,
+        )
+
+    def accuracy(self, setting: str) -> Spread | None:
+        """`til` or `cil` by name."""
+        return self.til if setting == "til" else self.cil
+
+    def to_json(self) -> dict[str, Any]:
+        values = asdict(self)
+        timing = {"train_seconds": values.pop("train_seconds"), "seconds": values.pop("seconds")}
+        return values | {"timing": timing}
+
+    @classmethod
+    def from_json(cls, values: object, where: str = "row") -> Self:
+        """Raises RequestError naming `where` and the field."""
+        row, timing = _row_and_timing(values, where)
+        return cls(
+            round=row.get("round", _integer),
+            task=row.get("task", _integer),
+            devices=row.get("devices", _integer),
+            failed=row.get("failed", _integer),
+            devices_finished=row.get("devices_finished", _integer),
+            loss=row.optional("loss", _number),
+            til=row.optional("til", _spread_of_json),
+            cil=row.optional("cil", _spread_of_json),
+            bytes_down=row.get("bytes_down", _integer),
+            bytes_up=row.get("bytes_up", _integer),
+            train_seconds=timing.get("train_seconds", _number),
+            seconds=timing.get("seconds", _number),
+        )
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The final figures of one setting, as their spread over the devices that finished."""
+
+    average_accuracy: Spread
+    forgetting: Spread
+    backward_transfer: Spread
+
+
+@dataclass(frozen=True)
+class Results:
+    """How a completed run ended. `dropped` is by device: why it was dropped from the run."""
+
+    devices: int
+    devices_finished: int
+    dropped: dict[int, str]
+    rounds: int
+    til: Figures
+    cil: Figures | None
+    """None where the devices are not tested with the task unknown."""
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+
+    @classmethod
+    def of(
+        cls,
+        finished: Sequence[Mapping[str, Mapping[int, Sequence[float]]]],
+        tasks: int,
+        *,
+        devices: int,
+        dropped: Mapping[int, str],
+        rounds: Sequence[RoundRow],
+    ) -> Self:
+        """Over the devices that finished their streams: `finished[d][setting][t]` is a row of an accuracy matrix."""
+        figures: dict[str, Figures | None] = {}
+        for setting in ("til", "cil"):
+            matrices = [AccuracyMatrix.from_rows(rows[setting], tasks) for rows in finished if rows[setting]]
+            figures[setting] = Figures(**fleet_summary(matrices)) if matrices or setting == "til" else None
+        til = figures["til"]
+        assert til is not None
+        return cls(
+            devices=devices,
+            devices_finished=len(finished),
+            dropped=dict(dropped),
+            rounds=len(rounds),
+            til=til,
+            cil=figures["cil"],
+            bytes_down=sum(row.bytes_down for row in rounds),
+            bytes_up=sum(row.bytes_up for row in rounds),
+            seconds=sum(row.seconds for row in rounds),
+        )
+
+    def figures(self, setting: str) -> Figures | None:
+        """`til` or `cil` by name."""
+        return self.til if setting == "til" else self.cil
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "status": "completed",
+            "devices": self.devices,
+            "devices_finished": self.devices_finished,
+            "dropped": {str(number): reason for number, reason in self.dropped.items()},
+            "rounds": self.rounds,
+            "til": asdict(self.til),
+            "cil": asdict(self.cil) if self.cil else None,
+            "bytes_down": self.bytes_down,
+            "bytes_up": self.bytes_up,
+            "timing": {"seconds": self.seconds},
+        }
+
+    @classmethod
+    def from_json(cls, values: object, where: str = "results.json") -> Self:
+        """Raises RequestError naming `where` and the field."""
+        row, timing = _row_and_timing(values, where, kind="the results of a run")
+        return cls(
+            devices=row.get("devices", _integer),
+            devices_finished=row.get("devices_finished", _integer),
+            dropped=row.get("dropped", _reasons),
+            rounds=row.get("rounds", _integer),
+            til=row.get("til", _figures),
+            cil=row.optional("cil", _figures),
+            bytes_down=row.get("bytes_down", _integer),
+            bytes_up=row.get("bytes_up", _integer),
+            seconds=timing.get("seconds", _number),
+        )
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run stopped before its end; `dropped` as in Results."""
+
+    reason: str
+    dropped: dict[int, str]
+
+    def to_json(self) -> dict[str, Any]:
+        dropped = {str(number): reason for number, reason in self.dropped.items()}
+        return {"status": "failed", "reason": self.reason, "dropped": dropped}
+
+    @classmethod
+    def from_json(cls, values: object, where: str = "failure.json") -> Self:
+        """Raises RequestError naming `where` and the field."""
+        row = _Checked(values, where, "the failure of a run")
+        return cls(row.get("reason", _text), row.get("dropped", _reasons))
+
+
+# -- checks --------------------------------------------------------------------------------------------------------
+
+
+class _Wrong(Exception):
+    """A value of the wrong type; the text says what is expected."""
+
+
+class _Checked:
+    """A JSON object whose fields are read with their types checked."""
+
+    def __init__(self, values: object, where: str, kind: str, prefix: str = "") -> None:
+        self._where, self._kind, self._prefix = where, kind, prefix
+        if not isinstance(values, dict):
+            field = f": {prefix.rstrip('.')} is {shown(values)}, expected an object" if prefix else ""
+            raise RequestError(f"{where}: not {kind}{field}")
+        self._values = values
+
+    def get(self, name: str, check: Callable[[object], T]) -> T:
+        if name not in self._values:
+            raise RequestError(f"{self._where}: not {self._kind}: {self._prefix}{name} is missing")
+        try:
+            return check(self._values[name])
+        except _Wrong as error:
+            given = shown(self._values[name])
+            raise RequestError(
+                f"{self._where}: not {self._kind}: {self._prefix}{name} is {given}, expected {error}"
+            ) from error
+
+    def optional(self, name: str, check: Callable[[object], T]) -> T | None:
+        return None if self._values.get(name) is None else self.get(name, check)
+
+
+def _row_and_timing(values: object, where: str, kind: str = "a row of a run") -> tuple[_Checked, _Checked]:
+    row = _Checked(values, where, kind)
+    return row, _Checked(row.get("timing", lambda value: value), where, kind, "timing.")
+
+
+def _integer(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _Wrong("an integer")
+    return value
+
+
+def _number(value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise _Wrong("a number")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise _Wrong("a text")
+    return value
+
+
+def _integers(value: object) -> list[int]:
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
+        raise _Wrong("a list of integers")
+    return value
+
+
+def _numbers(value: object) -> list[float]:
+    if not isinstance(value, list) or not all(type(item) in (int, float) for item in value):
+        raise _Wrong("a list of numbers")
+    return value
+
+
+def _reasons(value: object) -> dict[int, str]:
+    if not isinstance(value, dict) or not all(str(key).isdecimal() for key in value):
+        raise _Wrong("an object of reasons by device number")
+    return {int(key): _text(reason) for key, reason in value.items()}
+
+
+def _spread_of_json(value: object) -> Spread:
+    names = [field.name for field in fields(Spread)]
+    if not isinstance(value, dict) or value.keys() != set(names):
+        raise _Wrong(f"an object of {', '.join(names)}")
+    return Spread(**{name: _number(value[name]) for name in names})
+
+
+def _figures(value: object) -> Figures:
+    names = [field.name for field in fields(Figures)]
+    if not isinstance(value, dict) or not value.keys() >= set(names):
+        raise _Wrong(f"an object of {', '.join(names)}")
+    return Figures(**{name: _spread_of_json(value[name]) for name in names})
+
+
+def _spread(accuracies: Sequence[Sequence[float]]) -> Spread | None:
+    """Of the devices' average accuracies; None where none was tested."""
+    return Spread.of([fmean(row) for row in accuracies]) if accuracies else None

@@ -48,8 +48,8 @@ def print_results(folder: RunFolder, console: Console) -> None:
     results = folder.results()
     if results:
         console.print(accuracy_table(results))
-        if results["dropped"]:
-            lost = amount(len(results["dropped"]), "device")
+        if results.dropped:
+            lost = amount(len(results.dropped), "device")
             console.print(f"[yellow]dropped from the run: {lost}[/]", highlight=False)
     print_report(folder, console)
 

@@ -1,15 +1,13 @@
 """The report of a run: one HTML page that needs nothing but itself, and its figures as PNG files.
 
-It reads only the run folder (server/records.py), so it can be made while a run is going on and after one was killed.
+It reads only the run folder (lightcl/records), so it can be made while a run is in progress and after it was killed.
 """
 
 from __future__ import annotations
 
 import base64
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from math import isnan
 from pathlib import Path
@@ -21,14 +19,13 @@ import numpy as np
 from lightcl.analysis.generalizability import Generalizability
 from lightcl.errors import RequestError
 from lightcl.metrics import AccuracyMatrix, Spread, fleet_summary
+from lightcl.records import DeviceHistory, DeviceRow, RoundRow, Run, load_run
 from lightcl.records.folder import ANALYSIS, RunFolder
-from lightcl.records.rows import Row
-from lightcl.scenario import Scenario, scenario_from_json
+from lightcl.scenario import Scenario
 from lightcl.storage.files import write_atomically
 from simulations.options import number_ranges
 from simulations.reports import plots
 
-SETTINGS = ("til", "cil")
 MOST_DEVICES = 200
 """More devices than this are not all listed, only the worst and the best half of this number."""
 MOST_REASONS = 50
@@ -40,7 +37,7 @@ def build_report(folder: RunFolder) -> Path:
     A run that is still going on, or was killed, is reported as far as it came. Raises RequestError where the folder
     holds no readable run.
     """
-    run = read_run(folder)
+    run = reported(load_run(folder.path))
     pictures = _draw(run)
     target = folder.path / "plots"
     target.mkdir(exist_ok=True)
@@ -51,37 +48,14 @@ def build_report(folder: RunFolder) -> Path:
     return page
 
 
-# -- what the run folder says --------------------------------------------------------------------------------------
+# -- the run -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class DeviceRecord:
-    """One device over the whole run. `samples` are its training samples of the tasks it has begun, `seconds` its own
-    time in training and evaluation, `failures` the rounds in which it failed."""
+class Reason:
+    """One reason for failures, and where it occurred: devices and rounds, sorted."""
 
-    number: int
-    name: str
-    til: AccuracyMatrix
-    cil: AccuracyMatrix
-    samples: int
-    seconds: float
-    failures: int
-
-    @property
-    def tasks_done(self) -> int:
-        return self.til.last + 1
-
-    @cached_property
-    def figures(self) -> dict[str, dict[str, float]]:
-        """`["til" | "cil"][figure]`, figures as in AccuracyMatrix.summary, of the settings it was tested in."""
-        return {s: getattr(self, s).summary() for s in SETTINGS if getattr(self, s).last >= 0}
-
-
-@dataclass(frozen=True)
-class Failure:
-    """One reason, and whom it met: devices and rounds, sorted."""
-
-    reason: str
+    text: str
     times: int
     devices: list[int]
     rounds: list[int]
@@ -89,7 +63,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class FreezeChoice:
-    """What `network.freeze: auto` was decided from, and how."""
+    """With `network.freeze: auto`: the analysis, its threshold and the block that was chosen."""
 
     found: Generalizability
     threshold: float
@@ -97,155 +71,95 @@ class FreezeChoice:
 
 
 @dataclass(frozen=True)
-class RunRecord:
-    """What a run folder holds. `about` is run.json without the scenario; `results` is None before the run's end."""
+class ReportedRun:
+    """A run with the groups of devices that the page is about."""
 
-    scenario: Scenario
-    about: Row
-    results: Row | None
-    rounds: list[Row]
-    devices: list[DeviceRecord]
-    failures: list[Failure]
-    failure: Row | None
-    """Why the server gave the run up, where it did and the run has not gone on since."""
-    dropped: dict[int, str]
-    """The devices that were put out of the run, by number, and why."""
-    held: dict[int, int]
-    """Training images by device number, of partition.json; none for a board with images of its own."""
+    run: Run
     choice: FreezeChoice | None
     """None where the freeze point was given."""
-    last_sign: datetime
 
     @property
-    def tested(self) -> list[DeviceRecord]:
-        return [device for device in self.devices if device.tasks_done]
+    def scenario(self) -> Scenario:
+        return self.run.scenario
 
     @property
-    def finished(self) -> list[DeviceRecord]:
-        return [device for device in self.devices if device.tasks_done == self.scenario.stream.tasks]
+    def rounds(self) -> list[RoundRow]:
+        return self.run.rounds
+
+    @cached_property
+    def held(self) -> dict[int, int]:
+        """Training images by device number; not of a board with images of its own."""
+        return {n: len(row["train"]) for n, row in self.run.partition.items() if isinstance(row.get("train"), list)}
+
+    @cached_property
+    def tested(self) -> list[DeviceHistory]:
+        return [device for device in self.run.histories if device.tasks_done]
+
+    @cached_property
+    def finished(self) -> list[DeviceHistory]:
+        return [device for device in self.run.histories if device.tasks_done == self.scenario.stream.tasks]
+
+    @property
+    def compared(self) -> list[DeviceHistory]:
+        """The devices behind the headline: those that finished; while none can have, all that were tested."""
+        return self.finished if self.run.results and self.finished else self.tested
 
     @property
     def dropped_by_reason(self) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {}
-        for number, reason in sorted(self.dropped.items()):
+        for number, reason in sorted(self.run.dropped.items()):
             found.setdefault(reason, []).append(number)
         return found
 
-    @property
-    def compared(self) -> list[DeviceRecord]:
-        """The devices behind the headline: those that finished; while none can have, all that were tested."""
-        return self.finished if self.results and self.finished else self.tested
+    @cached_property
+    def reasons(self) -> list[Reason]:
+        """Why devices failed; the most frequent reason first."""
+        by_reason: dict[str, list[DeviceRow]] = {}
+        for row in self.run.devices:
+            if row.error is not None:
+                by_reason.setdefault(row.error, []).append(row)
+        found = [
+            Reason(text, len(rows), sorted({row.device for row in rows}), sorted({row.round for row in rows}))
+            for text, rows in by_reason.items()
+        ]
+        return sorted(found, key=lambda reason: -reason.times)
 
     @property
     def seconds(self) -> float:
-        return float(sum(row["timing"]["seconds"] for row in self.rounds))
+        return float(sum(row.seconds for row in self.rounds))
 
-    def total(self, key: str) -> int:
-        """Bytes of all rounds; `key` is "bytes_down" or "bytes_up"."""
-        return int(sum(row[key] for row in self.rounds))
+    @property
+    def bytes_down(self) -> int:
+        return sum(row.bytes_down for row in self.rounds)
+
+    @property
+    def bytes_up(self) -> int:
+        return sum(row.bytes_up for row in self.rounds)
 
     @property
     def status(self) -> tuple[str, str]:
         """The run's state in words, and how to take it: "good", "warning" or "bad"."""
-        if self.results is None:
-            if self.failure and len(self.dropped) == self.scenario.fleet.devices:
-                return "stopped: every device is out of the run", "bad"
-            if self.failure:
-                return f"stopped: {self.failure['reason']}", "bad"
+        results, failure, dropped = self.run.results, self.run.failure, self.run.dropped
+        if results is None:
+            if failure and len(dropped) == self.scenario.fleet.devices:
+                return "stopped: every device was dropped from the run", "bad"
+            if failure:
+                return f"stopped: {failure.reason}", "bad"
             return "still running or killed", "warning"
-        if self.dropped:
-            return f"completed without {len(self.dropped):,} of {self.results['devices']:,} devices", "warning"
+        if dropped:
+            return f"completed without {len(dropped):,} of {results.devices:,} devices", "warning"
         return "completed", "good"
 
 
-def read_run(folder: RunFolder) -> RunRecord:
-    """Raises RequestError where the folder holds no run or its scenario is not one."""
-    about = folder.read()
-    try:
-        scenario = scenario_from_json(json.dumps(about.pop("scenario", {})))
-    except RequestError as error:
-        raise RequestError(f"{folder.path / 'run.json'}: the scenario in it is not valid: {error}") from error
-    rows, results, failure = folder.rows("devices.jsonl"), folder.results(), folder.failure()
-    by_device: dict[int, list[Row]] = {number: [] for number in sorted({row["device"] for row in rows})}
-    for row in rows:
-        by_device[row["device"]].append(row)
-    newest = max((folder.path / name for name in ("run.json", "rounds.jsonl")), key=_written)
-    return RunRecord(
-        scenario=scenario,
-        about=about,
-        results=results,
-        rounds=folder.rows("rounds.jsonl"),
-        devices=[_read_device(mine, scenario.stream.tasks) for mine in by_device.values()],
-        failures=_read_failures(rows),
-        failure=failure,
-        dropped=_read_dropped(by_device, results or failure, scenario.server.max_failures),
-        held={n: len(row["train"]) for n, row in folder.partition().items() if isinstance(row.get("train"), list)},
-        choice=_read_choice(folder),
-        last_sign=datetime.fromtimestamp(_written(newest), UTC),
-    )
-
-
-def _read_choice(folder: RunFolder) -> FreezeChoice | None:
-    record = folder.analysis()
-    if record is None:
-        return None
-    try:
-        return FreezeChoice(Generalizability.from_record(record), record["threshold"], record["freeze"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise RequestError(f"{folder.path / ANALYSIS}: not the record of an analysis ({error!r})") from error
-
-
-def _written(file: Path) -> float:
-    return file.stat().st_mtime if file.exists() else 0.0
-
-
-def _read_device(rows: Sequence[Row], tasks: int) -> DeviceRecord:
-    """One device's rows, by round."""
-    accuracies: dict[str, dict[int, list[float]]] = {s: {} for s in SETTINGS}
-    for row in rows:
-        for setting, mine in accuracies.items():
-            if "examples" in row:
-                # It is learning this task now, so what it knew of this and later ones is void: its state was lost.
-                for task in [t for t in mine if t >= row["task"]]:
-                    del mine[task]
-            if setting in row:
-                mine[row["task"]] = row[setting]
-    samples = {row["task"]: row["examples"] for row in rows if "examples" in row}
-    times = [row["timing"].get(key, 0.0) for row in rows for key in ("train_seconds", "evaluate_seconds")]
-    return DeviceRecord(
-        number=rows[-1]["device"],
-        name=str(rows[-1]["name"]),
-        til=AccuracyMatrix.from_rows(accuracies["til"], tasks),
-        cil=AccuracyMatrix.from_rows(accuracies["cil"], tasks),
-        samples=sum(samples.values()),
-        seconds=float(sum(times)),
-        failures=sum("error" in row for row in rows),
-    )
-
-
-def _read_dropped(by_device: Mapping[int, Sequence[Row]], results: Row | None, max_failures: int) -> dict[int, str]:
-    """From the results, or before there are any from the failures in a row, as the server counts them."""
-    if results is not None:
-        return {int(number): str(reason) for number, reason in results["dropped"].items()}
-    last = {number: rows[-max_failures:] for number, rows in by_device.items()}
-    return {
-        number: str(rows[-1]["error"])
-        for number, rows in last.items()
-        if len(rows) == max_failures and all("error" in row for row in rows)
-    }
-
-
-def _read_failures(rows: Sequence[Row]) -> list[Failure]:
-    """The most frequent reason first."""
-    by_reason: dict[str, list[Row]] = {}
-    for row in rows:
-        if "error" in row:
-            by_reason.setdefault(str(row["error"]), []).append(row)
-    found = [
-        Failure(reason, len(mine), sorted({r["device"] for r in mine}), sorted({r["round"] for r in mine}))
-        for reason, mine in by_reason.items()
-    ]
-    return sorted(found, key=lambda failure: -failure.times)
+def reported(run: Run) -> ReportedRun:
+    """Raises RequestError where its analysis of the blocks cannot be read."""
+    record, choice = run.analysis, None
+    if record is not None:
+        try:
+            choice = FreezeChoice(Generalizability.from_record(record), record["threshold"], record["freeze"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RequestError(f"{run.path / ANALYSIS}: not the record of an analysis ({error!r})") from error
+    return ReportedRun(run, choice)
 
 
 # -- figures -------------------------------------------------------------------------------------------------------
@@ -295,10 +209,10 @@ class Picture:
     dark: bytes
 
 
-def _draw(run: RunRecord) -> list[Picture]:
+def _draw(run: ReportedRun) -> list[Picture]:
     """The figures that there is something to draw in."""
     settings = run.scenario.settings
-    matrices = {s: [getattr(device, s) for device in run.tested] for s in settings}
+    matrices = {s: [device.matrix(s) for device in run.tested] for s in settings}
     several = run.scenario.stream.tasks > 1
     drawn: list[tuple[str, str, Any, tuple[Any, ...]]] = []
     if run.tested:
@@ -311,16 +225,16 @@ def _draw(run: RunRecord) -> list[Picture]:
             alt = f"Mean accuracy matrix, {s.upper()}"
             drawn.append((f"matrix-{s}", alt, plots.accuracy_matrix, (mean_matrix(matrices[s]),)))
     # The same devices as in the headline, so that the bars average to its figure.
-    bars = {s: spread_of_forgetting([getattr(device, s) for device in run.compared]) for s in settings}
+    bars = {s: spread_of_forgetting([device.matrix(s) for device in run.compared]) for s in settings}
     if bars["til"] and not run.scenario.method.joint:
         drawn.append(("forgetting", "Forgetting of each task", plots.forgetting_per_task, (bars,)))
     if run.rounds:
-        numbers = [row["round"] for row in run.rounds]
-        training = [row["timing"]["train_seconds"] for row in run.rounds]
-        rest = [max(0.0, row["timing"]["seconds"] - t) for row, t in zip(run.rounds, training, strict=True)]
+        numbers = [row.round for row in run.rounds]
+        training = [row.train_seconds for row in run.rounds]
+        rest = [max(0.0, row.seconds - t) for row, t in zip(run.rounds, training, strict=True)]
         alt = f"Time of each of {len(numbers)} rounds, {duration(run.seconds)} together"
         drawn.append(("time", alt, plots.seconds_per_round, (numbers, training, rest)))
-        down, up = ([row[key] for row in run.rounds] for key in ("bytes_down", "bytes_up"))
+        down, up = [row.bytes_down for row in run.rounds], [row.bytes_up for row in run.rounds]
         if any(down) or any(up):
             alt = f"Sent in each round; together {size(sum(down))} down and {size(sum(up))} up"
             drawn.append(("bytes", alt, plots.bytes_per_round, (numbers, down, up)))
@@ -363,12 +277,12 @@ def size(count: float) -> str:
     return f"{count:.0f}\u00a0bytes"
 
 
-def listed_devices(devices: Sequence[DeviceRecord]) -> list[DeviceRecord]:
+def listed_devices(devices: Sequence[DeviceHistory]) -> list[DeviceHistory]:
     """All devices, or of more than MOST_DEVICES the worst and the best half: by tasks done, then by final TIL."""
     if len(devices) <= MOST_DEVICES:
         return list(devices)
 
-    def rank(device: DeviceRecord) -> tuple[int, float]:
+    def rank(device: DeviceHistory) -> tuple[int, float]:
         # An average over fewer tasks is easily higher, so a device that is behind counts as worse.
         return device.tasks_done, device.figures["til"]["average_accuracy"] if device.figures else 0.0
 
@@ -376,7 +290,7 @@ def listed_devices(devices: Sequence[DeviceRecord]) -> list[DeviceRecord]:
     return ranked[: MOST_DEVICES // 2] + ranked[-MOST_DEVICES // 2 :]
 
 
-def _render(run: RunRecord, pictures: Sequence[Picture]) -> str:
+def _render(run: ReportedRun, pictures: Sequence[Picture]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         # Device names and reasons come from other machines.
@@ -392,12 +306,13 @@ def _render(run: RunRecord, pictures: Sequence[Picture]) -> str:
         "base64": lambda data: base64.b64encode(data).decode("ascii"),
     }
     environment.globals |= {"percent": percent, "points": points}
-    summary = {s: fleet_summary([getattr(device, s) for device in run.compared]) for s in run.scenario.settings}
+    summary = {s: fleet_summary([device.matrix(s) for device in run.compared]) for s in run.scenario.settings}
     return environment.get_template("report.html.j2").render(
-        run=run,
+        reported=run,
+        run=run.run,
         summary=summary,
         pictures={picture.name: picture for picture in pictures},
-        listed=listed_devices(run.devices),
+        listed=listed_devices(run.run.histories),
         most_devices=MOST_DEVICES,
         most_reasons=MOST_REASONS,
         light=plots.LIGHT,

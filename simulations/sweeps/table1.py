@@ -34,6 +34,7 @@ from lightcl.analysis.footprint.shapes import MIB
 from lightcl.data.sources import load_source
 from lightcl.errors import RequestError
 from lightcl.preparation import prepare
+from lightcl.records import Results
 from lightcl.records.folder import RunFolder
 from lightcl.records.provenance import describe_run
 from lightcl.scenario import Scenario, method_names, scenario_from_json
@@ -72,7 +73,7 @@ class Plan:
         """Seed by seed, so that a benchmark that is stopped early has whole rows of the first seeds."""
         return [(method, seed) for seed in self.seeds for method in self.methods]
 
-    def results(self, method: str, seed: int) -> Any | None:
+    def results(self, method: str, seed: int) -> Results | None:
         return RunFolder(self.run_folder(method, seed)).results()
 
 
@@ -255,15 +256,16 @@ def _command(plan: Plan, method: str, seed: int) -> list[str]:
     return command + (["--resume"] if (out / "run.json").exists() else [])
 
 
-def _said(results: Mapping[str, Any]) -> str:
-    accuracies = [f"{s.upper()} {results[s]['average_accuracy']['mean']:.1%}" for s in ("til", "cil") if results[s]]
-    lost = f", [yellow]{_put_out(results)}[/]" if results["dropped"] else ""
-    return f"{', '.join(accuracies)}, {results['timing']['seconds']:.0f} s{lost}"
+def _said(results: Results) -> str:
+    tested = [(setting, figures) for setting in ("til", "cil") if (figures := results.figures(setting))]
+    accuracies = ", ".join(f"{setting.upper()} {figures.average_accuracy.mean:.1%}" for setting, figures in tested)
+    lost = f", [yellow]{_dropped(results)}[/]" if results.dropped else ""
+    return f"{accuracies}, {results.seconds:.0f} s{lost}"
 
 
-def _put_out(results: Mapping[str, Any]) -> str:
-    numbers = sorted(map(int, results["dropped"]))
-    return f"without device{'s' * (len(numbers) > 1)} {number_ranges(numbers)}, put out of the run"
+def _dropped(results: Results) -> str:
+    numbers = sorted(results.dropped)
+    return f"without device{'s' * (len(numbers) > 1)} {number_ranges(numbers)}, dropped from the run"
 
 
 def _last_line(log: Path) -> str:
@@ -325,7 +327,7 @@ def _row(plan: Plan, method: str) -> Row:
     complete = [r for seed in plan.seeds if (r := plan.results(method, seed)) is not None]
     figures: dict[str, tuple[float, float] | None] = {}
     for setting, key in FIGURES:
-        values = [r[setting][key]["mean"] for r in complete if r[setting]]
+        values = [getattr(found, key).mean for r in complete if (found := r.figures(setting))]
         spread = stdev(values) if len(values) > 1 else nan
         joint = key == "forgetting" and plan.variant(method).method.joint
         figures[f"{setting} {key}"] = (fmean(values), spread) if values and not joint else None
@@ -338,7 +340,7 @@ def _row(plan: Plan, method: str) -> Row:
         size["theory"]["training_flops"] if size else None,
         (size.get("theory_second_task") or size["theory"])["peak"] if size else None,
         size["measured"]["training"] if size else None,
-        fmean(r["timing"]["seconds"] for r in complete) if complete else None,
+        fmean(r.seconds for r in complete) if complete else None,
     )
 
 
@@ -382,9 +384,9 @@ def table(plan: Plan, rows: Sequence[Row]) -> str:
         cells += [*(_number(ratio, 1, 2) for ratio in ratios), _number(row.seconds, 1, 0)]
         lines.append(f"| {' | '.join(cells)} |")
     lost = [
-        f"{method}, seed {seed}: {_put_out(found)}; `--resume` tries again"
+        f"{method}, seed {seed}: {_dropped(found)}; `--resume` tries again"
         for method, seed in plan.cells
-        if (found := plan.results(method, seed)) and found["dropped"]
+        if (found := plan.results(method, seed)) and found.dropped
     ]
     lines += [line for text in lost for line in ("", text)]
     return "\n".join(lines) + "\n"

@@ -12,9 +12,8 @@ from flwr.app import Context, RecordDict
 from PIL import Image
 
 from lightcl.errors import RequestError
-from lightcl.records.folder import RunFolder
+from lightcl.records import load_run
 from server.app import app
-from simulations.reports.page import read_run
 from tests.inprocess import InProcessGrid
 
 SCENARIO = """\
@@ -74,7 +73,7 @@ def test_who_holds_what_is_told_for_boards_with_and_without_images_of_their_own(
     share, own = json.loads((out / "partition.json").read_text())
     assert len(share["train"]) == 16, "half of four fifths of forty images"
     assert own == {"device": 1, "train": "all images of the board", "test": "all images of the board"}
-    assert read_run(RunFolder(out)).held == {0: 16}
+    assert len(load_run(out).partition[0]["train"]) == 16
 
 
 def test_a_freeze_point_is_not_chosen_from_images_that_are_not_there(tmp_path: Path) -> None:

@@ -11,16 +11,18 @@ from ray import exceptions
 
 from lightcl.exchange.messages import Instruction
 from server import nodes as module
-from server.nodes import Fleet
+from server.mailbox import Mailbox, WorkerDied
+from server.nodes import Nodes
 from tests.inprocess import InProcessGrid, small
 
 
-def fleet_of(grid: InProcessGrid, devices: int = 3) -> Fleet:
-    return Fleet(grid, devices, Instruction(0, "r", small().model_dump_json(), 0, 0, 0, 0), threading.Event())
+def nodes_of(grid: InProcessGrid, devices: int = 3) -> Nodes:
+    greeting = Instruction(0, "r", small().model_dump_json(), 0, 0, 0, 0)
+    return Nodes(Mailbox(grid, threading.Event()), devices, greeting)
 
 
-def hosts(fleet: Fleet, devices: int = 3) -> list[int | None]:
-    return [fleet.node_of(device) for device in range(devices)]
+def hosts(nodes: Nodes, devices: int = 3) -> list[int | None]:
+    return [nodes.node_of(device) for device in range(devices)]
 
 
 def named(grid: InProcessGrid) -> InProcessGrid:
@@ -38,22 +40,22 @@ def test_a_board_of_another_fleet_neither_takes_over_nor_shuts_out(tmp_path: Pat
     grid = named(InProcessGrid(tmp_path, 3))
     grid.nodes[100 + wrong].node_config.update({"partition-id": 0, "num-partitions": 1})
     grid.busy = {100, 101, 102} - {100 + wrong}
-    fleet = fleet_of(grid)
-    fleet.look()
-    assert fleet.unanswered == 2, "the wrong board is the first to answer"
+    nodes = nodes_of(grid)
+    nodes.update()
+    assert nodes.unanswered == 2, "the wrong board is the first to answer"
     grid.busy.clear()
-    fleet.look()
-    assert hosts(fleet) == [None if device == wrong else 100 + device for device in range(3)]
-    assert fleet.problems == [f"node 'board-{wrong}' has num-partitions 1, the fleet 3: it does not take part"]
+    nodes.update()
+    assert hosts(nodes) == [None if device == wrong else 100 + device for device in range(3)]
+    assert nodes.problems == [f"node 'board-{wrong}' has num-partitions 1, the fleet 3: it does not take part"]
 
 
 def test_a_board_that_leaves_out_num_partitions_means_the_number_of_devices(tmp_path: Path) -> None:
     grid = InProcessGrid(tmp_path, 3)
     del grid.nodes[100].node_config["num-partitions"]
-    fleet = fleet_of(grid)
-    fleet.look()
-    assert hosts(fleet) == [100, 101, 102]
-    assert not fleet.problems
+    nodes = nodes_of(grid)
+    nodes.update()
+    assert hosts(nodes) == [100, 101, 102]
+    assert not nodes.problems
 
 
 @pytest.mark.parametrize(("key", "name", "other"), [("classes", "classes", 7), ("labels", "class names", "zz")])
@@ -65,10 +67,10 @@ def test_boards_with_other_classes_than_most_do_not_take_part(
             reply.content["reply"][key] = other
         return reply
 
-    fleet = fleet_of(named(InProcessGrid(tmp_path, 3, tamper)))
-    fleet.look()
-    assert hosts(fleet) == [None, 101, 102]
-    (problem,) = fleet.problems
+    nodes = nodes_of(named(InProcessGrid(tmp_path, 3, tamper)))
+    nodes.update()
+    assert hosts(nodes) == [None, 101, 102]
+    (problem,) = nodes.problems
     assert problem.startswith(f"node 'board-0' has {name} {other}, the fleet ")
 
 
@@ -76,9 +78,9 @@ def test_boards_with_other_classes_than_most_do_not_take_part(
 def test_a_tie_is_not_decided_by_who_is_first(tmp_path: Path, wrong: int) -> None:
     grid = InProcessGrid(tmp_path, 2)
     grid.nodes[100 + wrong].node_config.update({"partition-id": 0, "num-partitions": 1})
-    fleet = fleet_of(grid, 2)
-    fleet.look()
-    assert hosts(fleet, 2) == [None if device == wrong else 100 + device for device in range(2)]
+    nodes = nodes_of(grid, 2)
+    nodes.update()
+    assert hosts(nodes, 2) == [None if device == wrong else 100 + device for device in range(2)]
 
 
 def test_what_is_settled_stays_whoever_comes(tmp_path: Path) -> None:
@@ -86,13 +88,13 @@ def test_what_is_settled_stays_whoever_comes(tmp_path: Path) -> None:
     for node in (101, 102):
         grid.nodes[node].node_config["num-partitions"] = 4
     grid.away = {101, 102}
-    fleet = fleet_of(grid)
-    fleet.look()
-    fleet.settle()
+    nodes = nodes_of(grid)
+    nodes.update()
+    nodes.settle()
     grid.away.clear()
-    fleet.look()
-    assert hosts(fleet) == [100, None, None]
-    assert len(fleet.problems) == 2
+    nodes.update()
+    assert hosts(nodes) == [100, None, None]
+    assert len(nodes.problems) == 2
 
 
 @pytest.mark.parametrize("twin", [100, 102])
@@ -102,61 +104,61 @@ def test_of_two_boards_with_one_partition_id_one_takes_part_and_both_are_named(t
         grid.nodes[node].node_config.update(
             {"partition-id": number % 2, "num-partitions": 2, "name": f"board-{number}"}
         )
-    fleet = fleet_of(grid)
-    fleet.look()
-    assert twin not in hosts(fleet, 2)
-    assert fleet.problems == ["nodes 'board-0' and 'board-2' both have partition-id 0: one takes part"]
+    nodes = nodes_of(grid)
+    nodes.update()
+    assert twin not in hosts(nodes, 2)
+    assert nodes.problems == ["nodes 'board-0' and 'board-2' both have partition-id 0: one takes part"]
     grid.away = {n for n in grid.nodes if grid.nodes[n].node_config["name"] == "board-0"}
-    fleet.look()
-    assert fleet.node_of(0) == twin, "it stands in for one that has left"
+    nodes.update()
+    assert nodes.node_of(0) == twin, "it stands in for one that has left"
 
 
 def test_a_busy_board_has_one_greeting_and_nobody_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RETRY_SECONDS", 0.0)
     grid = InProcessGrid(tmp_path, 3)
     grid.busy = {102}
-    fleet = fleet_of(grid)
+    nodes = nodes_of(grid)
     for _ in range(4):
-        fleet.look()
-        assert hosts(fleet) == [100, 101, None]
-    assert (greetings(grid, 102), fleet.unanswered) == (1, 1)
+        nodes.update()
+        assert hosts(nodes) == [100, 101, None]
+    assert (greetings(grid, 102), nodes.unanswered) == (1, 1)
     grid.busy.clear()
-    fleet.look()
-    assert hosts(fleet) == [100, 101, 102]
-    assert fleet.unanswered == 0
+    nodes.update()
+    assert hosts(nodes) == [100, 101, 102]
+    assert nodes.unanswered == 0
 
 
 def test_a_board_that_comes_and_goes_while_it_trains_has_one_greeting_waiting(tmp_path: Path) -> None:
     grid = InProcessGrid(tmp_path, 3)
-    fleet = fleet_of(grid)
-    fleet.look()
+    nodes = nodes_of(grid)
+    nodes.update()
     grid.busy = {102}
     for _ in range(3):
         grid.away = {102}
-        fleet.look()
-        assert hosts(fleet) == [100, 101, None]
-        assert not fleet.problems, "to have left is none"
+        nodes.update()
+        assert hosts(nodes) == [100, 101, None]
+        assert not nodes.problems, "to have left is none"
         grid.away.clear()
-        fleet.look()
-        fleet.look()
+        nodes.update()
+        nodes.update()
         assert len(grid.waiting) == 1
     grid.busy.clear()
-    fleet.look()
-    assert hosts(fleet) == [100, 101, 102]
+    nodes.update()
+    assert hosts(nodes) == [100, 101, 102]
 
 
 def test_a_board_that_was_mended_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RETRY_SECONDS", 0.0)
     grid = InProcessGrid(tmp_path, 3)
     grid.nodes[101].node_config["own-data"] = "yes"
-    fleet = fleet_of(grid)
-    fleet.look()
-    assert hosts(fleet) == [100, None, 102]
-    assert "own-data is 'yes', expected true or false" in fleet.problems[0]
+    nodes = nodes_of(grid)
+    nodes.update()
+    assert hosts(nodes) == [100, None, 102]
+    assert "own-data is 'yes', expected true or false" in nodes.problems[0]
     del grid.nodes[101].node_config["own-data"]
-    fleet.look()
-    assert hosts(fleet) == [100, 101, 102]
-    assert not fleet.problems
+    nodes.update()
+    assert hosts(nodes) == [100, 101, 102]
+    assert not nodes.problems
 
 
 def _raised(kind: str) -> str:
@@ -176,10 +178,10 @@ def _raised(kind: str) -> str:
 )
 def test_a_dead_worker_is_told_from_a_device_that_fails(tmp_path: Path, kind: str, stops: bool) -> None:
     grid = InProcessGrid(tmp_path, 3, lambda message, reply: Message(Error(0, _raised(kind)), reply_to=message))
-    fleet = fleet_of(grid)
+    nodes = nodes_of(grid)
     if stops:
-        with pytest.raises(module.WorkerDied, match=r"a Ray worker died .*fewer simulation\.workers"):
-            fleet.look()
+        with pytest.raises(WorkerDied, match=r"a Ray worker died .*fewer simulation\.workers"):
+            nodes.update()
     else:
-        fleet.look()
-        assert "said the device" in fleet.problems[0]
+        nodes.update()
+        assert "said the device" in nodes.problems[0]

@@ -54,7 +54,10 @@ def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("network.weights=nothing.safetensors", "no such file"),
         ("method.name=lightcll", 'unknown method "lightcll"'),
         ("server.strategy_options={momentum: 1}", "has no such option"),
-        ("server={strategy: FedTrimmedAvg, strategy_options: {beta: 0.7}}", "server.strategy_options: FedTrimmedAvg"),
+        (
+            "server={strategy: FedTrimmedAvg, strategy_options: {beta: 0.7}}",
+            "options.beta is 0.7; input should",
+        ),
         ("network={weights: none, width: 4, freeze: layer4}", "has nothing to share"),
         ("training.learning_rate=.inf", "finite number"),
         ("name=2024-13-45", "not a YAML value"),

@@ -34,12 +34,12 @@ def printed(folder: RunFolder) -> str:
 def test_a_fleet_that_is_tested_for_til_alone(tmp_path, sections):
     folder = run(tmp_path, **sections)
     results = folder.results()
-    assert results["cil"] is None
-    assert 0 < results["til"]["average_accuracy"]["mean"] <= 1
-    rows = folder.rows("devices.jsonl")
+    assert results.cil is None
+    assert 0 < results.til.average_accuracy.mean <= 1
+    rows = folder.devices()
     assert len(rows) == 4  # two devices, two tasks
     assert all("til" in row and "cil" not in row for row in rows)
-    assert all(row["cil"] is None for row in folder.rows("rounds.jsonl"))
+    assert all(row.cil is None for row in folder.rounds())
     page = build_report(folder).read_text()
     assert "Task known at test (TIL)" in page
     assert "Accuracy matrix, CIL" not in page
@@ -50,9 +50,9 @@ def test_a_fleet_that_is_tested_for_til_alone(tmp_path, sections):
 def test_a_fleet_that_learns_all_tasks_jointly(tmp_path):
     folder = run(tmp_path, method={"name": "joint"}, server={"rounds_per_task": 2})
     results = folder.results()
-    assert (results["rounds"], results["devices_finished"]) == (2, 2)
-    assert results["cil"]["forgetting"]["mean"] == 0
-    (last,) = {len(row["til"]) for row in folder.rows("devices.jsonl") if "til" in row}
+    assert (results.rounds, results.devices_finished) == (2, 2)
+    assert results.cil.forgetting.mean == 0
+    (last,) = {len(row.til) for row in folder.devices() if row.til}
     assert last == 2
     page = build_report(folder).read_text()
     assert "there is nothing to forget" in page

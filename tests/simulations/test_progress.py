@@ -10,8 +10,8 @@ import pytest
 from flwr.app import Message
 from rich.console import Console
 
+from lightcl.records import Results
 from lightcl.records.folder import RunFolder
-from lightcl.records.rows import Row
 from lightcl.scenario import Scenario
 from server.rounds import Coordinator
 from simulations.progress import LiveProgress
@@ -30,12 +30,12 @@ class KilledAt(RunFolder):
         self.last = round_number
 
     def append(self, name: str, rows: Any) -> None:
-        if any(row["round"] == self.last for row in rows):
+        if any(row.round == self.last for row in rows):
             raise Killed
         super().append(name, rows)
 
 
-def shown(scenario: Scenario, folder: RunFolder, grid: InProcessGrid, terminal: bool = False) -> tuple[Row, str]:
+def shown(scenario: Scenario, folder: RunFolder, grid: InProcessGrid, terminal: bool = False) -> tuple[Results, str]:
     """Begins the run or goes on with it; the results and what was printed."""
     if not folder.exists:
         folder.begin(scenario, {"run": "r"}, [])
@@ -60,7 +60,7 @@ def test_a_run_killed_after_the_training_of_a_round_goes_on(tmp_path: Path, term
     with pytest.raises(Killed):
         shown(scenario, dying, InProcessGrid(tmp_path / "s", 3, kill))
     results, printed = shown(scenario, folder, InProcessGrid(tmp_path / "s", 3), terminal)
-    assert (results["devices_finished"], results["rounds"]) == (3, 4)
+    assert (results.devices_finished, results.rounds) == (3, 4)
     if not terminal:
         resumed_at = 4 if dies == "while testing" else 3
         lines = [line for line in printed.splitlines() if line.startswith("round")]

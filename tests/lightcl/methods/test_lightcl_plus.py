@@ -1,6 +1,5 @@
 """LightCL-plus: what its classifier is made of, alone and in a fleet."""
 
-import json
 import shutil
 
 import numpy as np
@@ -151,7 +150,7 @@ def test_a_fleet_shares_the_head_that_all_data_together_give(tmp_path):
     listener = Silent()
     results = Coordinator(scenario, folder, "run1", listener).run(grid)
     assert listener.refusals == []
-    assert results["devices_finished"] == 3
+    assert results.devices_finished == 3
     source = load_source(scenario.source_request())
     shares = partition(source, scenario.fleet, scenario.seed)
     devices = [
@@ -172,10 +171,10 @@ def test_a_fleet_shares_the_head_that_all_data_together_give(tmp_path):
         for name, tensor in expected.tensors().items():
             given = device.method.fleet_head.tensors()[name]
             torch.testing.assert_close(given, tensor, rtol=1e-6, atol=1e-6 * float(tensor.abs().max()))
-    rows = folder.rows("devices.jsonl")
-    assert json.dumps(rows).count("statistics") == 0
+    rows = folder.devices()
+    assert (tmp_path / "run" / "devices.jsonl").read_text().count("statistics") == 0
     # Statistics go up with the answer that finishes a task alone: every other round.
-    up = [row["bytes_up"] for row in rows if row["device"] == 0]
+    up = [row.bytes_up for row in rows if row.device == 0]
     assert up[1] - up[0] == sum(t.numel() * 8 for t in central.tensors().values())
 
 
@@ -242,5 +241,5 @@ def test_devices_that_finish_early_get_the_last_head_too(tmp_path):
         weights.append(device.method.fleet_head.weight)
     assert torch.equal(weights[0], weights[1])
     assert torch.equal(weights[0], weights[2])
-    last = folder.rows("rounds.jsonl")[-1]
-    assert (last["round"], last["devices"], last["loss"]) == (7, 2, None)
+    last = folder.rounds()[-1]
+    assert (last.round, last.devices, last.loss) == (7, 2, None)

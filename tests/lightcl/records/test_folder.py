@@ -4,16 +4,16 @@ import pytest
 
 from lightcl.errors import RequestError
 from lightcl.records.folder import RunFolder
-from lightcl.records.rows import device_row, round_row
+from lightcl.records.rows import DeviceRow, RoundRow
 from lightcl.scenario import Scenario
 
 
 def begun(path) -> RunFolder:
     folder = RunFolder(path)
     folder.begin(Scenario(), {"run": "a"}, [])
-    rows = [device_row(number, 0, "device-0", 0, 1) for number in (1, 2)]
+    rows = [DeviceRow(number, 0, "device-0", 0, 1) for number in (1, 2)]
     folder.append("devices.jsonl", rows)
-    folder.append("rounds.jsonl", [round_row([row], 0, 1.0, 2.0) for row in rows])
+    folder.append("rounds.jsonl", [RoundRow.of([row], 0, 1.0, 2.0) for row in rows])
     return folder
 
 
@@ -22,7 +22,7 @@ def test_a_run_that_another_process_writes_is_not_overwritten(tmp_path):
     with folder.held(), pytest.raises(RequestError, match="another process is at work"):
         RunFolder(tmp_path).prepare(resume=False, overwrite=True)
     assert folder.exists
-    assert [row["round"] for row in folder.rows("rounds.jsonl")] == [1, 2]
+    assert [row.round for row in folder.rounds()] == [1, 2]
 
 
 def test_a_run_that_nobody_writes_is_overwritten_when_asked_for(tmp_path):
@@ -30,7 +30,7 @@ def test_a_run_that_nobody_writes_is_overwritten_when_asked_for(tmp_path):
     folder = RunFolder(tmp_path)
     folder.prepare(resume=False, overwrite=True)
     assert not folder.exists
-    assert folder.rows("rounds.jsonl") == []
+    assert folder.rounds() == []
 
 
 def damage_last_line(folder, name, text):
@@ -44,7 +44,7 @@ def test_a_line_that_is_no_row_is_named(tmp_path, name, text):
     folder = begun(tmp_path)
     damage_last_line(folder, name, text)
     with pytest.raises(RequestError, match=rf"{name}, line 2: not a row"):
-        folder.rows(name)
+        folder.rounds() if name == "rounds.jsonl" else folder.devices()
     with pytest.raises(RequestError, match=rf"{name}, line 2: not a row"):
         folder.prepare(resume=True, overwrite=False)
 
@@ -53,7 +53,7 @@ def test_a_line_that_a_kill_cut_short_is_left_out_and_the_run_goes_on(tmp_path):
     folder = begun(tmp_path)
     damage_last_line(folder, "rounds.jsonl", '{"round": 2, "ta')
     folder.prepare(resume=True, overwrite=False)
-    assert [row["round"] for row in folder.rows("rounds.jsonl")] == [1]
+    assert [row.round for row in folder.rounds()] == [1]
 
 
 @pytest.mark.parametrize(("name", "kept"), [("rounds.jsonl", 0), ("devices.jsonl", 0), ("devices.jsonl", 1)])

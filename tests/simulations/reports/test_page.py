@@ -17,12 +17,12 @@ import pytest
 from lightcl.analysis.generalizability import BlockFigures, Generalizability
 from lightcl.errors import RequestError
 from lightcl.metrics import AccuracyMatrix, Spread
+from lightcl.records import DeviceHistory, DeviceRow, Failure, Results, RoundRow, load_run
 from lightcl.records.folder import ANALYSIS, RunFolder
 from lightcl.scenario import Fleet, Scenario, Server, Stream
 from simulations.options import number_ranges
 from simulations.reports import plots
 from simulations.reports.page import (
-    DeviceRecord,
     build_report,
     chance,
     duration,
@@ -30,7 +30,6 @@ from simulations.reports.page import (
     mean_matrix,
     percent,
     points,
-    read_run,
     size,
     spread_of_forgetting,
     spread_over_tasks,
@@ -68,12 +67,12 @@ def round_row(number: int, sent: int = 0) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def results(devices: int = 2, dropped: dict[str, str] | None = None) -> dict[str, Any]:
-    return {"status": "completed", "devices": devices, "devices_finished": 0, "dropped": dropped or {}, "rounds": 2}
+def results(devices: int = 2, dropped: dict[int, str] | None = None) -> Results:
+    return Results.of([], 2, devices=devices, dropped=dropped or {}, rounds=[])
 
 
 def make_run(
-    path: Path, rows: Rows, rounds: Rows, end: dict[str, Any] | None, *, tasks: int = 2, devices: int = 2
+    path: Path, rows: Rows, rounds: Rows, end: Results | None, *, tasks: int = 2, devices: int = 2
 ) -> RunFolder:
     scenario = Scenario(
         name="by-hand", seed=7, stream=Stream(tasks=tasks), fleet=Fleet(devices=devices), server=Server(max_failures=2)
@@ -81,8 +80,8 @@ def make_run(
     about = {"run": "r", "command": "lightcl simulate by-hand.yaml", "libraries": {"torch": "2.5", "ray": None}}
     folder = RunFolder(path / "run")
     folder.begin(scenario, about, [{"device": d, "train": list(range(120 + d)), "test": []} for d in range(devices)])
-    folder.append("devices.jsonl", rows)
-    folder.append("rounds.jsonl", rounds)
+    folder.append("devices.jsonl", [DeviceRow.from_json(row) for row in rows])
+    folder.append("rounds.jsonl", [RoundRow.from_json(row) for row in rounds])
     if end is not None:
         folder.finish(end)
     return folder
@@ -213,13 +212,13 @@ def test_failures_and_dropped_devices(tmp_path: Path) -> None:
         failed_row(3, 2, refused),
         failed_row(0, 3, "late"),
     ]
-    end = results(5, {"2": refused, "4": "not connected for 600 s"})
+    end = results(5, {2: refused, 4: "not connected for 600 s"})
     page = build_report(make_run(tmp_path, rows, TWO_ROUNDS, end, devices=5))
     text = text_of(page)
     assert "completed without 2 of 5 devices" in text
     assert "mean over the 2 devices that finished" in text
-    assert "Put out of the run: device 2. its <b>loss</b> is nan" in text
-    assert "Put out of the run: device 4. not connected for 600 s" in text
+    assert "Dropped from the run: device 2. its <b>loss</b> is nan" in text
+    assert "Dropped from the run: device 4. not connected for 600 s" in text
     # Reason, times, devices, rounds; the most frequent one first.
     assert "its <b>loss</b> is nan 3 2–3 1–2 late 1 0 3" in text
     assert "2 0 of 2 – – – – 0 122 0.0 s 2, out" in text
@@ -246,15 +245,15 @@ def test_a_freeze_point_that_was_chosen_is_explained(tmp_path: Path) -> None:
 def test_run_that_lost_every_device_says_so(tmp_path: Path) -> None:
     rows = [failed_row(device, number, "gone") for number in (1, 2) for device in (0, 1)]
     folder = make_run(tmp_path, rows, TWO_ROUNDS, None)
-    assert read_run(folder).dropped == {0: "gone", 1: "gone"}
-    folder.fail("no device finished its stream: gone", {"0": "gone", "1": "gone"})
+    assert load_run(folder.path).dropped == {0: "gone", 1: "gone"}
+    folder.fail(Failure("no device finished its stream: gone", {0: "gone", 1: "gone"}))
     text = text_of(build_report(folder))
-    assert "stopped: every device is out of the run" in text
+    assert "stopped: every device was dropped from the run" in text
     folder.reopen()  # by --resume: those rows are the last that there are, but every device is to be asked again
     assert "still running or killed" in text_of(build_report(folder))
-    folder.fail("a Ray worker died", {})
+    folder.fail(Failure("a Ray worker died", {}))
     assert "stopped: a Ray worker died" in text_of(build_report(folder))
-    assert "Put out of the run: devices 0–1. gone" in text
+    assert "Dropped from the run: devices 0–1. gone" in text
 
 
 @pytest.mark.usefixtures("_unpainted")
@@ -279,7 +278,7 @@ def test_folder_without_a_valid_run_is_an_error(tmp_path: Path) -> None:
 
 def test_device_that_lost_its_state_counts_from_where_it_began_again(tmp_path: Path) -> None:
     rows = [device_row(0, 0), device_row(0, 1), failed_row(0, 3, "lost"), device_row(0, 0, round=4, til=[0.4])]
-    (device,) = read_run(make_run(tmp_path, rows, TWO_ROUNDS, None)).devices
+    (device,) = load_run(make_run(tmp_path, rows, TWO_ROUNDS, None).path).histories
     assert device.tasks_done == 1
     assert device.figures["til"]["average_accuracy"] == pytest.approx(0.4)
     assert (device.samples, device.seconds, device.failures) == (101, 37.5, 1)
@@ -302,8 +301,8 @@ def test_chance() -> None:
 
 
 def test_devices_that_are_behind_rank_below_those_that_are_not() -> None:
-    def record(number: int, rows: Sequence[Sequence[float]]) -> DeviceRecord:
-        return DeviceRecord(number, "", matrix(rows), matrix(rows), samples=0, seconds=0.0, failures=0)
+    def record(number: int, rows: Sequence[Sequence[float]]) -> DeviceHistory:
+        return DeviceHistory(number, "", matrix(rows), matrix(rows), samples=0, seconds=0.0, failures=0)
 
     done = [record(n, [[0.5], [0.5, n / 1000]]) for n in range(250)]
     listed = [d.number for d in listed_devices([*done, record(250, [[1.0]]), record(251, [])])]

@@ -12,6 +12,8 @@ import pytest
 from rich.console import Console
 
 from lightcl.errors import RequestError
+from lightcl.metrics import Spread
+from lightcl.records import Figures, Results
 from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario, method_names
 from simulations.reports.plots import LIGHT, accuracy_over_memory, png
@@ -38,12 +40,15 @@ def bench(folder: Path, **options) -> None:
 
 
 def results(til: float, cil: float | None) -> str:
-    def figures(mean: float) -> dict:
-        return {"average_accuracy": {"mean": mean}, "forgetting": {"mean": 0.5 - mean / 2}}
+    def figures(mean: float) -> Figures:
+        spreads = (Spread(value, 0.0, value, value) for value in (mean, 0.5 - mean / 2, 0.0))
+        return Figures(*spreads)
 
-    found = {"til": figures(til), "cil": None if cil is None else figures(cil), "timing": {"seconds": 8.0}}
-    found["dropped"] = {}
-    return json.dumps(found)
+    found = Results(
+        devices=1, devices_finished=1, dropped={}, rounds=1, til=figures(til),
+        cil=None if cil is None else figures(cil), bytes_down=0, bytes_up=0, seconds=8.0,
+    )  # fmt: skip
+    return json.dumps(found.to_json())
 
 
 def made(folder: Path) -> Plan:
@@ -86,7 +91,7 @@ def test_runs_that_lost_devices_are_named_in_the_table_and_tried_again(tmp_path,
     file = planned.run_folder("sgd", 1) / "results.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"dropped": {"4": "why", "3": "why", "10": "why"}}))
     said = table(planned, [])
-    assert said.endswith("\nsgd, seed 1: without devices 3–4, 10, put out of the run; `--resume` tries again\n")
+    assert said.endswith("\nsgd, seed 1: without devices 3–4, 10, dropped from the run; `--resume` tries again\n")
     asked = []
     monkeypatch.setattr("simulations.sweeps.table1._Runner.run", lambda self, command, log: asked.append(log.stem) or 0)
     assert _carry_out(planned, 1, QUIET) == {}, "it may lose them again"

@@ -1,0 +1,218 @@
+"""Reading a run folder: typed rows, accuracy matrices, tables for pandas. Reports and notebooks use it alike.
+
+    from lightcl.records import load_run
+
+    run = load_run("runs/quickstart")
+    run.results.til.average_accuracy.mean
+    run.matrices("cil")[0].values            # [t, k]: device 0's accuracy on task k after task t
+    run.devices_frame()                      # needs pandas
+
+A run may be read while it is in progress or after it was killed; everything that it has finished is there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightcl.errors import RequestError
+from lightcl.metrics import AccuracyMatrix
+from lightcl.records.folder import ROUNDS, RunFolder
+from lightcl.records.old_runs import translated
+from lightcl.records.rows import DeviceRow, Failure, Results, RoundRow
+from lightcl.scenario import Scenario, scenario_from_json
+
+if TYPE_CHECKING:
+    import pandas
+
+SETTINGS = ("til", "cil")
+
+
+@dataclass(frozen=True)
+class DeviceHistory:
+    """One device over the whole run. `samples` counts its training images of the tasks it has begun, `seconds` its own
+    time in training and evaluation, `failures` the rounds in which it failed."""
+
+    number: int
+    name: str
+    til: AccuracyMatrix
+    cil: AccuracyMatrix
+    samples: int
+    seconds: float
+    failures: int
+
+    @property
+    def tasks_done(self) -> int:
+        return self.til.last + 1
+
+    def matrix(self, setting: str) -> AccuracyMatrix:
+        """`til` or `cil` by name."""
+        return self.til if setting == "til" else self.cil
+
+    @cached_property
+    def figures(self) -> dict[str, dict[str, float]]:
+        """`["til" | "cil"][figure]`, figures as in AccuracyMatrix.summary, of the settings it was tested in."""
+        return {s: self.matrix(s).summary() for s in SETTINGS if self.matrix(s).last >= 0}
+
+    @classmethod
+    def of(cls, rows: Sequence[DeviceRow], tasks: int) -> DeviceHistory:
+        """From one device's rows, by round."""
+        til: dict[int, list[float]] = {}
+        cil: dict[int, list[float]] = {}
+        for row in rows:
+            for accuracies, tested in ((til, row.til), (cil, row.cil)):
+                if row.examples is not None:
+                    # The device is learning this task now: accuracies of this task and later ones are void, since its
+                    # state was lost.
+                    for task in [t for t in accuracies if t >= row.task]:
+                        del accuracies[task]
+                if tested:
+                    accuracies[row.task] = tested
+        samples = {row.task: row.examples for row in rows if row.examples is not None}
+        return cls(
+            number=rows[-1].device,
+            name=rows[-1].name,
+            til=AccuracyMatrix.from_rows(til, tasks),
+            cil=AccuracyMatrix.from_rows(cil, tasks),
+            samples=sum(samples.values()),
+            seconds=float(sum((row.train_seconds or 0.0) + (row.evaluate_seconds or 0.0) for row in rows)),
+            failures=sum(row.error is not None for row in rows),
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """The content of a run folder."""
+
+    path: Path
+    scenario: Scenario
+    about: dict[str, Any]
+    """run.json without the scenario: command, versions, machine."""
+    rounds: list[RoundRow]
+    devices: list[DeviceRow]
+    """One row per device and round, in the order of devices.jsonl."""
+    results: Results | None
+    """None before the run is completed."""
+    failure: Failure | None
+    """Why the server stopped the run, if it did and the run was not resumed since."""
+    partition: dict[int, dict[str, Any]]
+    """Rows of partition.json by device: the indices of its training and test images; empty where not known."""
+    analysis: dict[str, Any] | None
+    """generalizability.json: the figures behind a freeze point chosen by `network.freeze: auto`; None otherwise."""
+    last_sign: datetime
+    """When the run last wrote a round."""
+
+    @cached_property
+    def histories(self) -> list[DeviceHistory]:
+        """Each device over the whole run, by number; only devices that have a row."""
+        by_device = self._by_device()
+        return [DeviceHistory.of(by_device[number], self.scenario.stream.tasks) for number in sorted(by_device)]
+
+    def matrices(self, setting: str = "til") -> dict[int, AccuracyMatrix]:
+        """The accuracy matrix of every device that was tested, by device number; `setting` is "til" or "cil"."""
+        if setting not in SETTINGS:
+            raise RequestError(f"setting is {setting!r}; allowed: {', '.join(SETTINGS)}")
+        found = {history.number: history.matrix(setting) for history in self.histories}
+        return {number: matrix for number, matrix in found.items() if matrix.last >= 0}
+
+    @cached_property
+    def dropped(self) -> dict[int, str]:
+        """The devices that were dropped from the run, by number, and why.
+
+        Before the run has ended they follow from consecutive failures, as the server counts them.
+        """
+        end = self.results or self.failure
+        if end is not None:
+            return end.dropped
+        most = self.scenario.server.max_failures
+        last = {number: rows[-most:] for number, rows in self._by_device().items()}
+        return {
+            number: rows[-1].error or ""
+            for number, rows in sorted(last.items())
+            if len(rows) == most and all(row.error is not None for row in rows)
+        }
+
+    def devices_frame(self) -> pandas.DataFrame:
+        """One row per device and round; the columns are the fields of DeviceRow.
+
+        Adds `til_mean` and `cil_mean`, the average accuracies after the round. Raises RequestError without pandas.
+        """
+        rows = [asdict(row) | {"til_mean": _mean(row.til), "cil_mean": _mean(row.cil)} for row in self.devices]
+        names = [*DeviceRow.__dataclass_fields__, "til_mean", "cil_mean"]
+        return _pandas().DataFrame(rows, columns=names)
+
+    def rounds_frame(self) -> pandas.DataFrame:
+        """One row per round; the columns are the fields of RoundRow, `til` and `cil` as `til_mean`, `til_std`, ...
+
+        Raises RequestError without pandas.
+        """
+        names: list[str] = []
+        for name in RoundRow.__dataclass_fields__:
+            names += [f"{name}_{part}" for part in _SPREAD] if name in SETTINGS else [name]
+        rows = []
+        for row in self.rounds:
+            values = asdict(row)
+            for setting in SETTINGS:
+                spread = values.pop(setting) or {}
+                values |= {f"{setting}_{part}": spread.get(part) for part in _SPREAD}
+            rows.append(values)
+        return _pandas().DataFrame(rows, columns=names)
+
+    def _by_device(self) -> dict[int, list[DeviceRow]]:
+        found: dict[int, list[DeviceRow]] = {}
+        for row in self.devices:
+            found.setdefault(row.device, []).append(row)
+        return found
+
+
+_SPREAD = ("mean", "std", "p10", "p90")
+
+
+def load_run(path: str | Path) -> Run:
+    """Reads a run folder, also of a run in progress, and of versions whose scenario had a `runtime` section.
+
+    Raises RequestError where the folder holds no run or a file in it is broken; the text names file, line and field.
+    """
+    folder = RunFolder(Path(path))
+    about = folder.read()
+    return Run(
+        path=folder.path,
+        scenario=recorded_scenario(folder, about.pop("scenario")),
+        about=about,
+        rounds=folder.rounds(),
+        devices=folder.devices(),
+        results=folder.results(),
+        failure=folder.failure(),
+        partition=folder.partition(),
+        analysis=folder.analysis(),
+        last_sign=_last_written(folder.path / name for name in ("run.json", ROUNDS)),
+    )
+
+
+def recorded_scenario(folder: RunFolder, values: dict[str, Any]) -> Scenario:
+    """The scenario of a run.json, old keys translated. Raises RequestError naming the file."""
+    try:
+        return scenario_from_json(json.dumps(translated(values)))
+    except RequestError as error:
+        raise RequestError(f"{folder.path / 'run.json'}: the scenario in it is not valid: {error}") from error
+
+
+def _last_written(files: Iterable[Path]) -> datetime:
+    return datetime.fromtimestamp(max(file.stat().st_mtime if file.exists() else 0.0 for file in files), UTC)
+
+
+def _mean(accuracies: Sequence[float] | None) -> float | None:
+    return sum(accuracies) / len(accuracies) if accuracies else None
+
+
+def _pandas() -> Any:
+    try:
+        import pandas
+    except ImportError as error:
+        raise RequestError("a table of rows needs pandas: pip install pandas") from error
+    return pandas

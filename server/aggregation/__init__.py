@@ -1,0 +1,85 @@
+"""The tensors that a fleet shares and how they move from round to round: weights, and class sums with their head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from flwr.app import Array, ArrayRecord
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from lightcl.exchange.compression import codec_named
+from lightcl.exchange.tensors import Arrays, outgoing, size_in_bytes
+from lightcl.methods import Method
+from lightcl.scenario import Server
+from server.aggregation.statistics import ClassSums
+from server.aggregation.weights import Contribution, SharedWeights, build_strategy, contribution
+
+__all__ = ["Aggregator", "Contribution", "build_strategy", "contribution"]
+
+
+class Aggregator:
+    """The shared tensors under one scenario; `version` counts how often they have moved."""
+
+    def __init__(self, section: Server, method: Method) -> None:
+        self._weights = SharedWeights(section, outgoing(method.network, section.aggregation))
+        self._sums = ClassSums(method)
+        self.codec = codec_named(section.compression)
+        self.version = 0
+        self._record: tuple[int, ArrayRecord, int] | None = None
+
+    @staticmethod
+    def check(section: Server) -> None:
+        """Raises RequestError for options that the strategy refuses."""
+        build_strategy(section)
+
+    @property
+    def shares(self) -> bool:
+        """Whether there is anything to share under this scenario."""
+        return bool(self._weights.arrays or self._sums.sums)
+
+    @property
+    def shares_sums(self) -> bool:
+        return bool(self._sums.sums)
+
+    @property
+    def arrays(self) -> Arrays:
+        """The tensors that devices get."""
+        return self._weights.arrays | self._sums.head
+
+    @property
+    def record(self) -> ArrayRecord:
+        """`arrays` compressed, as messages carry them: one object per version, shared by all messages; read-only."""
+        return self._sent[0]
+
+    @property
+    def record_bytes(self) -> int:
+        return self._sent[1]
+
+    @property
+    def _sent(self) -> tuple[ArrayRecord, int]:
+        if self._record is None or self._record[0] != self.version:
+            sent = self.codec.compress(self.arrays)
+            record = ArrayRecord({name: Array(array) for name, array in sent.items()})
+            self._record = self.version, record, size_in_bytes(sent)
+        return self._record[1], self._record[2]
+
+    def shapes(self, finished: bool) -> dict[str, tuple[int, ...]]:
+        """The tensors that a reply must hold; the one that finishes a task also holds its statistics."""
+        expected = self._weights.arrays | (self._sums.sums if finished else {})
+        return {name: array.shape for name, array in expected.items()}
+
+    def update(self, contributions: Sequence[Contribution], round_number: int, grid: Grid) -> None:
+        """Moves the shared tensors by the checked replies of one round; their tensors are gone afterwards."""
+        sums = [item.sums for item in contributions if item.sums]
+        moved = self._weights.update_(contributions, round_number, grid)
+        self.version += self._sums.update_(sums) or moved
+
+    def state(self) -> dict[str, Tensor]:
+        """The shared tensors and the server optimizer's, for a run that is to be resumed."""
+        return self._weights.state() | self._sums.state()
+
+    def restore(self, state: Mapping[str, Tensor], version: int) -> None:
+        self._weights.restore_(state)
+        self._sums.restore_(state)
+        self.version = version

@@ -1,0 +1,145 @@
+"""Shared weights, moved by one of Flower's strategies; batch-norm statistics by a weighted mean."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp import strategy as strategies
+from torch import Tensor
+
+from lightcl.errors import RequestError
+from lightcl.exchange.messages import ARRAYS, EXAMPLES, METRICS
+from lightcl.exchange.section import StrategyName
+from lightcl.exchange.tensors import STATISTICS, Arrays, is_statistic, split, weighted_average
+from lightcl.scenario import Server
+from lightcl.storage.state import under
+from server.aggregation.robust import adoptable
+
+STRATEGIES: dict[StrategyName, type[strategies.FedAvg]] = {
+    "FedAvg": strategies.FedAvg,
+    "FedAvgM": strategies.FedAvgM,
+    "FedAdam": strategies.FedAdam,
+    "FedAdagrad": strategies.FedAdagrad,
+    "FedYogi": strategies.FedYogi,
+    "FedMedian": strategies.FedMedian,
+    "FedTrimmedAvg": strategies.FedTrimmedAvg,
+    "Krum": strategies.Krum,
+    "MultiKrum": strategies.MultiKrum,
+    "Bulyan": strategies.Bulyan,
+}
+"""The options of each are in lightcl/exchange/section.py."""
+
+OPTIMIZER_STATE = ("m_t", "v_t")
+"""Dictionaries that FedAdam, FedAdagrad and FedYogi carry from round to round."""
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """A checked reply until its round is over. The tensors that Flower averages are in Flower's form only."""
+
+    reply: Message | None
+    """The weights; None where the device shares statistics only."""
+    batch_norm: Arrays
+    sums: Arrays
+    examples: float
+
+
+def contribution(instruction: Message, arrays: Arrays, examples: float) -> Contribution:
+    """The contribution of a reply. All of a round are kept until Flower averages them, each tensor only once."""
+    sums, weights = split(arrays, STATISTICS)
+    batch_norm = {name: array for name, array in weights.items() if is_statistic(name)}
+    return Contribution(_reply(instruction, weights, examples) if weights else None, batch_norm, sums, examples)
+
+
+def build_strategy(section: Server) -> strategies.FedAvg:
+    """The strategy that the section names, with its options. Raises RequestError where Flower refuses them.
+
+    It is built with `fraction_train=0`: it then records the current arrays and sends nothing itself. Selection, checks
+    and records are the server's.
+    """
+    kind = STRATEGIES[section.strategy]
+    given = {name: getattr(section.options(), name) for name in section.strategy_options}
+    with _quiet():
+        try:
+            return kind(fraction_train=0.0, fraction_evaluate=0.0, **given)
+        except Exception as error:  # each strategy has exceptions of its own
+            raise RequestError(f"server.strategy_options: {kind.__name__} refuses them: {error}") from error
+
+
+class SharedWeights:
+    """The shared tensors of a fleet, by name, and the strategy that moves them."""
+
+    def __init__(self, section: Server, arrays: Arrays) -> None:
+        self.arrays = arrays
+        self._strategy = build_strategy(section)
+
+    def update_(self, contributions: Sequence[Contribution], round_number: int, grid: Grid) -> bool:
+        """Moves the tensors; returns whether they moved. The tensors in the contributions are gone afterwards."""
+        replies = [item.reply for item in contributions if item.reply]
+        if not replies:
+            return False
+        averaged = weighted_average(
+            [item.batch_norm for item in contributions if item.reply],
+            [item.examples for item in contributions if item.reply],
+        )
+        with _quiet():
+            # Names in sorted order throughout: FedAvgM pairs tensors by position.
+            names = sorted(name for name in self.arrays if not is_statistic(name))
+            current = ArrayRecord({name: Array(self.arrays[name]) for name in names})
+            self._strategy.configure_train(round_number, current, ConfigRecord(), grid)
+            moved, _ = self._strategy.aggregate_train(round_number, replies)
+        if moved is not None:
+            averaged |= {name: array.numpy().astype(np.float32) for name, array in moved.items()}
+        for reply in replies:  # Flower's views of it are reference cycles: all tensors would stay for many rounds
+            reply.content[ARRAYS].clear()
+        if moved is None or not adoptable(averaged, round_number):
+            return False
+        self.arrays = averaged
+        return True
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors and those of the server's optimizer."""
+        state = {f"shared/{name}": torch.from_numpy(array) for name, array in self.arrays.items()}
+        for attribute in OPTIMIZER_STATE:
+            for name, array in (getattr(self._strategy, attribute, None) or {}).items():
+                state[f"{attribute}/{name}"] = torch.from_numpy(np.asarray(array))
+        for index, array in enumerate(getattr(self._strategy, "momentum_vector", None) or []):
+            state[f"momentum/{index:05d}"] = torch.from_numpy(np.asarray(array))
+        return state
+
+    def restore_(self, state: Mapping[str, Tensor]) -> None:
+        def part(prefix: str) -> dict[str, np.ndarray]:
+            return {name: tensor.numpy() for name, tensor in under(state, prefix).items()}
+
+        self.arrays = part("shared/")
+        for attribute in OPTIMIZER_STATE:
+            if part(f"{attribute}/"):
+                setattr(self._strategy, attribute, part(f"{attribute}/"))
+        if momentum := part("momentum/"):
+            cast(strategies.FedAvgM, self._strategy).momentum_vector = [momentum[k] for k in sorted(momentum)]
+
+
+def _reply(instruction: Message, arrays: Arrays, weight: float) -> Message:
+    parameters = {name: Array(arrays[name]) for name in sorted(arrays) if not is_statistic(name)}
+    content = RecordDict({ARRAYS: ArrayRecord(parameters), METRICS: MetricRecord({EXAMPLES: weight})})
+    return Message(content, reply_to=instruction)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Flower's strategies log what the run's own records say better."""
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,101 @@
+"""Waiting for devices: until all are connected at the start of a run, and until one is in its course."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from lightcl.records.folder import RunFolder
+from lightcl.scenario import Scenario
+from server.ledger import Entry, Ledger
+from server.listeners import Listener
+from server.mailbox import Mailbox
+from server.nodes import Nodes
+
+
+class NobodyConnected(Exception):
+    """No device can be reached; the text says how long the server waited, and what is wrong with nodes."""
+
+
+@dataclass
+class Connecting:
+    """Waits for the nodes of devices, within the time limits of the scenario's section `server`."""
+
+    scenario: Scenario
+    mailbox: Mailbox
+    nodes: Nodes
+    ledger: Ledger
+    folder: RunFolder
+    listener: Listener
+    _warned: set[str] = field(default_factory=set)
+    _own_data: set[int] = field(default_factory=set)
+
+    def connect(self) -> None:
+        """Waits for the nodes of all devices that still have to learn, `server.connect_timeout` at most.
+
+        Raises NobodyConnected where none has come by then.
+        """
+        limit, start = self.scenario.server.connect_timeout, time.monotonic()
+        wanted, shown = self.ledger.active, -1
+        while True:
+            self._update()
+            missing = [entry for entry in wanted if self.nodes.node_of(entry.number) is None]
+            connected = len(wanted) - len(missing)
+            if connected != shown:
+                self.listener.connected(connected, len(wanted))
+                shown = connected
+            if self.nodes.agreed and not missing and not self.nodes.unanswered:
+                break
+            nobody = self.nodes.agreed is None or (wanted and not connected)
+            if self._given_up(start) if nobody else time.monotonic() - start > limit:
+                break
+            self.mailbox.pause(0.2)
+        waited = "".join([f"after {limit:g} s (server.connect_timeout)", *(f"; {p}" for p in self.nodes.problems)])
+        if self.nodes.agreed is None or (wanted and not connected):
+            raise NobodyConnected(f"none of {len(wanted)} devices is connected {waited}")
+        for entry in missing:  # they take part as soon as they are connected
+            self.listener.refused(entry.number, f"not connected {waited}")
+        self.nodes.settle()
+
+    def reachable(self) -> list[Entry]:
+        """The connected devices that still have to learn; waits for one, and drops those that stay away."""
+        active, start = self.ledger.active, time.monotonic()
+        while True:
+            self._update()
+            connected = [entry for entry in active if self.nodes.node_of(entry.number) is not None]
+            if connected:
+                return connected
+            if self._given_up(start):
+                for entry in active:
+                    entry.dropped = f"not connected for {self.scenario.server.connect_timeout:g} s"
+                    self.listener.refused(entry.number, entry.dropped)
+                return []
+            self.mailbox.pause(1)
+
+    def _update(self) -> None:
+        self.nodes.update()
+        if self.nodes.settled and (new := self.nodes.own_data - self._own_data):
+            self.folder.note_own_data(new)
+            self._own_data |= new
+        if self.nodes.settled or not self.nodes.unanswered:  # before that the next greeting may turn the majority
+            for problem in self.nodes.problems:  # also where no device is missing because of it
+                self._warn(problem)
+
+    def _given_up(self, start: float) -> bool:
+        """Whether to stop waiting for any device at all, since `start`.
+
+        A board that is connected and does not reply may be at work on a message of a server that was killed.
+        """
+        section, waited = self.scenario.server, time.monotonic() - start
+        if not self.nodes.unanswered or waited <= section.connect_timeout:
+            return waited > section.connect_timeout
+        self._warn(
+            f"{self.nodes.unanswered} nodes are connected but have not replied; they may be at work on an earlier "
+            f"message. The server waits for them, {section.round_timeout:g} s at most (server.round_timeout)"
+        )
+        return waited > section.round_timeout
+
+    def _warn(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            self.listener.warned(text)

@@ -1,0 +1,84 @@
+"""One phase of a round: instructions to devices, and their replies sorted into reports, refusals and failures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from lightcl.exchange.messages import ARRAYS, INSTRUCTION, Instruction, ProtocolError, Refusal
+from lightcl.records.rows import DeviceRow
+from lightcl.scenario import Scenario
+from server.aggregation import Aggregator
+from server.ledger import Entry, Ledger
+from server.listeners import Listener
+from server.mailbox import Mailbox, record_of
+from server.nodes import Nodes
+
+
+@dataclass
+class Dispatch:
+    """Sends instructions for the devices of a run. `rows` in its methods are the rows of the present round."""
+
+    scenario: Scenario
+    run_id: str
+    mailbox: Mailbox
+    nodes: Nodes
+    ledger: Ledger
+    listener: Listener
+    aggregator: Aggregator | None
+
+    def __post_init__(self) -> None:
+        self._scenario_json = self.scenario.model_dump_json()
+
+    def message(self, entry: Entry, kind: str, goal: tuple[int, int], row: DeviceRow) -> Message:
+        """An instruction, with the shared tensors where the device does not have this version of them."""
+        version = self.aggregator.version if self.aggregator else 0
+        instruction = Instruction(entry.number, self.run_id, self._scenario_json, row.round, *goal, version)
+        content = RecordDict({INSTRUCTION: ConfigRecord(instruction.to_record())})
+        if self.aggregator and entry.version != version:
+            content[ARRAYS] = self.aggregator.record
+            row.bytes_down += self.aggregator.record_bytes
+        node = self.nodes.node_of(entry.number) or 0
+        return Message(content, dst_node_id=node, message_type=kind, ttl=self.scenario.server.round_timeout)
+
+    def exchange(
+        self, sent: Mapping[int, Message], rows: Mapping[int, DeviceRow], phase: str
+    ) -> Iterator[tuple[Entry, Message]]:
+        """Sends and waits; gives the replies that carry a report, by device number, and notes the rest as errors.
+
+        It keeps no reply that it has given away: those of a large fleet are most of the server's memory.
+        """
+        self.listener.phase_started(phase, len(sent))
+        timeout = self.scenario.server.round_timeout
+        self.nodes.forget_absent()
+        reachable = {number: m for number, m in sent.items() if self.nodes.node_of(number) == m.metadata.dst_node_id}
+        replies = self.mailbox.send_and_wait(reachable, timeout, lambda n: self.listener.device_done(n, phase))
+        for number in sorted(sent):
+            reply = replies.pop(number, None)
+            if number not in reachable:
+                self.refuse(rows[number], "not connected")
+            elif reply is None:
+                self.refuse(rows[number], f"no reply within {timeout:g} s")
+            elif reply.has_error():
+                self.refuse(rows[number], f"Flower error {reply.error.code}: {reply.error.reason}")
+            elif "reason" in record_of(reply):
+                self._take_refusal(reply, rows[number])
+            else:
+                yield self.ledger[number], reply
+
+    def refuse(self, row: DeviceRow, reason: str) -> None:
+        """The device has failed in this round."""
+        row.error = reason
+        self.listener.refused(row.device, reason)
+
+    def _take_refusal(self, reply: Message, row: DeviceRow) -> None:
+        try:
+            refusal = Refusal.from_record(record_of(reply))
+        except ProtocolError as error:
+            self.refuse(row, str(error))
+            return
+        self.refuse(row, refusal.reason)
+        if 0 <= refusal.task < self.scenario.stream.tasks:  # the device knows best where it is
+            self.ledger[row.device].follow_(refusal)

@@ -1,0 +1,92 @@
+"""Messages over Flower's grid: send, wait, and decode the replies."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from lightcl.errors import Stopped
+from lightcl.exchange.messages import ARRAYS, REPLY, ProtocolError
+from lightcl.exchange.tensors import Arrays
+
+PULL_SECONDS = 0.05
+DEAD_WORKER = re.compile(r"<class 'ray\.exceptions\.(ActorDiedError|ActorUnavailableError|OutOfMemoryError)'>")
+"""The words of Flower's simulation runtime. Not torch's OutOfMemoryError, nor what a ClientApp raised: those are one
+device's failure and stand later in the text."""
+
+
+class RunStopped(Stopped):
+    """The user asked the run to stop; it can be resumed."""
+
+
+class WorkerDied(Exception):
+    """A worker of the simulation is gone. Flower continues to give it messages, which all fail at once."""
+
+
+class Mailbox:
+    """Sends messages to nodes and collects their replies; `stop` ends every wait."""
+
+    def __init__(self, grid: Grid, stop: threading.Event) -> None:
+        self.grid, self._stop = grid, stop
+
+    def connected_nodes(self) -> set[int]:
+        return set(self.grid.get_node_ids())
+
+    def push(self, message: Message) -> str:
+        """Sends; returns the message's id, empty for a node that has just left."""
+        return next(iter(self.grid.push_messages([message])), "") or ""
+
+    def pull(self, ids: Collection[str]) -> Iterator[Message]:
+        """The replies that have arrived. Raises WorkerDied."""
+        for reply in self.grid.pull_messages(list(ids)) if ids else ():
+            if reply.has_error() and DEAD_WORKER.match(reply.error.reason or ""):
+                raise WorkerDied(
+                    "a Ray worker died (out of memory?): set fewer simulation.workers, then continue with --resume"
+                )
+            yield reply
+
+    def send_and_wait(
+        self, messages: Mapping[int, Message], timeout: float, done: Callable[[int], None] = lambda _: None
+    ) -> dict[int, Message]:
+        """Replies by the keys of `messages`; those that did not arrive within `timeout` seconds are missing.
+
+        Raises RunStopped and WorkerDied.
+        """
+        keys = {}
+        for key, message in messages.items():
+            message_id = self.push(message)
+            if message_id:
+                keys[message_id] = key
+        replies: dict[int, Message] = {}
+        deadline = time.monotonic() + timeout
+        while len(replies) < len(keys) and time.monotonic() < deadline:
+            self.pause(PULL_SECONDS)
+            for reply in self.pull([i for i, key in keys.items() if key not in replies]):
+                key = keys[reply.metadata.reply_to_message_id]
+                replies[key] = reply
+                done(key)
+        return replies
+
+    def pause(self, seconds: float) -> None:
+        """Waits. Raises RunStopped as soon as the user wants the run to end."""
+        if self._stop.wait(seconds):
+            raise RunStopped
+
+
+def record_of(reply: Message) -> Any:
+    """The record of a reply; empty where it has none."""
+    return reply.content.config_records.get(REPLY) or {}
+
+
+def arrays_of(reply: Message) -> Arrays:
+    """The tensors of a reply, as they were sent. Raises ProtocolError for bytes that are not tensors."""
+    try:
+        return {name: array.numpy() for name, array in (reply.content.array_records.get(ARRAYS) or {}).items()}
+    except (ValueError, TypeError, EOFError) as error:
+        raise ProtocolError(f"its tensors cannot be decoded ({error})") from error

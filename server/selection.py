@@ -1,0 +1,26 @@
+"""Which devices take part in a round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightcl.scenario import Scenario
+from lightcl.seeds import numpy_generator
+from server.ledger import Entry
+
+
+class Selection:
+    """Chooses among the reachable devices; subclasses may consider availability or deadlines.
+
+    A choice depends on the scenario's seed, the round and the entries only, so that a resumed run chooses the same.
+    """
+
+    def __init__(self, scenario: Scenario) -> None:
+        self._seed, self._devices = scenario.seed, scenario.fleet.devices
+        self._wanted = max(1, round(scenario.server.fraction * scenario.fleet.devices))
+
+    def choose(self, reachable: Sequence[Entry], round_number: int) -> list[Entry]:
+        """The least advanced devices, ties drawn by seed and round; `server.fraction` of the fleet, by number."""
+        draw = numpy_generator(self._seed, "sampling", round_number).permutation(self._devices)
+        ranked = sorted(reachable, key=lambda entry: (entry.task, entry.epochs, entry.failures, draw[entry.number]))
+        return sorted(ranked[: self._wanted], key=lambda entry: entry.number)

@@ -1,0 +1,110 @@
+"""Strategies by name with typed options, and what happens to values that are not finite."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from flwr.app import Message, RecordDict
+from pydantic import ValidationError
+
+from lightcl.exchange.section import STRATEGY_OPTIONS, StrategyName
+from lightcl.records.folder import RunFolder
+from lightcl.scenario import Server
+from server.aggregation.weights import STRATEGIES, SharedWeights, build_strategy, contribution
+from server.rounds import Coordinator
+from tests.inprocess import InProcessGrid, Silent, small
+
+NAME = "layer4.0.conv1.weight"
+
+
+def moved(tmp_path: Path, section: Server, *devices: list[float], start: float = 0.0) -> tuple[bool, list[float]]:
+    """Whether the weights moved, and where to, when devices report these values with one example each."""
+    grid = InProcessGrid(tmp_path, 1)
+    weights = SharedWeights(section, {NAME: np.full(len(devices[0]), start, np.float32)})
+    sent = Message(content=RecordDict(), dst_node_id=100, message_type="train")
+    sent.metadata.__dict__["_message_id"] = "sent"
+    reported = [contribution(sent, {NAME: np.array(values, np.float32)}, 1.0) for values in devices]
+    has_moved = weights.update_(reported, 1, grid)  # type: ignore[arg-type]
+    return has_moved, weights.arrays[NAME].tolist()
+
+
+def test_every_name_has_a_strategy_and_options() -> None:
+    names = set(get_args(StrategyName))
+    assert names == set(STRATEGIES) == set(STRATEGY_OPTIONS)
+    for name in names:
+        strategy = build_strategy(Server(strategy=name))
+        for option, value in Server(strategy=name).options():
+            assert getattr(strategy, option) == value, f"{name}.{option}: our default is not Flower's"
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        # One of four devices sends 99: the mean follows it, the others do not.
+        ({"strategy": "FedAvg"}, 25.75),
+        ({"strategy": "FedMedian"}, 1.5),
+        ({"strategy": "FedTrimmedAvg", "strategy_options": {"beta": 0.25}}, 1.5),
+        # Krum, n - f - 2 = 1 neighbour: 1, 1 and 2 have distances 0, 0 and 1; the first of the smallest wins.
+        ({"strategy": "Krum", "strategy_options": {"num_malicious_nodes": 1}}, 1.0),
+        # The two devices at 1.
+        ({"strategy": "MultiKrum", "strategy_options": {"num_malicious_nodes": 1, "num_nodes_to_select": 2}}, 1.0),
+    ],
+)
+def test_an_outlier_on_numbers_by_hand(tmp_path: Path, section: dict[str, Any], expected: float) -> None:
+    values = [[1.0], [1.0], [2.0], [99.0]]
+    assert moved(tmp_path, Server(**section), *values) == (True, [pytest.approx(expected)])
+
+
+def test_bulyan_needs_enough_replies_and_keeps_the_old_model_otherwise(tmp_path: Path) -> None:
+    section = Server(strategy="Bulyan", strategy_options={"num_malicious_nodes": 1})
+    # 4 f + 3 = 7 replies; theta = 5 are selected, the beta = 3 values closest to their median are averaged.
+    seven = [[1.0], [1.0], [1.0], [1.0], [1.0], [1.0], [100.0]]
+    assert moved(tmp_path, section, *seven) == (True, [1.0])
+    assert moved(tmp_path, section, *seven[:6], start=0.5) == (False, [0.5])
+
+
+@pytest.mark.parametrize("strategy", get_args(StrategyName))
+def test_a_model_that_is_not_finite_is_never_adopted(
+    tmp_path: Path, strategy: StrategyName, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Replies with NaN are refused one by one before; this is the second line: sums may overflow all the same."""
+    nan = [[float("nan")]] * 3
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        assert moved(tmp_path, Server(strategy=strategy), *nan, start=0.5) == (False, [0.5])
+    assert f"the new tensor {NAME!r} is not finite; the old model is kept" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"strategy": "Krum", "strategy_options": {"num_malicious_nodes": 1.5}}, "num_malicious_nodes is 1.5; input"),
+        ({"strategy": "Krum", "strategy_options": {"num_malicious": 1}},
+         "Krum has no such option, did you mean 'num_malicious_nodes'"),
+        ({"strategy": "MultiKrum", "strategy_options": {"num_nodes_to_select": 0}}, "num_nodes_to_select is 0; input"),
+        ({"strategy_options": {"eta": 0.1}}, "FedAvg has no such option .allowed: none"),
+        ({"strategy": "FedAdam", "strategy_options": {"beta_1": 1}}, "beta_1 is 1; input should be less than 1"),
+    ],
+)  # fmt: skip
+def test_options_are_checked(section: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        Server(**section)
+
+
+def test_krum_runs_with_an_integer_option_in_a_fleet(tmp_path: Path) -> None:
+    scenario = small(
+        server={"aggregation": "suffix", "strategy": "Krum", "strategy_options": {"num_malicious_nodes": 1}},
+        stream={"tasks": 1},
+    )
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(scenario, {"run": "r"}, [])
+    grid = InProcessGrid(tmp_path / "s", 3)
+    coordinator = Coordinator(scenario, folder, "r", Silent())
+    assert coordinator.run(grid).devices_finished == 3
+    assert coordinator.aggregator is not None
+    sent = [m.content["arrays"][NAME].numpy() for m in grid.received if m.content.array_records]
+    chosen = [np.array_equal(coordinator.aggregator.arrays[NAME], array) for array in sent]
+    assert sum(chosen) == 1, "Krum takes over the weights of one device"
