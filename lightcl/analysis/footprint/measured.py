@@ -37,7 +37,7 @@ from lightcl.device.hardware import choose_accelerator, reset_peak, resident, se
 from lightcl.scenario import Scenario, scenario_from_json
 
 STEPS = 3
-"""Training steps a task: from the second on, whatever a step leaves behind is there."""
+"""Training steps per task: from the second on, everything that a step leaves behind is present."""
 Way = Literal["tensors", "process"]
 
 
