@@ -66,7 +66,7 @@ def untrained(section: Network) -> Network:
 
 
 def _stored_weights(section: Network) -> Mapping[str, Tensor] | None:
-    """None: no weights are asked for. (A file may hold no tensors, which does not fit.)"""
+    """None where no weights are requested; an empty mapping is a file without tensors, which does not fit."""
     if section.weights == "builtin":
         return read_weights(find_builtin())
     if section.weights == "imagenet":

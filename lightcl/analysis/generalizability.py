@@ -152,7 +152,7 @@ class Generalizability:
 
 
 def analysed_scenario(scenario: Scenario) -> Scenario:
-    """What an analysis trains: the scenario with plain SGD, nothing frozen and `network.analysis_epochs` a task.
+    """What an analysis trains: the scenario with plain SGD, nothing frozen and `network.analysis_epochs` per task.
 
     Raises RequestError for a stream of a single task, after which nothing can be forgotten.
     """

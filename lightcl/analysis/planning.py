@@ -1,4 +1,4 @@
-"""A memory budget: which setting of a LightCL scenario fits, and departs least from what was asked for.
+"""A memory budget: which setting of a LightCL scenario fits, and departs least from the scenario as given.
 
 A setting is a freeze point, a channel sparsity, a batch size and a memory size. The order of preference, and why:
 
@@ -40,7 +40,7 @@ class Candidate:
     head_alone: bool
     """Whether every block is frozen."""
     sparsity: float
-    """As a share of the sparse variant's own; 0 is dense, or as sparse as the scenario that was asked for."""
+    """As a share of the sparse variant's own; 0 is dense, or as sparse as the given scenario."""
     frozen_further: int
     """Blocks frozen beyond the scenario's freeze point."""
     halvings: tuple[int, int]
@@ -49,7 +49,7 @@ class Candidate:
 
     @property
     def departure(self) -> tuple[bool, float, int, int, int]:
-        """The smaller, the nearer to what was asked for (the module says why in this order)."""
+        """The smaller, the nearer to the given scenario (the module's docstring explains the order)."""
         batch, memory = self.halvings
         return (self.head_alone, self.sparsity, self.frozen_further, batch + memory, memory)
 

@@ -35,14 +35,14 @@ from lightcl.storage.state import StateError, StateFolder, under
 
 @dataclass(frozen=True)
 class Position:
-    """How far a device has come: the task it is at and how many of its epochs are done."""
+    """Progress of a device: its current task and the number of finished epochs of that task."""
 
     task: int = 0
     epochs: int = 0
 
 
 class OutOfStep(Exception):
-    """The server asks for something that does not follow from where the device is."""
+    """A request that does not follow from the device's position in its stream."""
 
 
 class EdgeDevice:
@@ -55,7 +55,7 @@ class EdgeDevice:
     def __init__(
         self, scenario: Scenario, number: int, folder: Path, *, source: Source | None = None, share: Share | None = None
     ) -> None:
-        hardware.reset_peak()  # a simulation's worker serves many devices, large ones and small ones
+        hardware.reset_peak()  # a simulation's worker runs many devices, large and small ones
         self.scenario, self.number = scenario, number
         if source is None:
             source = load_source(scenario.source_request())
@@ -92,7 +92,7 @@ class EdgeDevice:
     def train(self, task: int, until_epoch: int, on_epoch: OnEpoch | None = None) -> Trained:
         """Learns `task` until `until_epoch` of its epochs are done, then saves the state.
 
-        Asked for the same thing twice, it trains once and gives the same report. Raises OutOfStep where the request
+        The same request twice trains once and returns the same report. Raises OutOfStep where the request
         does not follow from the device's position, TrainingFailure where the loss is no longer a number; after that the
         device must be opened again, from its last saved state.
         """
@@ -142,7 +142,7 @@ class EdgeDevice:
         return self.last_report
 
     def skip_to(self, task: int) -> None:
-        """Lets a device that has learned nothing begin with `task`, as if those before it had never been.
+        """Starts a device that has learned nothing at `task`, as if there were no earlier tasks.
 
         Raises OutOfStep where it has begun already or has no such task.
         """
@@ -154,7 +154,8 @@ class EdgeDevice:
         total = self.scenario.training.epochs
         if not (0 <= goal.task < len(self.stream) and 0 < goal.epochs <= total):
             raise OutOfStep(
-                f"asked for task {goal.task}, epoch {goal.epochs}: there are {len(self.stream)} tasks of {total}"
+                f"the request is for task {goal.task}, epoch {goal.epochs}, but the stream has {len(self.stream)} "
+                f"tasks of {total} epochs"
             )
         here = self.position
         same_task = goal.task == here.task and goal.epochs > here.epochs
@@ -203,8 +204,8 @@ class EdgeDevice:
     def may_receive(self, task: int, until_epoch: int) -> bool:
         """Whether shared tensors may replace the device's own before it trains `task` until `until_epoch`.
 
-        Not where that training is done or under way: its answer was lost, or it was killed in between, and what it has
-        learned since would be lost as well.
+        Not where that training is finished or has begun: the reply was lost, or the device was killed in between, and
+        the progress since then would be lost too.
         """
         reported = self.last_report and Position(self.last_report.task, self.last_report.epochs)
         begun = self.position != self._start and self.position != reported
@@ -219,7 +220,7 @@ class EdgeDevice:
             )
 
     def outgoing(self) -> Arrays:
-        """What goes to the server; the statistics only with the answer that finishes a task."""
+        """What goes to the server; the statistics only with the reply that finishes a task."""
         finished = self.position.epochs == self.scenario.training.epochs
         return outgoing(self.network, self.scenario.server.aggregation) | (
             outgoing_statistics(self.method) if finished else {}

@@ -34,7 +34,7 @@ def peak() -> int:
 
 
 def choose_accelerator(wanted: str) -> torch.device:
-    """Raises RequestError where cuda is asked for and not there."""
+    """Raises RequestError where cuda is requested and not available."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise RequestError("device.accelerator is 'cuda', but this machine has no CUDA device (allowed: auto, cpu)")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")

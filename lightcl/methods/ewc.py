@@ -10,7 +10,7 @@ F_t is the diagonal of the empirical Fisher information: the mean over training 
 log p(y|x), y being the sample's own label and p the softmax over the classes that `loss_classes` names; taken in
 evaluation mode. Everything that is trained is tied, the head included (rows of classes outside the loss have F = 0);
 batch-norm's running statistics are no parameters and drift. Deviations: at most `fisher_samples` samples are used, and
-F_t is not normalised (Schwarz et al.).
+F_t is not normalized (Schwarz et al.).
 
 λ depends on the scale of F, hence on network and data. Steps grow unstable where learning_rate·λ·F_i passes 2, and some
 F_i are thousands of times the mean, so λ cannot be large: with the built-in weights at learning rate 0.01 the loss is

@@ -63,7 +63,7 @@ class LightCLParameters(MethodParameters):
     (vital_selection: paper, memory_batch_norm: train, and network.frozen_batch_norm: train); scale-free: drift
     without a unit (reduction: relative, beta: 1, held_logits: old)."""
     beta: float = Field(default=2e-4, ge=0, le=1e9)
-    """Weight of the regularisation; 0 switches it off (freezing only)."""
+    """Weight of the regularization; 0 switches it off (freezing only)."""
     reduction: Reduction = "sum"
     """sum: the paper's; relative: drift without a unit, so that `beta` means the same at every width."""
     held_logits: Literal["all", "old"] = "all"

@@ -161,7 +161,7 @@ class LightCLPlus(LightCL):
         head = self._head(features.device)
         if not bool(head.known.any()):
             return suffix_logits
-        # The two experts differ in what is normalised: LDA over all known classes, the suffix within each task.
+        # The two experts differ in what is normalized: LDA over all known classes, the suffix within each task.
         return head.log_posteriors(described) + self.parameters.suffix_weight * self._within_tasks(suffix_logits)
 
     def _within_tasks(self, logits: Tensor) -> Tensor:

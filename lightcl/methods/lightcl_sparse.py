@@ -32,7 +32,7 @@ PAPER_SPARSITY: dict[str, float] = {"layer1": 0.2, "layer2": 0.2, "layer3": 0.7,
 
 
 class LightCLSparseParameters(LightCLParameters):
-    """`lightcl-sparse`: LightCL's keys, and which share of its channels each layer loses."""
+    """`lightcl-sparse`: LightCL's keys, and the share of its channels that each layer loses."""
 
     order = 11
     name: Literal["lightcl-sparse"] = "lightcl-sparse"  # type: ignore[assignment]

@@ -62,7 +62,7 @@ class SparseParameters(ReplayParameters):
     """Share that grows with a new task, until the next adjustment."""
     removed_data: float = Field(default=0.3, ge=0, lt=1)
     """Share of a task's samples that is removed in the course of it; nothing is, unless an adjustment falls into the
-    first `removal_until` of its epochs: by default from 13 epochs a task on."""
+    first `removal_until` of its epochs: by default from 13 epochs per task on."""
     removal_until: float = Field(default=0.4, gt=0, le=1)
     """Part of a task's epochs in which samples are removed."""
     importance_new: float = Field(default=1.0, ge=0, le=1e9)

@@ -38,7 +38,7 @@ from lightcl.errors import Failure
 from lightcl.scenario import Scenario, scenario_from_json
 
 STEPS = 3
-"""Training steps a task: from the second on, whatever a step leaves behind is there."""
+"""Training steps per task: from the second on, everything that a step leaves behind is present."""
 Way = Literal["tensors", "process"]
 
 

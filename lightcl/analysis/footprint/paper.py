@@ -192,7 +192,7 @@ def _shape(setting: Setting, freeze: str) -> NetworkShape:
 
 
 def _network(setting: Setting, freeze: str, parameters: MethodParameters | None = None) -> StagedResNet:
-    # Sizes are all that is asked for; a method that chooses by the weights' values gets real ones to choose from.
+    # Only sizes are needed; a method that chooses by the weights' values gets real ones to choose from.
     with torch.random.fork_rng(devices=[]), torch.device("meta" if _keeps_shape(parameters) else "cpu"):
         torch.manual_seed(0)
         network = StagedResNet(width=WIDTH, classes=setting.classes, freeze=freeze)

@@ -51,7 +51,7 @@ layout of its own: the weights are brought into it, and their gradient comes bac
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained on: `images` a task, in the order of the tasks; joint training has one task."""
+    """The training data: `images` per task, in the order of the tasks; joint training has one task."""
 
     image: Image
     batch: int
@@ -197,7 +197,7 @@ class _Step:
             self._forward(cost.held)
             drifts = self._vital_share * sum(b.maps for b in shape.trained) * cost.held * FP32
             self.hold("kept activations", drifts)
-            self.note("regularisation", "temporaries", drifts)
+            self.note("regularization", "temporaries", drifts)
             self._backward(cost.held, last=False)
             self.hold("kept activations", -drifts)
         self._backward(samples, last=True)
@@ -284,7 +284,7 @@ class _Step:
         unit = samples * self.size
         for block in self.shape.trained:
             if block.second is None:
-                self.hold("kept activations", unit * self.shape.features)  # normalised; they are fp32 only before
+                self.hold("kept activations", unit * self.shape.features)  # normalized; they are fp32 only before
             for convolution in (block.first, block.shortcut, block.second):
                 if convolution is None:
                     continue

@@ -73,7 +73,7 @@ class LinearHead:
     known: Tensor
 
     def log_posteriors(self, features: Tensor) -> Tensor:
-        """`[N, d]` -> `[N, C]`, normalised over the known classes; minus infinity for the others."""
+        """`[N, d]` -> `[N, C]`, normalized over the known classes; minus infinity for the others."""
         with torch.autocast(features.device.type, enabled=False):  # bf16 is too coarse for these sums
             scores = features @ self.weight.T + self.bias
         return scores.masked_fill(self.known == 0, float("-inf")).log_softmax(1)
