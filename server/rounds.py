@@ -181,7 +181,7 @@ class Coordinator:
 
     def _send_last_version(self) -> None:
         """Tests devices again that finished before the fleet's head had all sums in it: it is their head, too."""
-        if self.aggregator is None or not self.aggregator.shares_sums:
+        if self.aggregator is None or not self.aggregator.sums:
             return
         late = [entry for entry in self.ledger.finished if entry.version < self.aggregator.version]
         if late:

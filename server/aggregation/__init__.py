@@ -39,8 +39,9 @@ class Aggregator:
         return bool(self._weights.arrays or self._sums.sums)
 
     @property
-    def shares_sums(self) -> bool:
-        return bool(self._sums.sums)
+    def sums(self) -> Arrays:
+        """The fleet's class sums; empty where the method shares none."""
+        return self._sums.sums
 
     @property
     def arrays(self) -> Arrays:

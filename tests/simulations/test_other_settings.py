@@ -38,7 +38,7 @@ def test_a_fleet_that_is_tested_for_til_alone(tmp_path, sections):
     assert 0 < results.til.average_accuracy.mean <= 1
     rows = folder.devices()
     assert len(rows) == 4  # two devices, two tasks
-    assert all("til" in row and "cil" not in row for row in rows)
+    assert all(row.til and row.cil is None for row in rows)
     assert all(row.cil is None for row in folder.rounds())
     page = build_report(folder).read_text()
     assert "Task known at test (TIL)" in page
