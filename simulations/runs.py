@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from lightcl.analysis.generalizability import analyse, analysed_scenario
-from lightcl.data.sources import SourceName, SourceRequest, load_source
+from lightcl.data.sources import SourceRequest, load_source, source_names
 from lightcl.device.device import EdgeDevice
 from lightcl.errors import RequestError, nearest
 from lightcl.networks.resnet import Stem
@@ -186,7 +186,7 @@ def pretrain_run(
     overwrite: bool, command: str, console: Console,
 ) -> None:  # fmt: skip
     """Pre-trains and says what came out. Raises RequestError for a wrong request before anything is written."""
-    for given, allowed, option in ((source, get_args(SourceName), "source"), (stem, get_args(Stem), "stem")):
+    for given, allowed, option in ((source, source_names(), "source"), (stem, get_args(Stem), "stem")):
         if given not in allowed:
             raise RequestError(
                 f"--{option} {given!r}: unknown{nearest(given, allowed)} (allowed: {', '.join(allowed)})"
@@ -200,7 +200,7 @@ def pretrain_run(
             raise RequestError(f"--out: {written} exists; replace it with --overwrite")
     if threads:
         torch.set_num_threads(threads)
-    images = load_source(SourceRequest(cast(SourceName, source), path, image_size))
+    images = load_source(SourceRequest(source, path, image_size))
     recipe = Recipe(
         width=width, stem=cast(Stem, stem), epochs=epochs, batch_size=batch_size, peak_learning_rate=learning_rate,
         bf16=not fp32, flip=flip, seed=seed,
