@@ -112,7 +112,7 @@ def load_source(request: SourceRequest) -> Source:
     """
     kind = source_kind(request.name)
     split = None if kind.has_test_split(request) else (request.test_fraction, request.seed)
-    parts = [_fingerprint(request), request.image_size, split, 4]
+    parts: list[Any] = [_fingerprint(request), request.image_size, split, 4]
     if request.group_column is not None:
         parts.append(request.group_column)
     folder = cache_folder() / "images" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
