@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from math import isnan
 from statistics import fmean
 from typing import Self
 
@@ -167,5 +168,12 @@ def accuracy_table(results: Row) -> Table:
         if not results[setting]:  # the method answers only where the task is known
             continue
         spreads = [results[setting][key] for key in ("average_accuracy", "forgetting", "backward_transfer")]
-        table.add_row(name, *[f"{s['mean']:.1%}" + (f" ± {s['std']:.1%}" if devices > 1 else "") for s in spreads])
+        table.add_row(name, *[_spread_text(spread, devices) for spread in spreads])
     return table
+
+
+def _spread_text(spread: Row, devices: int) -> str:
+    """Mean and standard deviation in percent; a dash where no device has the figure (forgetting after one task)."""
+    if isnan(spread["mean"]):
+        return "–"
+    return f"{spread['mean']:.1%}" + (f" ± {spread['std']:.1%}" if devices > 1 else "")
