@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightcl.data.partition import Share
 from lightcl.data.sources import Source
-from lightcl.data.streams.class_incremental import StreamPlan, cut_stream
+from lightcl.data.streams import StreamPlan, check_stream, cut_stream
 from lightcl.data.tasks import TaskStream
 from lightcl.errors import RequestError
 from lightcl.networks import BACKBONES
@@ -25,8 +25,20 @@ PAPER_WIDTH = 64
 
 def build_stream(scenario: Scenario, source: Source, share: Share, device: int) -> TaskStream:
     """A device's share, cut into tasks as the scenario says. Raises RequestError as `cut_stream` does."""
-    plan = StreamPlan(scenario.data, scenario.stream, scenario.fleet, scenario.seed, scenario.method.joint)
-    return cut_stream(plan, source, share, device)
+    return cut_stream(stream_plan(scenario), source, share, device)
+
+
+def stream_plan(scenario: Scenario) -> StreamPlan:
+    """The part of a scenario that decides how images become tasks."""
+    return StreamPlan(scenario.data, scenario.stream, scenario.fleet, scenario.seed, scenario.method.joint)
+
+
+def tasks_of_fleet(scenario: Scenario, source: Source, shares: Sequence[Share]) -> list[tuple[int, ...]]:
+    """The numbers of the tasks that each device learns; no image is read.
+
+    Raises RequestError where no device can learn anything, and as `cut_stream` does.
+    """
+    return check_stream(stream_plan(scenario), source, shares)
 
 
 def build_network(scenario: Scenario, *, in_channels: int, classes: int) -> Backbone:

@@ -1,6 +1,12 @@
 """Accuracy matrix -> average accuracy, forgetting, backward transfer; and their spread over a fleet.
 
-No forward transfer: the head's rows of a task are untrained until it is learned; accuracy on it before is chance.
+A device need not learn every task of the scenario: it skips the tasks for which it has too few images. The matrix has
+the scenario's tasks as rows and columns; the row and the column of a skipped task are holes (NaN), and every figure is
+defined over the tasks that the device has learned. With L tasks learned, the figures are those of the L x L matrix
+without the holes.
+
+There is no forward transfer: the head's rows of a task are untrained until it is learned, so that accuracy on it before
+is chance.
 """
 
 from __future__ import annotations
@@ -10,6 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+NAN = float("nan")
+
 
 class AccuracyMatrix:
     """`A[t, k]`: accuracy in 0..1 on task k after learning task t, both 0-based; NaN where it was not tested."""
@@ -18,11 +26,18 @@ class AccuracyMatrix:
         self.values = np.full((tasks, tasks), np.nan)
 
     @classmethod
-    def from_rows(cls, rows: Mapping[int, Sequence[float]], tasks: int) -> AccuracyMatrix:
-        """`rows[t]` are the accuracies on tasks 0..t after task t."""
+    def from_rows(
+        cls, rows: Mapping[int, Sequence[float]], tasks: int, ids: Sequence[int] | None = None
+    ) -> AccuracyMatrix:
+        """`rows[t][i]` is the accuracy on task `ids[i]` after task t; all numbers are the scenario's.
+
+        `ids` are the tasks that the device learns, ascending; the default is all. A row ends with the task that it is
+        about or earlier.
+        """
+        columns = np.arange(tasks) if ids is None else np.asarray(ids, dtype=np.int64)
         matrix = cls(tasks)
         for task, row in rows.items():
-            matrix.values[task, : len(row)] = row
+            matrix.values[task, columns[: len(row)]] = row
         return matrix
 
     @property
@@ -31,41 +46,67 @@ class AccuracyMatrix:
         tested = np.flatnonzero(~np.isnan(self.values).all(axis=1))
         return int(tested[-1]) if len(tested) else -1
 
+    @property
+    def learned(self) -> np.ndarray:
+        """The tasks that were tested after the last one that was learned, ascending."""
+        return np.flatnonzero(~np.isnan(self.values[self.last])) if self.last >= 0 else np.empty(0, dtype=np.int64)
+
     def average_accuracy(self, after: int | None = None) -> float:
-        """Mean accuracy on tasks 0..t after task t (Lopez-Paz & Ranzato 2017, ACC)."""
+        """Mean accuracy on the tasks learned so far, after task t (Lopez-Paz & Ranzato 2017, ACC).
+
+        NaN where there was no test after task t, as for a task that the device skips.
+        """
         t = self.last if after is None else after
-        return float(np.mean(self.values[t, : t + 1])) if t >= 0 else float("nan")
+        row = self.values[t, : t + 1] if t >= 0 else np.empty(0)
+        row = row[~np.isnan(row)]
+        return float(row.mean()) if len(row) else NAN
 
     def forgetting_per_task(self) -> np.ndarray:
-        """`[t]`: each earlier task's best accuracy so far minus its accuracy now (Chaudhry et al. 2018)."""
+        """`[t]`: each earlier task's best accuracy so far minus its accuracy now (Chaudhry et al. 2018).
+
+        One value per task before the last learned one; NaN for tasks that were not learned.
+        """
         t = self.last
         if t < 1:
             return np.empty(0)
-        # Before task k was learned (rows above k) it was not tested. Under joint training nothing was, and nothing
-        # can be forgotten.
+        # Before task k was learned (rows above k) it was not tested. Under joint training nothing was tested before the
+        # end, and nothing can be forgotten; in both cases the accuracy now stands for the best one so far.
+        now = self.values[t, :t]
         before = np.fmax.reduce(self.values[:t, :t], axis=0)
-        lost: np.ndarray = np.where(np.isnan(before), 0.0, before - self.values[t, :t])
+        lost: np.ndarray = np.where(np.isnan(before), now, before) - now
         return lost
 
     def forgetting(self) -> float:
-        """Mean of `forgetting_per_task`; 0 after a single task."""
-        per_task = self.forgetting_per_task()
-        return float(per_task.mean()) if len(per_task) else 0.0
+        """Mean of `forgetting_per_task` over the earlier tasks that were learned.
+
+        NaN after a single task: there is nothing to forget.
+        """
+        return _mean(self.forgetting_per_task())
 
     def backward_transfer(self) -> float:
-        """Mean over earlier tasks of A[T, k] - A[k, k] (Lopez-Paz & Ranzato 2017, BWT); 0 after a single task."""
+        """Mean of A[T, k] - A[k, k] over the earlier tasks k that were learned (Lopez-Paz & Ranzato 2017, BWT).
+
+        NaN after a single task.
+        """
         t = self.last
         if t < 1:
-            return 0.0
-        gained = self.values[t, :t] - np.diagonal(self.values)[:t]
-        return float(np.mean(np.where(np.isnan(gained), 0.0, gained)))
+            return NAN
+        now, first = self.values[t, :t], np.diagonal(self.values)[:t]
+        return _mean(now - np.where(np.isnan(first), now, first))  # joint training: not tested before the end
 
     def summary(self) -> dict[str, float]:
+        """The three figures by name; NaN where one is not defined."""
         return {
             "average_accuracy": self.average_accuracy(),
             "forgetting": self.forgetting(),
             "backward_transfer": self.backward_transfer(),
         }
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean over the values that are there; NaN for none."""
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else NAN
 
 
 @dataclass(frozen=True)
@@ -79,15 +120,22 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """`std` is that of the sample (n - 1), 0 for one device; NaN throughout for none."""
-        if not values:
-            return cls(*[float("nan")] * 4)
+        """Spread over the devices that have the figure: NaN values do not count.
+
+        `std` is that of the sample (n - 1), 0 for one device; all are NaN where no device has the figure.
+        """
         array = np.asarray(values, dtype=float)
+        array = array[~np.isnan(array)]
+        if not len(array):
+            return cls(NAN, NAN, NAN, NAN)
         p10, p90 = np.percentile(array, [10, 90])
         return cls(float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else 0.0, float(p10), float(p90))
 
 
 def fleet_summary(matrices: Sequence[AccuracyMatrix]) -> dict[str, Spread]:
-    """Average accuracy, forgetting and backward transfer of every device, as their spread over the fleet."""
+    """Average accuracy, forgetting and backward transfer of every device, as their spread over the fleet.
+
+    Devices without a test count for nothing; a device that learned one task counts for average accuracy alone.
+    """
     rows = [matrix.summary() for matrix in matrices if matrix.last >= 0]
     return {key: Spread.of([row[key] for row in rows]) for key in AccuracyMatrix(1).summary()}

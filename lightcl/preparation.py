@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from lightcl.analysis.generalizability import OnStep, analyse, analysed_scenario
-from lightcl.assembly import build_network, build_stream
+from lightcl.assembly import build_network, build_stream, tasks_of_fleet
 from lightcl.data.partition import Share, partition
 from lightcl.data.sources import Source, load_source
 from lightcl.device.hardware import choose_accelerator
@@ -32,7 +32,7 @@ class Prepared:
 
     scenario: Scenario
     source: Source
-    shares: list[Share]
+    shares: Sequence[Share]
     prefix: str
     """Digest of the frozen prefix."""
     analysis: dict[str, Any] | None = None
@@ -63,8 +63,7 @@ def prepare(scenario: Scenario) -> Prepared:
     choose_accelerator(scenario.device.accelerator)
     source = load_source(scenario.source_request())
     shares = partition(source, scenario.fleet, scenario.seed)
-    for device, share in enumerate(shares):
-        build_stream(scenario, source, share, device)
+    _check_all_learn(scenario, source, shares)
     buildable = analysed_scenario(scenario) if scenario.network.freeze == "auto" else scenario
     network = build_network(buildable, in_channels=source.channels, classes=len(source.classes))
     buildable.method.build(network)  # a method may refuse a network
@@ -73,6 +72,14 @@ def prepare(scenario: Scenario) -> Prepared:
             f"server.aggregation {scenario.server.aggregation!r} has nothing to share: every block is frozen"
         )
     return Prepared(scenario, source, shares, digest(network.prefix))
+
+
+def _check_all_learn(scenario: Scenario, source: Source, shares: Sequence[Share]) -> None:
+    """Raises RequestError where a device skips tasks: the server's ledger counts on all of them."""
+    for device, tasks in enumerate(tasks_of_fleet(scenario, source, shares)):
+        if len(tasks) < scenario.stream.tasks:
+            first = build_stream(scenario, source, shares[device], device).skipped[0]
+            raise RequestError(f"device {device} has {first.reason}; use fewer devices")
 
 
 def choose_freeze_point(prepared: Prepared, on_step: OnStep | None = None) -> Prepared:

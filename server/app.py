@@ -9,7 +9,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from lightcl.data.sources import OWN_FILES
+from lightcl.data.sources import reads_own_files
 from lightcl.preparation import open_remote_run, open_run
 from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario, load_scenario
@@ -34,7 +34,7 @@ def make_app(coordinator: Coordinator) -> ServerApp:
 def images_are_here(scenario: Scenario) -> bool:
     """Whether the server can load the images; otherwise they are on the boards alone (`data-path`)."""
     path = scenario.data.path
-    return path.exists() if path is not None else scenario.data.source not in OWN_FILES
+    return path.exists() if path is not None else not reads_own_files(scenario.data.source)
 
 
 app = ServerApp()

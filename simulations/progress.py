@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from math import isnan
 from statistics import fmean
 from typing import Self
 
@@ -20,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 from lightcl.analysis.generalizability import Generalizability
+from lightcl.metrics import Spread
 from lightcl.records import Results, RoundRow
 from server.listeners import Listener
 from simulations.options import amount
@@ -168,5 +170,12 @@ def accuracy_table(results: Results) -> Table:
         if figures is None:  # the method answers only where the task is known
             continue
         spreads = (figures.average_accuracy, figures.forgetting, figures.backward_transfer)
-        table.add_row(name, *[f"{s.mean:.1%}" + (f" ± {s.std:.1%}" if devices > 1 else "") for s in spreads])
+        table.add_row(name, *[_spread_text(spread, devices) for spread in spreads])
     return table
+
+
+def _spread_text(spread: Spread, devices: int) -> str:
+    """Mean and standard deviation in percent; a dash where no device has the figure (forgetting after one task)."""
+    if isnan(spread.mean):
+        return "–"
+    return f"{spread.mean:.1%}" + (f" ± {spread.std:.1%}" if devices > 1 else "")

@@ -9,7 +9,7 @@ Augmentation = Literal["none", "crop", "crop-flip"]
 
 
 def augmented(images: Tensor, generator: torch.Generator, kind: Augmentation, padding: int) -> Tensor:
-    """uint8 images `[N, C, H, W]` under the augmentation of that name; of the same shape and type."""
+    """Augments uint8 images `[N, C, H, W]`; the result has the same shape and type."""
     if kind == "none":
         return images
     cropped = random_crop_flip(images.permute(0, 2, 3, 1), generator, padding=padding, flip=kind == "crop-flip")
@@ -17,10 +17,10 @@ def augmented(images: Tensor, generator: torch.Generator, kind: Augmentation, pa
 
 
 def random_crop_flip(images: Tensor, generator: torch.Generator, padding: int = 4, flip: bool = True) -> Tensor:
-    """Each image gets its own crop and flip.
+    """Crops and flips each image by its own draw.
 
     `images` is uint8 `[N, H, W, C]`; the result has the same shape and type. Padding is black, as in torchvision's
-    RandomCrop. One gather for the batch, since a loop over images costs more than the training step of a small network.
+    RandomCrop. One gather per batch: a loop over images costs more than the training step of a small network.
     """
     n, height, width, channels = images.shape
     padded = images.new_zeros((n, height + 2 * padding, width + 2 * padding, channels))

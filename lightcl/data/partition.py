@@ -1,21 +1,25 @@
-"""Which device holds which samples, by flwr-datasets' partitioners. Every sample belongs to at most one device."""
+"""Which device holds which samples. Every training image belongs to at most one device.
+
+A partition is computed once and kept in the cache as flat arrays: the indices of all devices, one device after the
+other, and the offsets between them. They are memory-mapped, so that a device's share is read in constant time,
+whatever the size of the fleet.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
-import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 
+from lightcl.data.images import UNREADABLE, Source, array_digest, cache_folder, remove_entry, write_entry
+from lightcl.data.partitioners import NOBODY, Pool, even_sizes, find_partitioner
 from lightcl.data.section import Fleet
-from lightcl.data.sources import Source, cache_folder
-from lightcl.errors import RequestError, required
 from lightcl.seeds import derive, numpy_generator
 
 
@@ -27,37 +31,120 @@ class Share:
     test: np.ndarray
 
 
-def partition(source: Source, fleet: Fleet, seed: int) -> list[Share]:
-    """One share a device; a function of the labels, the fleet section and the seed alone.
+@dataclass(frozen=True)
+class Layout:
+    """The indices of all devices, one after the other: device d's are `indices[offsets[d] : offsets[d + 1]]`."""
 
-    Raises RequestError where the partition cannot be made or leaves a device empty.
+    indices: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def of(cls, owners: np.ndarray, devices: int) -> Layout:
+        """`owners` `[N]` is the device of each image, or NOBODY; a device's indices are sorted."""
+        order = np.argsort(owners, kind="stable")
+        sizes = np.bincount(owners[owners != NOBODY], minlength=devices)
+        return cls(order[len(order) - sizes.sum() :], np.concatenate([[0], np.cumsum(sizes)]))
+
+    def __getitem__(self, device: int) -> np.ndarray:
+        return np.array(self.indices[self.offsets[device] : self.offsets[device + 1]], dtype=np.int64)
+
+    def counts(self, labels: np.ndarray, classes: int) -> np.ndarray:
+        """Images per device and class, int64 `[devices, classes]`."""
+        devices = len(self.offsets) - 1
+        owners = np.repeat(np.arange(devices), np.diff(self.offsets))
+        flat = np.bincount(owners * classes + labels[self.indices], minlength=devices * classes)
+        return flat.reshape(devices, classes)
+
+
+class Shares(Sequence[Share]):
+    """The shares of a fleet, each read when asked for."""
+
+    def __init__(self, source: Source, fleet: Fleet, seed: int) -> None:
+        """Opens the partition; computes it where the cache lacks it. Raises RequestError as the partitioners do."""
+        self._source, self._fleet, self._seed = source, fleet, seed
+        folder = _entry(source, fleet, seed)
+        try:
+            self._train, self._test = _read(folder, fleet.devices)
+        except UNREADABLE:
+            _write(folder, source, fleet, seed)
+            self._train, self._test = _read(folder, fleet.devices)
+
+    def __len__(self) -> int:
+        return self._fleet.devices
+
+    @overload
+    def __getitem__(self, index: int) -> Share: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Share]: ...
+    def __getitem__(self, index: int | slice) -> Share | Sequence[Share]:
+        if isinstance(index, slice):
+            return [self[device] for device in range(*index.indices(len(self)))]
+        device = range(len(self))[index]  # raises IndexError
+        train = self._train[device]
+        if self._fleet.test_data == "share":
+            return Share(train, self._test[device])
+        labels = self._source.train.labels[train]
+        if self._fleet.test_data == "whole":
+            return Share(train, _tests_of(labels, self._source.test.labels))
+        return Share(train, _matched_tests(self._source, labels, self._seed, device))
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Training images per device, int64 `[devices]`."""
+        return np.diff(self._train.offsets)
+
+    def label_counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Training and test images per device and class, int64 `[devices, classes]` each; no share is read."""
+        classes = len(self._source.classes)
+        train = self._train.counts(self._source.train.labels, classes)
+        available = np.bincount(self._source.test.labels, minlength=classes)
+        if self._fleet.test_data == "share":
+            return train, self._test.counts(self._source.test.labels, classes)
+        if self._fleet.test_data == "whole":
+            return train, np.where(train > 0, available, 0)
+        return train, matched_counts(train, available)
+
+
+def partition(source: Source, fleet: Fleet, seed: int) -> Shares:
+    """One share per device; a function of labels, groups, the fleet section and the seed alone.
+
+    Raises RequestError where the partition cannot be made.
     """
-    return _shares(source, fleet, seed, range(fleet.devices))
+    return Shares(source, fleet, seed)
 
 
 def share_of(source: Source, fleet: Fleet, seed: int, device: int) -> Share:
-    """One device's share alone: in a fleet of thousands the others' would take longer to read than to train on."""
-    return _shares(source, fleet, seed, [device])[0]
+    """One device's share; the others' are not read."""
+    return Shares(source, fleet, seed)[device]
 
 
-def _shares(source: Source, fleet: Fleet, seed: int, devices: Sequence[int]) -> list[Share]:
-    labels = [_digest(source.train.labels), _digest(source.test.labels)]
-    key = json.dumps([fleet.model_dump(mode="json"), seed, labels, 3])
-    file = cache_folder() / "partitions" / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
-    if not file.exists():
-        with warnings.catch_warnings():  # what they warn of is what the scenario asks for, or an error of ours
-            warnings.filterwarnings("ignore", module="flwr_datasets")
-            train = _split_train(source.train.labels, fleet, seed)
-        arrays = {f"train{i}": a for i, a in enumerate(train)}
-        if fleet.test_data == "share":
-            test = _split_test(source.test.labels, source.train.labels, train, seed)
-            arrays |= {f"test{i}": a for i, a in enumerate(test)}
-        _remember(file, arrays)
-    with np.load(file) as stored:  # reads only the arrays that are asked for
-        if fleet.test_data == "share":
-            return [Share(stored[f"train{i}"], stored[f"test{i}"]) for i in devices]
-        mine = [stored[f"train{i}"] for i in devices]
-    return [Share(train, _tests_of(source.train.labels[train], source.test.labels)) for train in mine]
+def label_counts(source: Source, shares: Sequence[Share]) -> tuple[np.ndarray, np.ndarray]:
+    """Training and test images per device and class, int64 `[devices, classes]` each."""
+    if isinstance(shares, Shares):
+        return shares.label_counts()
+    classes = len(source.classes)
+    train = [np.bincount(source.train.labels[share.train], minlength=classes) for share in shares]
+    test = [np.bincount(source.test.labels[share.test], minlength=classes) for share in shares]
+    empty = np.zeros((0, classes), dtype=np.int64)
+    return (np.stack(train), np.stack(test)) if train else (empty, empty)
+
+
+def matched_counts(train: np.ndarray, available: np.ndarray) -> np.ndarray:
+    """Test images per class in the proportions of the training images, as many as there are.
+
+    `train` `[..., C]` counts a device's training images per class, `available` `[C]` the test images that there are.
+    The class whose test images run out first gives all of them and decides about the others, which are rounded down;
+    every class that a device holds and that has a test image gets at least one.
+
+    By hand: 30 and 10 training images, 100 test images each: 100 and ⌊10 · 100 / 30⌋ = 33.
+    """
+    present = (train > 0) & (available > 0)
+    per_image = np.where(present, available / np.maximum(train, 1), np.inf)
+    scarce = np.argmin(per_image, axis=-1)[..., None]  # the class that runs out first
+    most = np.take_along_axis(np.broadcast_to(available, train.shape), scarce, -1)
+    least = np.maximum(np.take_along_axis(train, scarce, -1), 1)
+    counts: np.ndarray = np.where(present, np.clip(train * most // least, 1, np.maximum(available, 1)), 0)
+    return counts
 
 
 def _tests_of(train_labels: np.ndarray, test_labels: np.ndarray) -> np.ndarray:
@@ -65,64 +152,93 @@ def _tests_of(train_labels: np.ndarray, test_labels: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.isin(test_labels, np.unique(train_labels)))
 
 
-def _split_train(labels: np.ndarray, fleet: Fleet, seed: int) -> list[np.ndarray]:
-    if fleet.devices > len(labels):
-        raise RequestError(f"fleet.devices: {fleet.devices} devices cannot share {len(labels)} training images")
-    derived = derive(seed, "partition") % 2**31
+def _matched_tests(source: Source, train_labels: np.ndarray, seed: int, device: int) -> np.ndarray:
+    """Test images in the proportions of a device's training images, drawn for the device; devices may share them."""
+    classes = len(source.classes)
+    available = np.bincount(source.test.labels, minlength=classes)
+    counts = matched_counts(np.bincount(train_labels, minlength=classes), available)
+    by_class = np.argsort(source.test.labels, kind="stable")  # the images of class 0, of class 1, ...
+    starts = np.cumsum(available) - available
+    generator = numpy_generator(seed, "partition", "matched", device)
+    drawn = [
+        by_class[starts[label] : starts[label] + available[label]][
+            generator.permutation(int(available[label]))[: counts[label]]
+        ]
+        for label in np.flatnonzero(counts)
+    ]
+    return np.sort(np.concatenate(drawn)) if drawn else np.empty(0, dtype=np.int64)
+
+
+# -- computing and storing -----------------------------------------------------------------------------------------
+
+
+def _entry(source: Source, fleet: Fleet, seed: int) -> Path:
+    """The folder in the cache, named by a digest of everything that decides who gets what."""
+    parts = [source.train.labels_digest, source.test.labels_digest]
+    if fleet.partition == "natural":
+        parts += [array_digest(s.groups) for s in (source.train, source.test) if s.groups is not None]
+    key = json.dumps([fleet.model_dump(mode="json", exclude={"test_data"}), seed, parts, 4])
+    return cache_folder() / "partitions" / hashlib.sha256(key.encode()).hexdigest()[:20]
+
+
+def _read(folder: Path, devices: int) -> tuple[Layout, Layout]:
+    """The layouts of the training and the test split, memory-mapped. Raises one of UNREADABLE."""
+    layouts = []
+    for split in ("train", "test"):
+        layout = Layout(*(np.load(folder / f"{split}-{part}.npy", mmap_mode="r") for part in ("indices", "offsets")))
+        if len(layout.offsets) != devices + 1 or layout.offsets[-1] != len(layout.indices):
+            raise ValueError(f"{folder}: damaged")
+        layouts.append(layout)
+    return layouts[0], layouts[1]
+
+
+def _write(folder: Path, source: Source, fleet: Fleet, seed: int) -> None:
+    """Computes a partition and stores it; replaces an entry that cannot be read."""
+    owners = _train_owners(source, fleet, seed)
+    layouts = {
+        "train": Layout.of(owners, fleet.devices),
+        "test": Layout.of(_test_owners(source, owners, fleet, seed), fleet.devices),
+    }
+    files: dict[str, np.ndarray | str] = {}
+    for split, layout in layouts.items():
+        files |= {f"{split}-indices.npy": layout.indices, f"{split}-offsets.npy": layout.offsets}
+    with suppress(*UNREADABLE):
+        _read(folder, fleet.devices)
+        return  # another process was first
+    remove_entry(folder)
+    write_entry(folder, files)
+
+
+def _train_owners(source: Source, fleet: Fleet, seed: int) -> np.ndarray:
+    """The device of every training image, int64 `[N]`, or NOBODY. Raises RequestError as the partitioners do."""
+    split = source.train
     # The partitioners cut or assign in the order given; the order is ours, seeded.
-    order = numpy_generator(seed, "partition", "order").permutation(len(labels))
-    if fleet.devices == 1 and fleet.partition != "pathological":  # which may leave classes to nobody
-        return [np.sort(order)]
-    if fleet.partition == "iid":  # what IidPartitioner does, without the library: a board may lack it
-        return [np.sort(part) for part in np.array_split(order, fleet.devices)]
-    purpose = f"for fleet.partition {fleet.partition!r}"
-    partitioners = required("flwr_datasets.partitioner", "data", purpose)
-    if fleet.partition == "dirichlet":
-        chosen = partitioners.DirichletPartitioner(
-            num_partitions=fleet.devices, partition_by="label", alpha=fleet.alpha, min_partition_size=1, seed=derived
-        )
-    else:
-        chosen = partitioners.PathologicalPartitioner(
-            num_partitions=fleet.devices,
-            partition_by="label",
-            num_classes_per_partition=fleet.classes_per_device,
-            class_assignment_mode="deterministic",
-            seed=derived,
-        )
-    chosen.dataset = required("datasets", "data", purpose).Dataset.from_dict({"label": labels[order], "index": order})
-    try:
-        shares = [np.sort(np.asarray(chosen.load_partition(i)["index"])) for i in range(fleet.devices)]
-    except ValueError as error:
-        raise RequestError(f"fleet.partition {fleet.partition!r} with {fleet.devices} devices: {error}") from error
-    for device, share in enumerate(shares):
-        if len(share) == 0:
-            raise RequestError(
-                f"fleet.partition {fleet.partition!r} leaves device {device} of {fleet.devices} without an image; "
-                "use fewer devices or a larger fleet.alpha"
-            )
-    return shares
+    order = numpy_generator(seed, "partition", "order").permutation(len(split))
+    groups = None if split.groups is None else split.groups[order]
+    pool = Pool(split.labels[order], groups, fleet, derive(seed, "partition") % 2**31)
+    owners = np.empty(len(split), dtype=np.int64)
+    owners[order] = find_partitioner(fleet.partition)(pool)
+    return owners
 
 
-def _split_test(labels: np.ndarray, train_labels: np.ndarray, train: list[np.ndarray], seed: int) -> list[np.ndarray]:
-    """Every class's test images, dealt out among the devices that train on the class."""
-    held = [np.unique(train_labels[indices]) for indices in train]
-    shares: list[list[np.ndarray]] = [[] for _ in train]
+def _test_owners(source: Source, owners: np.ndarray, fleet: Fleet, seed: int) -> np.ndarray:
+    """The device of every test image: each class's are dealt out among the devices that train on the class.
+
+    Under a natural partition, a test image belongs to the device that has its user's training images.
+    """
+    labels = source.test.labels
+    given = owners != NOBODY
+    tests = np.full(len(labels), NOBODY)
     for label in np.unique(labels):
-        holders = [device for device, classes in enumerate(held) if label in classes]
-        members = numpy_generator(seed, "partition", "test", int(label)).permutation(np.flatnonzero(labels == label))
-        for device, part in zip(holders, np.array_split(members, max(1, len(holders))), strict=False):
-            shares[device].append(part)
-    return [np.sort(np.concatenate(parts)) if parts else np.empty(0, dtype=np.int64) for parts in shares]
-
-
-def _remember(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npz", delete=False) as temporary:
-        np.savez(temporary, **arrays)  # type: ignore[arg-type]
-        temporary.flush()
-        os.fsync(temporary.fileno())
-    Path(temporary.name).replace(file)
-
-
-def _digest(labels: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(labels).tobytes()).hexdigest()
+        holders = np.unique(owners[given & (source.train.labels == label)])
+        if len(holders):
+            members = numpy_generator(seed, "partition", "test", int(label)).permutation(
+                np.flatnonzero(labels == label)
+            )
+            tests[members] = np.repeat(holders, even_sizes(len(members), len(holders)))
+    if fleet.partition == "natural" and source.train.groups is not None and source.test.groups is not None:
+        owner_of = np.full(len(source.train.group_names), NOBODY)
+        owner_of[source.train.groups] = owners
+        known = owner_of[source.test.groups]
+        tests = np.where(known != NOBODY, known, tests)
+    return tests

@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from lightcl.data.augment import Augmentation
-from lightcl.data.sources import SourceName, SourceRequest
-from lightcl.errors import shown
+from lightcl.data.images import SourceRequest
+from lightcl.data.partitioners import find_partitioner, partitioner_names
+from lightcl.data.sources import source_kind, source_names
+from lightcl.errors import RequestError, shown
 from lightcl.section import Section
 
 
 class Data(Section):
-    source: SourceName = "digits"
-    """digits ships with scikit-learn; cifar10, cifar100 and fashion-mnist are downloaded; the others are your files."""
+    source: str = Field(default="digits", json_schema_extra=lambda schema: _name(schema, source_names()))
+    """digits ships with scikit-learn; cifar10, cifar100 and fashion-mnist are downloaded; parquet and image-folder read
+    your files; a plugin may add more."""
     path: Path | None = Field(default=None, strict=False)
     """Your parquet file or image folder; for the downloaded sets, the folder that holds (or gets) the copy."""
     image_size: int | None = Field(default=None, ge=8, le=1024)
-    """Bring all images to this many pixels a side; default: as they are."""
+    """Resize images to N x N pixels; default: keep their size."""
     image_column: str | None = None
     """Parquet: the column of encoded images; default: img or image."""
     label_column: str | None = None
     """Parquet: the column of labels; default: label."""
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
-    """Share of every class that becomes the test split where the source brings none."""
+    """Share of every class that becomes the test split where the source has none."""
     download: bool = True
-    """Whether a data set that is not there may be downloaded."""
+    """Whether a missing data set may be downloaded."""
     augmentation: Literal["auto", Augmentation] = "auto"
     """crop-flip: random crop and horizontal flip (the paper); crop: no flip; auto: crop-flip, but none on digits,
     which a flip would change."""
     crop_padding: int = Field(default=4, ge=0, lt=1024)
-    """Black pixels around an image that its random crop is taken from; fewer than the image's side."""
+    """Black pixels added on every side before an image's random crop; fewer than the image's side."""
+
+    @field_validator("source")
+    @classmethod
+    def _check_source(cls, given: str) -> str:
+        return _known(given, source_kind)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -46,11 +55,11 @@ class Data(Section):
                 raise ValueError(f"data.{key} is for data.source: parquet, not {self.source}; leave it out")
         return self
 
-    def request(self, seed: int) -> SourceRequest:
-        """What decides which images come out, in which order."""
+    def request(self, seed: int, group_column: str | None = None) -> SourceRequest:
+        """Everything that decides which images are read; `group_column` is `fleet.partition_by`."""
         return SourceRequest(
             self.source, self.path, self.image_size, self.image_column, self.label_column, self.test_fraction, seed,
-            self.download,
+            self.download, group_column,
         )  # fmt: skip
 
     @property
@@ -63,24 +72,29 @@ class Data(Section):
 
 class Stream(Section):
     tasks: int = Field(default=5, ge=1, le=100_000)
-    """Tasks of a stream, met one after the other."""
+    """Tasks of a stream, learned one after the other."""
     classes_per_task: int = Field(default=2, ge=1, le=100_000)
     """The source needs tasks x classes_per_task classes."""
     class_order: Literal["natural", "shuffled"] | tuple[int, ...] = "natural"
     """natural: as numbered in the source; shuffled: by the seed; or a list of class numbers."""
     per_device_order: bool = False
-    """With `shuffled`: every device meets the classes in an order of its own."""
+    """With `shuffled`: every device has its own class order."""
+    cut: Literal["auto", "shared", "own"] = "auto"
+    """shared: the same class groups on all devices; own: cut from the classes that a device holds; auto: own under the
+    pathological and distribution partitions, else shared."""
+    min_samples: int = Field(default=2, ge=2, le=1_000_000)
+    """Training images that a device needs to learn a task; a device skips the tasks that it has fewer images for."""
     held_out: float = Field(default=0.1, ge=0, lt=1)
-    """Share of every task's training samples kept out of training."""
+    """Share of every task's training images kept out of training."""
     evaluate_on: Literal["test", "held-out"] = "test"
-    """test: the test split, for reports; held-out: the training samples kept out, to choose hyperparameters on."""
+    """test: the test split, for reports; held-out: the training images kept out, to choose hyperparameters on."""
     settings: Literal["auto", "til", "til+cil"] = "auto"
-    """Test with the task known (til), or also with it not known (cil); auto: all that the method can be tested for."""
+    """Test with the task known (til), or also with it unknown (cil); auto: every setting that the method supports."""
 
     @field_validator("class_order", mode="before")
     @classmethod
     def _check_class_order(cls, given: object) -> object:
-        """One error in place of one for every member of the union, each of which knows half of what is allowed."""
+        """One error instead of one per member of the union, each of which lists half of the allowed values."""
         if given in ("natural", "shuffled"):
             return given
         listed = given if isinstance(given, list | tuple) else ()
@@ -103,13 +117,49 @@ class Stream(Section):
 
 class Fleet(Section):
     devices: int = Field(default=10, ge=1, le=100_000)
-    """Devices of the fleet; the training images are shared out among all of them."""
-    partition: Literal["iid", "dirichlet", "pathological"] = "iid"
-    """iid: equal random shares; dirichlet: shares of each class by `alpha`; pathological: `classes_per_device` each."""
+    """Devices of the fleet; the training images are divided among them."""
+    partition: str = Field(default="iid", json_schema_extra=lambda schema: _name(schema, partitioner_names()))
+    """iid: equal random shares; dirichlet: each class divided by `alpha`; inner-dirichlet: equal shares, each device's
+    class proportions drawn by `alpha`; pathological: `classes_per_device` classes per device, divided equally;
+    distribution: the same, divided by log-normal weights (`sigma`); linear, square, exponential: random shares whose
+    sizes grow with the device's number; natural: a device per user, writer or camera (`partition_by`)."""
     alpha: float = Field(default=0.5, gt=0, le=1e6)
-    """Dirichlet concentration: the smaller, the more the devices' class shares differ."""
+    """dirichlet, inner-dirichlet: concentration; the smaller, the more the devices' class proportions differ."""
+    sigma: float = Field(default=2.0, ge=0, le=20)
+    """distribution: standard deviation of the log-normal weights' logarithm."""
     classes_per_device: int | None = Field(default=None, ge=1, le=100_000)
-    """Pathological: how many classes a device holds; default: as many as its stream needs."""
-    test_data: Literal["share", "whole"] = "share"
-    """Test images of its classes a device is tested on. share: its part of them; whole: all (slower, less noise a
-    device)."""
+    """pathological, distribution: classes that a device holds; default: as many as its stream needs."""
+    partition_by: str | None = None
+    """natural: the parquet column that says whose image it is."""
+    test_data: Literal["share", "whole", "matched"] = "share"
+    """Test images of a device, all of its classes. share: its part of them; whole: all of them (slower, less noise per
+    device); matched: as many as there are in the proportions of its training images, shared between devices."""
+
+    @field_validator("partition")
+    @classmethod
+    def _check_partition(cls, given: str) -> str:
+        return _known(given, find_partitioner)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.partition == "natural") != (self.partition_by is not None):
+            given = "not given" if self.partition_by is None else f"{self.partition_by!r}"
+            raise ValueError(
+                f"fleet.partition is {self.partition} and fleet.partition_by is {given}; partition: natural needs "
+                "the column of users, writers or cameras, and no other partition uses it"
+            )
+        return self
+
+
+def _known(given: str, find: Callable[[str], object]) -> str:
+    """The name, if a registry has it; pydantic wants a ValueError where it has not."""
+    try:
+        find(given)
+    except RequestError as error:
+        raise ValueError(str(error)) from error
+    return given
+
+
+def _name(schema: dict[str, Any], names: tuple[str, ...]) -> None:
+    """Lists the registered names in the JSON schema."""
+    schema["enum"] = list(names)

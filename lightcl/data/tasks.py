@@ -1,4 +1,4 @@
-"""A task and its samples, and what a method may see of the task it is learning."""
+"""A task and its samples, a device's stream of tasks, and the view that a method has of the task it learns."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from lightcl.data.augment import Augmentation, augmented
-from lightcl.data.sources import ImageSet
+from lightcl.data.images import ImageSet
 from lightcl.seeds import derive, torch_generator
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`images` `[N, C, H, W]` (uint8, not yet normalised) and `labels` `[N]`, numbered as in the source."""
+    """`images` `[N, C, H, W]` (uint8, not yet normalized) and `labels` `[N]`, numbered as in the source."""
 
     images: Tensor
     labels: Tensor
@@ -33,7 +33,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Samples:
-    """Some images of a source, read from disk only when asked for."""
+    """Some images of a source, read from disk on demand."""
 
     source: ImageSet
     indices: np.ndarray
@@ -42,7 +42,7 @@ class Samples:
         return len(self.indices)
 
     def load(self, members: np.ndarray | slice = slice(None)) -> Batch:
-        """The members (positions among these samples) as a batch, un-augmented."""
+        """The members (positions among these samples) as a batch, without augmentation."""
         indices = self.indices[members]
         images = torch.from_numpy(self.source.images[indices])
         labels = torch.from_numpy(self.source.labels[indices])
@@ -59,7 +59,10 @@ class Samples:
 
 @dataclass(frozen=True)
 class Task:
-    """One task of one device: its classes and its private samples of them."""
+    """One task of one device: its classes and its private samples of them.
+
+    `id` is the number of the task in the scenario's stream, from 0; a device that skips tasks has gaps in its ids.
+    """
 
     id: int
     classes: tuple[int, ...]
@@ -68,22 +71,43 @@ class Task:
     test: Samples
 
 
-class TaskStream(Sequence[Task]):
-    """The tasks a device meets, in order."""
+@dataclass(frozen=True)
+class Skipped:
+    """A task that a device does not learn: the number of the task, why, and the images that the device has for it.
 
-    def __init__(self, tasks: Sequence[Task], head_classes: int, joint: bool = False) -> None:
+    `train` counts training images without the held-out ones.
+    """
+
+    task: int
+    reason: str
+    train: int
+    test: int
+
+
+class TaskStream(Sequence[Task]):
+    """The tasks that a device learns, in order; `skipped` are the scenario's other tasks."""
+
+    def __init__(
+        self, tasks: Sequence[Task], head_classes: int, joint: bool = False, skipped: tuple[Skipped, ...] = ()
+    ) -> None:
         self._tasks = tuple(tasks)
         self.head_classes = head_classes
         self.joint = joint
+        self.skipped = skipped
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The scenario's numbers of these tasks, ascending."""
+        return tuple(task.id for task in self._tasks)
 
     @property
     def first(self) -> int:
-        """Number of the first task that is learned: joint training waits for all of them and learns once, as one."""
-        return len(self) - 1 if self.joint else 0
+        """Position of the first task to learn: joint training waits for all of them and learns them as one."""
+        return max(len(self) - 1, 0) if self.joint else 0
 
-    def to_learn(self, number: int) -> Task:
-        """The task that is learned when it is the turn of task `number`; under joint training it holds them all."""
-        return merged(self._tasks) if self.joint else self._tasks[number]
+    def to_learn(self, position: int) -> Task:
+        """The task to learn at a position of this stream; under joint training it holds all tasks."""
+        return merged(self._tasks) if self.joint else self._tasks[position]
 
     @overload
     def __getitem__(self, index: int) -> Task: ...
@@ -97,7 +121,7 @@ class TaskStream(Sequence[Task]):
 
 
 def merged(tasks: Sequence[Task]) -> Task:
-    """All tasks as one, which has the number of the last."""
+    """All tasks as one, with the id of the last; there must be one."""
 
     def together(parts: Sequence[Samples]) -> Samples:
         return Samples(parts[0].source, np.sort(np.concatenate([part.indices for part in parts])))
@@ -113,7 +137,7 @@ def merged(tasks: Sequence[Task]) -> Task:
 
 @dataclass(frozen=True)
 class TaskContext:
-    """What a method sees while it learns a task: the classes, and seeded samples of the task's own training data."""
+    """The view of a method that learns a task: the classes, and seeded samples of the task's training images."""
 
     task: Task
     task_classes: Tensor
@@ -125,6 +149,8 @@ class TaskContext:
     """Epochs of the task."""
     augmentation: Augmentation = "none"
     padding: int = 4
+    first_id: int = 0
+    """Id of the first task that the device learns; not 0 where the device skips task 0."""
 
     @property
     def old_classes(self) -> Tensor:
@@ -133,16 +159,17 @@ class TaskContext:
 
     @property
     def is_first(self) -> bool:
-        return self.task.id == 0
+        """Whether this is the first task that the device learns."""
+        return self.task.id == self.first_id
 
     def sample(self, size: int, purpose: str) -> Batch:
-        """Up to `size` un-augmented training samples of this task, drawn without replacement for `purpose`."""
+        """Up to `size` training images of this task without augmentation, drawn without replacement for `purpose`."""
         generator = np.random.default_rng(derive(self.seed, purpose))
         members = np.sort(generator.permutation(len(self.task.train))[:size])
         return self.task.train.load(members).to(self.device)
 
     def augment(self, images: Tensor, *purpose: int | str) -> Tensor:
-        """The scenario's augmentation of uint8 images `[N, C, H, W]`, drawn anew for every `purpose`."""
+        """The scenario's augmentation of uint8 images `[N, C, H, W]`, drawn afresh for every `purpose`."""
         generator = torch_generator(self.seed, "augment", *purpose)
         return augmented(images.cpu(), generator, self.augmentation, self.padding).to(images.device)
 

@@ -306,4 +306,5 @@ class EdgeDevice:
             self.scenario.training.epochs,
             self.scenario.augmentation,
             self.scenario.data.crop_padding,
+            self.stream[self._start.task].id,
         )

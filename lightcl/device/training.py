@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightcl.data.streams.class_incremental import training_batches
+from lightcl.data.batches import training_batches
 from lightcl.data.tasks import Task, TaskContext
 from lightcl.errors import Failure
 from lightcl.methods import Method

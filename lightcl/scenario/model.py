@@ -13,8 +13,8 @@ import yaml
 from pydantic import Field, model_validator
 
 from lightcl.data.augment import Augmentation
+from lightcl.data.images import SourceRequest
 from lightcl.data.section import Data, Fleet, Stream
-from lightcl.data.sources import SourceRequest
 from lightcl.exchange.section import Server
 from lightcl.methods.base import METHODS, MethodParameters, Setting
 from lightcl.methods.lightcl import LightCLParameters
@@ -105,16 +105,19 @@ class Scenario(Section):
                 f"server.rounds_per_task is {self.server.rounds_per_task}, but training.epochs gives only "
                 f"{self.training.epochs} epochs to spread over them"
             )
-        if self.fleet.partition != "pathological":
+        if self.fleet.partition not in ("pathological", "distribution"):
             if self.fleet.classes_per_device is not None:
-                raise ValueError(f"fleet.classes_per_device is for partition: pathological, not {self.fleet.partition}")
+                raise ValueError(
+                    f"fleet.classes_per_device is for partition: pathological or distribution, not "
+                    f"{self.fleet.partition}"
+                )
         elif self.fleet.classes_per_device is None:
             needed = self.stream.tasks * self.stream.classes_per_task
             return self.model_copy(update={"fleet": self.fleet.model_copy(update={"classes_per_device": needed})})
         return self
 
     def source_request(self) -> SourceRequest:
-        return self.data.request(self.seed)
+        return self.data.request(self.seed, self.fleet.partition_by)
 
     @property
     def augmentation(self) -> Augmentation:

@@ -44,13 +44,13 @@ def pretrain(
     """
     import torch
 
-    from lightcl.data.sources import SourceName, SourceRequest, load_source
+    from lightcl.data.sources import SourceRequest, load_source, source_names
     from lightcl.networks.resnet import Stem
     from lightcl.pretraining import Recipe
     from lightcl.pretraining import pretrain as run
 
     use_plugins(plugins or [])
-    _check_choice("--source", source, get_args(SourceName))
+    _check_choice("--source", source, source_names())
     _check_choice("--stem", stem, get_args(Stem))
     if not (isfinite(learning_rate) and learning_rate > 0):
         raise RequestError(f"--learning-rate {learning_rate:g}: expected a number above 0")
@@ -59,7 +59,7 @@ def pretrain(
         _check_file(file, overwrite)
     if threads:
         torch.set_num_threads(threads)
-    images = load_source(SourceRequest(cast(SourceName, source), path, image_size))
+    images = load_source(SourceRequest(source, path, image_size))
     recipe = Recipe(
         width=width, stem=cast(Stem, stem), epochs=epochs, batch_size=batch_size, peak_learning_rate=learning_rate,
         bf16=not fp32, flip=not no_flip, seed=seed,

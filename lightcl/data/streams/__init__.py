@@ -1,0 +1,197 @@
+"""How a device's images become its stream of tasks, and which tasks a device learns.
+
+What a task consists of is decided by a file per kind of stream (`class_incremental.py`; domain-incremental streams and
+field streams go beside it). This module does what all kinds have in common: held-out images, and the tasks that a
+device skips because it has too few images. `cut_stream` gives the tasks with their images; `learnable_tasks` gives the
+numbers of the same tasks for a whole fleet from label counts alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lightcl.data.images import Source
+from lightcl.data.partition import Share, label_counts
+from lightcl.data.streams.class_incremental import class_groups, class_order
+from lightcl.data.streams.plan import StreamPlan
+from lightcl.data.tasks import Samples, Skipped, Task, TaskStream
+from lightcl.errors import RequestError
+from lightcl.seeds import numpy_generator
+
+__all__ = ["StreamPlan", "check_stream", "class_order", "cut_stream", "learnable", "learnable_tasks"]
+
+
+def cut_stream(plan: StreamPlan, source: Source, share: Share, device: int) -> TaskStream:
+    """Cuts a device's share into tasks; a task that it has too few images for is skipped and stands in `skipped`.
+
+    A device is tested only on classes that it has training images of. Raises RequestError where the plan suits no
+    device: too few classes, or a crop that may miss the image.
+    """
+    _check_padding(plan, source)
+    labels, test_labels = source.train.labels[share.train], source.test.labels[share.test]
+    present = np.bincount(labels, minlength=len(source.classes)) > 0
+    tasks, skipped = [], []
+    for number, classes in enumerate(class_groups(plan, device, present)):
+        if classes is None:
+            reason = f"the device holds {present.sum()} classes, too few for this task"
+            skipped.append(Skipped(number, reason, 0, 0))
+            continue
+        members = share.train[np.isin(labels, classes)]
+        test = share.test[np.isin(test_labels, [c for c in classes if present[c]])]
+        members = numpy_generator(plan.seed, "held-out", device, number).permutation(members)
+        out = int(_held_out(plan, np.asarray(len(members))))
+        if not _enough(plan, np.asarray(len(members)), np.asarray(len(test))):
+            skipped.append(_skipped(plan, number, classes, len(members), len(test)))
+            continue
+        tasks.append(
+            Task(
+                number,
+                classes,
+                Samples(source.train, np.sort(members[out:])),
+                Samples(source.train, np.sort(members[:out])),
+                Samples(source.test, test),
+            )
+        )
+    return TaskStream(tasks, len(source.classes), plan.joint, tuple(skipped))
+
+
+def learnable(plan: StreamPlan, source: Source, share: Share, device: int) -> tuple[int, ...]:
+    """The numbers of the tasks that a device learns: `cut_stream(...).ids`, from label counts alone."""
+    train, test = label_counts(source, [share])
+    return _learnable(plan, train, test, [device])[0]
+
+
+def learnable_tasks(plan: StreamPlan, source: Source, shares: Sequence[Share]) -> list[tuple[int, ...]]:
+    """`learnable` for every device of a fleet (`shares[d]` is device d's), at once."""
+    train, test = label_counts(source, shares)
+    return _learnable(plan, train, test, range(len(shares)))
+
+
+def check_stream(plan: StreamPlan, source: Source, shares: Sequence[Share]) -> list[tuple[int, ...]]:
+    """`learnable_tasks`; raises RequestError where no device can learn anything, as `cut_stream` does otherwise."""
+    _check_padding(plan, source)
+    train, test = label_counts(source, shares)
+    found = _learnable(plan, train, test, range(len(shares)))
+    if any(found):
+        return found
+    device, number, classes = _nearest_to_learning(plan, train, test)
+    if classes is None:
+        raise RequestError(
+            f"no device can learn a task: none holds the {plan.stream.classes_per_task} classes of one; lower "
+            "stream.classes_per_task, or set stream.cut: shared"
+        )
+    task = np.asarray(classes)
+    images = int(train[device, task].sum())
+    tests = int(test[device, task[train[device, task] > 0]].sum())
+    reason = _skipped(plan, number, classes, images, tests).reason
+    raise RequestError(
+        f"no device can learn a task: device {device}, which comes closest, has {reason}: "
+        f"{_advice(plan, source, classes, images)}"
+    )
+
+
+# -- which tasks a device learns -----------------------------------------------------------------------------------
+
+
+def _held_out(plan: StreamPlan, images: np.ndarray) -> np.ndarray:
+    """Images kept out of training, of so many that a device has for a task (any shape)."""
+    return np.rint(images * plan.stream.held_out).astype(np.int64)
+
+
+def _enough(plan: StreamPlan, images: np.ndarray, tests: np.ndarray) -> np.ndarray:
+    """Whether a device learns tasks for which it has `images` training and `tests` test images (any shape)."""
+    out = _held_out(plan, images)
+    tested = tests if plan.stream.evaluate_on == "test" else out
+    enough: np.ndarray = (images - out >= plan.stream.min_samples) & (tested >= 1)
+    return enough
+
+
+def _skipped(plan: StreamPlan, number: int, classes: tuple[int, ...], images: int, tests: int) -> Skipped:
+    """Why a device does not learn a task."""
+    out = int(_held_out(plan, np.asarray(images)))
+    train, least = images - out, plan.stream.min_samples
+    if plan.stream.evaluate_on == "held-out" and train >= least:
+        reason = (
+            f"no image to be tested on for task {number} (classes {list(classes)}): stream.evaluate_on is held-out, "
+            f"but stream.held_out = {plan.stream.held_out} of {images} images is none"
+        )
+    else:
+        reason = (
+            f"{train} training and {tests} test images for task {number} (classes {list(classes)}); at least {least} "
+            "and 1 are needed"
+        )
+    return Skipped(number, reason, train, tests)
+
+
+def _learnable(plan: StreamPlan, train: np.ndarray, test: np.ndarray, devices: Sequence[int]) -> list[tuple[int, ...]]:
+    """The tasks of devices with these images per class (`[devices, C]` each)."""
+    images, tests = _task_counts(plan, train, test, devices)
+    enough = _enough(plan, images, tests)
+    return [tuple(int(number) for number in np.flatnonzero(row)) for row in enough]
+
+
+def _task_counts(
+    plan: StreamPlan, train: np.ndarray, test: np.ndarray, devices: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Training and test images per device and task, int64 `[devices, tasks]` each."""
+    test = np.where(train > 0, test, 0)  # only classes that a device learns are tested
+    if not plan.own_classes and not plan.stream.per_device_order:  # the same groups on all devices
+        groups = class_groups(plan, 0, np.ones(train.shape[1], dtype=bool))
+        columns = [list(group or ()) for group in groups]
+        return (
+            np.stack([train[:, chosen].sum(axis=1) for chosen in columns], axis=1),
+            np.stack([test[:, chosen].sum(axis=1) for chosen in columns], axis=1),
+        )
+    images = np.zeros((len(train), plan.stream.tasks), dtype=np.int64)
+    tests = np.zeros_like(images)
+    for row, device in enumerate(devices):
+        full = [list(group) for group in class_groups(plan, device, train[row] > 0) if group is not None]
+        if full:  # without a full group of classes a task has no image that counts
+            images[row, : len(full)] = train[row, np.asarray(full)].sum(axis=1)
+            tests[row, : len(full)] = test[row, np.asarray(full)].sum(axis=1)
+    return images, tests
+
+
+# -- what is refused -----------------------------------------------------------------------------------------------
+
+
+def _check_padding(plan: StreamPlan, source: Source) -> None:
+    """A crop that is shifted by more than the image shows nothing of it."""
+    side, padding = min(source.train.images.shape[1:3]), plan.data.crop_padding
+    if plan.data.augmentation_kind != "none" and padding >= side:
+        raise RequestError(f"data.crop_padding is {padding}, but the images have {side} pixels per side; allowed: less")
+
+
+def _nearest_to_learning(
+    plan: StreamPlan, train: np.ndarray, test: np.ndarray
+) -> tuple[int, int, tuple[int, ...] | None]:
+    """Device, task and its classes with the most training images, those with a test image first."""
+    images, tests = _task_counts(plan, train, test, range(len(train)))
+    best = int(np.argmax(images + (tests > 0) * (images.max() + 1)))
+    device, number = divmod(best, plan.stream.tasks)
+    return device, number, class_groups(plan, device, train[device] > 0)[number]
+
+
+def _advice(plan: StreamPlan, source: Source, classes: Sequence[int], images: int) -> str:
+    """How a task of `classes`, of which a device has `images`, can get enough of them."""
+    available = np.unique(source.train.labels)
+    if not np.isin(available, classes).any():
+        some = ", ".join(str(c) for c in available[:8]) + (", ..." if len(available) > 8 else "")
+        return f"data.source has no training images of them; choose others by stream.class_order (it has {some})"
+    if not np.isin(source.test.labels, classes).any():
+        return "data.source has no test images of them; raise data.test_fraction"
+    train, least = images - int(_held_out(plan, np.asarray(images))), plan.stream.min_samples
+    if train < least <= images:
+        return "lower stream.held_out"
+    if plan.stream.evaluate_on == "held-out" and train >= least:
+        return "raise stream.held_out"
+    ways = ["use fewer devices"]
+    if plan.fleet.partition in ("dirichlet", "inner-dirichlet"):
+        ways += ["a larger fleet.alpha", "another seed"]
+    if least > 2:
+        ways += ["a lower stream.min_samples"]
+    if plan.fleet.test_data == "share" and train >= least:  # test images are short
+        ways += ["fleet.test_data=matched", "fleet.test_data=whole"]
+    return ", ".join(ways[:-1]) + (" or " if ways[1:] else "") + ways[-1]

@@ -1,10 +1,12 @@
 """Where images come from: what is read, what is kept, what is refused."""
 
 import io
-import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,13 @@ import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from lightcl.data import images as image_cache
 from lightcl.data import sources
-from lightcl.data.sources import ImageSet, SourceRequest, iter_batches, load_source, split_off_test
+from lightcl.data.images import ImageSet, SourceRequest, iter_batches, split_off_test
+from lightcl.data.section import Data
+from lightcl.data.sources import load_source, register_source
+from lightcl.data.sources.image_folder import _class_names, _image_files
+from lightcl.data.sources.parquet import read_parquet
 from lightcl.errors import RequestError
 
 
@@ -52,7 +59,7 @@ def write_parquet(
     return file
 
 
-def parquet(path: Path, **options) -> sources.Source:
+def parquet(path: Path, **options) -> image_cache.Source:
     return load_source(SourceRequest("parquet", path, **options))
 
 
@@ -353,6 +360,36 @@ def test_empty_file_is_refused(tmp_path):
     refused(file, r"data.path: no images found")
 
 
+def test_groups_are_carried_through_the_cache(tmp_path, reads):
+    file = tmp_path / "all.parquet"
+    users = ["bob", "ann", "eve", "ann", "bob", "bob", "eve", "ann"]
+    pq.write_table(pa.table({"image": AS_BYTES, "label": LABELS, "user": users}), file)
+    for _ in range(2):
+        source = parquet(file, group_column="user", test_fraction=0.25)
+        for split in (source.train, source.test):
+            assert split.group_names == ("ann", "bob", "eve")
+            expected = [users[VALUES.index(value)] for value in values_of(split)]
+            assert [split.group_names[group] for group in split.groups] == expected
+    assert len(reads) == 1
+    assert parquet(file).train.groups is None  # the column was not asked for: another entry
+    assert len(reads) == 2
+
+
+def test_groups_of_two_splits_have_the_same_numbers(tmp_path):
+    for name, users in (("train", [10, 9]), ("test", [2, 10])):
+        pq.write_table(pa.table({"image": AS_BYTES[:2], "label": [0, 0], "user": users}), tmp_path / f"{name}.parquet")
+    source = parquet(tmp_path, group_column="user")
+    assert source.train.group_names == source.test.group_names == ("2", "9", "10")
+    assert (source.train.groups.tolist(), source.test.groups.tolist()) == ([2, 1], [0, 2])
+
+
+def test_missing_or_odd_group_columns_are_refused(tmp_path):
+    file = tmp_path / "all.parquet"
+    pq.write_table(pa.table({"image": AS_BYTES[:2], "label": [0, 0], "user": ["ann", None]}), file)
+    refused(file, r"no column writer \(it has: image, label, user\); set fleet.partition_by", group_column="writer")
+    refused(file, r"row 1: column 'user' is None, neither an integer nor a name", group_column="user")
+
+
 # -- image folders -------------------------------------------------------------------------------------------------
 
 
@@ -365,7 +402,7 @@ def write_folder(root: Path, content: dict[str, list[int]], **options) -> Path:
     return root
 
 
-def folder(path: Path, **options) -> sources.Source:
+def folder(path: Path, **options) -> image_cache.Source:
     return load_source(SourceRequest("image-folder", path, **options))
 
 
@@ -449,13 +486,13 @@ def test_file_instead_of_a_folder_is_refused(tmp_path):
 @pytest.fixture
 def reads(monkeypatch) -> list[str]:
     """A list that grows whenever a parquet source is decoded."""
-    counted, read = [], sources._READERS["parquet"]
+    counted, kind = [], sources.source_kind("parquet")
 
-    def count(request: SourceRequest) -> sources.Source:
+    def count(request: SourceRequest) -> image_cache.Source:
         counted.append(str(request.path))
-        return read(request)
+        return kind.read(request)
 
-    monkeypatch.setitem(sources._READERS, "parquet", count)
+    monkeypatch.setitem(sources._KINDS, "parquet", replace(kind, read=count))
     return counted
 
 
@@ -484,12 +521,12 @@ def test_changed_files_and_other_wishes_are_decoded_anew(tmp_path, reads):
 
 def test_cache_lies_where_the_environment_says(tmp_path, monkeypatch):
     monkeypatch.setenv("LIGHTCL_CACHE", str(tmp_path / "cache"))
-    assert sources.cache_folder() == tmp_path / "cache"
+    assert image_cache.cache_folder() == tmp_path / "cache"
     load_source(SourceRequest("digits"))
     assert len(list((tmp_path / "cache" / "images").iterdir())) == 1
     monkeypatch.delenv("LIGHTCL_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert sources.cache_folder() == tmp_path / ".cache" / "lightcl"
+    assert image_cache.cache_folder() == tmp_path / ".cache" / "lightcl"
 
 
 def test_a_reader_that_dies_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -500,11 +537,10 @@ def test_a_reader_that_dies_leaves_nothing_behind(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(json, "dumps", die)  # after the arrays, before the list of classes
-        patch.setattr(sources, "_fingerprint", lambda _: [])
+        patch.setattr(image_cache, "sync", die)  # after the files, before the entry has its name
         with pytest.raises(KeyboardInterrupt):
-            sources._store(
-                tmp_path / "cache" / "images" / "set", sources._READERS["parquet"](SourceRequest("parquet", file))
+            image_cache.write_source(
+                tmp_path / "cache" / "images" / "set", read_parquet(SourceRequest("parquet", file))
             )
     assert list((tmp_path / "cache" / "images").iterdir()) == []
 
@@ -533,10 +569,10 @@ def test_an_entry_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
     """Else a power failure may leave the name with empty files behind it."""
     done: list[str] = []
     rename = Path.rename
-    monkeypatch.setattr(sources, "sync", lambda path: done.append(f"sync {path.name}"))
+    monkeypatch.setattr(image_cache, "sync", lambda path: done.append(f"sync {path.name}"))
     monkeypatch.setattr(Path, "rename", lambda path, to: (rename(path, to), done.append(f"rename {path.name}"))[0])
     images = ImageSet(np.zeros((2, 4, 4, 1), np.uint8), np.array([0, 1]), ("a", "b"))
-    sources._store(tmp_path / "images" / "entry", sources.Source(images, images))
+    image_cache.write_source(tmp_path / "images" / "entry", image_cache.Source(images, images))
     assert sorted(done[:5]) == [
         "sync classes.json",
         *(f"sync {p}-{k}.npy" for p in ("test", "train") for k in ("images", "labels")),
@@ -547,8 +583,87 @@ def test_an_entry_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
 def test_the_second_of_two_processes_leaves_the_firsts_copy(tmp_path):
     images = ImageSet(np.zeros((2, 4, 4, 1), np.uint8), np.array([0, 1]), ("a", "b"))
     for _ in range(2):
-        sources._store(tmp_path / "images" / "set", sources.Source(images, images))
+        image_cache.write_source(tmp_path / "images" / "set", image_cache.Source(images, images))
     assert [p.name for p in (tmp_path / "images").iterdir()] == ["set"]
+
+
+# -- names and packages --------------------------------------------------------------------------------------------
+
+
+def test_unknown_source_is_refused_with_the_nearest_name():
+    with pytest.raises(RequestError, match=r"data.source is 'cifar11': unknown, did you mean 'cifar10'\? \(allowed:"):
+        load_source(SourceRequest("cifar11"))
+
+
+def test_a_plugin_adds_a_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_KINDS", dict(sources._KINDS))
+    calls = []
+
+    def stripes(request: SourceRequest) -> image_cache.Source:
+        calls.append(request.image_size)
+        size = request.image_size or 8
+        images = np.arange(20, dtype=np.uint8)[:, None, None, None] * np.ones((1, size, size, 1), np.uint8)
+        return split_off_test(ImageSet(images, np.arange(20) % 2, ("odd", "even")), request.test_fraction, request.seed)
+
+    register_source("stripes", stripes)
+    for _ in range(2):
+        assert load_source(SourceRequest("stripes", image_size=4)).train.images.shape == (16, 4, 4, 1)
+    assert calls == [4]
+    assert Data(source="stripes").request(0).name == "stripes"
+    with pytest.raises(RequestError, match="data source 'digits' is built in"):
+        register_source("digits", stripes)
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("digits", "sklearn"), ("cifar10", "torchvision"), ("parquet", "pyarrow")],
+)
+def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, name, package):
+    monkeypatch.setenv("LIGHTCL_CACHE", str(tmp_path / "cache"))
+    file = write_parquet(tmp_path / "a.parquet", AS_BYTES, LABELS)
+    for module in [m for m in sys.modules if m.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(sys, "meta_path", [Without(package), *sys.meta_path])
+    with pytest.raises(RequestError, match=rf"'{name}' needs the package '{package}.*lightcl-fleet\[simulation\]"):
+        load_source(SourceRequest(name, file if name == "parquet" else None))
+
+
+class Without:
+    """Makes a package look as if it were not installed."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name.partition(".")[0] == self.package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def test_image_folders_need_pillow_alone(tmp_path):
+    """In a process of its own, in which the other packages cannot be imported."""
+    write_folder(tmp_path / "set", {"cat": [10, 20], "dog": [30, 40]})
+    code = f"""
+import sys
+for name in ("torchvision", "pyarrow", "sklearn", "datasets", "flwr_datasets"):
+    sys.modules[name] = None
+from pathlib import Path
+from lightcl.data.partition import partition
+from lightcl.data.section import Fleet
+from lightcl.data.sources import SourceRequest, load_source
+source = load_source(SourceRequest("image-folder", Path({str(tmp_path / "set")!r}), test_fraction=0.5))
+print(source.classes, partition(source, Fleet(devices=2, partition="dirichlet"), 0).sizes.sum())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "('cat', 'dog') 2\n"
+
+
+def test_folders_are_read_in_torchvisions_order(tmp_path):
+    write_folder(tmp_path, {"b": [10, 20], "a/y": [30], "a": [40], "a/x/z": [50], "B": [60]})
+    (tmp_path / "a" / "010.PNG").write_bytes(png(70))
+    listing = torchvision.datasets.ImageFolder(str(tmp_path), is_valid_file=lambda file: True)
+    ours = _class_names(tmp_path)
+    assert ours == listing.classes
+    assert [file for name in ours for file in _image_files(tmp_path / name)] == [file for file, _ in listing.samples]
 
 
 # -- splitting and batching ----------------------------------------------------------------------------------------

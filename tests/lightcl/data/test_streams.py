@@ -1,13 +1,16 @@
 """Images become tasks: which classes, which samples, in which order and batches."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from lightcl.assembly import build_stream
+from lightcl.assembly import build_stream, stream_plan, tasks_of_fleet
+from lightcl.data.batches import training_batches
+from lightcl.data.images import Source
 from lightcl.data.partition import Share, partition
-from lightcl.data.sources import Source
-from lightcl.data.streams.class_incremental import class_order, training_batches
+from lightcl.data.streams import class_order, cut_stream, learnable, learnable_tasks
 from lightcl.data.tasks import TaskContext, TaskStream
 from lightcl.errors import RequestError
 from tests.lightcl import toys
@@ -134,7 +137,129 @@ def test_class_that_a_device_lacks_stays_an_answer_but_is_not_tested(source):
         assert set(samples.load().labels.tolist()) <= {2}
 
 
-# -- streams that cannot be ----------------------------------------------------------------------------------------
+# -- tasks that a device skips -------------------------------------------------------------------------------------
+
+
+def share_of_counts(source: Source, train: list[int], test: list[int]) -> Share:
+    """The first so many training and test images of class 0, 1, ..."""
+
+    def first(labels: np.ndarray, counts: list[int]) -> np.ndarray:
+        return np.sort(np.concatenate([np.flatnonzero(labels == c)[:count] for c, count in enumerate(counts)]))
+
+    return Share(first(source.train.labels, train), first(source.test.labels, test))
+
+
+def test_tasks_with_too_few_images_are_skipped(source):
+    """Tasks (0, 1), (2, 3), (4, 5): one image of task 0; four of task 1; three of task 2, whose class 5 is tested."""
+    share = share_of_counts(source, [1, 0, 2, 2, 0, 3], [9, 9, 1, 0, 9, 2])
+    stream = stream_of(source, 5, share)
+    assert stream.ids == (1, 2)
+    assert [task.id for task in stream] == [1, 2]
+    assert [(len(task.train), len(task.held_out), len(task.test)) for task in stream] == [(4, 0, 1), (3, 0, 2)]
+    (skipped,) = stream.skipped
+    assert (skipped.task, skipped.train, skipped.test) == (0, 1, 9)  # of class 0; the device does not have class 1
+    assert skipped.reason == ("1 training and 9 test images for task 0 (classes [0, 1]); at least 2 and 1 are needed")
+
+
+def test_a_task_without_test_images_is_skipped(source):
+    stream = stream_of(source, 5, share_of_counts(source, [5, 5, 5, 5, 5, 5], [0, 0, 1, 0, 0, 1]))
+    assert stream.ids == (1, 2)
+    assert stream.skipped[0].reason.startswith("9 training and 0 test images")  # one of ten is held out
+
+
+def test_a_task_whose_tested_class_is_not_trained_is_skipped(source):
+    stream = stream_of(source, 5, share_of_counts(source, [5, 0, 5, 5, 5, 5], [0, 9, 1, 1, 1, 1]))
+    assert stream.ids == (1, 2)
+
+
+@pytest.mark.parametrize(("least", "ids"), [(2, (0, 1, 2)), (3, (1, 2)), (9, (1, 2)), (10, (2,)), (19, ())])
+def test_min_samples_counts_training_images_after_the_held_out_ones(source, least, ids):
+    """2, 10 and 20 images; 0, 1 and 2 of them are held out: 2, 9 and 18 are trained on."""
+    share = share_of_counts(source, [2, 0, 5, 5, 10, 10], [9] * 6)
+    stream = stream_of(source, share=share, stream={"tasks": 3, "min_samples": least})
+    assert stream.ids == ids
+    assert len(stream.skipped) == 3 - len(ids)
+
+
+def test_a_device_without_images_has_an_empty_stream(source):
+    nothing = Share(np.empty(0, dtype=int), np.empty(0, dtype=int))
+    for sections in ({}, {"method": {"name": "joint"}}, {"fleet": {"partition": "pathological"}}):
+        stream = stream_of(source, share=nothing, **sections)
+        assert (len(stream), stream.ids, stream.first) == (0, (), 0)
+        assert [skipped.task for skipped in stream.skipped] == [0, 1, 2]
+
+
+def test_joint_training_learns_the_tasks_that_are_not_skipped(source):
+    share = share_of_counts(source, [4, 4, 0, 0, 4, 4], [2] * 6)
+    stream = stream_of(source, share=share, method={"name": "joint"})
+    assert stream.ids == (0, 2)
+    merged = stream.to_learn(stream.first)
+    assert (merged.id, merged.classes) == (2, (0, 1, 4, 5))
+
+
+def test_evaluation_on_held_out_images_needs_some(source):
+    """10 % of four images are none; 10 % of ten are one. Test images are not needed."""
+    share = share_of_counts(source, [2, 2, 5, 5, 5, 5], [1, 1, 0, 0, 0, 0])
+    stream = stream_of(source, share=share, stream={"tasks": 3, "evaluate_on": "held-out"})
+    assert stream.ids == (1, 2)
+    assert "evaluate_on is held-out, but stream.held_out = 0.1 of 4 images is none" in stream.skipped[0].reason
+
+
+def test_own_classes_are_cut_into_full_groups(source):
+    share = share_of_counts(source, [0, 4, 4, 4, 0, 4], [2] * 6)
+    stream = stream_of(source, 3, share, stream={"tasks": 3, "cut": "own"})
+    assert classes_of(stream) == [(1, 2), (3, 5)]
+    assert stream.skipped[0].reason == "the device holds 4 classes, too few for this task"
+    assert classes_of(stream_of(source, 3, share, stream={"tasks": 3, "cut": "shared"})) == [(0, 1), (2, 3), (4, 5)]
+    odd = share_of_counts(source, [0, 4, 4, 4, 0, 0], [2] * 6)  # class 3 alone is no task
+    assert classes_of(stream_of(source, 3, odd, stream={"tasks": 3, "cut": "own"})) == [(1, 2)]
+
+
+def test_own_classes_are_the_default_where_devices_get_few_classes():
+    for kind, own in (("iid", False), ("dirichlet", False), ("pathological", True), ("distribution", True)):
+        plan = stream_plan(toys.scenario(fleet={"partition": kind}))
+        assert plan.own_classes == own
+    assert not stream_plan(toys.scenario(fleet={"partition": "pathological"}, stream={"cut": "shared"})).own_classes
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("test_data", ["share", "whole", "matched"])
+@pytest.mark.parametrize(
+    ("fleet", "stream"),
+    [
+        ({"partition": "dirichlet", "alpha": 0.3}, {}),
+        ({"partition": "dirichlet", "alpha": 0.3}, {"cut": "own", "class_order": "shuffled"}),
+        ({"partition": "dirichlet", "alpha": 0.1}, {"class_order": "shuffled", "per_device_order": True}),
+        ({"partition": "inner-dirichlet", "alpha": 0.3}, {"min_samples": 5, "held_out": 0.35}),
+        ({"partition": "iid"}, {"evaluate_on": "held-out"}),
+        ({"partition": "pathological"}, {"per_device_order": True, "class_order": "shuffled"}),
+        ({"partition": "distribution"}, {"held_out": 0.5}),
+        ({"partition": "exponential"}, {"cut": "own"}),
+    ],
+)
+def test_learnable_tasks_are_those_of_the_stream(source, fleet, stream, test_data, seed):
+    sections = {"fleet": {"devices": 25, "test_data": test_data} | fleet, "stream": {"tasks": 2} | stream}
+    scenario = toys.scenario(seed=seed, **sections)
+    plan, shares = stream_plan(scenario), partition(source, scenario.fleet, seed)
+    expected = [cut_stream(plan, source, share, device).ids for device, share in enumerate(shares)]
+    assert learnable_tasks(plan, source, shares) == expected
+    assert learnable_tasks(plan, source, list(shares)) == expected
+    assert [learnable(plan, source, share, device) for device, share in enumerate(shares)] == expected
+    assert tasks_of_fleet(scenario, source, shares) == expected
+    assert any(expected)
+
+
+# -- streams that no device can learn ------------------------------------------------------------------------------
+
+
+def fleet_of(source: Source, *shares: Share, **sections) -> list[tuple[int, ...]]:
+    sections = {"stream": {"tasks": 3}} | sections
+    return tasks_of_fleet(toys.scenario(**sections), source, shares)
+
+
+def test_a_fleet_in_which_one_device_learns_one_task_is_not_refused(source):
+    nothing = Share(np.empty(0, dtype=int), np.empty(0, dtype=int))
+    assert fleet_of(source, nothing, share_of_counts(source, [0, 0, 2], [0, 0, 1])) == [(), (1,)]
 
 
 def test_more_classes_than_the_source_has_are_refused(source):
@@ -143,41 +268,51 @@ def test_more_classes_than_the_source_has_are_refused(source):
 
 
 def test_more_classes_than_a_pathological_device_holds_are_refused(source):
-    held = np.isin(source.train.labels, [1, 2])
-    share = Share(np.flatnonzero(held), np.flatnonzero(np.isin(source.test.labels, [1, 2])))
     sections = {"fleet": {"partition": "pathological", "classes_per_device": 2}, "stream": {"tasks": 2}}
-    with pytest.raises(RequestError, match=r"need 4 classes, but device 3 holds 2; .*fleet.classes_per_device"):
-        stream_of(source, 3, share, **sections)
+    with pytest.raises(RequestError, match=r"need 4 classes, but a device holds fleet.classes_per_device = 2; lower"):
+        stream_of(source, **sections)
+
+
+def test_devices_without_a_full_group_of_classes_are_refused(source):
+    share = share_of_counts(source, [9], [9])
+    with pytest.raises(RequestError, match=r"no device can learn a task: none holds the 2 classes of one; lower"):
+        fleet_of(source, share, stream={"tasks": 3, "cut": "own"})
 
 
 @pytest.mark.parametrize(
     ("train", "test", "found"),
     [
-        ([0], [0, 1], "1 training and 1 test"),  # of class 0 only, so class 1 is not tested either
-        ([], [0], "0 training and 0 test"),
-        ([0, 1, 6, 7], [], "4 training and 0 test"),
+        ([1], [1, 1], "1 training and 1 test"),  # of class 0 only, so class 1 is not tested either
+        ([], [1], "0 training and 0 test"),
+        ([2, 2], [], "4 training and 0 test"),
     ],
 )
-def test_task_without_samples_is_refused(source, train, test, found):
-    share = Share(np.asarray(train, dtype=int), np.asarray(test, dtype=int))
-    with pytest.raises(RequestError, match=rf"device 5 has {found} images for task 0 \(classes \[0, 1\]\)"):
-        stream_of(source, 5, share)
+def test_a_fleet_without_samples_is_refused(source, train, test, found):
+    nothing = Share(np.empty(0, dtype=int), np.empty(0, dtype=int))
+    number = 1 if train else 0  # of devices that are equally far, the first is named
+    share = share_of_counts(source, train or [0], test or [0])
+    with pytest.raises(
+        RequestError, match=rf"device {number}, which comes closest, has {found} images for task 0 \(classes \[0, 1\]\)"
+    ):
+        fleet_of(source, nothing, share)
 
 
 @pytest.mark.parametrize(
     ("train", "test", "sections", "advice"),
     [
-        ([0], [0, 1], {}, "use fewer devices"),
-        ([0, 1, 6, 7], [], {}, "use fewer devices or fleet.test_data=whole"),
-        ([0, 1, 6, 7], [], {"fleet": {"partition": "dirichlet", "test_data": "whole"}},
+        ([1], [1, 1], {}, "use fewer devices"),
+        ([2, 2], [0], {}, "use fewer devices, fleet.test_data=matched or fleet.test_data=whole"),
+        ([2, 2], [0], {"fleet": {"partition": "dirichlet", "test_data": "whole"}},
          "use fewer devices, a larger fleet.alpha or another seed"),
-        ([0, 1, 6, 7], [0, 1], {"stream": {"tasks": 1, "held_out": 0.9}}, "lower stream.held_out"),
+        ([2, 2], [1, 1], {"stream": {"tasks": 1, "held_out": 0.9}}, "lower stream.held_out"),
+        ([2, 2], [1, 1], {"stream": {"tasks": 1, "min_samples": 9}},
+         "use fewer devices or a lower stream.min_samples"),
+        ([2, 2], [1, 1], {"stream": {"tasks": 1, "evaluate_on": "held-out"}}, "raise stream.held_out"),
     ],
 )  # fmt: skip
-def test_advice_for_a_task_without_samples_fits_the_cause(source, train, test, sections, advice):
-    share = Share(np.asarray(train, dtype=int), np.asarray(test, dtype=int))
-    with pytest.raises(RequestError, match=rf"are needed: {advice}$"):
-        stream_of(source, share=share, **sections)
+def test_advice_for_a_fleet_without_samples_fits_the_cause(source, train, test, sections, advice):
+    with pytest.raises(RequestError, match=rf": {advice}$"):
+        fleet_of(source, share_of_counts(source, train, test), **sections)
 
 
 @pytest.mark.parametrize(
@@ -188,24 +323,17 @@ def test_advice_for_a_task_without_samples_fits_the_cause(source, train, test, s
     ],
 )
 def test_classes_that_the_source_has_no_images_of(train, test, advice):
-    held = Source(toys.image_set(train * 5, 4), toys.image_set(test, 4))
+    images = Source(toys.image_set(train * 5, 4), toys.image_set(test, 4))
     with pytest.raises(RequestError, match=rf"classes \[0, 1\]\); .* data.source has {advice}"):
-        stream_of(held, share=toys.whole(held), stream={"tasks": 1})
+        fleet_of(images, toys.whole(images), stream={"tasks": 1})
 
 
 def test_crop_that_may_miss_the_image_is_refused(source):
     assert len(stream_of(source, data={"crop_padding": 7})) == 3
-    with pytest.raises(RequestError, match=r"data.crop_padding is 8, but the images have 8 pixels a side"):
-        stream_of(source, data={"crop_padding": 8})
+    for refuse in (stream_of, lambda source, **sections: fleet_of(source, toys.whole(source), **sections)):
+        with pytest.raises(RequestError, match=r"data.crop_padding is 8, but the images have 8 pixels per side"):
+            refuse(source, data={"crop_padding": 8})
     assert len(stream_of(source, data={"crop_padding": 8, "augmentation": "none"})) == 3
-
-
-def test_testing_on_held_out_samples_needs_some(source):
-    share = Share(np.asarray([0, 1, 6, 7]), np.asarray([0, 1]))  # 10 % of four images are none
-    with pytest.raises(
-        RequestError, match=r"evaluate_on is held-out, but stream.held_out = 0.1 of the 4 images .* none"
-    ):
-        stream_of(source, share=share, stream={"tasks": 1, "evaluate_on": "held-out"})
 
 
 # -- samples and batches -------------------------------------------------------------------------------------------
@@ -290,6 +418,7 @@ def test_samples_for_a_method_are_drawn_without_replacement(source):
 def test_only_the_first_task_is_first():
     assert toys.context(0, [0, 1]).is_first
     assert not toys.context(1, [0, 1]).is_first
+    assert replace(toys.context(1, [0, 1]), first_id=1).is_first  # the device skips task 0
 
 
 def test_labels_become_positions_among_the_classes():

@@ -1,0 +1,138 @@
+"""Where images come from, by name: one file per reader, and a registry for sources of your own.
+
+A reader returns uint8 images and integer labels in a train and a test split (`Source`); `load_source` decodes them once
+and serves them from the cache afterwards. A plugin adds a source with `register_source(name, reader)`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightcl.data.images import (
+    UNREADABLE,
+    ImageSet,
+    Source,
+    SourceRequest,
+    cache_folder,
+    iter_batches,
+    read_source,
+    split_off_test,
+    write_source,
+)
+from lightcl.data.sources.digits import read_digits
+from lightcl.data.sources.files import existing_path
+from lightcl.data.sources.image_folder import has_test_folder, read_image_folder
+from lightcl.data.sources.parquet import has_test_file, read_parquet
+from lightcl.data.sources.torchvision_sets import read_torchvision_set
+from lightcl.errors import RequestError, nearest
+
+__all__ = [
+    "ImageSet", "Source", "SourceRequest", "cache_folder", "iter_batches", "load_source", "reads_own_files",
+    "register_source", "source_kind", "source_names", "split_off_test",
+]  # fmt: skip
+
+Reader = Callable[[SourceRequest], Source]
+
+
+@dataclass(frozen=True)
+class SourceKind:
+    """A named source. `own_files`: it reads the user's files, so that it needs `data.path`.
+
+    `has_test_split` says whether the source has its own test split; then neither `data.test_fraction` nor the seed
+    decides anything. `code` is a digest of the reader's file: a plugin that changes is read anew.
+    """
+
+    read: Reader
+    own_files: bool = False
+    has_test_split: Callable[[SourceRequest], bool] = lambda request: False
+    code: str | None = None
+
+
+_BUILT_IN = {
+    "digits": SourceKind(read_digits),
+    "cifar10": SourceKind(read_torchvision_set, has_test_split=lambda request: True),
+    "cifar100": SourceKind(read_torchvision_set, has_test_split=lambda request: True),
+    "fashion-mnist": SourceKind(read_torchvision_set, has_test_split=lambda request: True),
+    "parquet": SourceKind(read_parquet, own_files=True, has_test_split=has_test_file),
+    "image-folder": SourceKind(read_image_folder, own_files=True, has_test_split=has_test_folder),
+}
+_KINDS = dict(_BUILT_IN)
+
+
+def register_source(
+    name: str,
+    reader: Reader,
+    *,
+    own_files: bool = False,
+    has_test_split: Callable[[SourceRequest], bool] = lambda request: False,
+) -> None:
+    """Makes `reader` available as `data.source: NAME`; a plugin that is loaded twice replaces its own entry.
+
+    Raises RequestError for the name of a built-in source.
+    """
+    if name in _BUILT_IN:
+        raise RequestError(f"data source {name!r} is built in; register yours under another name")
+    file = inspect.getsourcefile(reader)
+    code = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else name
+    _KINDS[name] = SourceKind(reader, own_files, has_test_split, code)
+
+
+def source_names() -> tuple[str, ...]:
+    """Names of all sources, built in and registered."""
+    return tuple(_KINDS)
+
+
+def source_kind(name: str) -> SourceKind:
+    """The source of this name. Raises RequestError for an unknown one."""
+    if name not in _KINDS:
+        raise RequestError(
+            f"data.source is {name!r}: unknown{nearest(name, _KINDS)} (allowed: {', '.join(_KINDS)}, or a source that "
+            "a plugin registers)"
+        )
+    return _KINDS[name]
+
+
+def reads_own_files(name: str) -> bool:
+    """Whether this source reads the user's files and so needs `data.path`."""
+    return source_kind(name).own_files
+
+
+def load_source(request: SourceRequest) -> Source:
+    """Train and test images of a source; decoded on first use, memory-mapped from the cache afterwards.
+
+    Raises RequestError for an unknown source, a missing path or package, an unreadable image, images of several sizes,
+    or labels out of range.
+    """
+    kind = source_kind(request.name)
+    split = None if kind.has_test_split(request) else (request.test_fraction, request.seed)
+    parts: list[Any] = [_fingerprint(request), request.image_size, split, 4]
+    if request.group_column is not None:
+        parts.append(request.group_column)
+    folder = cache_folder() / "images" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
+    with suppress(*UNREADABLE):
+        return read_source(folder)
+    write_source(folder, kind.read(request))
+    return read_source(folder)
+
+
+def _fingerprint(request: SourceRequest) -> list[Any]:
+    """Changes when the files behind the source, or a plugin's code, change."""
+    kind = source_kind(request.name)
+    parts: list[Any] = [request.name, request.image_column, request.label_column]
+    if kind.code is not None:
+        parts.append(kind.code)
+    if kind.own_files or (kind.code is not None and request.path is not None):
+        path = existing_path(request)
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        stats = [(str(p.resolve()), s.st_size, s.st_mtime_ns) for p in files for s in [p.stat()]]
+        parts.append(hashlib.sha256(json.dumps(stats).encode()).hexdigest())
+    elif request.path is not None:  # somebody's copy of a downloaded set
+        parts.append(str(request.path.resolve()))
+    return parts

@@ -1,0 +1,20 @@
+"""Rules that the readers of a user's own files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightcl.data.images import SourceRequest
+from lightcl.errors import RequestError
+
+TEST_SPLITS = ("test", "val")
+"""Names under which a test split is looked for, in this order."""
+
+
+def existing_path(request: SourceRequest) -> Path:
+    """`data.path`. Raises RequestError where it is not given or not there."""
+    if request.path is None:
+        raise RequestError(f"data.source {request.name!r} needs data.path (a file or folder of yours)")
+    if not request.path.exists():
+        raise RequestError(f"data.path: no such file or folder: {request.path}")
+    return request.path

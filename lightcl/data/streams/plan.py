@@ -1,0 +1,31 @@
+"""Everything that decides how a device's images become tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightcl.data.section import Data, Fleet, Stream
+
+OWN_CLASSES = ("pathological", "distribution")
+"""Partitions that give a device a few classes, from which `stream.cut: auto` cuts its tasks."""
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """The sections and the seed that a stream follows from.
+
+    `joint`: all tasks are learned together, as one.
+    """
+
+    data: Data
+    stream: Stream
+    fleet: Fleet
+    seed: int
+    joint: bool = False
+
+    @property
+    def own_classes(self) -> bool:
+        """Whether tasks are cut from the classes that a device holds; `stream.cut`, with auto resolved."""
+        if self.stream.cut == "auto":
+            return self.fleet.partition in OWN_CLASSES
+        return self.stream.cut == "own"
