@@ -624,7 +624,7 @@ def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, name, package)
     for module in [m for m in sys.modules if m.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setattr(sys, "meta_path", [Without(package), *sys.meta_path])
-    with pytest.raises(RequestError, match=rf"'{name}' needs the package '{package}.*lightcl-fleet\[simulation\]"):
+    with pytest.raises(RequestError, match=rf"{package} is needed for data.source: {name} .*lightcl-fleet\[data\]"):
         load_source(SourceRequest(name, file if name == "parquet" else None))
 
 
