@@ -234,7 +234,7 @@ def test_devices_that_finish_early_get_the_last_head_too(tmp_path):
     open_run(folder, scenario, "test", "fleet", resume=False, overwrite=False)
     coordinator = Coordinator(scenario, folder, "run1", Silent())
     coordinator.run(InProcessGrid(tmp_path / "state", nodes=3))
-    assert {member.version for member in coordinator.members} == {coordinator.aggregator.version}
+    assert {entry.version for entry in coordinator.ledger.entries} == {coordinator.aggregator.version}
     weights = []
     for n in range(3):
         device = EdgeDevice(scenario, n, tmp_path / "state" / "run1" / f"device-{n:05d}")
