@@ -20,11 +20,13 @@ from sklearn.datasets import load_digits
 from lightcl.data import images as image_cache
 from lightcl.data import sources
 from lightcl.data.images import ImageSet, SourceRequest, iter_batches, split_off_test
+from lightcl.data.partition import partition
 from lightcl.data.section import Data
 from lightcl.data.sources import load_source, register_source
 from lightcl.data.sources.image_folder import _class_names, _image_files
 from lightcl.data.sources.parquet import read_parquet
 from lightcl.errors import RequestError
+from tests.lightcl import toys
 
 
 def picture(value: int, size: int = 8, mode: str = "RGB") -> Image.Image:
@@ -694,3 +696,21 @@ def test_batches_are_consecutive_and_the_last_may_be_smaller():
     batches = list(iter_batches(images, 3))
     assert [labels.tolist() for _, labels in batches] == [[0, 1, 2], [3, 4, 5], [6]]
     assert all(pictures.flatten().tolist() == labels.tolist() for pictures, labels in batches)
+
+
+def test_a_scenario_splits_a_parquet_file_by_its_users(tmp_path):
+    file = tmp_path / "all.parquet"
+    users = ["bob", "ann"] * 4
+    pq.write_table(pa.table({"image": AS_BYTES, "label": [0, 0, 1, 1] * 2, "user": users}), file)
+    scenario = toys.scenario(
+        data={"source": "parquet", "path": str(file), "test_fraction": 0.5},
+        fleet={"devices": 3, "partition": "natural", "partition_by": "user"},
+    )
+    source = load_source(scenario.source_request())
+    shares = partition(source, scenario.fleet, scenario.seed)
+    for name, share in zip(("ann", "bob"), shares, strict=False):
+        for split, indices in ((source.train, share.train), (source.test, share.test)):
+            images = ImageSet(split.images[indices], split.labels[indices], split.classes)
+            assert {users[VALUES.index(value)] for value in values_of(images)} <= {name}
+    assert shares.sizes.tolist()[2] == 0
+    assert shares.sizes.sum() == 4
