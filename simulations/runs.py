@@ -27,6 +27,7 @@ from lightcl.storage.files import names_in, writable, write_atomically
 from server.aggregation import Aggregator
 from simulations.options import amount
 from simulations.progress import AnalysisProgress, LiveProgress, accuracy_table, block_table
+from simulations.runtime import check_cluster
 
 ANALYSIS_PICTURE = "generalizability.png"
 
@@ -35,6 +36,7 @@ def simulate_run(
     scenario: Scenario, path: Path, *, command: str, resume: bool, overwrite: bool, console: Console
 ) -> None:
     """A fleet in Flower's simulation runtime. Raises RequestError before anything is written, RunFailure later."""
+    check_cluster(scenario)
     folder = RunFolder(path.absolute())
     prepared = _open(folder, scenario, command, "fleet", resume, overwrite, console)
     with folder.held():
