@@ -30,7 +30,10 @@ class PoolBroken(Exception):
 
 @dataclass
 class Job:
-    """`argument` for `Worker.handle`; `deliver` gets its result, an exception, or None if the workers died of it."""
+    """One call of `DeviceWorker.handle(argument)`.
+
+    `deliver` gets its result, an exception, or None if every worker that tried died.
+    """
 
     argument: Any
     deliver: Callable[[Any], None]
@@ -73,9 +76,13 @@ class WorkerPool:
         self._events.put(partial(self._waiting.append, job))
 
     def close(self) -> None:
-        """Stops the thread; jobs that are not done are never delivered. The actors end with Ray."""
+        """Stops the thread and the workers; jobs that are not done are never delivered."""
         self._events.put(None)
         self._thread.join(timeout=10)
+        if self._alive():
+            for actor in self._actors:
+                _kill(actor)
+            self._actors.clear()
 
     # -- the pool's thread -------------------------------------------------------------------------------------
 
@@ -151,15 +158,14 @@ class WorkerPool:
             )
         self.replaced += 1
         logger.warning("a Ray worker died and is replaced")
-        self._kill(actor)
+        _kill(actor)  # one that only lost its connection must not work on beside its replacement
         self._fill()
 
-    @staticmethod
-    def _kill(actor: Any) -> None:
-        """One that only lost its connection must not work on beside its replacement."""
-        import ray
 
-        ray.kill(actor)
+def _kill(actor: Any) -> None:
+    import ray
+
+    ray.kill(actor)
 
 
 def _is_death(error: BaseException) -> bool:

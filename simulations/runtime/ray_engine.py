@@ -32,7 +32,7 @@ from simulations.runtime.gpus import gpu_share
 from simulations.runtime.identity import assume_identity, code_digest
 from simulations.runtime.pool import PoolBroken, WorkerPool
 from simulations.runtime.ray_grid import RayGrid
-from simulations.runtime.worker import Greeting, Worker
+from simulations.runtime.worker import DeviceWorker, Greeting
 
 MOST_NODES = 64
 """Virtual nodes of a large fleet. Each is greeted once per run, and each hosts 1/64 of the devices."""
@@ -59,7 +59,7 @@ def run(
     KeyboardInterrupt after SIGINT or SIGTERM.
     """
     assume_identity()
-    with _ray(scenario) as connection, _marked(state) as marker:
+    with connected(scenario) as connection, marked(state) as marker:
         grid = open_grid(scenario, state, connection, marker, make_client)
         try:
             _serve(server, grid, connection)
@@ -97,7 +97,7 @@ def open_grid(
     }
     if "LIGHTCL_CACHE" in os.environ:
         environment["LIGHTCL_CACHE"] = os.environ["LIGHTCL_CACHE"]
-    actor_class: Any = ray.remote(Worker)
+    actor_class: Any = ray.remote(DeviceWorker)
     first_look = FirstLook(code_digest(), state)
 
     def make_pool(on_broken: Callable[[PoolBroken], None]) -> WorkerPool:
@@ -183,7 +183,7 @@ def _serve(server: ServerApp, grid: RayGrid, connection: Connection) -> None:
 
 
 @contextmanager
-def _ray(scenario: Scenario) -> Iterator[Connection]:
+def connected(scenario: Scenario) -> Iterator[Connection]:
     """A connected Ray for the length of a `with`."""
     address = scenario.simulation.address
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
@@ -231,7 +231,7 @@ def _own_signals() -> Iterator[None]:
 
 
 @contextmanager
-def _marked(state: Path) -> Iterator[str]:
+def marked(state: Path) -> Iterator[str]:
     """A file in `state` for the length of a `with`, by which a worker knows that it sees the same folder; its name."""
     state.mkdir(parents=True, exist_ok=True)
     marker = state / f".marker-{secrets.token_hex(4)}"

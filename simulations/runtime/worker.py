@@ -45,7 +45,7 @@ class Greeting:
     """Digest of the project's source files on the worker's machine."""
 
 
-class Worker:
+class DeviceWorker:
     """One Ray actor. `make_app(state)` is called once; decoded images and weights stay in the process."""
 
     def __init__(
