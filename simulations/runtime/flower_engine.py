@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.simulation import run_simulation
 
@@ -20,14 +22,16 @@ from lightcl.scenario import Scenario
 from simulations.runtime.gpus import gpu_share
 
 
-def run(server: ServerApp, state: Path, scenario: Scenario) -> None:
+def run(
+    server: ServerApp, state: Path, scenario: Scenario, make_client: Callable[[Path], ClientApp] = make_app
+) -> None:
     """Run `server` over one virtual node per device. Raises what the ServerApp raised."""
     workers = scenario.simulation.workers
     gpus = torch.cuda.device_count() if scenario.device.accelerator != "cpu" and torch.cuda.is_available() else 0
     try:
         run_simulation(
             server_app=server,
-            client_app=make_app(state),
+            client_app=make_client(state),
             num_supernodes=scenario.fleet.devices,
             backend_config={
                 "init_args": {
