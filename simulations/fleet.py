@@ -8,11 +8,13 @@ from lightcl.scenario import Scenario
 from server.app import make_app
 from server.listeners import Listener
 from server.rounds import Coordinator
+from simulations.runtime import check_cluster, simulate
 
 
-def check_simulation() -> None:
-    """Raises MissingLibrary where the simulation runtime is not installed."""
+def check_simulation(scenario: Scenario) -> None:
+    """Raises MissingLibrary without the simulation runtime, RequestError for a cluster that cannot be reached."""
     required("ray", "simulation", "to simulate a fleet")
+    check_cluster(scenario)
 
 
 def simulate_fleet(scenario: Scenario, folder: RunFolder, listener: Listener) -> None:
@@ -20,8 +22,6 @@ def simulate_fleet(scenario: Scenario, folder: RunFolder, listener: Listener) ->
 
     Raises RunFailure where the run cannot continue.
     """
-    from simulations.runtime import simulate
-
     coordinator = Coordinator(scenario, folder, str(folder.read()["run"]), listener)
     try:
         simulate(make_app(coordinator), folder.path / "devices", scenario)

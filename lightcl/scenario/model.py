@@ -7,10 +7,11 @@ batch 32, SGD 0.01, 10 % held out).
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lightcl.data.augment import Augmentation
 from lightcl.data.images import SourceRequest
@@ -60,9 +61,40 @@ class Device(Section):
     """bf16: autocast of the forward pass; weights and loss stay fp32."""
 
 
+_ADDRESS = re.compile(r"auto|(ray://)?([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
+
+
 class Simulation(Section):
+    """How a fleet is simulated. No key of this section changes the numbers."""
+
+    engine: Literal["ray", "flower"] = "ray"
+    """ray: Ray actors behind a Flower Grid of this project, for any number of devices; flower: Flower's own engine."""
     workers: int = Field(default=2, ge=1, le=1024)
-    """Ray workers of a simulation; does not change the numbers."""
+    """Worker processes. Each trains one device at a time with device.threads threads."""
+    address: str | None = None
+    """Existing Ray cluster: auto, HOST:PORT or ray://HOST:PORT; null starts Ray on this machine."""
+    keep_states: Literal["all", "none"] = "all"
+    """none: delete the devices' states when the run is complete."""
+
+    @field_validator("address")
+    @classmethod
+    def _check_address(cls, given: str | None) -> str | None:
+        found = _ADDRESS.fullmatch(given) if given is not None else None
+        if given is not None and (found is None or (found[3] and not 1 <= int(found[3]) <= 65535)):
+            raise ValueError(
+                f"simulation.address is {given!r} (allowed: null, auto, HOST:PORT or ray://HOST:PORT, with a port from "
+                "1 to 65535)"
+            )
+        return given
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> Self:
+        if self.engine == "flower" and self.address is not None:
+            raise ValueError(
+                f"simulation.address is {self.address!r}, but simulation.engine flower runs on this machine only "
+                "(allowed: engine ray, or address null)"
+            )
+        return self
 
 
 class Scenario(Section):

@@ -32,7 +32,7 @@ def simulate(
     from simulations.progress import LiveProgress
 
     loaded, out = read_scenario(scenario, changes, plugins), console()
-    check_simulation()
+    check_simulation(loaded)
     folder = RunFolder((out_folder or default_folder(loaded)).absolute())
     prepared = open_folder(
         folder, loaded, "fleet", command_line(), resume=resume, overwrite=overwrite, console=out

@@ -1,4 +1,4 @@
-"""Real Flower simulations on real Ray workers, small enough for every run of the suite."""
+"""Real simulations on real Ray workers, small enough for every run of the suite."""
 
 from __future__ import annotations
 
@@ -46,19 +46,32 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in ("timing", "name")} for row in kept]
 
 
-def test_the_number_of_workers_changes_no_number_and_one_device_alone_learns_the_same(
+def test_neither_workers_nor_engine_change_a_number_and_one_device_alone_learns_the_same(
     scenario: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, two, alone = (scenario.parent / name for name in ("one", "two", "alone"))
+    one, two, flower, alone = (scenario.parent / name for name in ("one", "two", "flower", "alone"))
     printed = lightcl("simulate", scenario, "--out", one, "--set", "simulation.workers=1").stdout
     assert "round 3/3" in printed
     assert "TIL (task known)" in printed
     assert (one / "report.html").stat().st_size > 10_000
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # another Ray is of no concern
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # another Ray is not meant
     lightcl("simulate", scenario, "--out", two, "--set", "simulation.workers=2")
     assert rows(one) == rows(two)
+    lightcl("simulate", scenario, "--out", flower, "--set", "simulation.engine=flower")
+    assert rows(one) == rows(flower)
     lightcl("train", scenario, "--device", 2, "--out", alone)
     assert rows(alone) == [row for row in rows(one) if row["device"] == 2]
+
+
+@pytest.mark.parametrize("engine", ["ray", "flower"])
+def test_averaged_suffixes_are_the_same_on_both_engines(scenario: Path, engine: str) -> None:
+    """Tensors travel through Ray's object store on one and through Flower's link state on the other."""
+    changes = ("--set", "server.aggregation=suffix", "--set", "simulation.keep_states=none")
+    first, second = scenario.parent / "first", scenario.parent / "second"
+    lightcl("simulate", scenario, "--out", first, *changes, "--set", f"simulation.engine={engine}")
+    assert not (first / "devices").exists(), "keep_states: none"
+    lightcl("simulate", scenario, "--out", second, *changes, "--set", "simulation.workers=1")
+    assert rows(first) == rows(second)
 
 
 def test_a_simulation_killed_in_a_task_goes_on_to_the_same_numbers(scenario: Path) -> None:
@@ -66,17 +79,12 @@ def test_a_simulation_killed_in_a_task_goes_on_to_the_same_numbers(scenario: Pat
     whole, killed = scenario.parent / "whole", scenario.parent / "killed"
     change = ("--set", "server.aggregation=suffix", "--set", "training.epochs=6")
     lightcl("simulate", scenario, "--out", whole, *change)
-    process = subprocess.Popen([LIGHTCL, "simulate", scenario, "--out", killed, *change], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not _in_second_task(killed):
-        assert process.poll() is None, "the run was over before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    process = _run_until_second_task(scenario, killed, *change)
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
-    process.wait()
+    process.communicate()
     assert not (killed / "results.json").exists()
     assert lightcl("simulate", scenario, "--out", killed, *change, check=False).returncode == 2
     lightcl("simulate", scenario, "--out", killed, *change, "--resume")
@@ -85,28 +93,50 @@ def test_a_simulation_killed_in_a_task_goes_on_to_the_same_numbers(scenario: Pat
     assert results[0]["til"] == results[1]["til"]
 
 
-def test_a_worker_that_dies_ends_the_run_and_resume_loses_nothing(scenario: Path) -> None:
-    """SIGKILL to one of two workers, as the kernel does it when memory runs out."""
+def test_a_worker_that_dies_is_replaced_and_changes_no_number(scenario: Path) -> None:
+    """SIGKILL to one of two workers while it trains, as the kernel does when memory runs out."""
     whole, hurt = scenario.parent / "whole", scenario.parent / "hurt"
     change = ("--set", "server.aggregation=suffix", "--set", "training.epochs=6")
     lightcl("simulate", scenario, "--out", whole, *change)
-    process = subprocess.Popen(
-        [LIGHTCL, "simulate", scenario, "--out", hurt, *change],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not _in_second_task(hurt):
-        assert process.poll() is None, "the run was over before a worker could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    process = _run_until_second_task(scenario, hurt, *change)
+    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "DeviceWorker" in _command(p)]
+    assert len(workers) == 2
+    workers[0].kill()
+    assert process.wait(timeout=120) == 0
+    assert rows(hurt) == rows(whole)
+
+
+def test_with_flowers_engine_a_worker_that_dies_ends_the_run_and_resume_loses_nothing(scenario: Path) -> None:
+    whole, hurt = scenario.parent / "whole", scenario.parent / "hurt"
+    change = ("--set", "server.aggregation=suffix", "--set", "training.epochs=6")
+    lightcl("simulate", scenario, "--out", whole, *change)
+    process = _run_until_second_task(scenario, hurt, *change, "--set", "simulation.engine=flower")
     family = psutil.Process(process.pid).children(recursive=True)
-    next(p for p in family if "ClientAppActor" in " ".join(p.cmdline())).kill()
+    next(p for p in family if "ClientAppActor" in _command(p)).kill()
     _, said = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "a Ray worker died" in said
     assert not (hurt / "results.json").exists()
     lightcl("simulate", scenario, "--out", hurt, *change, "--set", "simulation.workers=1", "--resume")
     assert rows(hurt) == rows(whole)
+
+
+def _run_until_second_task(scenario: Path, out: Path, *words: str) -> subprocess.Popen[str]:
+    """A simulation of which some device is within its second task."""
+    process = subprocess.Popen(
+        [LIGHTCL, "simulate", scenario, "--out", out, *words],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not _in_second_task(out):
+        assert process.poll() is None, "the run was over too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
+
+
+def _command(process: psutil.Process) -> str:
+    return " ".join(process.cmdline())
 
 
 def _in_second_task(run: Path) -> bool:
@@ -122,7 +152,7 @@ def _in_second_task(run: Path) -> bool:
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_ends_flower_and_ray(scenario: Path, sign: signal.Signals) -> None:
+def test_ctrl_c_ends_the_run_and_ray(scenario: Path, sign: signal.Signals) -> None:
     out = scenario.parent / "stopped"
     process = subprocess.Popen(
         [LIGHTCL, "simulate", scenario, "--out", out, "--set", "training.epochs=2000"],
@@ -141,6 +171,7 @@ def test_ctrl_c_ends_flower_and_ray(scenario: Path, sign: signal.Signals) -> Non
     assert process.returncode == 130, printed
     assert "--resume" in printed
     assert "Traceback" not in printed
+    assert "***" not in printed, "what Ray prints when a signal ends it"
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive
 

@@ -1,0 +1,175 @@
+"""Ray actors that do jobs one at a time and are replaced when they die.
+
+All decisions are made by one thread that takes events from a queue: a job was submitted, a worker has started, a job is
+done. Nothing polls, and the work per job does not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+logger = logging.getLogger("lightcl")
+
+PROBE_SECONDS = 5.0
+"""How often an existing cluster is checked while nothing happens."""
+ATTEMPTS = 2
+"""How often a job is given to a worker before it counts as the cause of the workers' deaths."""
+
+
+class PoolBroken(Exception):
+    """No worker can be had any more; the text says why."""
+
+
+@dataclass
+class Job:
+    """One call of `DeviceWorker.handle(argument)`.
+
+    `deliver` gets its result, an exception, or None if every worker that tried died.
+    """
+
+    argument: Any
+    deliver: Callable[[Any], None]
+    expires: float
+    """`clock()` after which the job is not started any more."""
+    attempts: int = 0
+
+
+class WorkerPool:
+    """`size` workers made by `start`, which returns an actor with `greet` and `handle`.
+
+    `admit(greeting)` raises PoolBroken if a worker that has started cannot be used. `alive` says whether the cluster
+    still answers. `on_broken(error)` is called once, from the pool's thread.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[], Any],
+        size: int,
+        *,
+        admit: Callable[[Any], None],
+        alive: Callable[[], bool],
+        on_broken: Callable[[PoolBroken], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._start, self._size, self._admit, self._alive = start, size, admit, alive
+        self._on_broken, self._clock = on_broken, clock
+        self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._waiting: deque[Job] = deque()
+        self._idle: list[Any] = []
+        self._actors: set[Any] = set()
+        self._deaths = 0  # since a worker last finished a job
+        self.replaced = 0
+        """Workers that died and were replaced."""
+        self._thread = threading.Thread(target=self._run, name="worker-pool", daemon=True)
+        self._events.put(self._fill)
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        self._events.put(partial(self._waiting.append, job))
+
+    def close(self) -> None:
+        """Stops the thread and the workers; jobs that are not done are never delivered."""
+        self._events.put(None)
+        self._thread.join(timeout=10)
+        if self._alive():
+            for actor in self._actors:
+                _kill(actor)
+            self._actors.clear()
+
+    # -- the pool's thread -------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while True:
+                try:
+                    event = self._events.get(timeout=PROBE_SECONDS)
+                except queue.Empty:
+                    if not self._alive():
+                        raise PoolBroken("the Ray cluster no longer answers") from None
+                    continue
+                if event is None:
+                    return
+                event()
+                self._dispatch()
+        except PoolBroken as error:
+            self._on_broken(error)
+        except Exception as error:
+            self._on_broken(PoolBroken(f"Ray failed: {type(error).__name__}: {error}"))
+
+    def _fill(self) -> None:
+        while len(self._actors) < self._size:
+            actor = self._start()
+            self._actors.add(actor)
+            self._when_done(actor.greet.remote(), partial(self._started, actor))
+
+    def _when_done(self, reference: Any, then: Callable[[Future[Any]], None]) -> None:
+        future = reference.future()  # called back from a thread of Ray, or at once
+        future.add_done_callback(lambda done: self._events.put(partial(then, done)))
+
+    def _started(self, actor: Any, greeting: Future[Any]) -> None:
+        error = greeting.exception()
+        if error is None:
+            self._admit(greeting.result())
+            self._idle.append(actor)
+        elif _is_death(error):
+            self._replace(actor)
+        else:
+            raise PoolBroken(f"a worker could not start: {error}")
+
+    def _dispatch(self) -> None:
+        while self._idle and self._waiting:
+            job = self._waiting.popleft()
+            if job.expires < self._clock():
+                job.deliver(TimeoutError("expired before a worker was free"))
+                continue
+            actor = self._idle.pop()
+            job.attempts += 1
+            self._when_done(actor.handle.remote(job.argument), partial(self._finished, actor, job))
+
+    def _finished(self, actor: Any, job: Job, result: Future[Any]) -> None:
+        error = result.exception()
+        if error is not None and _is_death(error):
+            if job.attempts < ATTEMPTS:
+                self._waiting.appendleft(job)
+            else:
+                job.deliver(None)
+            self._replace(actor)
+            return
+        self._idle.append(actor)
+        self._deaths = 0
+        job.deliver(error if error is not None else result.result())
+
+    def _replace(self, actor: Any) -> None:
+        self._actors.discard(actor)
+        if not self._alive():
+            raise PoolBroken("the Ray cluster no longer answers")
+        self._deaths += 1
+        if self._deaths >= max(8, 4 * self._size):
+            raise PoolBroken(
+                f"{self._deaths} Ray workers died one after the other (out of memory?): set fewer simulation.workers"
+            )
+        self.replaced += 1
+        logger.warning("a Ray worker died and is replaced")
+        _kill(actor)  # one that only lost its connection must not work on beside its replacement
+        self._fill()
+
+
+def _kill(actor: Any) -> None:
+    import ray
+
+    ray.kill(actor)
+
+
+def _is_death(error: BaseException) -> bool:
+    from ray.exceptions import NodeDiedError, RayActorError, WorkerCrashedError
+    from ray.exceptions import OutOfMemoryError as RayOutOfMemoryError
+
+    return isinstance(error, (RayActorError, WorkerCrashedError, NodeDiedError, RayOutOfMemoryError))

@@ -1,0 +1,242 @@
+"""Ray for one simulation: start it or connect to a cluster, run the server over a `RayGrid`, and leave nothing behind.
+
+On an existing cluster (`simulation.address`) every machine needs the same version of this project, and the run folder
+and the cache of decoded images at the same path, on a shared file system. That is checked before the server starts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from flwr.app import ArrayRecord, Context, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+from client.app import make_app
+from lightcl.errors import RequestError
+from lightcl.scenario import Scenario
+from simulations.runtime.address import ANSWER_SECONDS, check_reachable, listens
+from simulations.runtime.gpus import gpu_share
+from simulations.runtime.identity import assume_identity, code_digest
+from simulations.runtime.pool import PoolBroken, WorkerPool
+from simulations.runtime.ray_grid import RayGrid
+from simulations.runtime.worker import DeviceWorker, Greeting
+
+MOST_NODES = 64
+"""Virtual nodes of a large fleet. Each is greeted once per run, and each hosts 1/64 of the devices."""
+STOP_SECONDS = 10.0
+"""How long the server's thread may take to notice that the run ends."""
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A connected Ray. `address` is where an existing cluster listens, None for a Ray of this run alone."""
+
+    address: str | None
+
+    def alive(self) -> bool:
+        return self.address is None or listens(self.address, timeout=ANSWER_SECONDS)
+
+
+def run(
+    server: ServerApp, state: Path, scenario: Scenario, make_client: Callable[[Path], ClientApp] = make_app
+) -> None:
+    """Run `server` over the scenario's devices; `make_client(state)` makes the ClientApp in every worker.
+
+    Raises what the ServerApp raised; RequestError if the cluster cannot be used, before the server starts;
+    KeyboardInterrupt after SIGINT or SIGTERM.
+    """
+    assume_identity()
+    with connected(scenario) as connection, marked(state) as marker:
+        grid = open_grid(scenario, state, connection, marker, make_client)
+        try:
+            _serve(server, grid, connection)
+        finally:
+            grid.close()
+
+
+def open_grid(
+    scenario: Scenario,
+    state: Path,
+    connection: Connection,
+    marker: str,
+    make_client: Callable[[Path], ClientApp],
+) -> RayGrid:
+    """The grid of a run on a connected Ray. On an existing cluster it waits for the first workers' self-report."""
+    workers, threads = scenario.simulation.workers, scenario.device.threads
+    local = connection.address is None
+    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    cpus = 1 if local else threads
+    if total.get("CPU", 0) < workers * cpus:
+        raise RequestError(
+            f"simulation.workers is {workers} with {cpus} CPUs each (device.threads), but the Ray cluster has "
+            f"{total.get('CPU', 0):g} CPUs"
+        )
+    gpus = int(total.get("GPU", 0)) if scenario.device.accelerator != "cpu" else 0
+    options = {
+        "num_cpus": cpus,
+        "num_gpus": gpu_share(gpus, workers) if gpus else 0,
+        "max_restarts": 0,
+        "scheduling_strategy": "SPREAD",
+    }
+    environment = {
+        "OMP_NUM_THREADS": str(threads),
+        "FLWR_TELEMETRY_ENABLED": os.environ.get("FLWR_TELEMETRY_ENABLED", "0"),
+    }
+    if "LIGHTCL_CACHE" in os.environ:
+        environment["LIGHTCL_CACHE"] = os.environ["LIGHTCL_CACHE"]
+    actor_class: Any = ray.remote(DeviceWorker)
+    first_look = FirstLook(code_digest(), state)
+
+    def make_pool(on_broken: Callable[[PoolBroken], None]) -> WorkerPool:
+        return WorkerPool(
+            lambda: actor_class.options(**options).remote(make_client, state, marker, environment),
+            workers,
+            admit=first_look.admit,
+            alive=connection.alive,
+            on_broken=on_broken,
+            clock=time.time,
+        )
+
+    grid = RayGrid(min(scenario.fleet.devices, MOST_NODES), make_pool, _put)
+    if not local:
+        first_look.wait(grid)
+    return grid
+
+
+def _put(record: ArrayRecord) -> Any:
+    return ray.put(record)
+
+
+class FirstLook:
+    """Whether the workers' machines have what a run needs. The first answer decides whether the run begins."""
+
+    def __init__(self, code: str, state: Path) -> None:
+        self._code, self._state = code, state
+        self._answered = threading.Event()
+        self._problem = ""
+
+    def admit(self, greeting: Greeting) -> None:
+        if greeting.code != self._code:
+            self._problem = (
+                f"the worker on {greeting.host} runs other code ({greeting.code}) than this machine ({self._code}); "
+                "install the same version of lightcl-fleet on every machine of the cluster"
+            )
+        elif not greeting.sees_state:
+            self._problem = (
+                f"the worker on {greeting.host} does not see {self._state}; put the run folder (--out) on a file "
+                "system that all machines of the cluster share, at the same path"
+            )
+        self._answered.set()
+        if self._problem:
+            raise PoolBroken(self._problem)
+
+    def wait(self, grid: RayGrid, seconds: float = 120.0) -> None:
+        """Raises RequestError if the first worker cannot be used or does not come."""
+        deadline = time.monotonic() + seconds
+        while not self._answered.wait(0.1):
+            if time.monotonic() > deadline:
+                self._problem = f"no worker started within {seconds:g} s; are the cluster's CPUs in use?"
+                break
+        if self._problem:
+            grid.close()
+            raise RequestError(f"simulation.address: {self._problem}")
+
+
+def _serve(server: ServerApp, grid: RayGrid, connection: Connection) -> None:
+    """Runs the server in a thread, so that signals reach this one at once."""
+    raised: list[BaseException] = []
+
+    def serve() -> None:
+        try:
+            server(grid, Context(1, 0, {}, RecordDict(), {}))
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=serve, name="server", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.5)
+    except KeyboardInterrupt:
+        # Ray sends SIGTERM to its drivers when the cluster goes away: that is no wish of the user.
+        if connection.alive():
+            grid.close()
+            thread.join(STOP_SECONDS)
+            raise
+        grid.fail("the Ray cluster no longer answers")
+        thread.join(STOP_SECONDS)
+    if raised:
+        raise raised[0]
+
+
+@contextmanager
+def connected(scenario: Scenario) -> Iterator[Connection]:
+    """A connected Ray for the length of a `with`."""
+    address = scenario.simulation.address
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    if address is None:
+        options |= {
+            "address": "local",  # neither RAY_ADDRESS nor another Ray on this machine is meant
+            "num_cpus": scenario.simulation.workers,
+            "include_dashboard": False,
+            "_temp_dir": tempfile.gettempdir() + "/ray",
+        }
+    else:
+        check_reachable(address)
+        options["address"] = address
+        if address.startswith("ray://"):
+            options = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
+    with _own_signals():
+        try:
+            ray.init(**options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            if address is None:
+                raise
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RequestError(f"simulation.address is {address!r}, but Ray cannot connect: {first}") from error
+    if address is not None and not address.startswith("ray://"):
+        address = ray.get_runtime_context().gcs_address
+    try:
+        yield Connection(address)
+    finally:
+        with _own_signals():
+            ray.shutdown()
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Puts back the signal handlers that Ray replaces."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def marked(state: Path) -> Iterator[str]:
+    """A file in `state` for the length of a `with`, by which a worker knows that it sees the same folder; its name."""
+    state.mkdir(parents=True, exist_ok=True)
+    marker = state / f".marker-{secrets.token_hex(4)}"
+    marker.touch()
+    try:
+        yield marker.name
+    finally:
+        marker.unlink(missing_ok=True)
