@@ -17,7 +17,9 @@ from typer.core import TyperCommand
 
 from lightcl.errors import RequestError
 from lightcl.scenario import Scenario, load_scenario, scenario_keys, scenario_schema
+from simulations.commands.compare import compare
 from simulations.options import amount, check_device
+from simulations.sweeps.commands import sweep
 
 app = typer.Typer(
     help="Continual learning on fleets of edge devices: LightCL on every device, Flower between them.",
@@ -29,7 +31,7 @@ out = Console(emoji=False)
 err = Console(stderr=True, emoji=False)
 
 GOING_ON = {
-    **dict.fromkeys(("simulate", "train", "bench"), "; what a run had reported is saved: go on with --resume"),
+    **dict.fromkeys(("simulate", "train", "sweep"), "; what a run had reported is saved: go on with --resume"),
     "pretrain": "; the same command goes on where it was",
 }
 """What to say of a command that was interrupted; the others write nothing before they are done."""
@@ -259,43 +261,8 @@ def pretrain(
     )  # fmt: skip
 
 
-bench = typer.Typer(help="Benchmarks of methods on a scenario.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
-
-
-@bench.callback()
-def _bench() -> None:
-    """Benchmarks of methods on a scenario."""
-
-
-@bench.command("table1", cls=Command)
-def bench_table1(
-    scenario: ScenarioFile, changes: Changes = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from the scenario's on")] = 5,
-    methods: Annotated[str | None, typer.Option(help="Methods by comma; default: all")] = None,
-    device: Annotated[
-        int | None, typer.Option("--device", min=0, help="One device of the fleet; default: all of them, with Flower")
-    ] = None,
-    out_folder: Annotated[Path | None, typer.Option("--out", help="Default: runs/table1-<scenario's name>")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time")] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the benchmark in --out")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the benchmark in --out")] = False,
-    only_table: Annotated[bool, typer.Option("--only-table", help="Run nothing: the table of what there is")] = False,
-) -> None:  # fmt: skip
-    """Run the methods of the paper's Table 1 on one stream: accuracy, forgetting, FLOPs and memory, side by side.
-
-    Each method has its own defaults; the scenario's method section holds for its own method alone, network.freeze and
-    network.frozen_batch_norm for the methods with the same default freeze point, server.aggregation for those whose
-    weights can be averaged. The table says what was reset.
-    """
-    from simulations.sweeps.table1 import bench_run
-
-    loaded = load_scenario(scenario, changes or [])
-    path = out_folder or Path("runs") / f"table1-{loaded.name}"
-    bench_run(
-        loaded, seeds=seeds, methods=methods, device=device, out_folder=path, jobs=jobs, resume=resume,
-        overwrite=overwrite, only_table=only_table, command=_command(), console=out,
-    )  # fmt: skip
+app.command(cls=Command)(sweep)
+app.command(cls=Command)(compare)
 
 
 def _default_folder(scenario: Scenario, suffix: str = "") -> Path:
