@@ -170,16 +170,17 @@ def _main_table(sweep: Sweep, rows: Sequence[Row], spread: Spread) -> list[str]:
     sent = any(row.bytes_down or row.bytes_up for row in rows)
     headings += ["MB down", "MB up"] if sent else []
     headings += ["seconds per run"]
-    base = next((r.measured for r, p in zip(rows, sweep.points, strict=True) if _method(sweep, p) == "sgd"), None)
+    measured = {row.label: row.measured for row in rows}
+    setting = {point.label: point.setting for point in sweep.points}
+    # SGD's memory under the same values of the grid.
+    sgd = {p.setting: measured.get(p.label) for p in sweep.points if _method(sweep, p) == BASELINE_METHOD}
     lines = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
     for row in rows:
         cells = [row.label.replace("|", "\\|"), str(row.seeds)]
         cells += [_percent(row.figures[f"{s} {key}"], spread) for s, key in FIGURES]
         if sweep.description.footprint:
             cells += [_number(row.flops, 1e12, 1), _number(row.counted, MIB, 1), _number(row.measured, MIB, 1)]
-            both = row.measured and row.counted
-            cells += [_number(row.measured / row.counted if both else None, 1, 2)]  # type: ignore[operator]
-            cells += [_number(row.measured / base if row.measured and base else None, 1, 2)]
+            cells += [_ratio(row.measured, row.counted), _ratio(row.measured, sgd.get(setting[row.label]))]
         cells += [_number(row.bytes_down, 1e6, 1), _number(row.bytes_up, 1e6, 1)] if sent else []
         lines.append(f"| {' | '.join([*cells, _number(row.seconds, 1, 0)])} |")
     return lines
@@ -224,6 +225,10 @@ def _percent(figure: Mean | None, spread: Spread) -> str:
         return "–"
     width = figure.error if spread == "standard-error" else figure.deviation
     return f"{100 * figure.mean:.2f}" + (f" ± {100 * width:.2f}" if not isnan(width) else "")
+
+
+def _ratio(first: float | None, second: float | None) -> str:
+    return f"{first / second:.2f}" if first and second else "–"
 
 
 def _number(value: float | None, unit: float, digits: int) -> str:
