@@ -226,7 +226,8 @@ class Comparison:
 
     @property
     def has_process_memory(self) -> bool:
-        return any(group.process_mib for group in self.groups)
+        """Shown only where the memory of a step was not measured for every group: it says little about a method."""
+        return any(group.process_mib and not group.step_bytes for group in self.groups)
 
     @property
     def differing_keys(self) -> list[tuple[str, list[str]]]:

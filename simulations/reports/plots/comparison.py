@@ -12,7 +12,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from simulations.reports.plots.methods import MARKERS, colors_of, shortened
+from simulations.reports.plots.methods import MARKERS, colors_of, wrapped
 from simulations.reports.plots.style import FONT, PIXELS_PER_INCH, Theme, style_axes, task_ticks
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ def accuracy_of_runs(
         axes.set_ylim(0, 102)
         task_ticks(axes, max(len(curve) for curve in values.values()))
     handles = [
-        Line2D([], [], color=colors[n], marker=_marker(names, n), markersize=6, linewidth=1.9, label=shortened(n))
+        Line2D([], [], color=colors[n], marker=_marker(names, n), markersize=6, linewidth=1.9, label=wrapped(n))
         for n in names
     ]
     if chance:
@@ -73,7 +73,7 @@ def forgetting_of_runs(bars: Mapping[str, Mapping[str, tuple[float, float]]], th
         axes.set_yticks([])
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.axvline(0, color=theme.muted, linewidth=0.9, zorder=4)
-    _legend(figure, [Patch(color=colors[n], label=shortened(n)) for n in names], theme)
+    _legend(figure, [Patch(color=colors[n], label=wrapped(n)) for n in names], theme)
     return figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from math import isnan
 from typing import Any
@@ -118,8 +119,7 @@ def accuracy_over_memory(
         ticks = axes.yaxis.get_major_locator().tick_values(*axes.dataLim.intervaly)
         axes.set_ylim(max(0, ticks[0]), min(100, ticks[-1]))  # whole steps: no point lies above the last number
     handles = [
-        Line2D([], [], color=colors[n], marker=markers[n], markersize=7, linestyle="", label=shortened(n))
-        for n in names
+        Line2D([], [], color=colors[n], marker=markers[n], markersize=7, linestyle="", label=wrapped(n)) for n in names
     ]
     figure.legend(
         handles=handles, loc="outside right center", frameon=False, fontsize=FONT, labelcolor=theme.ink,
@@ -128,6 +128,6 @@ def accuracy_over_memory(
     return figure
 
 
-def shortened(label: str, length: int = 34) -> str:
-    """A label that fits into a legend."""
-    return label if len(label) <= length else f"{label[: length - 1]}…"
+def wrapped(label: str) -> str:
+    """A label that fits into a legend, over several lines where it is long."""
+    return textwrap.fill(label, 30, break_on_hyphens=False, max_lines=3, placeholder=" …")
