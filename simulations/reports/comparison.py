@@ -231,11 +231,11 @@ class Comparison:
 
     @property
     def differing_keys(self) -> list[tuple[str, list[str]]]:
-        """Scenario keys in which the groups differ, each with its value by group ("–": the method has no such key)."""
+        """Scenario keys in which the groups that have them differ, with the values by group ("–": no such key)."""
         flat = [_flat(_decisive(group.scenario)) for group in self.groups]
         keys = dict.fromkeys(key for values in flat for key in values)
         rows = [(key, [str(values.get(key, "–")) for values in flat]) for key in keys]
-        return [(key, values) for key, values in rows if len(set(values)) > 1]
+        return [(key, values) for key, values in rows if len({value for value in values if value != "–"}) > 1]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,7 +15,7 @@ from lightcl.errors import RequestError
 
 def sweep(
     scenario: Annotated[
-        str | None, typer.Argument(metavar="SCENARIO", help="A scenario or sweep file, or a bundled one's name")
+        str | None, typer.Argument(metavar="SCENARIO", help="A scenario or sweep file, or the name of a bundled one")
     ] = None,
     grid: Annotated[
         list[str] | None,

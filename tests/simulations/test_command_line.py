@@ -281,7 +281,7 @@ def test_the_bundled_scenarios_are_valid_files() -> None:
         assert file.read_text().startswith("# lightcl "), "each opens with its command"
 
 
-@pytest.mark.parametrize("command", ["simulate", "train", "analyse", "validate", "footprint", "plan", "bench table1"])
+@pytest.mark.parametrize("command", ["simulate", "train", "analyse", "validate", "footprint", "plan", "sweep"])
 def test_help_says_what_a_scenario_is(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], command: str
 ) -> None:
