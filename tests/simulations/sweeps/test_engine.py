@@ -108,7 +108,9 @@ def test_the_summary_by_hand(tmp_path):
     )
     assert "Not as in the scenario" not in text
     # sgd: TIL 50 and 70, standard error of two: half of the difference, 10; forgetting 50 and 30; CIL is half of all.
-    assert "| sgd | 2 | 30.00 ± 5.00 | 60.00 ± 10.00 | 20.00 ± 5.00 | 40.00 ± 10.00 | 3.0 | 10.0 | 10.0 | 1.00 |" in text
+    assert (
+        "| sgd | 2 | 30.00 ± 5.00 | 60.00 ± 10.00 | 20.00 ± 5.00 | 40.00 ± 10.00 | 3.0 | 10.0 | 10.0 | 1.00 |" in text
+    )
     assert "| pnn | 2 | – | 80.00 ± 0.00 | – | 10.00 ± 0.00 | 3.0 | 10.0 | 25.0 | 2.50 | 2.50 | 8 |" in text
     # Pairs: 80 - 50 and 80 - 70: mean 20, standard error 10; t(0.975, 1) = 12.7062.
     assert "| pnn | sgd | 2 | – | +20.00 [-107.06, +147.06] | – | -30.00 [-157.06, +97.06] |" in text
