@@ -56,6 +56,16 @@ class RunFigures:
         return found
 
 
+def read_results(path: Path) -> dict[str, Any] | None:
+    """Final figures of a run as plain values; None before its end. Raises RequestError for a broken file.
+
+    Keys: `til` and `cil` (figures by name, each with its mean over the devices; None where nothing was tested),
+    `dropped`, `devices_finished`, `bytes_down`, `bytes_up`, `seconds`.
+    """
+    results = RunFolder(path).results()
+    return None if results is None else {**results, "seconds": results["timing"]["seconds"]}
+
+
 def read_figures(path: Path) -> RunFigures:
     """Raises RequestError where the folder holds no readable run."""
     folder = RunFolder(path)

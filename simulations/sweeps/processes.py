@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightcl.records.folder import RunFolder
 from simulations.options import number_ranges
+from simulations.reports.run_figures import read_results
 from simulations.sweeps.grid import Cell, Sweep
 
 PR_SET_PDEATHSIG = 1
@@ -86,7 +87,7 @@ def run_cells(sweep: Sweep, jobs: int, console: Console) -> dict[str, str]:
         def run_one(cell: Cell) -> None:
             log = sweep.folder / "logs" / f"{cell.name}.log"
             code = runner.run(command_of(sweep, cell), log)
-            results = RunFolder(sweep.run_folder(cell)).results()
+            results = read_results(sweep.run_folder(cell))
             if results is None:
                 failures[cell.title] = f"exit code {code}; {_last_line(log)} ({log})"
             outcome = _outcome(results) if results else f"[red]failed[/], see {escape(str(log))}"
@@ -124,7 +125,7 @@ def dropped_devices(results: Mapping[str, Any]) -> str:
 def _outcome(results: Mapping[str, Any]) -> str:
     accuracies = [f"{s.upper()} {results[s]['average_accuracy']['mean']:.1%}" for s in ("til", "cil") if results[s]]
     lost = f", [yellow]{dropped_devices(results)}[/]" if results["dropped"] else ""
-    return f"{', '.join(accuracies)}, {results['timing']['seconds']:.0f} s{lost}"
+    return f"{', '.join(accuracies)}, {results['seconds']:.0f} s{lost}"
 
 
 def _last_line(log: Path) -> str:

@@ -19,11 +19,10 @@ from typing import Any
 from rich.console import Console
 
 from lightcl.analysis.footprint.shapes import MIB
-from lightcl.records.folder import RunFolder
 from lightcl.storage.files import write_atomically
 from simulations.options import amount
 from simulations.reports.comparison import Group, build_comparison, difference
-from simulations.reports.run_figures import read_figures
+from simulations.reports.run_figures import read_figures, read_results
 from simulations.reports.statistics import Difference, Mean
 from simulations.sweeps.description import Spread
 from simulations.sweeps.grid import Cell, Point, Sweep
@@ -76,7 +75,7 @@ class Row:
 
 def results_of(sweep: Sweep, cell: Cell) -> Any | None:
     """The cell's final figures; None where its run is not complete."""
-    return RunFolder(sweep.run_folder(cell)).results()
+    return read_results(sweep.run_folder(cell))
 
 
 def row_of(sweep: Sweep, point: Point, footprint: Mapping[str, Any] | None) -> Row:
@@ -103,7 +102,7 @@ def row_of(sweep: Sweep, point: Point, footprint: Mapping[str, Any] | None) -> R
         footprint["theory"]["training_flops"] if footprint else None,
         (footprint.get("theory_second_task") or footprint["theory"])["peak"] if footprint else None,
         footprint["measured"]["training"] if footprint else None,
-        mean([fmean(r["timing"]["seconds"] for r in results) for results in by_seed]),
+        mean([fmean(r["seconds"] for r in results) for results in by_seed]),
         mean([sum(r["bytes_down"] for r in results) for results in by_seed]),
         mean([sum(r["bytes_up"] for r in results) for results in by_seed]),
     )
@@ -266,7 +265,7 @@ def cells_csv(sweep: Sweep) -> str:
         writer.writerow([
             cell.point.variant, *(_value_of(cell, key) for key in keys), cell.seed,
             "" if cell.device is None else cell.device, results["devices_finished"], len(results["dropped"]), *values,
-            results["bytes_down"], results["bytes_up"], results["timing"]["seconds"],
+            results["bytes_down"], results["bytes_up"], results["seconds"],
         ])  # fmt: skip
     return buffer.getvalue()
 
