@@ -131,9 +131,8 @@ def print_comparison(comparison: Any, console: Console) -> None:
     for title, headings, rows in table_rows(comparison):
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
         for number, heading in enumerate(headings):
-            # A narrow terminal takes its room from the figures, which wrap, and not from the names.
-            width = min(24, max(len(row[0]) for row in rows)) if number == 0 else None
-            table.add_column(heading, justify="left" if number == 0 else "right", min_width=width)
+            # In a narrow terminal names wrap and stay whole.
+            table.add_column(heading, justify="left" if number == 0 else "right", overflow="fold")
         for row in rows:
             table.add_row(*row)
         console.print(table)
