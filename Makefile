@@ -20,8 +20,8 @@ $(READY): pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-demo: $(READY) ## Simulate ten devices that learn five tasks each, and write a report
-	@$(BIN)/lightcl simulate quickstart --out runs/quickstart --overwrite
+demo: $(READY) ## Compare SGD, LightCL and LightCL-plus on the same ten devices: a table and a page
+	@$(BIN)/lightcl sweep demo --out runs/demo --overwrite
 
 test: $(READY) ## Run the test suite in two processes (without the slow tests)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup

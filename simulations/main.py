@@ -34,13 +34,17 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("simulations.commands.plan", "Fit a LightCL scenario into a memory budget"),
     "pretrain": ("simulations.commands.pretrain", "Train the network whose first blocks are frozen as the prefix"),
     "report": ("simulations.commands.report", "Rebuild the report of a run"),
-    "bench": ("simulations.commands.bench", "Compare the methods of the paper's Table 1 on one scenario"),
+    "sweep": (
+        "simulations.sweeps.commands",
+        "Run a scenario over a grid of keys and seeds",
+    ),
+    "compare": ("simulations.commands.compare", "Compare runs side by side, as a table and a page"),
     "device": ("client.commands", "Check a board before it joins a fleet"),
     "server": ("server.commands", "Check a scenario on a server that has no images"),
 }
 
 RESUME_ADVICE = {
-    **dict.fromkeys(("simulate", "train", "bench", "sweep"), "; progress is saved, continue with --resume"),
+    **dict.fromkeys(("simulate", "train", "sweep"), "; progress is saved, continue with --resume"),
     "pretrain": "; progress is saved, run the same command again to continue",
 }
 """Printed after an interruption; the other commands write nothing before they are done."""

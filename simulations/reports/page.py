@@ -290,7 +290,8 @@ def listed_devices(devices: Sequence[DeviceHistory]) -> list[DeviceHistory]:
     return ranked[: MOST_DEVICES // 2] + ranked[-MOST_DEVICES // 2 :]
 
 
-def _render(run: ReportedRun, pictures: Sequence[Picture]) -> str:
+def page_environment() -> jinja2.Environment:
+    """Jinja over `templates/`, with the filters that all pages share."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         # Device names and reasons come from other machines.
@@ -306,15 +307,23 @@ def _render(run: ReportedRun, pictures: Sequence[Picture]) -> str:
         "base64": lambda data: base64.b64encode(data).decode("ascii"),
     }
     environment.globals |= {"percent": percent, "points": points}
+    return environment
+
+
+def _render(run: ReportedRun, pictures: Sequence[Picture]) -> str:
     summary = {s: fleet_summary([device.matrix(s) for device in run.compared]) for s in run.scenario.settings}
-    return environment.get_template("report.html.j2").render(
-        reported=run,
-        run=run.run,
-        summary=summary,
-        pictures={picture.name: picture for picture in pictures},
-        listed=listed_devices(run.run.histories),
-        most_devices=MOST_DEVICES,
-        most_reasons=MOST_REASONS,
-        light=plots.LIGHT,
-        dark=plots.DARK,
+    return (
+        page_environment()
+        .get_template("report.html.j2")
+        .render(
+            reported=run,
+            run=run.run,
+            summary=summary,
+            pictures={picture.name: picture for picture in pictures},
+            listed=listed_devices(run.run.histories),
+            most_devices=MOST_DEVICES,
+            most_reasons=MOST_REASONS,
+            light=plots.LIGHT,
+            dark=plots.DARK,
+        )
     )

@@ -24,7 +24,7 @@ from flwr.app import ArrayRecord, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from server.nodes import RunStopped, WorkerDied
+from server.mailbox import RunStopped, WorkerDied
 from simulations.runtime.pool import Job, PoolBroken, WorkerPool
 from simulations.runtime.worker import SHARED_RECORDS, Parcel
 

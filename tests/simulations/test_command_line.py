@@ -280,7 +280,7 @@ def test_the_bundled_scenarios_are_valid_files() -> None:
         assert load_scenario(file).name == file.stem
 
 
-@pytest.mark.parametrize("command", ["simulate", "train", "analyze", "validate", "footprint", "plan", "bench table1"])
+@pytest.mark.parametrize("command", ["simulate", "train", "analyze", "validate", "footprint", "plan", "sweep"])
 def test_help_says_what_a_scenario_is(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], command: str
 ) -> None:

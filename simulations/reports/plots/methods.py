@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from math import isnan
 from typing import Any
 
@@ -12,9 +13,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from simulations.reports.plots.style import FONT, PIXELS_PER_INCH, SIZE, Theme, plot_axes, style_axes
+from simulations.reports.plots.style import FONT, LIGHT, PIXELS_PER_INCH, SIZE, Theme, plot_axes, style_axes
 
-PART_COLOURS: Mapping[str, str] = {
+PART_COLORS: Mapping[str, str] = {
     "parameters": "#33475b", "gradients": "#6f8396", "optimizer state": "#a9b6c6", "kept activations": "#1b8a7a",
     "frozen part": "#7cc4b5", "temporaries": "#e3c567", "buffer": "#c8566b", "weight copies": "#8c4a86",
     "patterns": "#b98fc9", "statistics": "#5b8fd6", "masks": "#3f2b6b",
@@ -36,14 +37,12 @@ def footprint_bars(parts: Mapping[str, Mapping[str, int]], measured: Mapping[str
     places = np.arange(len(names))
     base = np.zeros(len(names))
     handles: list[Any] = []
-    for category, colour in PART_COLOURS.items():
+    for category, color in PART_COLORS.items():
         widths = np.array([parts[name].get(category, 0) for name in names]) / 2**20
         # What is too thin to be seen would only be a colour in the legend that nobody finds.
         if widths.max() > 0.004 * max(sum(p.values()) for p in parts.values()) / 2**20:
-            axes.barh(
-                places, widths, 0.62, left=base, color=colour, zorder=2, edgecolor=theme.background, linewidth=0.6
-            )
-            handles.append(Patch(color=colour, label=category))
+            axes.barh(places, widths, 0.62, left=base, color=color, zorder=2, edgecolor=theme.background, linewidth=0.6)
+            handles.append(Patch(color=color, label=category))
         base = base + widths
     for place, name, total in zip(places, names, base, strict=True):
         shown = measured[name] / 2**20 if name in measured else total
@@ -74,39 +73,61 @@ def footprint_bars(parts: Mapping[str, Mapping[str, int]], measured: Mapping[str
 
 
 MARKERS = "osD^vP*X<>hp8d"
-METHOD_COLOURS = (
+METHOD_COLORS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#33475b", "#e69f00", "#56b4e9", "#8c4a86", "#b4a800", "#a0522d",
     "#7f8c8d", "#c8566b", "#1b8a7a", "#6a5acd",
 )  # fmt: skip
+METHOD_COLORS_DARK = (
+    "#56b4e9", "#f08a3c", "#2fc79a", "#e59bc6", "#a9b6c6", "#f2c14e", "#9fd8ff", "#c58ac0", "#d8cc3c", "#cf8f66",
+    "#b8c4c5", "#ee8d9d", "#5fcabb", "#a79cf0",
+)  # fmt: skip
+"""The same hues, light enough for a dark page."""
 
 
-def accuracy_over_memory(points: Mapping[str, Mapping[str, tuple[float, float, float]]], theme: Theme) -> Figure:
-    """`points[setting][method]`: (measured memory in MiB, mean accuracy, its standard deviation), accuracies in 0..1.
+def colors_of(names: Sequence[str], theme: Theme) -> dict[str, str]:
+    """A color for each name, in order. Neighbors differ in lightness as well as hue."""
+    palette = METHOD_COLORS if theme == LIGHT else METHOD_COLORS_DARK
+    return {name: palette[index % len(palette)] for index, name in enumerate(names)}
 
-    One panel a setting ("cil", "til"); a NaN deviation is not drawn. Up and to the left is better.
+
+STEP_MEMORY = "memory of a training step, measured (MiB)"
+
+
+def accuracy_over_memory(
+    points: Mapping[str, Mapping[str, tuple[float, float, float]]], theme: Theme, memory_label: str = STEP_MEMORY
+) -> Figure:
+    """`points[setting][method]`: (memory in MiB, mean accuracy, its error bar), accuracies in 0..1.
+
+    One panel per setting ("cil", "til"); a NaN error bar is not drawn. Up and to the left is better.
     """
     shown = {setting: values for setting, values in points.items() if values}
     names = list(dict.fromkeys(name for values in shown.values() for name in values))
     layout = ConstrainedLayoutEngine(wspace=0.05)  # without it the second panel's label touches the first panel
     figure = Figure(figsize=(9.8, 4.0), dpi=PIXELS_PER_INCH, layout=layout, facecolor=theme.background)
-    # Neighbours in the list differ in lightness as well as hue, and every method has a shape of its own.
-    colours = {name: METHOD_COLOURS[index % len(METHOD_COLOURS)] for index, name in enumerate(names)}
+    colors = colors_of(names, theme)
     markers = {name: MARKERS[index % len(MARKERS)] for index, name in enumerate(names)}
     for place, (setting, values) in enumerate(shown.items()):
         axes = figure.add_subplot(1, len(shown), 1 + place, facecolor=theme.background)
-        style_axes(axes, theme, "memory of a training step, measured (MiB)", f"{setting.upper()} accuracy (%)")
+        style_axes(axes, theme, memory_label, f"{setting.upper()} accuracy (%)")
         for name, (memory, mean, deviation) in values.items():
             error = None if isnan(deviation) else 100 * deviation
             axes.errorbar(
-                memory, 100 * mean, yerr=error, color=colours[name], marker=markers[name], markersize=8, linestyle="",
+                memory, 100 * mean, yerr=error, color=colors[name], marker=markers[name], markersize=8, linestyle="",
                 elinewidth=1.2, capsize=2.5, markeredgecolor=theme.background, markeredgewidth=0.7, clip_on=False,
             )  # fmt: skip
         axes.set_xlim(left=0)
         ticks = axes.yaxis.get_major_locator().tick_values(*axes.dataLim.intervaly)
         axes.set_ylim(max(0, ticks[0]), min(100, ticks[-1]))  # whole steps: no point lies above the last number
-    handles = [Line2D([], [], color=colours[n], marker=markers[n], markersize=7, linestyle="", label=n) for n in names]
+    handles = [
+        Line2D([], [], color=colors[n], marker=markers[n], markersize=7, linestyle="", label=wrapped(n)) for n in names
+    ]
     figure.legend(
         handles=handles, loc="outside right center", frameon=False, fontsize=FONT, labelcolor=theme.ink,
         handletextpad=0.4, labelspacing=0.7,
     )  # fmt: skip
     return figure
+
+
+def wrapped(label: str) -> str:
+    """A label that fits into a legend, over several lines where it is long."""
+    return textwrap.fill(label, 30, break_on_hyphens=False, max_lines=3, placeholder=" …")

@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
 from lightcl.scenario import Scenario
-from server.nodes import RunStopped, WorkerDied
+from server.mailbox import RunStopped, WorkerDied
 from simulations.runtime import ray_engine
 from simulations.runtime.identity import assume_identity
 from simulations.runtime.ray_grid import RayGrid

@@ -1,0 +1,140 @@
+"""`lightcl compare`: finished or unfinished runs side by side, as a table and a page."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from lightcl.errors import RequestError
+
+MARKDOWN, RECORDS = "comparison.md", "comparison.json"
+
+
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders, or sweep folders (all their runs)")
+    ],
+    out_folder: Annotated[
+        Path, typer.Option("--out", help="Folder for the page, the table and the pictures; replaced if it holds those")
+    ] = Path("runs/comparison"),
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", metavar="NAME", help="Compare with this one; default: the first")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure the memory of a training step in fresh processes")
+    ] = False,
+) -> None:
+    """Compare runs: accuracy, forgetting, memory, bytes and time, with paired differences and 95 % intervals."""
+    from lightcl.errors import nearest
+    from lightcl.storage.files import names_in, writable, write_atomically
+    from simulations.reports.comparison import PAGE, Group, markdown, to_json, write_page
+    from simulations.reports.comparison import compare as compare_groups
+
+    console = Console(emoji=False)
+    groups, baselines = collect(runs), {}
+    if len(groups) < 2:
+        raise RequestError(
+            f"compare: {len(groups)} scenario to compare (runs that differ only in seed or device count as one); "
+            "name at least two"
+        )
+    if baseline is not None:
+        labels = [group.label for group in groups]
+        if baseline not in labels:
+            raise RequestError(
+                f"--baseline: there is no {baseline!r}{nearest(baseline, labels)} (allowed: {', '.join(labels)})"
+            )
+        baselines = dict.fromkeys(labels, baseline)
+    names_in(out_folder, (PAGE, MARKDOWN, RECORDS, "plots"))
+    if measure:
+        groups = [Group(g.label, g.runs, g.step_bytes or _step_bytes(g, console)) for g in groups]
+    title = groups[0].scenario.name if len({g.scenario.name for g in groups}) == 1 else "Comparison of runs"
+    command = shlex.join(["lightcl", *sys.argv[1:]])
+    comparison = compare_groups(groups, title=title, baselines=baselines, command=command)
+    with writable(out_folder):
+        out_folder.mkdir(parents=True, exist_ok=True)
+        page = write_page(comparison, out_folder)
+        write_atomically(out_folder / MARKDOWN, markdown(comparison))
+        write_atomically(out_folder / RECORDS, json.dumps(to_json(comparison), indent=2))
+    print_comparison(comparison, console)
+    console.print(f"page: {os.path.relpath(page)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def collect(paths: list[Path]) -> list[Any]:
+    """The groups behind run and sweep folders. Raises RequestError."""
+    from simulations.reports.comparison import Group, group_runs
+    from simulations.reports.run_figures import read_figures
+
+    alone, groups = [], []
+    for path in paths:
+        if (path / "sweep.json").exists():
+            groups += _sweep_groups(path)
+        else:
+            alone.append(read_figures(path))
+    groups += group_runs(alone)
+    labels = [group.label for group in groups]
+    if len(set(labels)) < len(labels):  # the same name in two sweeps
+        groups = [
+            Group(f"{group.runs[0].path.parent.parent.name}: {group.label}", group.runs, group.step_bytes)
+            if labels.count(group.label) > 1
+            else group
+            for group in groups
+        ]
+    return groups
+
+
+def _sweep_groups(folder: Path) -> list[Any]:
+    """A group for every point of a sweep that has a run."""
+    from simulations.reports.comparison import Group
+    from simulations.reports.run_figures import read_figures
+
+    try:
+        points = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["points"]
+        file = folder / "footprint.json"
+        footprints = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        runs = {point["label"]: [folder / str(run) for run in point["runs"]] for point in points}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RequestError(f"{folder}: its sweep.json cannot be read ({error!r})") from error
+    groups = []
+    for label, paths in runs.items():
+        found = tuple(read_figures(path) for path in paths if (path / "run.json").exists())
+        if found:
+            footprint = footprints.get(label)
+            groups.append(Group(label, found, footprint["measured"]["training"] if footprint else None))
+    if not groups:
+        raise RequestError(f"{folder}: no run of this sweep has begun")
+    return groups
+
+
+def _step_bytes(group: Any, console: Console) -> int | None:
+    from lightcl.analysis.footprint.comparison import footprint_of
+    from lightcl.data.sources import load_source
+
+    console.print(f"measuring the memory of {group.label} in a fresh process", style="dim", highlight=False)
+    source = load_source(group.scenario.source_request())
+    found = footprint_of(group.scenario, source, group.devices[0] if group.devices else 0, measuring=True)
+    return found.measured.training if found.measured else None
+
+
+def print_comparison(comparison: Any, console: Console) -> None:
+    """The comparison as tables in the terminal."""
+    from simulations.reports.comparison import table_rows
+
+    for title, headings, rows in table_rows(comparison):
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+        for number, heading in enumerate(headings):
+            # In a narrow terminal names wrap and stay whole.
+            table.add_column(heading, justify="left" if number == 0 else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    for line in comparison.warnings:
+        console.print(f"warning: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,228 @@
+"""Runs side by side, from run folders made by hand; every expected figure is worked out from the rows below."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightcl.errors import RequestError
+from lightcl.records.folder import RunFolder
+from lightcl.scenario import Scenario
+from simulations.commands.compare import collect, compare
+from simulations.reports.comparison import Group, build_comparison, difference, group_runs, pairing_problems, to_json
+from simulations.reports.run_figures import read_figures
+
+ENDS = {"sgd": [[0.4, 0.8], [0.2, 0.6]], "lightcl": [[0.8, 0.8], [0.5, 0.7]]}
+"""`[device]`: TIL accuracies at the end; CIL is half of them. Both tasks were learned to 0.9 at first.
+
+SGD: 0.6 and 0.4 on average, forgetting 0.5 and 0.7. LightCL: 0.8 and 0.6, forgetting 0.1 and 0.4.
+"""
+
+
+def make_run(path: Path, method: str, *, seed: int = 0, alpha: float | None = None, dropped: tuple[int, ...] = (),
+             finish: bool = True, shift: float = 0.0, train: int = 0) -> Path:  # fmt: skip
+    fleet = {"devices": 2} | ({"partition": "dirichlet", "alpha": alpha} if alpha else {})
+    scenario = Scenario.model_validate(
+        {"name": "by-hand", "seed": seed, "stream": {"tasks": 2}, "fleet": fleet, "method": {"name": method}}
+    )
+    folder = RunFolder(path)
+    partition = [{"device": d, "train": [train, d], "test": [9]} for d in range(2)]
+    folder.begin(scenario, {"run": "r", "kind": "fleet", "command": "lightcl simulate x"}, partition)
+    for task in range(2):
+        rows: list[dict[str, Any]] = []
+        for device, end in enumerate(ENDS[method]):
+            row = {"round": task + 1, "device": device, "name": f"d{device}", "task": task, "epochs": 1}
+            row |= {"bytes_down": 0, "bytes_up": 0, "timing": {"peak_memory_mib": 500.0 + device + task}}
+            if device not in dropped:
+                til = [value + shift for value in ([0.9], end)[task]]
+                row |= {"examples": 5, "loss": 1.0, "til": til, "cil": [v / 2 for v in til]}
+            rows.append(row)
+        folder.append("devices.jsonl", rows)
+        timing = {"train_seconds": 3.0, "seconds": 5.0}
+        row = {"round": task + 1, "task": task, "devices": 2, "failed": 0, "til": None, "cil": None, "timing": timing}
+        folder.append("rounds.jsonl", [row | {"bytes_down": 1_000_000, "bytes_up": 2_000_000}])
+    if finish:
+        folder.finish({"status": "completed", "devices": 2, "dropped": {str(d): "why" for d in dropped}, "rounds": 2})
+    return path
+
+
+def group(*paths: Path, label: str = "g", step: int | None = None) -> Group:
+    return Group(label, tuple(map(read_figures, paths)), step)
+
+
+def text_of(page: Path) -> str:
+    source = re.sub(r"<style>.*?</style>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", source)).split())
+
+
+def test_a_run_is_read(tmp_path):
+    run = read_figures(make_run(tmp_path / "a", "sgd"))
+    assert run.figures["til average_accuracy"] == pytest.approx({0: 0.6, 1: 0.4})
+    assert run.figures["til forgetting"] == pytest.approx({0: 0.5, 1: 0.7})
+    assert run.figures["cil average_accuracy"] == pytest.approx({0: 0.3, 1: 0.2})
+    assert run.curve("til") == pytest.approx([0.9, 0.5])
+    assert (run.bytes_down, run.bytes_up, run.seconds, run.process_mib) == (2_000_000, 4_000_000, 10.0, 502.0)
+    assert (run.device, run.complete, run.devices) == (None, True, [0, 1])
+
+
+def test_pairs_of_device_and_seed_by_hand(tmp_path):
+    sgd = group(make_run(tmp_path / "a", "sgd"))
+    lightcl = group(make_run(tmp_path / "b", "lightcl"))
+    assert pairing_problems(lightcl, sgd) == []
+    found = difference(lightcl, sgd, "til", "forgetting")
+    # 0.1 - 0.5 and 0.4 - 0.7: mean -0.35, error 0.05; t(0.975, 1) = 12.7062.
+    assert found is not None
+    assert (found.paired, found.count) == (True, 2)
+    assert found.mean == pytest.approx(-0.35)
+    assert found.low == pytest.approx(-0.35 - 12.7062 * 0.05, abs=1e-4)
+    gained = difference(lightcl, sgd, "til", "average_accuracy")
+    assert gained is not None
+    assert gained.mean == pytest.approx(0.2)
+    assert gained.clear, "both devices gain 20 points"
+
+
+def test_runs_that_differ_only_in_seed_are_one_group(tmp_path):
+    paths = [make_run(tmp_path / f"{m}-{s}", m, seed=s, shift=s / 100) for m in ENDS for s in (0, 1)]
+    groups = group_runs([read_figures(path) for path in paths])
+    assert [(g.label, g.seeds) for g in groups] == [("sgd", [0, 1]), ("lightcl", [0, 1])]
+    mean = groups[0].mean("til", "average_accuracy")
+    # 0.6, 0.4 and one point more each: 0.505 over four.
+    assert mean is not None
+    assert (mean.mean, mean.count) == (pytest.approx(0.505), 4)
+    twice = group_runs([read_figures(paths[0]), read_figures(make_run(tmp_path / "again", "sgd"))])
+    assert [g.label for g in twice] == ["sgd-0", "again"], "the same seed again is another group"
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"alpha": 0.5}, "fleet.partition is dirichlet and iid"),
+        ({"seed": 1}, "the seeds are 1 and 0"),
+        ({"train": 7}, "partition.json gives the devices other images"),
+    ],
+)
+def test_unlike_runs_are_compared_without_pairs_and_a_warning_says_why(tmp_path, options, problem):
+    sgd = group(make_run(tmp_path / "a", "sgd"), label="sgd")
+    other = group(make_run(tmp_path / "b", "lightcl", **options), label="lightcl")
+    assert problem in pairing_problems(other, sgd)
+    found = difference(other, sgd, "til", "average_accuracy")
+    assert found is not None
+    assert not found.paired
+    assert found.mean == pytest.approx(0.2)
+    # Variances 0.02 each, over two: together 0.02; Welch's 2 degrees of freedom: t(0.975, 2) = 4.302653.
+    assert found.high == pytest.approx(0.2 + 4.302653 * 0.02**0.5, abs=1e-5)
+    comparison = build_comparison([sgd, other], tmp_path / "out", title="t")
+    assert problem in comparison.warnings[0]
+    assert "unpaired" in text_of(tmp_path / "out" / "comparison.html")
+
+
+def test_a_lost_device_leaves_the_pairs_that_there_are(tmp_path):
+    sgd = group(make_run(tmp_path / "a", "sgd"), label="sgd")
+    other = group(make_run(tmp_path / "b", "lightcl", dropped=(1,)), label="lightcl")
+    comparison = build_comparison([sgd, other], tmp_path / "out", title="t")
+    found = comparison.differences["lightcl"]["til average_accuracy"]
+    assert found is not None
+    assert (found.count, found.paired) == (1, True)
+    assert comparison.warnings == [
+        "lightcl and sgd: 1 results have no partner (a device that did not finish); 1 pairs are left",
+        "lightcl: b dropped device 1",
+    ]
+
+
+def test_the_page_and_its_numbers(tmp_path):
+    groups = [group(make_run(tmp_path / "a", "sgd"), label="sgd", step=2**20 * 30)]
+    groups += [group(make_run(tmp_path / "b", "lightcl"), label="lightcl", step=2**20 * 15)]
+    (tmp_path / "a" / "report.html").touch()
+    comparison = build_comparison(groups, tmp_path / "out", title="Ten <devices>", command="lightcl compare a b")
+    page = text_of(tmp_path / "out" / "comparison.html")
+    assert "Ten <devices>" in page
+    # TIL, CIL, forgetting of both; 30 MiB; bytes and time. Where a step was measured the process is not shown.
+    assert "sgd 0 2 50.0 ± 10.0 25.0 ± 5.0 60.0 ± 10.0 30.0 ± 5.0 30.0 2.0 MB, 4.0 MB 10.0 s" in page
+    assert "lightcl sgd 2 +20.0 +20.0 … +20.0 +10.0 +10.0 … +10.0 −35.0 −98.5 … +28.5 −17.5 −49.3 … +14.3" in page
+    assert "method.name sgd lightcl" in page
+    source = (tmp_path / "out" / "comparison.html").read_text()
+    assert 'href="../a/report.html"' in source
+    assert source.count("data:image/png") == 6, "three pictures, light and dark"
+    assert "http" not in re.sub(r"data:image[^\"]*", "", source), "the page needs nothing but itself"
+    names = sorted(file.name for file in (tmp_path / "out" / "plots").iterdir())
+    assert names == ["compare-accuracy.png", "compare-forgetting.png", "compare-memory.png"]
+    values = json.loads(json.dumps(to_json(comparison), allow_nan=False))
+    assert values["groups"][1]["differences"]["til forgetting"]["mean"] == pytest.approx(-0.35)
+    assert values["groups"][0]["differences"] == {}
+
+
+def test_the_command(tmp_path, capsys):
+    runs = [make_run(tmp_path / m, m) for m in ENDS]
+    compare(runs, out_folder=tmp_path / "out")
+    out = " ".join(capsys.readouterr().out.split())
+    assert "lightcl" in out
+    assert "page: " in out
+    assert "| lightcl | sgd | 2 | +20.0 [+20.0, +20.0] |" in (tmp_path / "out" / "comparison.md").read_text()
+    compare(runs, out_folder=tmp_path / "out", baseline="lightcl")  # a comparison can be made again
+    assert "| sgd | lightcl | 2 | −20.0" in (tmp_path / "out" / "comparison.md").read_text()
+
+
+def test_wrong_requests_are_refused(tmp_path):
+    run = make_run(tmp_path / "a", "sgd")
+    with pytest.raises(RequestError, match="at least two"):
+        compare([run], out_folder=tmp_path / "out")
+    with pytest.raises(RequestError, match=r"holds no readable run.json"):
+        compare([run, tmp_path / "nothing"], out_folder=tmp_path / "out")
+    other = make_run(tmp_path / "b", "lightcl")
+    with pytest.raises(RequestError, match="--baseline: there is no 'lightcl2', did you mean 'lightcl'"):
+        compare([run, other], out_folder=tmp_path / "out", baseline="lightcl2")
+    with pytest.raises(RequestError, match="holds other files"):
+        compare([run, other], out_folder=tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_runs_of_a_sweep_folder(tmp_path):
+    sweep = tmp_path / "sweep"
+    runs = [make_run(sweep / "runs" / f"{m}-seed-0", m) for m in ENDS]
+    points = [{"label": m, "runs": [f"runs/{m}-seed-0", f"runs/{m}-seed-1"]} for m in ENDS]
+    (sweep / "sweep.json").write_text(json.dumps({"points": points, "starts": []}))
+    sizes = {"sgd": {"measured": {"training": 30 * 2**20}}}
+    (sweep / "footprint.json").write_text(json.dumps(sizes))
+    groups = collect([sweep])
+    assert [(g.label, len(g.runs), g.step_bytes) for g in groups] == [("sgd", 1, 30 * 2**20), ("lightcl", 1, None)]
+    assert groups[0].runs[0].path == runs[0]
+    (sweep / "sweep.json").write_text("{}")
+    with pytest.raises(RequestError, match=r"sweep.json cannot be read"):
+        collect([sweep])
+
+
+def test_a_panel_for_each_setting_and_a_bar_for_each_run():
+    from simulations.reports.plots import DARK, LIGHT, accuracy_of_runs, accuracy_over_memory, forgetting_of_runs, png
+
+    curves = {"til": {"a": [0.9, 0.8], "b": [float("nan"), 0.7]}, "cil": {"a": [0.5, 0.4]}}
+    figure = accuracy_of_runs(curves, {"til": 0.5, "cil": 0.1}, LIGHT)
+    assert png(figure)
+    left, right = figure.axes
+    assert [list(line.get_ydata()) for line in left.lines[:2]] == [[90.0, 80.0], [70.0]]
+    assert len(right.lines) == 2, "one run and the chance line"
+    bars = forgetting_of_runs({"til": {"a": (0.1, 0.02), "b": (0.3, float("nan"))}}, DARK)
+    assert [round(bar.get_width(), 6) for bar in bars.axes[0].patches] == [10.0, 30.0]
+    accuracies = {"sgd": 0.4396, "joint": 0.7528, "lightcl-sparse": 0.2275}
+    points = {s: {name: (30.0, mean, 0.02) for name, mean in accuracies.items()} for s in ("cil", "til")}
+    figure = accuracy_over_memory(points, LIGHT)
+    assert png(figure)  # draws it
+    left, right = figure.axes
+    assert right.get_tightbbox().x0 - left.get_window_extent().x1 > 20  # pixels, at 192 per inch
+    for axes in figure.axes:
+        shown = [tick for tick in axes.get_yticks() if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]]
+        assert shown[0] <= 20.75
+        assert shown[-1] >= 77.28
+
+
+def test_a_perfect_accuracy_ends_the_axis_at_100():
+    from simulations.reports.plots import LIGHT, accuracy_over_memory
+
+    figure = accuracy_over_memory({"til": {"sgd": (3.0, 1.0, 0.0), "er": (4.0, 0.97, 0.01)}}, LIGHT)
+    assert figure.axes[0].get_ylim()[1] == 100
+    alone = accuracy_over_memory({"til": {"sgd": (3.0, 0.0, float("nan"))}}, LIGHT).axes[0].get_ylim()
+    assert alone[0] == 0 < alone[1]
