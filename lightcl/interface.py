@@ -60,7 +60,7 @@ class OpenDevice:
             )
         self.scenario, self.number = scenario, number
         self._temporary = tempfile.TemporaryDirectory(prefix="lightcl-") if folder is None else None
-        self.folder = Path(folder if self._temporary is None or folder else self._temporary.name)
+        self.folder = Path(self._temporary.name if self._temporary is not None else folder or ".")
         try:
             self.edge = EdgeDevice(scenario, number, self.folder, source=source, share=share)
         except BaseException:
@@ -117,7 +117,8 @@ class OpenDevice:
         """
         logits = self.logits(images)
         if task is None:
-            return logits.argmax(1)
+            found: np.ndarray = logits.argmax(1)
+            return found
         classes = np.asarray(self.edge.stream.to_learn(self._position(task)).classes)
         chosen: np.ndarray = classes[logits[:, classes].argmax(1)]
         return chosen

@@ -69,7 +69,8 @@ def load_scenario(
     relative to the current folder. Raises RequestError naming file, line and key.
     """
     if isinstance(given, Mapping):
-        file, tree, values = "scenario", None, {key: _copy(value) for key, value in given.items()}
+        file, tree = "scenario", None
+        values: dict[str, Any] = {key: _copy(value) for key, value in given.items()}
     else:
         file, tree, values = _read(find_scenario(Path(given)))
     values = {key: {} if value is None and key in SECTIONS else value for key, value in values.items()}
@@ -91,7 +92,7 @@ def load_scenario(
         raise RequestError("\n".join(dict.fromkeys(lines))) from error
 
 
-def _copy(value: object) -> object:
+def _copy(value: Any) -> Any:
     """A section that changes do not write through to the caller's."""
     return dict(value) if isinstance(value, Mapping) else value
 
