@@ -91,6 +91,8 @@ def test_a_method_from_a_file_on_one_device_and_in_rays_workers(toy: Path, tmp_p
     alone, fleet = learned(tmp_path / "alone"), learned(tmp_path / "fleet")
     assert len(alone) == 2
     assert [row for row in fleet if row["device"] == 0] == alone
+    assert "name the plugin's file in LIGHTCL_PLUGINS" in lightcl(tmp_path, "report", "alone", code=2)
+    lightcl(tmp_path, "report", "alone", LIGHTCL_PLUGINS=str(METHOD))
     lightcl(tmp_path, "train", toy, "--out", "sgd")
     plain = learned(tmp_path / "sgd")
     assert plain[0]["loss"] == alone[0]["loss"], "the first task has no anchor"
