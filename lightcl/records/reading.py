@@ -199,7 +199,10 @@ def recorded_scenario(folder: RunFolder, values: dict[str, Any]) -> Scenario:
     try:
         return scenario_from_json(json.dumps(translated(values)))
     except RequestError as error:
-        raise RequestError(f"{folder.path / 'run.json'}: the scenario in it is not valid: {error}") from error
+        advice = (
+            "; if a plugin registers it, name the plugin's file in LIGHTCL_PLUGINS" if "unknown" in str(error) else ""
+        )
+        raise RequestError(f"{folder.path / 'run.json'}: the scenario in it is not valid: {error}{advice}") from error
 
 
 def _last_written(files: Iterable[Path]) -> datetime:

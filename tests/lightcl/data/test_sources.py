@@ -494,7 +494,7 @@ def reads(monkeypatch) -> list[str]:
         counted.append(str(request.path))
         return kind.read(request)
 
-    monkeypatch.setitem(sources._KINDS, "parquet", replace(kind, read=count))
+    monkeypatch.setitem(sources.SOURCES._objects, "parquet", replace(kind, read=count))
     return counted
 
 
@@ -598,7 +598,7 @@ def test_unknown_source_is_refused_with_the_nearest_name():
 
 
 def test_a_plugin_adds_a_source(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_KINDS", dict(sources._KINDS))
+    monkeypatch.setattr(sources.SOURCES, "_objects", dict(sources.SOURCES))
     calls = []
 
     def stripes(request: SourceRequest) -> image_cache.Source:
@@ -614,6 +614,8 @@ def test_a_plugin_adds_a_source(tmp_path, monkeypatch):
     assert Data(source="stripes").request(0).name == "stripes"
     with pytest.raises(RequestError, match="data source 'digits' is built in"):
         register_source("digits", stripes)
+    with pytest.raises(RequestError, match=r"data source 'stripes' is registered twice: by .*stripes and by .*fashion"):
+        register_source("stripes", fashion)
 
 
 @pytest.mark.parametrize(
