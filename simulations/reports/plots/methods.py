@@ -39,7 +39,7 @@ def footprint_bars(parts: Mapping[str, Mapping[str, int]], measured: Mapping[str
     handles: list[Any] = []
     for category, color in PART_COLORS.items():
         widths = np.array([parts[name].get(category, 0) for name in names]) / 2**20
-        # What is too thin to be seen would only be a colour in the legend that nobody finds.
+        # What is too thin to be seen would only be a color in the legend that nobody finds.
         if widths.max() > 0.004 * max(sum(p.values()) for p in parts.values()) / 2**20:
             axes.barh(places, widths, 0.62, left=base, color=color, zorder=2, edgecolor=theme.background, linewidth=0.6)
             handles.append(Patch(color=color, label=category))
