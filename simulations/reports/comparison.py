@@ -314,9 +314,7 @@ def draw(comparison: Comparison) -> list[Picture]:
         draw_accuracy = partial(plots.accuracy_of_runs, curves, guessing)
         drawn.append(Drawing("compare-accuracy", "Average accuracy after each task, by run", draw_accuracy))
     if any(bars.values()):
-        drawn.append(
-            Drawing("compare-forgetting", "Mean forgetting, by run", partial(plots.forgetting_of_runs, bars))
-        )
+        drawn.append(Drawing("compare-forgetting", "Mean forgetting, by run", partial(plots.forgetting_of_runs, bars)))
     # One kind of memory per picture: that of a training step where it was measured, else that of the processes.
     memory = {g.label: g.step_bytes / MIB if g.step_bytes else None for g in groups}
     label = plots.STEP_MEMORY

@@ -26,6 +26,8 @@ class Column:
     """On the page; None for text."""
     scale: float = 1.0
     """On the page; 100 for an accuracy."""
+    grouped: bool = True
+    """On the page: a comma between thousands; False for numbers that are names."""
 
     def known(self, device: DeviceHistory) -> Value:
         """The value, or None where there is none."""
@@ -44,7 +46,9 @@ class Column:
         value = self.rounded(device)
         if value is None:
             return DASH
-        return value if isinstance(value, str) else minus(f"{value:,.{self.decimals}f}")
+        if isinstance(value, str):
+            return value
+        return minus(f"{value:{',' if self.grouped else ''}.{self.decimals}f}")
 
 
 def columns_of(run: ReportedRun) -> list[Column]:
@@ -54,7 +58,7 @@ def columns_of(run: ReportedRun) -> list[Column]:
         return lambda device: device.figures[setting][key] if setting in device.figures else None
 
     devices, settings = run.run.histories, run.scenario.settings
-    columns = [Column("device", "Device", lambda d: d.number)]
+    columns = [Column("device", "Device", lambda d: d.number, grouped=False)]
     if any(device.name for device in devices):
         columns.append(Column("name", "Name", lambda d: d.name, None))
     columns.append(Column("tasks_learned", "Tasks learned", lambda d: run.learned[d.number]))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lightcl.errors import RequestError
+from lightcl.records import DeviceRow, Results, RoundRow
 from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario
 from simulations.commands.compare import collect, compare
@@ -42,12 +43,13 @@ def make_run(path: Path, method: str, *, seed: int = 0, alpha: float | None = No
                 til = [value + shift for value in ([0.9], end)[task]]
                 row |= {"examples": 5, "loss": 1.0, "til": til, "cil": [v / 2 for v in til]}
             rows.append(row)
-        folder.append("devices.jsonl", rows)
+        folder.append("devices.jsonl", [DeviceRow.from_json(row) for row in rows])
         timing = {"train_seconds": 3.0, "seconds": 5.0}
-        row = {"round": task + 1, "task": task, "devices": 2, "failed": 0, "til": None, "cil": None, "timing": timing}
-        folder.append("rounds.jsonl", [row | {"bytes_down": 1_000_000, "bytes_up": 2_000_000}])
+        row = {"round": task + 1, "task": task, "devices": 2, "failed": 0, "devices_finished": 0, "timing": timing}
+        folder.append("rounds.jsonl", [RoundRow.from_json(row | {"bytes_down": 1_000_000, "bytes_up": 2_000_000})])
     if finish:
-        folder.finish({"status": "completed", "devices": 2, "dropped": {str(d): "why" for d in dropped}, "rounds": 2})
+        reasons = dict.fromkeys(dropped, "why")
+        folder.finish(Results.of([], 2, devices=2, dropped=reasons, rounds=folder.rounds()))
     return path
 
 
