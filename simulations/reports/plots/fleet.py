@@ -51,15 +51,8 @@ def accuracy_by_images(images: np.ndarray, accuracy: Mapping[str, np.ndarray], t
         if not known.any():
             continue
         number, reached = images[known], 100 * values[known]
-        axes.plot(
-            number,
-            reached,
-            ".",
-            color=color,
-            markersize=2.2,
-            alpha=float(np.clip(300 / len(number), 0.08, 0.5)),
-            markeredgewidth=0,
-        )
+        alpha = float(np.clip(300 / len(number), 0.08, 0.5))
+        axes.plot(number, reached, ".", color=color, markersize=2.2, alpha=alpha, markeredgewidth=0)
         order = np.argsort(number, kind="stable")
         groups = [g for g in np.array_split(order, min(IMAGE_BINS, len(order))) if len(g)]
         places = [float(np.median(number[g])) for g in groups]

@@ -326,10 +326,10 @@ def test_holes_of_a_matrix_are_dashes() -> None:
 
 
 def reported_with(devices: list[DeviceHistory]) -> Any:
+    scenario = Scenario(stream=Stream(tasks=3))
     run = SimpleNamespace(
-        histories=devices, dropped={}, partition={}, devices=[], results=None, scenario=Scenario(stream=Stream(tasks=3)),
-        analysis=None,
-    )  # fmt: skip
+        histories=devices, dropped={}, partition={}, devices=[], results=None, scenario=scenario, analysis=None
+    )
     return reported(run)  # type: ignore[arg-type]
 
 
