@@ -6,8 +6,8 @@ arXiv 2407.10545.
     loss = CE(logits[:, classes of the task], y) + β·( Σ_m Σ (mask_m ⊙ (F_m - F*_m))² + Σ (logits - logits*)² )
 
 F* and logits* are recorded before each task on `memory_size` samples *of that task*; no old sample is kept. Deviations
-of the default from the paper's code, all selectable: the prefix is frozen with its batch-norm, exactly `keep` channels
-are vital, and the suffix's batch-norm uses its running statistics on the memory samples (`memory_batch_norm`), so the
+of the default from the paper's code, all of them selectable: the prefix is frozen with its batch-norm, exactly `keep`
+channels are vital, and the suffix's batch-norm uses its running statistics on the memory samples (`memory_batch_norm`), so the
 patterns are those of the network that will be tested. In every preset importance is taken in evaluation mode on
 un-augmented images, and memory samples never move a running statistic.
 
@@ -104,7 +104,7 @@ class LightCLParameters(MethodParameters):
     def cost(self) -> StepCost:
         if self.beta == 0:
             return StepCost()
-        return StepCost(held=self.memory_size, pattern_samples=self.memory_size, vital_ratio=self.ratio)
+        return StepCost(suffix_samples=self.memory_size, pattern_samples=self.memory_size, vital_ratio=self.ratio)
 
 
 @register(LightCLParameters)

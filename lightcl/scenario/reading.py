@@ -95,7 +95,7 @@ def _method_in(text: str) -> object:
 
 
 def _reach(change: str) -> tuple[int, bool]:
-    """Sorts what replaces a whole section before what sets a key in it, so that neither order of typing loses a key."""
+    """Sorts replacements of a section before settings of its keys, so that no key is lost in either order of typing."""
     key = change.partition("=")[0]
     return key.count("."), key != "method.name"
 
@@ -162,12 +162,12 @@ def _place(
     """Where one of the keys was given, and that key: by --set, else in a line of the file, else nowhere."""
     keys = [".".join(str(part) for part in location) for location in locations]
     lines = [line_of(tree, location) for location in locations]
-    for key, (_, whole) in zip(keys, lines, strict=True):
+    for key, (_, replaced) in zip(keys, lines, strict=True):
         for change in sorted(changed, key=len, reverse=True):  # the most particular first
-            if f"{key}.".startswith(f"{change}.") or (not whole and change.startswith(f"{key}.")):
+            if f"{key}.".startswith(f"{change}.") or (not replaced and change.startswith(f"{key}.")):
                 return f"--set {change}", key
-    for key, (line, whole) in zip(keys, lines, strict=True):
-        if whole:
+    for key, (line, replaced) in zip(keys, lines, strict=True):
+        if replaced:
             return f"{file}, line {line}", key
     line = lines[0][0]
     return f"{file}, line {line}" if line else str(file), keys[0]

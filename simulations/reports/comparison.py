@@ -141,7 +141,7 @@ def pairing_problems(first: Group, second: Group) -> list[str]:
     for section, keys in (("data", DATA_KEYS), ("fleet", None), ("stream", None)):
         left, right = (getattr(s, section).model_dump(mode="json") for s in (one, other))
         for key in left:
-            # What a method is tested for does not change what it learns from.
+            # The settings of the test do not change the training data.
             if (keys is None or key in keys) and key != "settings" and left[key] != right[key]:
                 problems.append(f"{section}.{key} is {left[key]} and {right[key]}")
     if first.seeds != second.seeds:

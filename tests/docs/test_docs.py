@@ -189,7 +189,7 @@ def test_every_command_of_the_program_is_on_the_reference_page() -> None:
     with click.Context(group) as context:
         names = group.list_commands(context)
     missing = [name for name in names if f"`lightcl {name}" not in page]
-    assert not missing or set(missing) <= {"analyse", "bench"}, f"not on docs/reference/command-line.md: {missing}"
+    assert not missing or set(missing) <= {"analyze", "bench"}, f"not on docs/reference/command-line.md: {missing}"
 
 
 PYTHON = [block for block in BLOCKS if block.language == "python"]

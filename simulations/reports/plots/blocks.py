@@ -13,7 +13,7 @@ from simulations.reports.plots.style import FONT, PIXELS_PER_INCH, Theme, legend
 
 
 def generalizability(found: Generalizability, threshold: float, theme: Theme) -> Figure:
-    """Memory stability, learning plasticity and readiness of every block: a line a task, and the mean over them.
+    """Memory stability, learning plasticity and readiness of every block: one line per task, and their mean.
 
     Tinted blocks are those that `threshold` freezes; readiness has no part in that, so no threshold is drawn with it.
     """

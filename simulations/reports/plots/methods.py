@@ -117,7 +117,7 @@ def accuracy_over_memory(
             )  # fmt: skip
         axes.set_xlim(left=0)
         ticks = axes.yaxis.get_major_locator().tick_values(*axes.dataLim.intervaly)
-        axes.set_ylim(max(0, ticks[0]), min(100, ticks[-1]))  # whole steps: no point lies above the last number
+        axes.set_ylim(max(0, ticks[0]), min(100, ticks[-1]))  # full steps: no point lies above the last number
     handles = [
         Line2D([], [], color=colors[n], marker=markers[n], markersize=7, linestyle="", label=wrapped(n)) for n in names
     ]

@@ -27,7 +27,7 @@ FONT = 9.0
 
 @dataclass(frozen=True)
 class Theme:
-    """Colors as hex. TIL and CIL are blue and vermilion of Okabe & Ito, told apart with every color vision.
+    """Colors as hex. TIL and CIL are blue and vermilion of Okabe & Ito, distinguishable with every color vision.
 
     `first` and `second` are the parts of a stacked bar; they differ in lightness and are not TIL's and CIL's colors,
     so that no color means two things.
@@ -97,7 +97,7 @@ def legend_line(color: str, label: str) -> Line2D:
 
 
 def task_ticks(axes: Axes, tasks: int) -> None:
-    """Whole numbers, and every task where there is room."""
+    """Integers; every task where there is room."""
     if tasks <= 12:
         axes.set_xticks(range(tasks))
     else:
