@@ -79,8 +79,8 @@ STRATEGY_OPTIONS: dict[StrategyName, type[Section]] = {
 
 class Server(Section):
     aggregation: Literal["none", "suffix", "suffix+head"] = "none"
-    """none: isolated devices; suffix: the weighted average of the suffixes is shared, heads stay local; suffix+head: both
-    are shared."""
+    """none: isolated devices; suffix: the weighted average of the suffixes is shared, heads stay local;
+    suffix+head: both are shared."""
     strategy: StrategyName = "FedAvg"
     """The Flower strategy (flwr.serverapp.strategy) that computes the new shared weights. FedAvg: mean weighted by
     examples; FedAvgM: with momentum on the server; FedAdam, FedAdagrad, FedYogi: the mean change is the gradient of

@@ -7,9 +7,9 @@ arXiv 2407.10545.
 
 F* and logits* are recorded before each task on `memory_size` samples *of that task*; no old sample is kept. Deviations
 of the default from the paper's code, all of them selectable: the prefix is frozen with its batch-norm, exactly `keep`
-channels are vital, and the suffix's batch-norm uses its running statistics on the memory samples (`memory_batch_norm`), so the
-patterns are those of the network that will be tested. In every preset importance is taken in evaluation mode on
-un-augmented images, and memory samples never move a running statistic.
+channels are vital, and the suffix's batch-norm uses its running statistics on the memory samples (`memory_batch_norm`),
+so the patterns are those of the network that will be tested. In every preset importance is computed in evaluation mode
+on un-augmented images, and memory samples never change a running statistic.
 
 `preset: scale-free` is ours: drift is measured without a unit (`reduction`), so that one β serves every width, and only
 the logits of classes seen before are regularized (`held_logits`): tying the logits of new classes to their values from

@@ -27,7 +27,7 @@ def distribution(values: Mapping[str, np.ndarray], label: str, theme: Theme) -> 
     known = {setting: 100 * v[~np.isnan(v)] for setting, v in values.items()}
     everything = np.concatenate(list(known.values()))
     low, high = (everything.min(), everything.max()) if len(everything) else (0.0, 100.0)
-    edges = np.linspace(low, high if high > low else low + 1.0, BINS + 1)
+    edges = np.linspace(low, high if high > low else low + 1.0, BINS + 1).tolist()
     for setting, v in known.items():
         color = theme.settings[setting]
         axes.hist(v, edges, color=color, alpha=0.35, histtype="stepfilled", linewidth=0)
