@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lightcl.analysis.generalizability import OnStep, analyse, analysed_scenario
+from lightcl.analysis.generalizability import OnStep, analyze, analyzed_scenario
 from lightcl.assembly import build_network, build_stream, tasks_of_fleet
 from lightcl.data.partition import Share, partition
 from lightcl.data.sources import Source, load_source
@@ -64,7 +64,7 @@ def prepare(scenario: Scenario) -> Prepared:
     source = load_source(scenario.source_request())
     shares = partition(source, scenario.fleet, scenario.seed)
     _check_all_learn(scenario, source, shares)
-    buildable = analysed_scenario(scenario) if scenario.network.freeze == "auto" else scenario
+    buildable = analyzed_scenario(scenario) if scenario.network.freeze == "auto" else scenario
     network = build_network(buildable, in_channels=source.channels, classes=len(source.classes))
     buildable.method.build(network)  # a method may refuse a network
     if scenario.server.aggregation != "none" and not outgoing(network, scenario.server.aggregation):
@@ -91,7 +91,7 @@ def choose_freeze_point(prepared: Prepared, on_step: OnStep | None = None) -> Pr
     scenario, source = prepared.scenario, prepared.source
     if scenario.network.freeze != "auto":
         return prepared
-    analysis = analyse(scenario, 0, source, prepared.shares[0], on_step).record(scenario.network.freeze_threshold)
+    analysis = analyze(scenario, 0, source, prepared.shares[0], on_step).record(scenario.network.freeze_threshold)
     scenario = _with_freeze(scenario, analysis["freeze"])
     network = build_network(scenario, in_channels=source.channels, classes=len(source.classes))
     scenario.method.build(network)  # raises RequestError if the method does not accept this point

@@ -39,7 +39,7 @@ from lightcl.scenario import Scenario
 from lightcl.seeds import numpy_generator
 
 PROBES = 128
-"""Probe images of a task: those held out of its training, filled up with training images where they are fewer."""
+"""Probe images per task: its held-out images, and training images where there are too few of those."""
 PROBE_BATCH = 32
 
 OnStep = Callable[[str, int, int], None]
@@ -49,7 +49,7 @@ OnStep = Callable[[str, int, int], None]
 class LinearCKA:
     """Linear CKA between two representations of the same rows, which come in batches.
 
-        CKA(X, Y) = ‖YᵀX‖²_F / (‖XᵀX‖_F ‖YᵀY‖_F),   columns of X `[n, p]` and Y `[n, q]` centred
+        CKA(X, Y) = ‖YᵀX‖²_F / (‖XᵀX‖_F ‖YᵀY‖_F),   columns of X `[n, p]` and Y `[n, q]` centered
 
     Only sums of `[p + q, p + q]` numbers are kept, in float64, however many rows there are.
     """
@@ -74,19 +74,19 @@ class LinearCKA:
 
     def value(self) -> float:
         """In 0..1. Where only one of the two varies it is 0; where neither does, they are the same and it is 1."""
-        centred = self._products - torch.outer(self._sum, self._sum) / max(1, self._rows)
+        centered = self._products - torch.outer(self._sum, self._sum) / max(1, self._rows)
         p = self._split
-        own, others = centred[:p, :p].norm(), centred[p:, p:].norm()
+        own, others = centered[:p, :p].norm(), centered[p:, p:].norm()
         if own == 0 or others == 0:
             return float(own == others)
-        return float((centred[p:, :p].square().sum() / (own * others)).clamp(0, 1))
+        return float((centered[p:, :p].square().sum() / (own * others)).clamp(0, 1))
 
 
 @torch.no_grad()
 def block_similarity(one: Backbone, other: Backbone, batches: Iterable[Tensor]) -> dict[str, float]:
     """Linear CKA between two networks of one shape at every block, over uint8 images `[N, C, H, W]`.
 
-    Both run side by side in evaluation mode and fp32, so that only one map of each is held at a time.
+    Both run side by side in evaluation mode and fp32, so that only one map of each is in memory at a time.
     """
     one.eval()
     other.eval()
@@ -115,7 +115,7 @@ class BlockFigures:
 
 @dataclass(frozen=True)
 class Generalizability:
-    """What an analysis found, block by block in the network's order."""
+    """The result of an analysis, block by block in the network's order."""
 
     device: int
     epochs: int
@@ -125,7 +125,7 @@ class Generalizability:
         """The last block that is general, as are all before it: MS and LP, as means over tasks, reach `threshold`.
 
         "none" where the first block is not. The last block of the network is never chosen: a method needs something
-        to train and to regularise, a fleet something to share.
+        to train and to regularize, a fleet something to share.
         """
         point = "none"
         for name, block in list(self.blocks.items())[:-1]:
@@ -151,8 +151,8 @@ class Generalizability:
         return cls(record["device"], record["epochs"], {n: BlockFigures(**b) for n, b in record["blocks"].items()})
 
 
-def analysed_scenario(scenario: Scenario) -> Scenario:
-    """What an analysis trains: the scenario with plain SGD, nothing frozen and `network.analysis_epochs` per task.
+def analyzed_scenario(scenario: Scenario) -> Scenario:
+    """The scenario that an analysis trains: with plain SGD, nothing frozen and `network.analysis_epochs` per task.
 
     Raises RequestError for a stream of a single task, after which nothing can be forgotten.
     """
@@ -170,7 +170,7 @@ def analysed_scenario(scenario: Scenario) -> Scenario:
     )
 
 
-def analyse(
+def analyze(
     scenario: Scenario, number: int, source: Source, share: Share, on_step: OnStep | None = None
 ) -> Generalizability:
     """Trains device `number`'s stream, and every task but the first alone, and compares the networks block by block.
@@ -178,7 +178,7 @@ def analyse(
     Takes about twice as long as training that device's stream with nothing frozen. Raises RequestError for a scenario
     that cannot be carried out, TrainingFailure where a loss is no longer a number.
     """
-    trained = analysed_scenario(scenario)
+    trained = analyzed_scenario(scenario)
     tasks, epochs = trained.stream.tasks, trained.training.epochs
     done = 0
 

@@ -114,7 +114,7 @@ class Tested(_Record):
 
 @dataclass(frozen=True)
 class Refusal(_Record):
-    """From a device that could not do what it was asked, with where it is in its stream (-1: not known)."""
+    """A device could not answer a request; includes its position in its stream (-1: not known)."""
 
     task: int
     epochs: int

@@ -35,7 +35,7 @@ OWN_IMAGES = "all images of the board"
 """What partition.json says of a device whose images are its own."""
 OWN = (
     "run.json", "scenario.yaml", "partition.json", ROUNDS, DEVICES, EVENTS, "results.json", "failure.json",
-    "report.html", "plots", "server", "devices", ANALYSIS, LOCK,
+    "report.html", "devices.csv", "plots", "server", "devices", ANALYSIS, LOCK,
 )  # fmt: skip
 """Everything that may lie in a run folder. The lock is written first and removed last (see `names_in`)."""
 Row = TypeVar("Row", DeviceRow, RoundRow)

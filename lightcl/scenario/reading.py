@@ -202,12 +202,12 @@ def _place(locations: Sequence[Sequence[Any]], origin: Origin) -> tuple[str, str
     """Where one of the keys was given, and that key: by a change, else in a line of the file, else nowhere."""
     keys = [".".join(str(part) for part in location) for location in locations]
     lines = [line_of(origin.tree, location) for location in locations]
-    for key, (_, whole) in zip(keys, lines, strict=True):
+    for key, (_, replaced) in zip(keys, lines, strict=True):
         for change in sorted(origin.changed, key=len, reverse=True):  # the most particular first
-            if f"{key}.".startswith(f"{change}.") or (not whole and change.startswith(f"{key}.")):
+            if f"{key}.".startswith(f"{change}.") or (not replaced and change.startswith(f"{key}.")):
                 return origin.change.format(change), key
-    for key, (line, whole) in zip(keys, lines, strict=True):
-        if whole:
+    for key, (line, replaced) in zip(keys, lines, strict=True):
+        if replaced:
             return f"{origin.file}, line {line}", key
     line = lines[0][0]
     return f"{origin.file}, line {line}" if line else origin.file, keys[0]

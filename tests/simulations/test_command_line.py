@@ -317,7 +317,7 @@ def test_each_command_of_the_table_has_the_help_that_the_table_says() -> None:
 def test_an_unknown_command_names_the_nearest(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert lightcl(monkeypatch, "analyse") == 2
+    assert lightcl(monkeypatch, "analyze") == 2
     assert "'analyze'" in capfd.readouterr().err
 
 

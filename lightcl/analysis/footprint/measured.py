@@ -1,4 +1,4 @@
-"""The peak memory of real training, measured in a fresh process: tensors, and the process as a whole.
+"""The peak memory of real training, measured in a fresh process: of the tensors, and of the entire process.
 
 Tensors on the CPU: PyTorch's profiler reports every allocation and release with the sum that is alive after it, so the
 peak is exact and not sampled. On a GPU: `torch.cuda.max_memory_allocated`. The process: the highest resident set

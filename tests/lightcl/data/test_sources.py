@@ -242,7 +242,7 @@ def test_grey_images_have_one_channel(tmp_path):
     assert parquet(file).channels == 1
 
 
-def test_one_coloured_image_makes_all_coloured(tmp_path):
+def test_one_colored_image_makes_all_colored(tmp_path):
     cells = [png(10, mode="L"), png(20), png(30, mode="RGBA"), png(40, mode="P")]
     write_parquet(tmp_path / "train.parquet", cells, [0, 1, 0, 1])
     write_parquet(tmp_path / "test.parquet", cells[1:2], [0])
@@ -269,7 +269,7 @@ def test_images_of_several_sizes_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("test_picture", "found"), [(png(30, 12), "12x12x3"), (png(30, mode="L"), "8x8x1")], ids=["size", "colour"]
+    ("test_picture", "found"), [(png(30, 12), "12x12x3"), (png(30, mode="L"), "8x8x1")], ids=["size", "color"]
 )
 def test_a_test_split_of_another_shape_is_refused(tmp_path, test_picture, found):
     write_parquet(tmp_path / "train.parquet", [png(10), png(20)], [0, 0])

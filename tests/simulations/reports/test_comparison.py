@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import html
+import io
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from lightcl.errors import RequestError
 from lightcl.metrics import Spread
 from lightcl.records import DeviceRow, Figures, Results, RoundRow
 from lightcl.records.folder import DEVICES, ROUNDS, RunFolder
 from lightcl.scenario import Scenario
-from simulations.commands.compare import collect, compare
+from simulations.commands.compare import collect, compare, print_comparison
 from simulations.reports.comparison import Group, build_comparison, difference, group_runs, pairing_problems, to_json
 from simulations.reports.run_figures import read_figures
 
@@ -170,6 +172,21 @@ def test_the_command(tmp_path, capsys):
     assert "| lightcl | sgd | 2 | +20.0 [+20.0, +20.0] |" in (tmp_path / "out" / "comparison.md").read_text()
     compare(runs, out_folder=tmp_path / "out", baseline="lightcl")  # a comparison can be made again
     assert "| sgd | lightcl | 2 | −20.0" in (tmp_path / "out" / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_headings_and_names_stay_whole_in_the_terminal(tmp_path, width):
+    groups = [group(make_run(tmp_path / "a", "sgd"), label="sgd", step=2**20 * 30)]
+    groups += [group(make_run(tmp_path / "b", "lightcl"), label="lightcl-quickstart-sparse", step=2**20 * 15)]
+    console = Console(width=width, record=True, file=io.StringIO())
+    print_comparison(build_comparison(groups, tmp_path / "out", title="t"), console)
+    lines = console.export_text().splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= width
+    words = " ".join(lines).split()
+    for word in ("seeds", "devices", "forgetting", "memory", "(MiB)", "lightcl-quickstart-sparse", "pairs", "minus"):
+        assert word in words
+    assert "±" in words
+    assert sum("time" in line for line in lines) == 1, "every column stands in one table"
 
 
 def test_wrong_requests_are_refused(tmp_path):
