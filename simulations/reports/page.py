@@ -97,7 +97,7 @@ class ReportedRun:
 
     @cached_property
     def finished(self) -> list[DeviceHistory]:
-        return [device for device in self.run.histories if device.tasks_done == self.scenario.stream.tasks]
+        return [device for device in self.run.histories if device.finished]
 
     @property
     def compared(self) -> list[DeviceHistory]:

@@ -230,7 +230,7 @@ def test_a_freeze_point_that_was_chosen_is_explained(tmp_path: Path) -> None:
     folder = make_run(tmp_path, TWO_DEVICES, TWO_ROUNDS, results())
     stability = {"stem": 0.98, "layer1": 0.95, "layer2": 0.7}
     blocks = {name: BlockFigures([value], [0.99], [0.9]) for name, value in stability.items()}
-    (folder.path / ANALYSIS).write_text(json.dumps(Generalizability(0, 3, blocks).record(0.9)))
+    (folder.path / ANALYSIS).write_text(json.dumps(Generalizability(0, 3, blocks, (1,)).record(0.9)))
     text = text_of(build_report(folder))
     assert "froze the network up to layer1." in text
     assert "the stream of device 0 (3 epochs a task)" in text
