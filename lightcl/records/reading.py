@@ -74,7 +74,7 @@ class DeviceHistory:
     def of(cls, rows: Sequence[DeviceRow], tasks: int, learns: Sequence[int] | None = None) -> DeviceHistory:
         """From one device's rows, by round; of the scenario's `tasks` it learns the numbers in `learns`, or all."""
         # A row says which tasks its accuracies are about; the one with the most has all that were tested.
-        ids = max((row.tasks or [] for row in rows), key=len)
+        ids = max((row.tested for row in rows), key=len)
         til: dict[int, list[float]] = {}
         cil: dict[int, list[float]] = {}
         for row in rows:

@@ -37,7 +37,7 @@ class DeviceRow:
     """Training images of the task."""
     loss: float | None = None
     tasks: list[int] | None = None
-    """The tested tasks, ascending: those that the device learns, up to `task`. On disk only where it skips one."""
+    """The tested tasks, ascending, where the device skips one; None where they are 0, 1, ... (see `tested`)."""
     til: list[float] | None = None
     """Accuracy per tested task, in 0..1, with the task known."""
     images: list[int] | None = None
@@ -49,13 +49,19 @@ class DeviceRow:
     peak_memory_mib: float | None = None
     evaluate_seconds: float | None = None
 
+    @property
+    def tested(self) -> list[int]:
+        """The scenario's numbers of the tested tasks, ascending: those that the device learns, up to `task`."""
+        return list(range(len(self.til or ()))) if self.tasks is None else self.tasks
+
     def add_training_(self, report: Trained) -> None:
         self.task, self.epochs = report.task, report.epochs
         self.examples, self.loss = report.examples, report.loss
         self.train_seconds, self.peak_memory_mib = report.seconds, report.peak_memory_mib
 
     def add_test_(self, report: Tested) -> None:
-        self.tasks, self.til, self.images = report.tasks, report.til, report.images
+        self.til, self.images = report.til, report.images
+        self.tasks = None if report.tasks == list(range(len(report.til))) else report.tasks
         self.cil = report.cil or None
         self.evaluate_seconds = report.seconds
 
@@ -73,18 +79,12 @@ class DeviceRow:
         }
         names = ("examples", "loss", "tasks", "til", "images", "cil", "error")
         later = {name: getattr(self, name) for name in names}
-        if self.til is not None and self.tasks == list(range(len(self.til))):
-            later["tasks"] = None  # nothing is skipped
         return row | {name: value for name, value in later.items() if value is not None}
 
     @classmethod
     def from_json(cls, values: object, where: str = "row") -> Self:
         """Raises RequestError naming `where` and the field."""
         row, timing = _row_and_timing(values, where)
-        til = row.optional("til", _numbers)
-        tasks = row.optional("tasks", _integers)
-        if tasks is None and til is not None:
-            tasks = list(range(len(til)))
         return cls(
             round=row.get("round", _integer),
             device=row.get("device", _integer),
@@ -95,8 +95,8 @@ class DeviceRow:
             bytes_up=row.get("bytes_up", _integer),
             examples=row.optional("examples", _integer),
             loss=row.optional("loss", _number),
-            tasks=tasks,
-            til=til,
+            tasks=row.optional("tasks", _integers),
+            til=row.optional("til", _numbers),
             images=row.optional("images", _integers),
             cil=row.optional("cil", _numbers),
             error=row.optional("error", _text),
