@@ -302,7 +302,7 @@ def test_chance() -> None:
 
 def test_devices_that_are_behind_rank_below_those_that_are_not() -> None:
     def record(number: int, rows: Sequence[Sequence[float]]) -> DeviceHistory:
-        return DeviceHistory(number, "", matrix(rows), matrix(rows), samples=0, seconds=0.0, failures=0)
+        return DeviceHistory(number, "", matrix(rows), matrix(rows), samples=0, seconds=0.0, failures=0, tasks=(0, 1))
 
     done = [record(n, [[0.5], [0.5, n / 1000]]) for n in range(250)]
     listed = [d.number for d in listed_devices([*done, record(250, [[1.0]]), record(251, [])])]
