@@ -43,6 +43,7 @@ def validate(scenario: ScenarioFile, changes: Changes = None, plugins: Plugins =
         f"{amount(checked.stream.classes_per_task, 'class', 'classes')}, method {checked.method.name}.",
         highlight=False,
         markup=False,
+        soft_wrap=True,
     )
     for line in fleet_lines(prepared):
         style = "yellow" if line.startswith("warning") else None
