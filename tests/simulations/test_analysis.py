@@ -156,7 +156,7 @@ def test_a_point_that_the_method_cannot_do_with_is_refused_before_anything_is_wr
 
 def test_a_server_without_images_refuses_auto(scenario: Path, tmp_path: Path) -> None:
     asked = load_scenario(scenario, ["network.freeze=auto", "data={source: parquet, path: /on/the/boards}"])
-    with pytest.raises(RequestError, match="run `lightcl analyze` where images are"):
+    with pytest.raises(RequestError, match="run `lightcl analyze` on a machine that has images"):
         open_remote_run(RunFolder(tmp_path / "run"), asked, "flwr run", resume=False)
     assert not (tmp_path / "run").exists()
 

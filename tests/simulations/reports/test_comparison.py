@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from lightcl.errors import RequestError
-from lightcl.records.folder import RunFolder
+from lightcl.metrics import Spread
+from lightcl.records import DeviceRow, Figures, Results, RoundRow
+from lightcl.records.folder import DEVICES, ROUNDS, RunFolder
 from lightcl.scenario import Scenario
 from simulations.commands.compare import collect, compare
 from simulations.reports.comparison import Group, build_comparison, difference, group_runs, pairing_problems, to_json
@@ -42,12 +44,15 @@ def make_run(path: Path, method: str, *, seed: int = 0, alpha: float | None = No
                 til = [value + shift for value in ([0.9], end)[task]]
                 row |= {"examples": 5, "loss": 1.0, "til": til, "cil": [v / 2 for v in til]}
             rows.append(row)
-        folder.append("devices.jsonl", rows)
+        folder.append(DEVICES, [DeviceRow.from_json(row) for row in rows])
         timing = {"train_seconds": 3.0, "seconds": 5.0}
-        row = {"round": task + 1, "task": task, "devices": 2, "failed": 0, "til": None, "cil": None, "timing": timing}
-        folder.append("rounds.jsonl", [row | {"bytes_down": 1_000_000, "bytes_up": 2_000_000}])
+        row = {"round": task + 1, "task": task, "devices": 2, "failed": 0, "devices_finished": 0, "timing": timing}
+        folder.append(ROUNDS, [RoundRow.from_json(row | {"bytes_down": 1_000_000, "bytes_up": 2_000_000})])
     if finish:
-        folder.finish({"status": "completed", "devices": 2, "dropped": {str(d): "why" for d in dropped}, "rounds": 2})
+        spread = Spread.of([0.5])
+        folder.finish(
+            Results(2, 2, dict.fromkeys(dropped, "why"), 2, Figures(spread, spread, spread), None, 0, 0, 10.0)
+        )
     return path
 
 
