@@ -120,6 +120,8 @@ class Generalizability:
     device: int
     epochs: int
     blocks: dict[str, BlockFigures]
+    tasks: tuple[int, ...]
+    """The tasks that the figures are about: those that the device learns, without the first of them."""
 
     def freeze_point(self, threshold: float) -> str:
         """The last block that is general, as are all before it: MS and LP, as means over tasks, reach `threshold`.
@@ -141,14 +143,15 @@ class Generalizability:
             "epochs": self.epochs,
             "threshold": threshold,
             "freeze": self.freeze_point(threshold),
-            "tasks": list(range(1, 1 + len(next(iter(self.blocks.values())).stability))),
+            "tasks": list(self.tasks),
             "blocks": {name: vars(block) for name, block in self.blocks.items()},
         }
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Generalizability:
         """The inverse of `record`. Raises KeyError or TypeError for what is not one."""
-        return cls(record["device"], record["epochs"], {n: BlockFigures(**b) for n, b in record["blocks"].items()})
+        blocks = {name: BlockFigures(**figures) for name, figures in record["blocks"].items()}
+        return cls(record["device"], record["epochs"], blocks, tuple(record["tasks"]))
 
 
 def analyzed_scenario(scenario: Scenario) -> Scenario:
@@ -170,16 +173,31 @@ def analyzed_scenario(scenario: Scenario) -> Scenario:
     )
 
 
+def first_analyzable(tasks: Sequence[Sequence[int]]) -> int:
+    """The first device that learns at least two tasks; `tasks[d]` are those of device d.
+
+    Raises RequestError where there is none.
+    """
+    for device, learned in enumerate(tasks):
+        if len(learned) >= 2:
+            return device
+    raise RequestError(
+        "network.freeze is 'auto', but no device learns two tasks, and memory stability asks what a second task does "
+        "to the first; name a block, or give the devices more images (fewer fleet.devices, a larger fleet.alpha)"
+    )
+
+
 def analyze(
     scenario: Scenario, number: int, source: Source, share: Share, on_step: OnStep | None = None
 ) -> Generalizability:
     """Trains device `number`'s stream, and every task but the first alone, and compares the networks block by block.
 
     Takes about twice as long as training that device's stream with nothing frozen. Raises RequestError for a scenario
-    that cannot be carried out, TrainingFailure where a loss is no longer a number.
+    that cannot be carried out and for a device that learns fewer than two tasks, TrainingFailure where a loss is no
+    longer a number.
     """
     trained = analyzed_scenario(scenario)
-    tasks, epochs = trained.stream.tasks, trained.training.epochs
+    epochs = trained.training.epochs
     done = 0
 
     def learn(device: EdgeDevice, task: int, what: str) -> None:
@@ -187,23 +205,29 @@ def analyze(
             nonlocal done
             done += 1
             if on_step:
-                on_step(what, done, (2 * tasks - 1) * epochs)
+                on_step(what, done, (2 * len(ids) - 1) * epochs)
 
         device.train(task, epochs, epoch_done)
 
     rows: list[tuple[dict[str, float], dict[str, float], dict[str, float]]] = []
     with tempfile.TemporaryDirectory(prefix="lightcl-analysis-") as folder:
         device = EdgeDevice(trained, number, Path(folder, "stream"), source=source, share=share)
+        ids = device.stream.ids
+        if len(ids) < 2:
+            raise RequestError(
+                f"device {number} learns {len(ids)} of {trained.stream.tasks} tasks (for the others it has too few "
+                "images), but memory stability asks what a second task does to the first; name another --device"
+            )
         start = copy.deepcopy(device.network)
         probes = [_probes(task, scenario.seed, number) for task in device.stream]
-        learn(device, 0, f"task 1 of {tasks}")
-        for task in range(1, tasks):
+        learn(device, ids[0], f"task 1 of {len(ids)}")
+        for position, task in enumerate(ids[1:], 1):
             before = copy.deepcopy(device.network)
-            learn(device, task, f"task {task + 1} of {tasks}")
+            learn(device, task, f"task {position + 1} of {len(ids)}")
             free = EdgeDevice(trained, number, Path(folder, f"free-{task}"), source=source, share=share)
             free.skip_to(task)
-            learn(free, task, f"task {task + 1} alone")
-            old, new = probes[:task], probes[task : task + 1]
+            learn(free, task, f"task {position + 1} alone")
+            old, new = probes[:position], probes[position : position + 1]
             rows.append(
                 (
                     block_similarity(before, device.network, _batches(old, device.accelerator)),
@@ -215,7 +239,7 @@ def analyze(
         name: BlockFigures(*([row[figure][name] for row in rows] for figure in range(3)))
         for name in device.network.block_names
     }
-    return Generalizability(number, epochs, blocks)
+    return Generalizability(number, epochs, blocks, ids[1:])
 
 
 def _probes(task: Task, seed: int, device: int) -> Samples:

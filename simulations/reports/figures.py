@@ -90,8 +90,7 @@ class ReportedRun:
     @cached_property
     def finished(self) -> list[DeviceHistory]:
         """The devices that learned every task of their streams."""
-        tasks = self.scenario.stream.tasks
-        return [d for d in self.tested if self.learned[d.number] == tasks - len(self.skipped.get(d.number, ()))]
+        return [device for device in self.tested if device.finished]
 
     @cached_property
     def compared(self) -> list[DeviceHistory]:

@@ -167,7 +167,10 @@ def test_no_network_is_built_with_auto() -> None:
 
 def figures(**blocks: tuple[list[float], list[float]]) -> Generalizability:
     return Generalizability(
-        0, 1, {name.replace("_", "."): BlockFigures(ms, lp, [0.0] * len(ms)) for name, (ms, lp) in blocks.items()}
+        0,
+        1,
+        {name.replace("_", "."): BlockFigures(ms, lp, [0.0] * len(ms)) for name, (ms, lp) in blocks.items()},
+        (1, 2),
     )
 
 

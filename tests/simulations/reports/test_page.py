@@ -240,7 +240,7 @@ def test_a_freeze_point_that_was_chosen_is_explained(tmp_path: Path) -> None:
     folder = make_run(tmp_path, TWO_DEVICES, TWO_ROUNDS, results())
     stability = {"stem": 0.98, "layer1": 0.95, "layer2": 0.7}
     blocks = {name: BlockFigures([value], [0.99], [0.9]) for name, value in stability.items()}
-    (folder.path / ANALYSIS).write_text(json.dumps(Generalizability(0, 3, blocks).record(0.9)))
+    (folder.path / ANALYSIS).write_text(json.dumps(Generalizability(0, 3, blocks, (1,)).record(0.9)))
     text = text_of(build_report(folder))
     assert "froze the network up to layer1." in text
     assert "the stream of device 0 (3 epochs per task)" in text
@@ -320,7 +320,7 @@ def test_holes_of_a_matrix_are_dashes() -> None:
     assert np.isnan(forgotten[1].mean)
     assert plots.png(plots.accuracy_over_tasks({"til": [first, second, third]}, {}, plots.LIGHT))
     assert plots.png(plots.forgetting_per_task({"til": forgotten}, plots.LIGHT))
-    device = DeviceHistory(1, "", single, single, samples=5, seconds=1.0, failures=0)
+    device = DeviceHistory(1, "", single, single, samples=5, seconds=1.0, failures=0, tasks=(0,))
     forgetting = {c.name: c for c in columns_of(reported_with([device]))}["til_forgetting"]
     assert (forgetting.text(device), forgetting.known(device)) == ("–", None)
 
@@ -375,7 +375,9 @@ def test_chance() -> None:
 
 
 def test_worst_median_and_best() -> None:
-    devices = [DeviceHistory(n, "", matrix([[n / 10]], 3), matrix([[0.0]], 3), 0, 0.0, 0) for n in (3, 1, 2, 9)]
+    devices = [
+        DeviceHistory(n, "", matrix([[n / 10]], 3), matrix([[0.0]], 3), 0, 0.0, 0, (0, 1, 2)) for n in (3, 1, 2, 9)
+    ]
     assert [(label, d.number) for label, d in named_devices(reported_with(devices))] == [
         ("Worst", 1), ("Median", 2), ("Best", 9)
     ]  # fmt: skip
