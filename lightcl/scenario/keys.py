@@ -40,7 +40,7 @@ def scenario_keys() -> str:
         keys = [key for key in methods[method].model_fields if key != "name"]
         for row in _key_rows(methods[method], "method.", keys):
             by_row.setdefault(row, []).append(method)
-    rows: dict[str, list[str]] = {}  # a key that several methods have in common is said once
+    rows: dict[str, list[str]] = {}  # a key that several methods share is listed once
     for row, having in by_row.items():
         rows.setdefault(", ".join(having), []).append(row)
     names = ", ".join(f"`{name}`" for name in methods)

@@ -91,7 +91,7 @@ def test_a_plugins_constants_and_keys_are_checked(plugin, tmp_path):
     file.write_text("method:\n  name: scaled\n  facto: 3\n")
     with pytest.raises(RequestError, match=r"line 3: method\.facto: unknown key, did you mean 'factor'\?"):
         load_scenario(file)
-    with pytest.raises(RequestError, match="what method scaled trains"):
+    with pytest.raises(RequestError, match="trained tensors of method scaled"):
         load_scenario(Path("quickstart"), ["method.name=scaled", "server.aggregation=suffix"])
 
 
