@@ -18,9 +18,7 @@ THREE_TASKS = {"stream": {"tasks": 3}, "training": {"epochs": 1}}
 
 
 def share_of_classes(*classes: int) -> Share:
-    return Share(
-        np.flatnonzero(np.isin(SIX.train.labels, classes)), np.flatnonzero(np.isin(SIX.test.labels, classes))
-    )
+    return Share(np.flatnonzero(np.isin(SIX.train.labels, classes)), np.flatnonzero(np.isin(SIX.test.labels, classes)))
 
 
 def device_with(folder: Path, *classes: int, **sections: object) -> EdgeDevice:

@@ -40,9 +40,7 @@ def make_run(path: Path) -> RunFolder:
         folder.append(DEVICES, rows)
         folder.append(ROUNDS, [RoundRow.of(rows, 0, 1.0, 1.0)])
     finished = [{"til": til, "cil": {}} for til in TIL]
-    folder.finish(
-        Results.of(finished, 3, ids=IDS[:3], devices=4, dropped={}, rounds=folder.rounds(), without_tasks=1)
-    )
+    folder.finish(Results.of(finished, 3, ids=IDS[:3], devices=4, dropped={}, rounds=folder.rounds(), without_tasks=1))
     return folder
 
 
