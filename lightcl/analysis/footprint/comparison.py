@@ -45,7 +45,10 @@ def image_of(source: Source) -> Image:
 
 
 def footprint_of(scenario: Scenario, source: Source, device: int | None, measuring: bool) -> MethodFootprint:
-    """The count for a device's stream (None: the first device that learns the most tasks) and, where `measuring`, the measurement, which takes fresh processes."""
+    """The count and, where `measuring`, the measurement, which takes fresh processes.
+
+    FLOPs are those of a device's stream; None stands for the first device of those that learn the most tasks.
+    """
     stream = stream_to_count(scenario, source, device)
     image, classes = image_of(source), stream.head_classes
     network = build_network(scenario, in_channels=image[0], classes=classes)
