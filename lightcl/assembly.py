@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightcl.data.partition import Share
+from lightcl.data.partition import Share, partition
 from lightcl.data.sources import Source
 from lightcl.data.streams import StreamPlan, TaskCounts, count_tasks, cut_stream
 from lightcl.data.tasks import TaskStream
@@ -44,6 +44,24 @@ def count_fleet(scenario: Scenario, source: Source, shares: Sequence[Share]) -> 
 def tasks_of_fleet(scenario: Scenario, source: Source, shares: Sequence[Share]) -> list[tuple[int, ...]]:
     """The numbers of the tasks that each device learns; as `count_fleet`."""
     return count_fleet(scenario, source, shares).tasks
+
+
+def stream_to_count(scenario: Scenario, source: Source, device: int | None = None) -> TaskStream:
+    """The stream that a count of FLOPs and memory is about: a device's or, for None, that of the first device that
+    learns the most tasks.
+
+    Raises RequestError for a device that learns no task.
+    """
+    shares = partition(source, scenario.fleet, scenario.seed)
+    if device is None:
+        tasks = tasks_of_fleet(scenario, source, shares)
+        device = max(range(len(tasks)), key=lambda number: len(tasks[number]))
+    stream = build_stream(scenario, source, shares[device], device)
+    if not stream:
+        raise RequestError(
+            f"device {device} learns no task (it has too few images for each of them); name another --device"
+        )
+    return stream
 
 
 def build_network(scenario: Scenario, *, in_channels: int, classes: int) -> Backbone:

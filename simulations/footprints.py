@@ -20,8 +20,7 @@ from lightcl.analysis.footprint.paper import DATA, Cell, Row, table1
 from lightcl.analysis.footprint.shapes import MIB, Image
 from lightcl.analysis.footprint.theory import MEANINGS
 from lightcl.analysis.planning import Candidate, candidates, choose
-from lightcl.assembly import build_stream
-from lightcl.data.partition import share_of
+from lightcl.assembly import stream_to_count
 from lightcl.data.sources import load_source
 from lightcl.device.hardware import choose_accelerator
 from lightcl.errors import RequestError, required
@@ -35,8 +34,8 @@ ROWS_OF_A_PLAN = 20
 
 
 def footprint_run(
-    scenario: Scenario, scenario_file: Path, *, methods: str | None, all_methods: bool, device: int, measuring: bool,
-    json_to: str | None, picture: Path | None, overwrite: bool, command: str, console: Console,
+    scenario: Scenario, scenario_file: Path, *, methods: str | None, all_methods: bool, device: int | None,
+    measuring: bool, json_to: str | None, picture: Path | None, overwrite: bool, command: str, console: Console,
 ) -> None:  # fmt: skip
     """Counts, and measures where asked. Raises RequestError for a wrong request before anything is written."""
     if methods is not None and all_methods:
@@ -241,7 +240,7 @@ def plan_run(
     _check_places({"--out": file, "--json": _file(json_to)}, scenario_file, overwrite=overwrite)
     source = load_source(scenario.source_request())
     image = image_of(source)
-    stream = build_stream(scenario, source, share_of(source, scenario.fleet, scenario.seed, 0), 0)
+    stream = stream_to_count(scenario, source)
     accelerator = choose_accelerator(scenario.device.accelerator).type
     found = candidates(scenario, stream, image, accelerator)
     chosen = choose(found, budget * MIB)

@@ -125,7 +125,7 @@ def _step_bytes(group: Any, console: Console) -> int | None:
 
     console.print(f"measuring the memory of {group.label} in a fresh process", style="dim", highlight=False)
     source = load_source(group.scenario.source_request())
-    found = footprint_of(group.scenario, source, group.devices[0] if group.devices else 0, measuring=True)
+    found = footprint_of(group.scenario, source, group.devices[0] if group.devices else None, measuring=True)
     return found.measured.training if found.measured else None
 
 

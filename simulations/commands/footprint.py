@@ -35,7 +35,12 @@ def footprint(
     ] = None,
     all_methods: Annotated[bool, typer.Option("--all-methods", help="Compare all methods")] = False,
     device: Annotated[
-        int | None, typer.Option("--device", min=0, help="Device whose stream the FLOPs are counted on; default: 0")
+        int | None,
+        typer.Option(
+            "--device",
+            min=0,
+            help="Device whose stream the FLOPs are counted on; default: the first of those that learn the most tasks",
+        ),
     ] = None,
     measuring: Annotated[
         bool, typer.Option("--measure", help="Run real training steps in fresh processes and report the peak")
@@ -62,6 +67,6 @@ def footprint(
     loaded = read_scenario(scenario, changes, plugins)
     check_device(device or 0, loaded)
     footprint_run(
-        loaded, scenario, methods=methods, all_methods=all_methods, device=device or 0, measuring=measuring,
+        loaded, scenario, methods=methods, all_methods=all_methods, device=device, measuring=measuring,
         json_to=json_to, picture=picture, overwrite=overwrite, command=command_line(), console=out,
     )  # fmt: skip

@@ -8,8 +8,7 @@ from typing import Any
 from lightcl.analysis.footprint.measured import Measurement, measure, rehearsed_workload
 from lightcl.analysis.footprint.shapes import Image
 from lightcl.analysis.footprint.theory import Footprint, footprint, workload_of
-from lightcl.assembly import build_network, build_stream
-from lightcl.data.partition import share_of
+from lightcl.assembly import build_network, stream_to_count
 from lightcl.data.sources import Source
 from lightcl.device.hardware import choose_accelerator
 from lightcl.scenario import Scenario
@@ -45,9 +44,12 @@ def image_of(source: Source) -> Image:
     return (source.channels, int(height), int(width))
 
 
-def footprint_of(scenario: Scenario, source: Source, device: int, measuring: bool) -> MethodFootprint:
-    """The count for one device's stream and, where `measuring`, the measurement, which takes fresh processes."""
-    stream = build_stream(scenario, source, share_of(source, scenario.fleet, scenario.seed, device), device)
+def footprint_of(scenario: Scenario, source: Source, device: int | None, measuring: bool) -> MethodFootprint:
+    """The count and, where `measuring`, the measurement, which takes fresh processes.
+
+    FLOPs are those of a device's stream; None stands for the first device of those that learn the most tasks.
+    """
+    stream = stream_to_count(scenario, source, device)
     image, classes = image_of(source), stream.head_classes
     network = build_network(scenario, in_channels=image[0], classes=classes)
     cost, accelerator = scenario.method.cost_on(network), choose_accelerator(scenario.device.accelerator).type
