@@ -19,8 +19,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 from pydantic import ValidationError
 
+from lightcl.assembly import stream_plan
 from lightcl.data.partition import Share
 from lightcl.data.sources import Source, SourceRequest, load_source
+from lightcl.data.streams import learnable
 from lightcl.device.device import EdgeDevice, OutOfStep
 from lightcl.device.training import TrainingFailure
 from lightcl.errors import RequestError
@@ -31,6 +33,7 @@ from lightcl.exchange.messages import (
     INSTRUCTION,
     METRICS,
     REPLY,
+    TESTED,
     Greeting,
     Instruction,
     ProtocolError,
@@ -121,9 +124,12 @@ def _greet(instruction: Instruction, scenario: Scenario, local: Local, message: 
             "num-partitions to the number of boards"
         )
     source = _source(scenario.source_request())
+    tasks: list[int] = []
+    if local.own_data:
+        tasks = list(learnable(stream_plan(scenario), source, whole_share(source), local.partition))
     greeting = Greeting(
         local.partition, local.partitions, local.name, source.channels, len(source.classes), source.labels,
-        local.own_data,
+        local.own_data, tasks,
     )  # fmt: skip
     return _reply(greeting.to_record())
 
@@ -137,7 +143,7 @@ def _with_device(
 ) -> RecordDict:
     """Opens the device from its state on disk and lets it work; `receive` gives it what the server shares."""
     source = _source(scenario.source_request())
-    share = Share(np.arange(len(source.train)), np.arange(len(source.test))) if local.own_data else None
+    share = whole_share(source) if local.own_data else None
     if not instruction.run.isalnum():  # it becomes a folder's name
         raise ProtocolError(f"Instruction.run is {instruction.run!r}, expected letters and digits")
     folder = local.state / instruction.run / f"device-{instruction.device:05d}"
@@ -156,6 +162,11 @@ def _with_device(
             return _refusal(error, device)
 
 
+def whole_share(source: Source) -> Share:
+    """The share of a board with images of its own: all of them."""
+    return Share(np.arange(len(source.train)), np.arange(len(source.test)))
+
+
 def _train(device: EdgeDevice, instruction: Instruction, receive: Callable[[], None]) -> RecordDict:
     if device.may_receive(instruction.task, instruction.until_epoch):
         receive()
@@ -165,6 +176,8 @@ def _train(device: EdgeDevice, instruction: Instruction, receive: Callable[[], N
     if arrays:
         content[ARRAYS] = ArrayRecord({name: Array(array) for name, array in arrays.items()})
         content[METRICS] = MetricRecord({EXAMPLES: trained.examples})
+    if instruction.evaluate:
+        content[TESTED] = ConfigRecord(device.evaluate().to_record())
     return content
 
 

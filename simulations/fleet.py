@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from lightcl.assembly import tasks_of_fleet
+from lightcl.data.partition import partition
+from lightcl.data.sources import load_source
 from lightcl.errors import required
 from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario
@@ -22,7 +25,10 @@ def simulate_fleet(scenario: Scenario, folder: RunFolder, listener: Listener) ->
 
     Raises RunFailure where the run cannot continue.
     """
-    coordinator = Coordinator(scenario, folder, str(folder.read()["run"]), listener)
+    source = load_source(scenario.source_request())
+    tasks = tasks_of_fleet(scenario, source, partition(source, scenario.fleet, scenario.seed))
+    run_id = str(folder.read()["run"])
+    coordinator = Coordinator(scenario, folder, run_id, listener, tasks, durable=False)
     try:
         simulate(make_app(coordinator), folder.path / "devices", scenario)
     finally:

@@ -189,6 +189,8 @@ class Results:
     bytes_down: int
     bytes_up: int
     seconds: float
+    devices_without_tasks: int = 0
+    """Devices with too few images for every task: they count neither as finished nor as dropped."""
 
     @classmethod
     def of(
@@ -199,11 +201,21 @@ class Results:
         devices: int,
         dropped: Mapping[int, str],
         rounds: Sequence[RoundRow],
+        ids: Sequence[Sequence[int]] | None = None,
+        without_tasks: int = 0,
     ) -> Self:
-        """Over the devices that finished their streams: `finished[d][setting][t]` is a row of an accuracy matrix."""
+        """Over the devices that finished their streams: `finished[d][setting][t]` is a row of an accuracy matrix.
+
+        `ids[d]` are the tasks that this device has learned; None: all. `without_tasks` devices had none to learn.
+        """
         figures: dict[str, Figures | None] = {}
         for setting in ("til", "cil"):
-            matrices = [AccuracyMatrix.from_rows(rows[setting], tasks) for rows in finished if rows[setting]]
+            learned = ids if ids is not None else [None] * len(finished)
+            matrices = [
+                AccuracyMatrix.from_rows(rows[setting], tasks, own)
+                for rows, own in zip(finished, learned, strict=True)
+                if rows[setting]
+            ]
             figures[setting] = Figures(**fleet_summary(matrices)) if matrices or setting == "til" else None
         til = figures["til"]
         assert til is not None
@@ -217,6 +229,7 @@ class Results:
             bytes_down=sum(row.bytes_down for row in rounds),
             bytes_up=sum(row.bytes_up for row in rounds),
             seconds=sum(row.seconds for row in rounds),
+            devices_without_tasks=without_tasks,
         )
 
     def figures(self, setting: str) -> Figures | None:
@@ -224,10 +237,12 @@ class Results:
         return self.til if setting == "til" else self.cil
 
     def to_json(self) -> dict[str, Any]:
+        skipped = {"devices_without_tasks": self.devices_without_tasks} if self.devices_without_tasks else {}
         return {
             "status": "completed",
             "devices": self.devices,
             "devices_finished": self.devices_finished,
+            **skipped,
             "dropped": {str(number): reason for number, reason in self.dropped.items()},
             "rounds": self.rounds,
             "til": asdict(self.til),
@@ -251,6 +266,7 @@ class Results:
             bytes_down=row.get("bytes_down", _integer),
             bytes_up=row.get("bytes_up", _integer),
             seconds=timing.get("seconds", _number),
+            devices_without_tasks=row.optional("devices_without_tasks", _integer) or 0,
         )
 
 
