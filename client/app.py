@@ -7,10 +7,11 @@ local data is this device's), `state-dir`, `accelerator`, `threads`.
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 from pydantic import ValidationError
 
-from lightcl.assembly import stream_plan
+from lightcl.assembly import build_network, stream_plan
 from lightcl.data.partition import Share
 from lightcl.data.sources import Source, SourceRequest, load_source
 from lightcl.data.streams import learnable
@@ -40,6 +41,7 @@ from lightcl.exchange.messages import (
     Refusal,
 )
 from lightcl.exchange.tensors import ExchangeError
+from lightcl.networks.staged import Backbone
 from lightcl.scenario import Scenario, scenario_from_json
 from lightcl.storage.files import exclusive
 from lightcl.storage.state import StateError
@@ -61,17 +63,38 @@ class Local:
     accelerator: str | None = None
     threads: int | None = None
 
+    durable: bool = True
+    """Whether a saved state survives a power cut; in a simulation it does not, and a save waits for no disk."""
+
+    @property
+    def overrides(self) -> Overrides:
+        return Overrides(self.name, self.data_path, self.weights_path, self.accelerator, self.threads)
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """The keys of a scenario that a node decides for itself; None leaves the scenario's. `name` is for errors."""
+
+    name: str = field(compare=False)
+    data_path: str | None
+    weights_path: str | None
+    accelerator: str | None
+    threads: int | None
+
     def apply(self, scenario: Scenario) -> Scenario:
-        """The scenario with this node's own data folder, accelerator and threads."""
+        """The scenario with this node's own data folder, weights, accelerator and threads."""
+        changes = {
+            ("data", "path"): self.data_path,
+            ("network", "weights"): self.weights_path,
+            ("device", "accelerator"): self.accelerator,
+            ("device", "threads"): self.threads,
+        }
+        if not any(changes.values()):
+            return scenario
         values = scenario.model_dump(mode="json")
-        if self.data_path:
-            values["data"]["path"] = self.data_path
-        if self.weights_path:
-            values["network"]["weights"] = self.weights_path
-        if self.accelerator:
-            values["device"]["accelerator"] = self.accelerator
-        if self.threads:
-            values["device"]["threads"] = self.threads
+        for (section, key), value in changes.items():
+            if value:
+                values[section][key] = value
         try:
             return Scenario.model_validate(values)
         except ValidationError as error:
@@ -83,21 +106,27 @@ def default_state_folder() -> Path:
     return Path(os.environ.get("LIGHTCL_STATE") or Path.home() / ".local" / "state" / "lightcl")
 
 
-def make_app(state: Path | None = None) -> ClientApp:
-    """The app; `state` is where devices keep theirs when the node's configuration does not say."""
+def make_app(state: Path | None = None, *, durable: bool = True) -> ClientApp:
+    """The app; `state` is where devices keep theirs when the node's configuration does not say.
+
+    `durable`: whether their states survive a power cut.
+    """
     app = ClientApp()
+
+    def settings(context: Context) -> Callable[[], Local]:
+        return lambda: replace(local_settings(context.node_config, state), durable=durable)
 
     @app.query()
     def greet(message: Message, context: Context) -> Message:
-        return _answer(message, context, state, _greet)
+        return _answer(message, settings(context), _greet)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return _answer(message, context, state, partial(_with_device, _train))
+        return _answer(message, settings(context), partial(_with_device, _train))
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        return _answer(message, context, state, partial(_with_device, _evaluate))
+        return _answer(message, settings(context), partial(_with_device, _evaluate))
 
     return app
 
@@ -105,11 +134,11 @@ def make_app(state: Path | None = None) -> ClientApp:
 Act = Callable[[Instruction, Scenario, Local, Message], RecordDict]
 
 
-def _answer(message: Message, context: Context, state: Path | None, act: Act) -> Message:
+def _answer(message: Message, settings: Callable[[], Local], act: Act) -> Message:
     try:
-        local = local_settings(context.node_config, state)
+        local = settings()
         instruction = Instruction.from_record(message.content.config_records.get(INSTRUCTION))
-        content = act(instruction, local.apply(scenario_from_json(instruction.scenario)), local, message)
+        content = act(instruction, _scenario(instruction.scenario, local.overrides), local, message)
     except Refusable as error:
         content = _refusal(error)
     return Message(content, reply_to=message)
@@ -148,7 +177,10 @@ def _with_device(
         raise ProtocolError(f"Instruction.run is {instruction.run!r}, expected letters and digits")
     folder = local.state / instruction.run / f"device-{instruction.device:05d}"
     with exclusive(folder):
-        device = EdgeDevice(scenario, instruction.device, folder, source=source, share=share)
+        device = EdgeDevice(
+            scenario, instruction.device, folder, source=source, share=share, durable=local.durable,
+            network=_fresh_network(instruction.scenario, local.overrides, source.channels, len(source.classes)),
+        )  # fmt: skip
 
         def receive() -> None:
             record = message.content.array_records.get(ARRAYS)
@@ -227,9 +259,33 @@ def local_settings(node: Mapping[str, object], state: Path | None) -> Local:
     )
 
 
+# A worker of a simulation serves many devices of one scenario. What is the same for all of them is made once.
+
+
+@lru_cache(maxsize=2)
+def _scenario(text: str, overrides: Overrides) -> Scenario:
+    """The scenario of an instruction, as this node changes it. Raises RequestError."""
+    return overrides.apply(scenario_from_json(text))
+
+
+@lru_cache(maxsize=1)
+def _template(text: str, overrides: Overrides, channels: int, classes: int) -> Backbone:
+    """The network before the first task; nobody may change it."""
+    return build_network(_scenario(text, overrides), in_channels=channels, classes=classes)
+
+
+def _fresh_network(text: str, overrides: Overrides, channels: int, classes: int) -> Backbone:
+    """A network before the first task: a copy, which takes a fraction of building and initializing one.
+
+    The copies share the modules of the frozen prefix, unless its running statistics change (`frozen_batch_norm`).
+    """
+    template = _template(text, overrides, channels, classes)
+    shared = template.prefix.modules() if template.frozen_batch_norm == "eval" else ()
+    return copy.deepcopy(template, {id(module): module for module in shared})
+
+
 @lru_cache(maxsize=2)
 def _source(request: SourceRequest) -> Source:
-    """A worker serves many devices; opening the images for each message would be most of a small message's time."""
     return load_source(request)
 
 

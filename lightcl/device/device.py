@@ -26,6 +26,7 @@ from lightcl.exchange.messages import Tested, Trained
 from lightcl.exchange.tensors import Arrays, adopt_, outgoing, outgoing_statistics
 from lightcl.metrics import AccuracyMatrix
 from lightcl.networks.pruning import channel_digest
+from lightcl.networks.staged import Backbone
 from lightcl.networks.weights import digest
 from lightcl.scenario import Scenario
 from lightcl.scenario.digest import state_digest
@@ -49,12 +50,15 @@ class EdgeDevice:
     """A device that learns its stream task by task and survives being killed at any point.
 
     `share` is the device's part of `source`; the default is its part under the scenario's partition. `folder` is where
-    its state lives. Raises RequestError for a scenario that cannot be carried out, StateError for unreadable state.
+    its state lives; `durable`: whether the state survives a power cut. `network` is what `build_network` gives for the
+    scenario, for the device to keep. Raises RequestError for a scenario that cannot be carried out, StateError for
+    unreadable state.
     """
 
     def __init__(
-        self, scenario: Scenario, number: int, folder: Path, *, source: Source | None = None, share: Share | None = None
-    ) -> None:
+        self, scenario: Scenario, number: int, folder: Path, *, source: Source | None = None,
+        share: Share | None = None, network: Backbone | None = None, durable: bool = True,
+    ) -> None:  # fmt: skip
         hardware.reset_peak()  # a simulation's worker runs many devices, large and small ones
         self.scenario, self.number = scenario, number
         if source is None:
@@ -64,7 +68,9 @@ class EdgeDevice:
         self.stream: TaskStream = build_stream(scenario, source, share, number)
         self.accelerator = choose_accelerator(scenario.device.accelerator)
         set_up_torch(self.accelerator, scenario.device.threads)
-        self.network = build_network(scenario, in_channels=source.channels, classes=self.stream.head_classes)
+        if network is None:
+            network = build_network(scenario, in_channels=source.channels, classes=self.stream.head_classes)
+        self.network = network
         self.network.to(self.accelerator)
         self.prefix_digest = digest(self.network.prefix)
         self.channel_digest = channel_digest(self.network)
@@ -74,7 +80,7 @@ class EdgeDevice:
         self.version = 0
         self.last_report: Trained | None = None
         self.rows: dict[str, dict[int, list[float]]] = {"til": {}, "cil": {}}
-        self._state = StateFolder(folder)
+        self._state = StateFolder(folder, durable=durable)
         self._saved_at = time.monotonic()
         self._optimizer_values: dict[str, Any] = {}  # of the last save: they belong to the tensors saved with them
         self._restore()
