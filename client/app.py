@@ -44,6 +44,7 @@ from lightcl.exchange.tensors import ExchangeError
 from lightcl.networks.staged import Backbone
 from lightcl.scenario import Scenario, scenario_from_json
 from lightcl.storage.files import exclusive
+from lightcl.storage.shared import SharedVersions
 from lightcl.storage.state import StateError
 
 Refusable = (RequestError, StateError, OutOfStep, TrainingFailure, ExchangeError, ProtocolError)
@@ -175,10 +176,12 @@ def _with_device(
     share = whole_share(source) if local.own_data else None
     if not instruction.run.isalnum():  # it becomes a folder's name
         raise ProtocolError(f"Instruction.run is {instruction.run!r}, expected letters and digits")
-    folder = local.state / instruction.run / f"device-{instruction.device:05d}"
+    run = local.state / instruction.run
+    folder = run / f"device-{instruction.device:05d}"
     with exclusive(folder):
         device = EdgeDevice(
             scenario, instruction.device, folder, source=source, share=share, durable=local.durable,
+            shared=None if local.durable else SharedVersions(run / "shared"),  # on a board there is one device
             network=_fresh_network(instruction.scenario, local.overrides, source.channels, len(source.classes)),
         )  # fmt: skip
 
