@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+
+import numpy as np
+
 from lightcl.assembly import tasks_of_fleet
 from lightcl.data.partition import partition
 from lightcl.data.sources import load_source
@@ -12,6 +16,9 @@ from server.app import make_app
 from server.listeners import Listener
 from server.rounds import Coordinator
 from simulations.runtime import check_cluster, simulate
+from simulations.runtime.disk import check_disk, disk_need
+
+logger = logging.getLogger(__name__)
 
 
 def check_simulation(scenario: Scenario) -> None:
@@ -23,10 +30,16 @@ def check_simulation(scenario: Scenario) -> None:
 def simulate_fleet(scenario: Scenario, folder: RunFolder, listener: Listener) -> None:
     """Runs the rounds that the folder does not have yet; the folder is open and locked, the scenario is resolved.
 
-    Raises RunFailure where the run cannot continue.
+    Raises RunFailure where the run cannot continue, RequestError where the disk has no room for the devices' states.
     """
     source = load_source(scenario.source_request())
     tasks = tasks_of_fleet(scenario, source, partition(source, scenario.fleet, scenario.seed))
+    need = disk_need(
+        scenario, channels=source.channels, classes=len(source.classes),
+        image_bytes=int(np.prod(source.train.images.shape[1:])),
+    )  # fmt: skip
+    check_disk(need, folder.path / "devices")
+    logger.info("%s", need)
     run_id = str(folder.read()["run"])
     coordinator = Coordinator(scenario, folder, run_id, listener, tasks, durable=False)
     try:
