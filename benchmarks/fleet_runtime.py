@@ -111,7 +111,7 @@ def measure(chosen: argparse.Namespace) -> None:
     real = run if chosen.app == "real" else None
     server = make_server(chosen, real, found)
     with tempfile.TemporaryDirectory() as folder:
-        from client.app import make_app
+        from simulations.runtime.devices import make_app
 
         make = make_app if real else make_echo
         if engine == "ray":
@@ -162,7 +162,7 @@ def main() -> None:
                 found = json.loads(done.stdout.splitlines()[-1])
                 each = found["later"] / found["per_round"]
                 print(
-                    f"| {devices} | {engine} | {found['first']:.1f} s | {found['later']:.2f} s | {1 / each:.1f} | "
+                    f"| {devices} | {engine} | {found['first']:.1f} s | {found['later']:.3f} s | {1 / each:.1f} | "
                     f"{1000 * each:.1f} | {found['driver_mib']:.0f} MiB |",
                     flush=True,
                 )

@@ -7,10 +7,11 @@ local data is this device's), `state-dir`, `accelerator`, `threads`.
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 from pydantic import ValidationError
 
+from lightcl.assembly import build_network, stream_plan
 from lightcl.data.partition import Share
 from lightcl.data.sources import Source, SourceRequest, load_source
+from lightcl.data.streams import learnable
 from lightcl.device.device import EdgeDevice, OutOfStep
 from lightcl.device.training import TrainingFailure
 from lightcl.errors import RequestError
@@ -31,14 +34,17 @@ from lightcl.exchange.messages import (
     INSTRUCTION,
     METRICS,
     REPLY,
+    TESTED,
     Greeting,
     Instruction,
     ProtocolError,
     Refusal,
 )
 from lightcl.exchange.tensors import ExchangeError
+from lightcl.networks.staged import Backbone
 from lightcl.scenario import Scenario, scenario_from_json
 from lightcl.storage.files import exclusive
+from lightcl.storage.shared import SharedVersions
 from lightcl.storage.state import StateError
 
 Refusable = (RequestError, StateError, OutOfStep, TrainingFailure, ExchangeError, ProtocolError)
@@ -58,17 +64,38 @@ class Local:
     accelerator: str | None = None
     threads: int | None = None
 
+    durable: bool = True
+    """Whether a saved state survives a power cut; in a simulation it does not, and a save waits for no disk."""
+
+    @property
+    def overrides(self) -> Overrides:
+        return Overrides(self.name, self.data_path, self.weights_path, self.accelerator, self.threads)
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """The keys of a scenario that a node decides for itself; None leaves the scenario's. `name` is for errors."""
+
+    name: str = field(compare=False)
+    data_path: str | None
+    weights_path: str | None
+    accelerator: str | None
+    threads: int | None
+
     def apply(self, scenario: Scenario) -> Scenario:
-        """The scenario with this node's own data folder, accelerator and threads."""
+        """The scenario with this node's own data folder, weights, accelerator and threads."""
+        changes = {
+            ("data", "path"): self.data_path,
+            ("network", "weights"): self.weights_path,
+            ("device", "accelerator"): self.accelerator,
+            ("device", "threads"): self.threads,
+        }
+        if not any(changes.values()):
+            return scenario
         values = scenario.model_dump(mode="json")
-        if self.data_path:
-            values["data"]["path"] = self.data_path
-        if self.weights_path:
-            values["network"]["weights"] = self.weights_path
-        if self.accelerator:
-            values["device"]["accelerator"] = self.accelerator
-        if self.threads:
-            values["device"]["threads"] = self.threads
+        for (section, key), value in changes.items():
+            if value:
+                values[section][key] = value
         try:
             return Scenario.model_validate(values)
         except ValidationError as error:
@@ -80,21 +107,27 @@ def default_state_folder() -> Path:
     return Path(os.environ.get("LIGHTCL_STATE") or Path.home() / ".local" / "state" / "lightcl")
 
 
-def make_app(state: Path | None = None) -> ClientApp:
-    """The app; `state` is where devices keep theirs when the node's configuration does not say."""
+def make_app(state: Path | None = None, *, durable: bool = True) -> ClientApp:
+    """The app; `state` is where devices keep theirs when the node's configuration does not say.
+
+    `durable`: whether their states survive a power cut.
+    """
     app = ClientApp()
+
+    def settings(context: Context) -> Callable[[], Local]:
+        return lambda: replace(local_settings(context.node_config, state), durable=durable)
 
     @app.query()
     def greet(message: Message, context: Context) -> Message:
-        return _answer(message, context, state, _greet)
+        return _answer(message, settings(context), _greet)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return _answer(message, context, state, partial(_with_device, _train))
+        return _answer(message, settings(context), partial(_with_device, _train))
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        return _answer(message, context, state, partial(_with_device, _evaluate))
+        return _answer(message, settings(context), partial(_with_device, _evaluate))
 
     return app
 
@@ -102,11 +135,11 @@ def make_app(state: Path | None = None) -> ClientApp:
 Act = Callable[[Instruction, Scenario, Local, Message], RecordDict]
 
 
-def _answer(message: Message, context: Context, state: Path | None, act: Act) -> Message:
+def _answer(message: Message, settings: Callable[[], Local], act: Act) -> Message:
     try:
-        local = local_settings(context.node_config, state)
+        local = settings()
         instruction = Instruction.from_record(message.content.config_records.get(INSTRUCTION))
-        content = act(instruction, local.apply(scenario_from_json(instruction.scenario)), local, message)
+        content = act(instruction, _scenario(instruction.scenario, local.overrides), local, message)
     except Refusable as error:
         content = _refusal(error)
     return Message(content, reply_to=message)
@@ -121,9 +154,12 @@ def _greet(instruction: Instruction, scenario: Scenario, local: Local, message: 
             "num-partitions to the number of boards"
         )
     source = _source(scenario.source_request())
+    tasks: list[int] = []
+    if local.own_data:
+        tasks = list(learnable(stream_plan(scenario), source, whole_share(source), local.partition))
     greeting = Greeting(
         local.partition, local.partitions, local.name, source.channels, len(source.classes), source.labels,
-        local.own_data,
+        local.own_data, tasks,
     )  # fmt: skip
     return _reply(greeting.to_record())
 
@@ -137,12 +173,17 @@ def _with_device(
 ) -> RecordDict:
     """Opens the device from its state on disk and lets it work; `receive` gives it what the server shares."""
     source = _source(scenario.source_request())
-    share = Share(np.arange(len(source.train)), np.arange(len(source.test))) if local.own_data else None
+    share = whole_share(source) if local.own_data else None
     if not instruction.run.isalnum():  # it becomes a folder's name
         raise ProtocolError(f"Instruction.run is {instruction.run!r}, expected letters and digits")
-    folder = local.state / instruction.run / f"device-{instruction.device:05d}"
+    run = local.state / instruction.run
+    folder = run / f"device-{instruction.device:05d}"
     with exclusive(folder):
-        device = EdgeDevice(scenario, instruction.device, folder, source=source, share=share)
+        device = EdgeDevice(
+            scenario, instruction.device, folder, source=source, share=share, durable=local.durable,
+            shared=None if local.durable else SharedVersions(run / "shared"),  # on a board there is one device
+            network=_fresh_network(instruction.scenario, local.overrides, source.channels, len(source.classes)),
+        )  # fmt: skip
 
         def receive() -> None:
             record = message.content.array_records.get(ARRAYS)
@@ -156,6 +197,11 @@ def _with_device(
             return _refusal(error, device)
 
 
+def whole_share(source: Source) -> Share:
+    """The share of a board with images of its own: all of them."""
+    return Share(np.arange(len(source.train)), np.arange(len(source.test)))
+
+
 def _train(device: EdgeDevice, instruction: Instruction, receive: Callable[[], None]) -> RecordDict:
     if device.may_receive(instruction.task, instruction.until_epoch):
         receive()
@@ -165,6 +211,8 @@ def _train(device: EdgeDevice, instruction: Instruction, receive: Callable[[], N
     if arrays:
         content[ARRAYS] = ArrayRecord({name: Array(array) for name, array in arrays.items()})
         content[METRICS] = MetricRecord({EXAMPLES: trained.examples})
+    if instruction.evaluate:
+        content[TESTED] = ConfigRecord(device.evaluate().to_record())
     return content
 
 
@@ -214,9 +262,33 @@ def local_settings(node: Mapping[str, object], state: Path | None) -> Local:
     )
 
 
+# A worker of a simulation serves many devices of one scenario. What is the same for all of them is made once.
+
+
+@lru_cache(maxsize=2)
+def _scenario(text: str, overrides: Overrides) -> Scenario:
+    """The scenario of an instruction, as this node changes it. Raises RequestError."""
+    return overrides.apply(scenario_from_json(text))
+
+
+@lru_cache(maxsize=1)
+def _template(text: str, overrides: Overrides, channels: int, classes: int) -> Backbone:
+    """The network before the first task; nobody may change it."""
+    return build_network(_scenario(text, overrides), in_channels=channels, classes=classes)
+
+
+def _fresh_network(text: str, overrides: Overrides, channels: int, classes: int) -> Backbone:
+    """A network before the first task: a copy, which takes a fraction of building and initializing one.
+
+    The copies share the modules of the frozen prefix, unless its running statistics change (`frozen_batch_norm`).
+    """
+    template = _template(text, overrides, channels, classes)
+    shared = template.prefix.modules() if template.frozen_batch_norm == "eval" else ()
+    return copy.deepcopy(template, {id(module): module for module in shared})
+
+
 @lru_cache(maxsize=2)
 def _source(request: SourceRequest) -> Source:
-    """A worker serves many devices; opening the images for each message would be most of a small message's time."""
     return load_source(request)
 
 

@@ -102,7 +102,7 @@ def run_checks(scenario: Scenario, node_config: Mapping[str, Any]) -> list[Check
 
     def configuration() -> tuple[str, tuple[Local, Scenario]]:
         local = local_settings(node_config, None)
-        return f"{local.name}, device {local.partition} of the fleet", (local, local.apply(scenario))
+        return f"{local.name}, device {local.partition} of the fleet", (local, local.overrides.apply(scenario))
 
     settled = run("node configuration", configuration)
     if settled is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from flwr.app import Context
@@ -49,6 +50,7 @@ def main(grid: Grid, context: Context) -> None:
     Aggregator.check(scenario.server)
     folder = RunFolder(Path(str(config.get("out") or f"runs/{scenario.name}-{context.run_id}")).absolute())
     command, resume = f"flwr run ({wanted})", bool(config.get("resume", False))
+    tasks: Sequence[tuple[int, ...]] | None = None  # where only the boards have images, each says what it can learn
     if images_are_here(scenario):
 
         def log_step(what: str, done: int, total: int) -> None:
@@ -56,6 +58,7 @@ def main(grid: Grid, context: Context) -> None:
 
         prepared = open_run(folder, scenario, command, "fleet", resume=resume, overwrite=False, on_step=log_step)
         scenario = prepared.scenario
+        tasks = prepared.tasks
     else:
         open_remote_run(folder, scenario, command, resume=resume)
     if folder.whole:
@@ -63,7 +66,7 @@ def main(grid: Grid, context: Context) -> None:
         return
     run = str(folder.read()["run"])
     with folder.held():
-        results = Coordinator(scenario, folder, run, LogListener()).run(grid)
+        results = Coordinator(scenario, folder, run, LogListener(), tasks).run(grid)
     for setting in ("til", "cil"):
         if figures := results.figures(setting):
             logger.info("%s %.1f %%", setting.upper(), 100 * figures.average_accuracy.mean)

@@ -18,7 +18,7 @@ class NobodyConnected(Exception):
 
 
 @dataclass
-class Connecting:
+class Connections:
     """Waits for the nodes of devices, within the time limits of the scenario's section `server`."""
 
     scenario: Scenario
@@ -59,11 +59,12 @@ class Connecting:
 
     def reachable(self) -> list[Entry]:
         """The connected devices that still have to learn; waits for one, and drops those that stay away."""
-        active, start = self.ledger.active, time.monotonic()
+        start = time.monotonic()
         while True:
             self._update()
+            active = self.ledger.active
             connected = [entry for entry in active if self.nodes.node_of(entry.number) is not None]
-            if connected:
+            if connected or not active:
                 return connected
             if self._given_up(start):
                 for entry in active:
@@ -74,9 +75,12 @@ class Connecting:
 
     def _update(self) -> None:
         self.nodes.update()
-        if self.nodes.settled and (new := self.nodes.own_data - self._own_data):
+        own = self.nodes.own_data if self.nodes.settled else {}
+        if new := own.keys() - self._own_data:
             self.folder.note_own_data(new)
             self._own_data |= new
+            for device in new:
+                self.ledger.set_tasks_(device, own[device])
         if self.nodes.settled or not self.nodes.unanswered:  # before that the next greeting may turn the majority
             for problem in self.nodes.problems:  # also where no device is missing because of it
                 self._warn(problem)

@@ -32,10 +32,15 @@ class Dispatch:
     def __post_init__(self) -> None:
         self._scenario_json = self.scenario.model_dump_json()
 
-    def message(self, entry: Entry, kind: str, goal: tuple[int, int], row: DeviceRow) -> Message:
-        """An instruction, with the shared tensors where the device does not have this version of them."""
+    def message(
+        self, entry: Entry, kind: str, goal: tuple[int, int], row: DeviceRow, *, evaluate: bool = False
+    ) -> Message:
+        """An instruction, with the shared tensors where the device does not have this version of them.
+
+        `evaluate`: after the training the device is tested at once.
+        """
         version = self.aggregator.version if self.aggregator else 0
-        instruction = Instruction(entry.number, self.run_id, self._scenario_json, row.round, *goal, version)
+        instruction = Instruction(entry.number, self.run_id, self._scenario_json, row.round, *goal, version, evaluate)
         content = RecordDict({INSTRUCTION: ConfigRecord(instruction.to_record())})
         if self.aggregator and entry.version != version:
             content[ARRAYS] = self.aggregator.record
@@ -80,5 +85,5 @@ class Dispatch:
             self.refuse(row, str(error))
             return
         self.refuse(row, refusal.reason)
-        if 0 <= refusal.task < self.scenario.stream.tasks:  # the device knows best where it is
+        if refusal.task in self.ledger[row.device].tasks:  # the device knows best where it is
             self.ledger[row.device].follow_(refusal)

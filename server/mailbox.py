@@ -16,6 +16,9 @@ from lightcl.exchange.messages import ARRAYS, REPLY, ProtocolError
 from lightcl.exchange.tensors import Arrays
 
 PULL_SECONDS = 0.05
+"""Between two looks at a grid that cannot say when a reply arrives: Flower's."""
+STOP_SECONDS = 0.25
+"""The longest wait in which a request to stop is not noticed."""
 DEAD_WORKER = re.compile(r"<class 'ray\.exceptions\.(ActorDiedError|ActorUnavailableError|OutOfMemoryError)'>")
 """The words of Flower's simulation runtime. Not torch's OutOfMemoryError, nor what a ClientApp raised: those are one
 device's failure and stand later in the text."""
@@ -66,12 +69,21 @@ class Mailbox:
         replies: dict[int, Message] = {}
         deadline = time.monotonic() + timeout
         while len(replies) < len(keys) and time.monotonic() < deadline:
-            self.pause(PULL_SECONDS)
+            self._wait_for_replies(deadline)
             for reply in self.pull([i for i, key in keys.items() if key not in replies]):
                 key = keys[reply.metadata.reply_to_message_id]
                 replies[key] = reply
                 done(key)
         return replies
+
+    def _wait_for_replies(self, deadline: float) -> None:
+        """Until the grid has a reply, where it can say so; otherwise a moment. Raises RunStopped."""
+        wait = getattr(self.grid, "wait_for_replies", None)
+        if wait is None:
+            self.pause(PULL_SECONDS)
+            return
+        self.pause(0)
+        wait(max(0.0, min(deadline - time.monotonic(), STOP_SECONDS)))
 
     def pause(self, seconds: float) -> None:
         """Waits. Raises RunStopped as soon as the user wants the run to end."""
@@ -79,9 +91,9 @@ class Mailbox:
             raise RunStopped
 
 
-def record_of(reply: Message) -> Any:
+def record_of(reply: Message, name: str = REPLY) -> Any:
     """The record of a reply; empty where it has none."""
-    return reply.content.config_records.get(REPLY) or {}
+    return reply.content.config_records.get(name) or {}
 
 
 def arrays_of(reply: Message) -> Arrays:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
+from lightcl.errors import shown
 from lightcl.exchange.messages import INSTRUCTION, Greeting, Instruction, ProtocolError
 from server.mailbox import Mailbox, record_of
 
@@ -16,10 +17,13 @@ TERMS = {"partitions": "num-partitions", "channels": "channels", "classes": "cla
 
 
 class Nodes:
-    """`devices` devices on the nodes behind `mailbox`; `instruction` is the greeting that a node is sent."""
+    """`devices` devices on the nodes behind `mailbox`; `instruction` is the greeting that a node is sent.
 
-    def __init__(self, mailbox: Mailbox, devices: int, instruction: Instruction) -> None:
-        self._mailbox, self._devices = mailbox, devices
+    `tasks` is the number of tasks of the scenario.
+    """
+
+    def __init__(self, mailbox: Mailbox, devices: int, tasks: int, instruction: Instruction) -> None:
+        self._mailbox, self._devices, self._tasks = mailbox, devices, tasks
         self._instruction = instruction.to_record()
         self._asked: dict[int, str] = {}  # by node, as the next three: the id of a greeting without a reply so far
         self._replied: dict[int, float] = {}  # when
@@ -39,9 +43,13 @@ class Nodes:
         return self._greetings[node].name if node is not None else ""
 
     @property
-    def own_data(self) -> set[int]:
-        """The connected devices whose images are their own; each has a node to itself."""
-        return {partition for partition, node in self._hosts.items() if self._greetings[node].own_data}
+    def own_data(self) -> dict[int, tuple[int, ...]]:
+        """The connected devices whose images are their own, with the tasks that each can learn.
+
+        Each has a node to itself.
+        """
+        greetings = {partition: self._greetings[node] for partition, node in self._hosts.items()}
+        return {partition: tuple(greeting.tasks) for partition, greeting in greetings.items() if greeting.own_data}
 
     @property
     def unanswered(self) -> int:
@@ -106,6 +114,11 @@ class Nodes:
             raise ProtocolError(f"a node cannot take part: {record['reason']}")
         greeting = Greeting.from_record(record)
         greeting = replace(greeting, partitions=greeting.partitions or self._devices)
+        if greeting.tasks != sorted(set(greeting.tasks) & set(range(self._tasks))):
+            raise ProtocolError(
+                f"node {greeting.name!r} can learn the tasks {shown(greeting.tasks)}, expected ascending numbers from "
+                f"0 to {self._tasks - 1}"
+            )
         if not 0 <= greeting.partition < greeting.partitions:
             raise ProtocolError(
                 f"node {greeting.name!r} has partition-id {greeting.partition} of {greeting.partitions}"

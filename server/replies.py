@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from flwr.app import Message
 
-from lightcl.exchange.messages import ProtocolError, Tested, Trained
+from lightcl.exchange.messages import TESTED, ProtocolError, Tested, Trained
 from lightcl.exchange.tensors import STATISTICS, Arrays, check, size_in_bytes, split
 from lightcl.scenario import Scenario
 from server.aggregation import Aggregator
@@ -59,10 +60,17 @@ class ReplyCheck:
         return report.epochs == self.scenario.training.epochs
 
     def test(self, reply: Message, entry: Entry) -> Tested:
-        """Raises ProtocolError."""
-        report = Tested.from_record(record_of(reply))
+        """The report of a test. Raises ProtocolError."""
+        return self._tested(record_of(reply), entry)
+
+    def attached_test(self, reply: Message, entry: Entry) -> Tested:
+        """The report of the test that a reply carries beside its training. Raises ProtocolError."""
+        return self._tested(record_of(reply, TESTED), entry)
+
+    def _tested(self, record: Any, entry: Entry) -> Tested:
+        report = Tested.from_record(record)
         _expect(report, entry.number, entry.task, entry.epochs)
-        tested = entry.task + 1
+        tested = entry.position + 1
         cil = tested if "cil" in self.scenario.settings else 0
         if (len(report.til), len(report.cil), len(report.images)) != (tested, cil, tested):
             raise ProtocolError(

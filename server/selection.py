@@ -16,11 +16,17 @@ class Selection:
     """
 
     def __init__(self, scenario: Scenario) -> None:
+        self._scenario = scenario
         self._seed, self._devices = scenario.seed, scenario.fleet.devices
         self._wanted = max(1, round(scenario.server.fraction * scenario.fleet.devices))
 
     def choose(self, reachable: Sequence[Entry], round_number: int) -> list[Entry]:
-        """The least advanced devices, ties drawn by seed and round; `server.fraction` of the fleet, by number."""
+        """The devices that have learned the smallest share of their streams; `server.fraction` of the fleet, by number.
+
+        Ties are drawn by seed and round.
+        """
         draw = numpy_generator(self._seed, "sampling", round_number).permutation(self._devices)
-        ranked = sorted(reachable, key=lambda entry: (entry.task, entry.epochs, entry.failures, draw[entry.number]))
+        ranked = sorted(
+            reachable, key=lambda entry: (entry.progress(self._scenario), entry.failures, draw[entry.number])
+        )
         return sorted(ranked[: self._wanted], key=lambda entry: entry.number)

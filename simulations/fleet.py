@@ -7,8 +7,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
 from lightcl.errors import required
-from lightcl.preparation import open_run
+from lightcl.preparation import Prepared, open_run
 from lightcl.records import Run, load_run
 from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario
@@ -17,6 +19,7 @@ from server.app import make_app
 from server.listeners import Listener, Listeners
 from server.rounds import Coordinator
 from simulations.runtime import check_cluster, simulate
+from simulations.runtime.disk import DiskNeed, check_disk, disk_need
 
 
 def run_fleet(
@@ -40,7 +43,7 @@ def run_fleet(
     prepared = open_run(folder, scenario, shlex.join(sys.argv), "fleet", resume=resume, overwrite=overwrite)
     with folder.held():
         if not folder.whole:
-            simulate_fleet(prepared.scenario, folder, Listeners(listeners))
+            simulate_fleet(prepared, folder, Listeners(listeners))
     return load_run(folder.path)
 
 
@@ -50,13 +53,24 @@ def check_simulation(scenario: Scenario) -> None:
     check_cluster(scenario)
 
 
-def simulate_fleet(scenario: Scenario, folder: RunFolder, listener: Listener) -> None:
+def disk_of_states(prepared: Prepared) -> DiskNeed:
+    """The disk that the states of the fleet take at most while the run is in progress."""
+    source = prepared.source
+    image_bytes = int(np.prod(source.train.images.shape[1:]))
+    return disk_need(
+        prepared.scenario, channels=source.channels, classes=len(source.classes), image_bytes=image_bytes
+    )  # fmt: skip
+
+
+def simulate_fleet(prepared: Prepared, folder: RunFolder, listener: Listener) -> None:
     """Runs the rounds that the folder does not have yet; the folder is open and locked, the scenario is resolved.
 
-    Raises RunFailure where the run cannot continue.
+    Raises RequestError where the disk has too little room for the states, RunFailure where the run cannot continue.
     """
-    coordinator = Coordinator(scenario, folder, str(folder.read()["run"]), listener)
+    check_disk(disk_of_states(prepared), folder.path / "devices")
+    run_id = str(folder.read()["run"])
+    coordinator = Coordinator(prepared.scenario, folder, run_id, listener, prepared.tasks, durable=False)
     try:
-        simulate(make_app(coordinator), folder.path / "devices", scenario)
+        simulate(make_app(coordinator), folder.path / "devices", prepared.scenario)
     finally:
         coordinator.stop.set()  # the server runs in a thread of this process and must end with it

@@ -26,10 +26,12 @@ from lightcl.exchange.messages import Tested, Trained
 from lightcl.exchange.tensors import Arrays, adopt_, outgoing, outgoing_statistics
 from lightcl.metrics import AccuracyMatrix
 from lightcl.networks.pruning import channel_digest
+from lightcl.networks.staged import Backbone
 from lightcl.networks.weights import digest
 from lightcl.scenario import Scenario
 from lightcl.scenario.digest import state_digest
 from lightcl.seeds import derive
+from lightcl.storage.shared import SharedVersions
 from lightcl.storage.state import StateError, StateFolder, under
 
 
@@ -51,12 +53,16 @@ class EdgeDevice:
     Tasks have the scenario's numbers everywhere; the device learns those in `stream.ids` and skips the others.
 
     `share` is the device's part of `source`; the default is its part under the scenario's partition. `folder` is where
-    its state lives. Raises RequestError for a scenario that cannot be carried out, StateError for unreadable state.
+    its state lives; `durable`: whether the state survives a power cut. `network` is what `build_network` gives for the
+    scenario, for the device to keep. `shared` is where the devices of one machine keep the tensors that they all
+    receive. Raises RequestError for a scenario that cannot be carried out, StateError for unreadable state.
     """
 
     def __init__(
-        self, scenario: Scenario, number: int, folder: Path, *, source: Source | None = None, share: Share | None = None
-    ) -> None:
+        self, scenario: Scenario, number: int, folder: Path, *, source: Source | None = None,
+        share: Share | None = None, network: Backbone | None = None, durable: bool = True,
+        shared: SharedVersions | None = None,
+    ) -> None:  # fmt: skip
         hardware.reset_peak()  # a simulation's worker runs many devices, large and small ones
         self.scenario, self.number = scenario, number
         if source is None:
@@ -66,7 +72,9 @@ class EdgeDevice:
         self.stream: TaskStream = build_stream(scenario, source, share, number)
         self.accelerator = choose_accelerator(scenario.device.accelerator)
         set_up_torch(self.accelerator, scenario.device.threads)
-        self.network = build_network(scenario, in_channels=source.channels, classes=self.stream.head_classes)
+        if network is None:
+            network = build_network(scenario, in_channels=source.channels, classes=self.stream.head_classes)
+        self.network = network
         self.network.to(self.accelerator)
         self.prefix_digest = digest(self.network.prefix)
         self.channel_digest = channel_digest(self.network)
@@ -76,7 +84,8 @@ class EdgeDevice:
         self.version = 0
         self.last_report: Trained | None = None
         self.rows: dict[str, dict[int, list[float]]] = {"til": {}, "cil": {}}
-        self._state = StateFolder(folder)
+        self._state = StateFolder(folder, durable=durable)
+        self._shared_versions = shared
         self._saved_at = time.monotonic()
         self._optimizer_values: dict[str, Any] = {}  # of the last save: they belong to the tensors saved with them
         self._restore()
@@ -212,7 +221,7 @@ class EdgeDevice:
         if version > self.version:
             adopt_(self.method, arrays, self.scenario.server.aggregation)
             self.version = version
-            self._save()
+            self._save(shared=self._shared_file(arrays) if self._shared_versions else None)
 
     def may_receive(self, task: int, until_epoch: int) -> bool:
         """Whether shared tensors may replace the device's own before it trains `task` until `until_epoch`.
@@ -255,12 +264,21 @@ class EdgeDevice:
             "optimizer": self._optimizer_values,
         }
 
-    def _save(self) -> None:
+    def _shared_file(self, received: Mapping[str, np.ndarray]) -> Path | None:
+        """The file of the tensors that all devices have after receiving this version; None where it has no room."""
+        assert self._shared_versions is not None
+        tensors = {f"network/{n}": tensor for n, tensor in changing_tensors(self.network).items() if n in received}
+        try:
+            return self._shared_versions.file(self.version, tensors) if tensors else None
+        except OSError:
+            return None
+
+    def _save(self, shared: Path | None = None) -> None:
         tensors = {f"network/{name}": tensor for name, tensor in changing_tensors(self.network).items()}
         tensors |= {f"method/{name}": tensor for name, tensor in self.method.state_dict().items()}
         optimizer, self._optimizer_values = pack_optimizer(self.optimizer, list(self.method.trainable()))
         tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
-        self._state.save(tensors, self._values())
+        self._state.save(tensors, self._values(), shared=shared)
         self._saved_at = time.monotonic()
 
     def _restore(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-INSTRUCTION, REPLY, ARRAYS, METRICS = "instruction", "reply", "arrays", "metrics"
+INSTRUCTION, REPLY, TESTED, ARRAYS, METRICS = "instruction", "reply", "tested", "arrays", "metrics"
 """Names of the records in a message."""
 
 EXAMPLES = "num-examples"
@@ -46,7 +46,11 @@ class _Record:
 
 @dataclass(frozen=True)
 class Instruction(_Record):
-    """From the server: train `task` until `until_epoch`, or test; with the shared tensors of `version`, if newer."""
+    """From the server: train `task` until `until_epoch`, or test; with the shared tensors of `version`, if newer.
+
+    Tasks have the scenario's numbers. With `evaluate`, a message to train also asks for the test that follows: the
+    reply then carries `Trained` and `Tested`.
+    """
 
     device: int
     run: str
@@ -55,6 +59,7 @@ class Instruction(_Record):
     task: int
     until_epoch: int
     version: int
+    evaluate: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,8 @@ class Greeting(_Record):
     """Digest of the class names in their order: averaging heads makes sense only where class 3 is class 3."""
     own_data: bool
     """All of its images are its one device's: no partition says which."""
+    tasks: list[int]
+    """With `own_data`: the tasks, by the scenario's numbers, for which its device has enough images; else empty."""
 
 
 @dataclass(frozen=True)

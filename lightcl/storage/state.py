@@ -7,11 +7,13 @@ point leaves either the old state or the new one.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import safetensors
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -37,6 +39,7 @@ class StateFolder:
     def __init__(self, folder: Path, *, durable: bool = True) -> None:
         self.folder, self.durable = folder, durable
         self._stored: str | None = None
+        self._shared: str | None = None
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The last saved `(tensors, values)`; None where nothing was ever saved. Raises StateError."""
@@ -45,13 +48,20 @@ class StateFolder:
             return None
         try:
             values = json.loads(manifest.read_text())
-            self._stored = values.pop("tensors")
-            return load_file(self.folder / str(self._stored)), values
+            self._stored, self._shared = values.pop("tensors"), values.pop("shared", None)
+            tensors = load_file(self.folder / str(self._stored))
+            return (load_file(self.folder / self._shared) | tensors if self._shared else tensors), values
         except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
             raise StateError(f"{manifest}: the saved state cannot be read ({error})") from error
 
-    def save(self, tensors: Mapping[str, Tensor] | None, values: Mapping[str, Any]) -> None:
-        """Replaces the state. `tensors=None` keeps those saved before and writes only the values."""
+    def save(
+        self, tensors: Mapping[str, Tensor] | None, values: Mapping[str, Any], *, shared: Path | None = None
+    ) -> None:
+        """Replaces the state. `tensors=None` keeps those saved before and writes only the values.
+
+        `shared` is a file of tensors that other states hold too (`SharedVersions`): those of `tensors` that are equal
+        to them are not written, and the state links to the file.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._stored is None:
             self.load()  # never write over the tensors that the manifest names
@@ -59,15 +69,34 @@ class StateFolder:
             number = int(self._stored.split("-")[1].split(".")[0]) + 1 if self._stored else 0
             self._stored = f"tensors-{number}.safetensors"
             plain = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or {}).items()}
-            save_file(plain, self.folder / self._stored)
+            common = self._link(shared, plain) if shared else set()
+            self._shared = shared.name if shared and common else None
+            save_file({n: t for n, t in plain.items() if n not in common}, self.folder / self._stored)
             if self.durable:
                 sync(self.folder / self._stored)
-        manifest = json.dumps({"tensors": self._stored, **values})
-        write_atomically(self.folder / MANIFEST, manifest, durable=self.durable)
+        files = {"tensors": self._stored} | ({"shared": self._shared} if self._shared else {})
+        write_atomically(self.folder / MANIFEST, json.dumps({**files, **values}), durable=self.durable)
         # Older tensors, and what a process left that was killed while it wrote.
-        for file in (*self.folder.glob("tensors-*.safetensors"), *self.folder.glob(f".{MANIFEST}.*.partial")):
-            if file.name != self._stored:
-                file.unlink(missing_ok=True)
+        for pattern in ("tensors-*.safetensors", "version-*.safetensors", f".{MANIFEST}.*.partial"):
+            for file in self.folder.glob(pattern):
+                if file.name not in (self._stored, self._shared):
+                    file.unlink(missing_ok=True)
+
+    def _link(self, shared: Path, tensors: Mapping[str, Tensor]) -> set[str]:
+        """The names of the tensors that need not be written, since the linked file has them; empty without a link.
+
+        None of them may differ, or be missing here: a load takes all that the file holds and the state does not.
+        """
+        link = self.folder / shared.name
+        try:
+            if not link.exists():
+                os.link(shared, link)
+            common = load_file(link)
+        except (OSError, safetensors.SafetensorError):  # no hard links here, or another process removed the file
+            return set()
+        if not common.keys() <= tensors.keys():
+            return set()
+        return {name for name, tensor in common.items() if torch.equal(tensor, tensors[name])}
 
 
 def under(tensors: Mapping[str, Value], prefix: str) -> dict[str, Value]:

@@ -28,7 +28,7 @@ def simulate(
     from lightcl.records.folder import RunFolder
     from server.rounds import RunFailure
     from simulations.commands.shared import default_folder, open_folder, print_report, print_results
-    from simulations.fleet import check_simulation, simulate_fleet
+    from simulations.fleet import check_simulation, disk_of_states, simulate_fleet
     from simulations.progress import LiveProgress
 
     loaded, out = read_scenario(scenario, changes, plugins), console()
@@ -42,9 +42,10 @@ def simulate(
             out.print("the run was complete already", highlight=False)
         else:
             rounds = loaded.stream.tasks * loaded.server.rounds_per_task * loaded.fleet.devices
+            out.print(str(disk_of_states(prepared)), highlight=False)
             with LiveProgress(out, rounds) as progress:
                 try:
-                    simulate_fleet(prepared.scenario, folder, progress)
+                    simulate_fleet(prepared, folder, progress)
                 except RunFailure:
                     print_report(folder, out)  # it shows how far the run came, and why it stopped there
                     raise

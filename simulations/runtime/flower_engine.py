@@ -17,8 +17,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.simulation import run_simulation
 
-from client.app import make_app
 from lightcl.scenario import Scenario
+from simulations.runtime.devices import make_app
 from simulations.runtime.gpus import gpu_share
 
 

@@ -24,10 +24,10 @@ from flwr.app import ArrayRecord, Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
-from client.app import make_app
 from lightcl.errors import RequestError
 from lightcl.scenario import Scenario
 from simulations.runtime.address import ANSWER_SECONDS, check_reachable, listens
+from simulations.runtime.devices import make_app
 from simulations.runtime.gpus import gpu_share
 from simulations.runtime.identity import assume_identity, code_digest
 from simulations.runtime.pool import PoolBroken, WorkerPool

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
+from safetensors.torch import load_file
 
+import client.app
 from client.app import make_app
 from lightcl.exchange.messages import Instruction
 from tests.inprocess import InProcessGrid, small
@@ -94,3 +97,34 @@ def test_a_nodes_paths_may_begin_at_home(
     grid = InProcessGrid(tmp_path / "s", 1)
     grid.nodes[100].node_config[key] = "~/nowhere"
     assert f"{tmp_path}/nowhere" in ask(grid, "train", scenario=small(**section).model_dump_json())["reason"]
+
+
+def test_devices_of_one_process_get_networks_that_do_not_share_what_they_train(tmp_path: Path) -> None:
+    """The network is built once per scenario; what one device learns must not reach the next one."""
+    together, alone = InProcessGrid(tmp_path / "a", 3), InProcessGrid(tmp_path / "b", 3)
+    ask(together, "train", device=1, node=101)
+    second = ask(together, "train", device=2, node=102)
+    client.app._template.cache_clear()  # as in a new process
+    first = ask(alone, "train", device=2, node=102)
+    assert {**first, "seconds": 0, "peak_memory_mib": 0} == {**second, "seconds": 0, "peak_memory_mib": 0}
+    states = [load_file(next((tmp_path / name / "run" / "device-00002").glob("*.safetensors"))) for name in ("a", "b")]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_a_training_with_its_test_asked_twice_trains_once_and_answers_the_same(tmp_path: Path) -> None:
+    grid = InProcessGrid(tmp_path, 1)
+    first = [dict(r) for r in ask_both(grid)]
+    files = {f: f.read_bytes() for f in tmp_path.rglob("*.safetensors")}
+    second = [dict(r) for r in ask_both(grid)]
+    assert first[0] == second[0]
+    assert {**first[1], "seconds": 0} == {**second[1], "seconds": 0}
+    assert len(first[1]["til"]) == 1
+    assert {f: f.read_bytes() for f in tmp_path.rglob("*.safetensors")} == files
+
+
+def ask_both(grid: InProcessGrid) -> list[Any]:
+    record = Instruction(0, "run", small().model_dump_json(), 1, 0, 2, 0, evaluate=True).to_record()
+    message = Message(RecordDict({"instruction": ConfigRecord(record)}), dst_node_id=100, message_type="train")
+    (reply,) = grid.pull_messages(grid.push_messages([message]))
+    return [reply.content.config_records["reply"], reply.content.config_records["tested"]]

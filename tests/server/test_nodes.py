@@ -18,7 +18,7 @@ from tests.inprocess import InProcessGrid, small
 
 def nodes_of(grid: InProcessGrid, devices: int = 3) -> Nodes:
     greeting = Instruction(0, "r", small().model_dump_json(), 0, 0, 0, 0)
-    return Nodes(Mailbox(grid, threading.Event()), devices, greeting)
+    return Nodes(Mailbox(grid, threading.Event()), devices, small().stream.tasks, greeting)
 
 
 def hosts(nodes: Nodes, devices: int = 3) -> list[int | None]:

@@ -223,6 +223,27 @@ def test_a_fraction_of_the_devices_still_brings_all_to_the_end(tmp_path: Path) -
     assert sorted(trained[:3]) == [0, 1, 2], "the least advanced devices go first"
 
 
+def test_one_message_trains_and_tests_where_nothing_is_averaged_in_between(tmp_path: Path) -> None:
+    grid = InProcessGrid(tmp_path / "s", 3)
+    start(small(), tmp_path / "run").run(grid)
+    asked = [(m.metadata.message_type, m.content["instruction"]["evaluate"]) for m in grid.sent]
+    assert asked[3:] == [("train", True)] * 3 * 2, "after three greetings, one message per device and task"
+    # A task in two rounds is tested after the second only.
+    grid = InProcessGrid(tmp_path / "s2", 3)
+    start(small(server={"rounds_per_task": 2}), tmp_path / "parts").run(grid)
+    asked = [(m.metadata.message_type, m.content["instruction"]["evaluate"]) for m in grid.sent]
+    assert asked[3:] == ([("train", False)] * 3 + [("train", True)] * 3) * 2
+
+
+def test_the_rows_are_those_of_two_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(small(), tmp_path / "one").run(InProcessGrid(tmp_path / "s1", 3))
+    monkeypatch.setattr("server.phases.Phases._tests_at_once", lambda self, goal: False)
+    grid = InProcessGrid(tmp_path / "s2", 3)
+    start(small(), tmp_path / "two").run(grid)
+    assert sum(m.metadata.message_type == "evaluate" for m in grid.sent) == 3 * 2
+    assert rows(tmp_path / "one") == rows(tmp_path / "two")
+
+
 def test_fewer_nodes_than_devices_host_several_and_change_no_number(tmp_path: Path) -> None:
     start(small(), tmp_path / "three").run(InProcessGrid(tmp_path / "s1", 3))
     start(small(), tmp_path / "two").run(InProcessGrid(tmp_path / "s2", 2))
@@ -303,14 +324,19 @@ def test_late_messages_change_nothing(tmp_path: Path) -> None:
         ("seconds", "fast"),
     ],
 )
-def test_a_test_that_makes_no_sense_is_refused(tmp_path: Path, field: str, value: Any) -> None:
+@pytest.mark.parametrize("aggregation", ["none", "suffix"])
+def test_a_test_that_makes_no_sense_is_refused(tmp_path: Path, aggregation: str, field: str, value: Any) -> None:
     def spoil(message: Message, reply: Message) -> Message:
-        if _is(message, "evaluate", 1, 0):
-            reply.content["reply"][field] = value
+        if message.content["instruction"].get("round") == 1 and message.content["instruction"]["device"] == 0:
+            if "tested" in reply.content:
+                reply.content["tested"][field] = value
+            elif message.metadata.message_type == "evaluate":
+                reply.content["reply"][field] = value
         return reply
 
     listener = Silent()
-    results = start(small(), tmp_path / "run", listener).run(InProcessGrid(tmp_path / "s", 3, spoil))
+    scenario = small(server={"aggregation": aggregation})
+    results = start(scenario, tmp_path / "run", listener).run(InProcessGrid(tmp_path / "s", 3, spoil))
     assert [d for d, _ in listener.refusals] == [0]
     assert results.devices_finished == 3
 
@@ -416,7 +442,7 @@ def test_a_board_that_returns_busy_joins_when_it_is_done_and_holds_nobody_up(tmp
     grid = Freeing(tmp_path / "s", 3)
 
     def leave(message: Message, reply: Message) -> Message:
-        if _is(message, "evaluate", 1, 1):
+        if _is(message, "train", 1, 2):  # its reply has arrived
             grid.away = {102}
         elif _is(message, "train", 2, 0):
             grid.away, grid.busy, grid.looks = set(), {102}, 6

@@ -1,0 +1,164 @@
+"""The server's state on disk: a SQLite database with one row per device and one row for the run, and a tensors file.
+
+A save writes the shared tensors under a new name, then changes the database in one transaction: that is the commit.
+Only rows of devices that have changed are written, so a save costs as much as a round has devices, whatever the size of
+the fleet. A process killed at any point leaves the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lightcl.records.rows import DeviceRow
+from lightcl.storage.files import sync
+from lightcl.storage.state import MANIFEST, StateError
+from server.ledger import Entry
+
+DATABASE = "state.db"
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS run (
+    id INTEGER PRIMARY KEY CHECK (id = 0), round INTEGER NOT NULL, version INTEGER NOT NULL, tensors TEXT, pending TEXT
+);
+CREATE TABLE IF NOT EXISTS devices (number INTEGER PRIMARY KEY, entry TEXT NOT NULL);
+"""
+
+
+@dataclass(frozen=True)
+class PendingRound:
+    """A round between training and testing: its devices' rows so far."""
+
+    rows: dict[int, DeviceRow]
+    training_seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {"rows": [row.to_json() for row in self.rows.values()], "training_seconds": self.training_seconds}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], where: str) -> PendingRound:
+        """Raises RequestError naming `where` and the field."""
+        rows = [DeviceRow.from_json(row, where) for row in values["rows"]]
+        return cls({row.device: row for row in rows}, values["training_seconds"])
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A saved point of a run. `entries` are the devices that have ever been chosen."""
+
+    round: int
+    pending: PendingRound | None
+    version: int
+    tensors: dict[str, Tensor]
+    entries: list[Entry]
+
+
+class Checkpoint:
+    """The saved state of one run, in `folder`; one thread uses it, from the first call to `close`.
+
+    `durable`: whether a save survives a power cut. Without it a save waits for no disk. It still survives every kill of
+    the process; a power cut may cost the last rounds or damage the last tensors file, which is then refused.
+    """
+
+    def __init__(self, folder: Path, *, durable: bool = True) -> None:
+        self.folder, self._durable = folder, durable
+        self._connection: sqlite3.Connection | None = None
+
+    def load(self) -> Saved | None:
+        """The last saved point; None where nothing was ever saved. Raises StateError."""
+        if not (self.folder / DATABASE).exists():
+            if (self.folder / MANIFEST).exists():
+                raise StateError(
+                    f"{self.folder}: the run was begun by an earlier version and cannot be continued; start it over "
+                    "with --overwrite or in another folder"
+                )
+            return None
+        try:
+            run = self._database.execute("SELECT round, version, tensors, pending FROM run").fetchone()
+            entries = self._database.execute("SELECT entry FROM devices ORDER BY number").fetchall()
+            if run is None:
+                return None
+            number, version, tensors, pending = run
+            return Saved(
+                number,
+                PendingRound.from_json(json.loads(pending), DATABASE) if pending else None,
+                version,
+                load_file(self.folder / tensors) if tensors else {},
+                [Entry.from_saved(json.loads(entry)) for (entry,) in entries],
+            )
+        except (OSError, ValueError, TypeError, KeyError, sqlite3.Error, safetensors.SafetensorError) as error:
+            raise StateError(f"{self.folder / DATABASE}: the saved state cannot be read ({error})") from error
+
+    def save(
+        self,
+        round_number: int,
+        pending: PendingRound | None,
+        version: int,
+        tensors: Mapping[str, Tensor] | None,
+        changed: Iterable[Entry],
+    ) -> None:
+        """Saves a point of the run in one transaction; `tensors=None` keeps the tensors of the last save.
+
+        Raises StateError where the disk refuses it.
+        """
+        try:
+            self._save(round_number, pending, version, tensors, changed)
+        except (OSError, sqlite3.Error, safetensors.SafetensorError) as error:
+            raise StateError(f"{self.folder}: the server's state cannot be saved ({error})") from error
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def _save(
+        self,
+        round_number: int,
+        pending: PendingRound | None,
+        version: int,
+        tensors: Mapping[str, Tensor] | None,
+        changed: Iterable[Entry],
+    ) -> None:
+        database = self._database
+        stored = database.execute("SELECT tensors FROM run").fetchone()
+        file = stored[0] if stored else None
+        if tensors is not None:
+            file = self._write(tensors, file) if tensors else None
+        entries = [(entry.number, json.dumps(entry.to_saved())) for entry in changed]
+        row = (round_number, version, file, json.dumps(pending.to_json()) if pending else None)
+        with database:  # commits, or rolls back
+            database.executemany("INSERT OR REPLACE INTO devices VALUES (?, ?)", entries)
+            database.execute("INSERT OR REPLACE INTO run VALUES (0, ?, ?, ?, ?)", row)
+        if tensors is not None:
+            for old in self.folder.glob("tensors-*.safetensors"):
+                if old.name != file:
+                    old.unlink(missing_ok=True)
+
+    def _write(self, tensors: Mapping[str, Tensor], last: str | None) -> str:
+        name = f"tensors-{int(last.split('-')[1].split('.')[0]) + 1 if last else 0}.safetensors"
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, self.folder / name)
+        if self._durable:
+            sync(self.folder / name)
+            sync(self.folder)
+        return name
+
+    @property
+    def _database(self) -> sqlite3.Connection:
+        if self._connection is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            connection = sqlite3.connect(self.folder / DATABASE)
+            # A write-ahead log: one write per transaction. FULL waits for the disk at each, NORMAL at none of them.
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute(f"PRAGMA synchronous = {'FULL' if self._durable else 'NORMAL'}")
+            connection.executescript(SCHEMA)
+            self._connection = connection
+        return self._connection

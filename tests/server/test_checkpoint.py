@@ -1,0 +1,79 @@
+"""The server's state on disk: what is written per round, and what a kill between two writes leaves."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightcl.records.rows import DeviceRow
+from lightcl.storage.state import StateError
+from server.checkpoint import DATABASE, Checkpoint, PendingRound
+from server.ledger import Ledger
+from tests.inprocess import small
+
+
+def test_what_is_saved_comes_back_and_only_changed_devices_are_written(tmp_path: Path) -> None:
+    ledger = Ledger(small(fleet={"devices": 1000}))
+    checkpoint = Checkpoint(tmp_path)
+    assert checkpoint.load() is None
+    ledger[7].epochs = 2
+    pending = PendingRound({7: DeviceRow(1, 7, "node", 0, 2)}, 1.5)
+    checkpoint.save(1, pending, 3, {"w": torch.arange(3.0)}, [ledger[7]])
+    checkpoint.close()
+    saved = Checkpoint(tmp_path).load()
+    assert saved is not None
+    assert (saved.round, saved.version, saved.pending, saved.entries) == (1, 3, pending, [ledger[7]])
+    torch.testing.assert_close(saved.tensors["w"], torch.arange(3.0))
+    checkpoint.save(1, None, 3, None, [ledger[8]])
+    saved = checkpoint.load()
+    assert saved is not None
+    assert (saved.pending, [entry.number for entry in saved.entries]) == (None, [7, 8])
+    torch.testing.assert_close(saved.tensors["w"], torch.arange(3.0))
+    assert sum(f.stat().st_size for f in tmp_path.iterdir()) < 200_000, "not 1,000 devices"
+
+
+def test_a_kill_before_the_commit_leaves_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger, checkpoint = Ledger(small()), Checkpoint(tmp_path)
+    checkpoint.save(1, None, 1, {"w": torch.ones(1)}, [ledger[0]])
+
+    def killed(values: object) -> str:
+        raise KeyboardInterrupt
+
+    ledger[0].epochs = 2
+    with monkeypatch.context() as patch:
+        patch.setattr("server.checkpoint.json.dumps", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(2, None, 2, {"w": torch.zeros(1)}, [ledger[0]])
+    assert len(list(tmp_path.glob("tensors-*"))) == 2, "the new tensors were written"
+    saved = Checkpoint(tmp_path).load()
+    assert saved is not None
+    assert (saved.round, saved.version, saved.entries[0].epochs, saved.tensors["w"].item()) == (1, 1, 0, 1.0)
+    checkpoint.save(2, None, 2, {"w": torch.zeros(1)}, [ledger[0]])
+    assert len(list(tmp_path.glob("tensors-*"))) == 1
+
+
+def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / DATABASE).write_bytes(b"no database" * 1000)
+    with pytest.raises(StateError, match=r"state\.db: the saved state cannot be read"):
+        Checkpoint(tmp_path / "damaged").load()
+    checkpoint = Checkpoint(tmp_path / "half")
+    checkpoint.save(1, None, 1, {"w": torch.ones(1)}, [])
+    next((tmp_path / "half").glob("tensors-*")).unlink()
+    with pytest.raises(StateError, match="cannot be read"):
+        checkpoint.load()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "state.json").write_text("{}")
+    with pytest.raises(StateError, match="earlier version"):
+        Checkpoint(tmp_path / "old").load()
+
+
+@pytest.mark.parametrize(("durable", "synchronous"), [(True, 2), (False, 1)])
+def test_a_simulation_does_not_wait_for_the_disk(tmp_path: Path, durable: bool, synchronous: int) -> None:
+    checkpoint = Checkpoint(tmp_path, durable=durable)
+    checkpoint.save(1, None, 0, {}, [])
+    connection: sqlite3.Connection = checkpoint._database
+    assert connection.execute("PRAGMA synchronous").fetchone() == (synchronous,)
