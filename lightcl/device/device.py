@@ -307,4 +307,6 @@ class EdgeDevice:
             self.scenario.augmentation,
             self.scenario.data.crop_padding,
             self.stream[self._start.task].id,
+            self.scenario.data.views,
+            self.scenario.seed,
         )

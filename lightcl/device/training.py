@@ -65,6 +65,7 @@ def train_epoch(
         augmentation=context.augmentation,
         padding=context.padding,
         device=context.device,
+        view=context.view(epoch),
     )
     for batch in batches:
         with autocast(scenario, context.device):

@@ -222,7 +222,7 @@ class Method:
     def logits_together(self, *batches: Batch) -> list[Tensor]:
         """Logits of several batches that pass the network as one, and so share the statistics of batch-norm."""
         logits = self.network.classify(self.features_of(*batches))
-        return list(torch.split(logits, [len(batch.images) for batch in batches]))
+        return list(torch.split(logits, [len(batch) for batch in batches]))
 
     def cross_entropy(self, logits: Tensor, labels: Tensor, context: TaskContext) -> Tensor:
         """Mean cross-entropy of `[N, head]` logits over the classes that `loss_classes` names.
