@@ -70,7 +70,7 @@ def random_crop_flip(images: Tensor, generator: torch.Generator, padding: int = 
 
 
 def _crop_flip(images: Tensor, top: Tensor, left: Tensor, flipped: Tensor | None, padding: int) -> Tensor:
-    """Crops of `[N, H, W, C]` at `top`, `left` `[N, 1]` of the padded images, mirrored where `flipped` `[N, 1]` says so.
+    """Crops of `[N, H, W, C]` at `top`, `left` `[N, 1]` of the padded images, mirrored where `flipped` `[N, 1]`.
 
     One gather per batch: a loop over images costs more than the training step of a small network.
     """
@@ -93,4 +93,5 @@ def _mixed(state: np.ndarray) -> np.ndarray:
     """SplitMix64's output function, elementwise over uint64."""
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
+    mixed: np.ndarray = state ^ (state >> np.uint64(31))
+    return mixed

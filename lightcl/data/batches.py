@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,18 +33,14 @@ def training_batches(
         if len(members) < 2:
             return
         if view is not None:
-            yield _viewed(samples.only(members), view, members).to(device)
+            yield viewed(samples.only(members), view, torch.from_numpy(members)).to(device)
             continue
         batch = samples.load(members)
         images = augmented(batch.images, generator, augmentation, padding)
         yield Batch(images.to(device), batch.labels.to(device), torch.from_numpy(members))
 
 
-def _viewed(samples: Samples, view: View, members: np.ndarray) -> Batch:
+def viewed(samples: Samples, view: View, members: Tensor | None = None) -> Batch:
     """A view of all samples; the images are read when they are needed."""
     labels = torch.from_numpy(samples.source.labels[samples.indices])
-
-    def images() -> Tensor:
-        return view.of(samples.images(), samples.indices)
-
-    return Batch(images, labels, torch.from_numpy(members), samples, view)
+    return Batch(lambda: view.of(samples.images(), samples.indices), labels, members, samples, view)

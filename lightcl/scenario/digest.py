@@ -16,7 +16,7 @@ def scenario_digest(scenario: Scenario) -> str:
             "data": {"path", "download"},
             "training": {"checkpoint_seconds"},
             "server": {"round_timeout", "connect_timeout", "max_failures"},
-            "device": {"accelerator"},
+            "device": {"accelerator", "prefix_cache_gb"},
             "simulation": True,
         }
     )
