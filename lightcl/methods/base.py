@@ -98,6 +98,11 @@ class MethodParameters(Section):
         return "eval"
 
     @property
+    def reads_gradients(self) -> bool:
+        """Whether the method needs all gradients of a step together (`Method.before_step`)."""
+        return self.method.before_step is not Method.before_step
+
+    @property
     def sums_statistics(self) -> bool:
         """Whether devices send statistics of a finished task, for the server to add up and solve a head from."""
         return False

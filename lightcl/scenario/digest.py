@@ -14,7 +14,7 @@ def scenario_digest(scenario: Scenario) -> str:
         exclude={
             "name": True,
             "data": {"path", "download"},
-            "training": {"checkpoint_seconds"},
+            "training": {"checkpoint_seconds", "update"},
             "server": {"round_timeout", "connect_timeout", "max_failures"},
             "device": {"accelerator", "prefix_cache_gb"},
             "simulation": True,

@@ -42,8 +42,18 @@ class Training(Section):
     checkpoint_seconds: float = Field(default=60.0, ge=0, le=1e8)
     """A device that trains longer than this saves its state at the next epoch's end, not only after the message."""
 
+    update: Literal["after", "at-once"] = "after"
+    """after: all gradients, then the optimizer's step; at-once: each weight moves when its gradient is complete, so
+    that no two gradients exist together (sgd without momentum; the same numbers)."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.update == "at-once" and (self.optimizer != "sgd" or self.momentum):
+            given = f"optimizer {self.optimizer}" if self.optimizer != "sgd" else f"momentum {self.momentum:g}"
+            raise ValueError(
+                f"training.update is at-once, but training.{given} is not plain SGD (allowed: update after, or sgd "
+                "with momentum 0)"
+            )
         if self.momentum and self.optimizer != "sgd":
             raise ValueError(
                 f"training.momentum is {self.momentum:g}, but training.optimizer {self.optimizer} has no such momentum "
@@ -66,6 +76,12 @@ class Device(Section):
     """exact: as computed; fp16, bf16: half the disk and reading, rounded (docs/how-to/cache-and-disk.md)."""
     prefix_cache_gb: float = Field(default=8.0, gt=0, le=1e6)
     """Upper limit of all cached prefix outputs on this disk, in 10^9 bytes; those used least recently go first."""
+
+    @field_validator("prefix_cache", mode="before")
+    @classmethod
+    def _read_switch(cls, given: object) -> object:
+        """YAML reads the plain words on and off as true and false."""
+        return {True: "on", False: "off"}[given] if isinstance(given, bool) else given
 
 
 _ADDRESS = re.compile(r"auto|(ray://)?([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
@@ -148,6 +164,11 @@ class Scenario(Section):
             raise ValueError(
                 f"device.prefix_cache is on, but method {self.method.name} freezes nothing (allowed: auto, off, or "
                 "another network.freeze)"
+            )
+        if self.training.update == "at-once" and self.method.reads_gradients:
+            raise ValueError(
+                f"training.update is at-once, but method {self.method.name} changes the gradients of a step before the "
+                "weights move (allowed: after)"
             )
         if self.server.rounds_per_task > self.training.epochs:
             raise ValueError(

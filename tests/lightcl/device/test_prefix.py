@@ -134,7 +134,7 @@ def test_processes_share_a_store():
     assert len(other) == 2  # other weights, another store
 
 
-@pytest.mark.parametrize("dtype, bound", [("fp16", 2**-11), ("bf16", 2**-8)])
+@pytest.mark.parametrize(("dtype", "bound"), [("fp16", 2**-11), ("bf16", 2**-8)])
 def test_rounded_outputs_are_within_their_bound_and_the_same_cached_or_not(tmp_path, dtype, bound):
     hardware = {"prefix_cache_dtype": dtype, "accelerator": "cpu"}
     _, first = learned(tmp_path / "a", data=VIEWS, device=hardware)
@@ -197,7 +197,7 @@ def test_what_cannot_be_warmed_is_refused():
 
 
 @pytest.mark.parametrize(
-    "sections, text",
+    ("sections", "text"),
     [
         ({"network": {"frozen_batch_norm": "train"}}, "device.prefix_cache is on, but network.frozen_batch_norm"),
         ({"method": {"name": "sgd"}}, "device.prefix_cache is on, but method sgd freezes nothing"),
