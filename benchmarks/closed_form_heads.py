@@ -51,7 +51,7 @@ def nearest_mean(statistics: Statistics, shrinkage: float) -> LinearHead:
 
 
 def ridge_regression(statistics: Statistics, shrinkage: float) -> LinearHead:
-    """Least squares on one-hot targets, centred; the penalty is a share of the features' mean variance."""
+    """Least squares on one-hot targets, centered; the penalty is a share of the features' mean variance."""
     count = statistics.count.sum()
     centre, prior = statistics.total.sum(0) / count, statistics.count / count
     gram = from_upper_triangle(statistics.gram, len(centre)) / count - torch.outer(centre, centre)

@@ -75,7 +75,7 @@ def scenario_of(method: dict[str, object], precision: str, chosen: argparse.Name
 
 
 def images_per_second(scenario: Scenario) -> float:
-    """The second task (the first in which LightCL regularises), from the end of its first epoch to that of its last."""
+    """The second task (the first in which LightCL regularizes), from the end of its first epoch to that of its last."""
     batch, epochs = scenario.training.batch_size, scenario.training.epochs
     draw = np.random.default_rng(0)
     labels = np.repeat(np.arange(4), 4 * batch)

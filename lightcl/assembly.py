@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightcl.data.partition import Share
 from lightcl.data.sources import Source
-from lightcl.data.streams import StreamPlan, check_stream, cut_stream
+from lightcl.data.streams import StreamPlan, TaskCounts, count_tasks, cut_stream
 from lightcl.data.tasks import TaskStream
 from lightcl.errors import RequestError
 from lightcl.networks import BACKBONES
@@ -33,12 +33,17 @@ def stream_plan(scenario: Scenario) -> StreamPlan:
     return StreamPlan(scenario.data, scenario.stream, scenario.fleet, scenario.seed, scenario.method.joint)
 
 
-def tasks_of_fleet(scenario: Scenario, source: Source, shares: Sequence[Share]) -> list[tuple[int, ...]]:
-    """The numbers of the tasks that each device learns; no image is read.
+def count_fleet(scenario: Scenario, source: Source, shares: Sequence[Share]) -> TaskCounts:
+    """The images that each device has for each task; no image is read.
 
     Raises RequestError where no device can learn anything, and as `cut_stream` does.
     """
-    return check_stream(stream_plan(scenario), source, shares)
+    return count_tasks(stream_plan(scenario), source, shares)
+
+
+def tasks_of_fleet(scenario: Scenario, source: Source, shares: Sequence[Share]) -> list[tuple[int, ...]]:
+    """The numbers of the tasks that each device learns; as `count_fleet`."""
+    return count_fleet(scenario, source, shares).tasks
 
 
 def build_network(scenario: Scenario, *, in_channels: int, classes: int) -> Backbone:

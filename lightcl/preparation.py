@@ -6,15 +6,16 @@ import hashlib
 import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from lightcl.analysis.generalizability import OnStep, analyse, analysed_scenario
-from lightcl.assembly import build_network, build_stream, tasks_of_fleet
-from lightcl.data.partition import Share, partition
+from lightcl.analysis.generalizability import OnStep, analyze, analyzed_scenario, first_analyzable
+from lightcl.assembly import build_network, count_fleet
+from lightcl.data.partition import Shares, partition
 from lightcl.data.sources import Source, load_source
+from lightcl.data.streams import TaskCounts
 from lightcl.device.hardware import choose_accelerator
 from lightcl.errors import RequestError
 from lightcl.exchange.tensors import outgoing
@@ -25,6 +26,12 @@ from lightcl.records.provenance import describe_run
 from lightcl.scenario import Scenario, scenario_from_json
 from lightcl.scenario.digest import scenario_digest
 
+TEST_NOTES = {
+    "whole": "all test images of its classes",
+    "matched": "test images in the proportions of its training images, drawn by the seed",
+}
+"""What partition.json says instead of test images that devices share: ten thousand lists of them would fill a disk."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -32,11 +39,18 @@ class Prepared:
 
     scenario: Scenario
     source: Source
-    shares: Sequence[Share]
+    shares: Shares
+    counts: TaskCounts
+    """Images of each device for each task."""
     prefix: str
     """Digest of the frozen prefix."""
     analysis: dict[str, Any] | None = None
     """With `network.freeze: auto`: the figures that the freeze point was chosen from."""
+
+    @property
+    def tasks(self) -> Sequence[tuple[int, ...]]:
+        """The numbers of the tasks that each device learns, ascending; empty for a device that learns nothing."""
+        return self.counts.tasks
 
     @property
     def images(self) -> str:
@@ -48,11 +62,18 @@ class Prepared:
         return total.hexdigest()[:16]
 
     def partition_rows(self) -> Iterator[dict[str, object]]:
-        """For partition.json: the indices into the source's training and test split that each device holds."""
-        whole = self.scenario.fleet.test_data == "whole"
-        for device, share in enumerate(self.shares):
-            test = "all test images of its classes" if whole else share.test.tolist()
-            yield {"device": device, "train": share.train.tolist(), "test": test}
+        """For partition.json: the indices into the source's training and test split that each device holds.
+
+        A device that skips tasks has two more keys: `tasks`, the numbers of those that it learns, and `skipped`.
+        """
+        note = TEST_NOTES.get(self.scenario.fleet.test_data)
+        for device, tasks in enumerate(self.tasks):
+            row: dict[str, object] = {"device": device, "train": self.shares.train_of(device).tolist()}
+            row["test"] = note or self.shares[device].test.tolist()
+            if len(tasks) < self.scenario.stream.tasks:
+                row["tasks"] = list(tasks)
+                row["skipped"] = [asdict(skipped) for skipped in self.counts.skipped(device)]
+            yield row
 
 
 def prepare(scenario: Scenario) -> Prepared:
@@ -63,35 +84,43 @@ def prepare(scenario: Scenario) -> Prepared:
     choose_accelerator(scenario.device.accelerator)
     source = load_source(scenario.source_request())
     shares = partition(source, scenario.fleet, scenario.seed)
-    _check_all_learn(scenario, source, shares)
-    buildable = analysed_scenario(scenario) if scenario.network.freeze == "auto" else scenario
+    counts = count_fleet(scenario, source, shares)
+    buildable = analyzed_scenario(scenario) if scenario.network.freeze == "auto" else scenario
     network = build_network(buildable, in_channels=source.channels, classes=len(source.classes))
     buildable.method.build(network)  # a method may refuse a network
     if scenario.server.aggregation != "none" and not outgoing(network, scenario.server.aggregation):
         raise RequestError(
             f"server.aggregation {scenario.server.aggregation!r} has nothing to share: every block is frozen"
         )
-    return Prepared(scenario, source, shares, digest(network.prefix))
+    return Prepared(scenario, source, shares, counts, digest(network.prefix))
 
 
-def _check_all_learn(scenario: Scenario, source: Source, shares: Sequence[Share]) -> None:
-    """Raises RequestError where a device skips tasks: the server's ledger counts on all of them."""
-    for device, tasks in enumerate(tasks_of_fleet(scenario, source, shares)):
-        if len(tasks) < scenario.stream.tasks:
-            first = build_stream(scenario, source, shares[device], device).skipped[0]
-            raise RequestError(f"device {device} has {first.reason}; use fewer devices")
+def _check_learns(prepared: Prepared, device: int) -> None:
+    """Raises RequestError for a device that skips every task, where it is to be trained alone."""
+    if prepared.tasks[device]:
+        return
+    skipped = prepared.counts.skipped(device)[0]
+    first = next(number for number, tasks in enumerate(prepared.tasks) if tasks)
+    raise RequestError(
+        f"device {device} learns no task: it has {skipped.train} training and {skipped.test} test images for task "
+        f"{skipped.task} ({skipped.reason}), and too few for the others; name another --device (the first that learns "
+        f"a task is {first})"
+    )
 
 
 def choose_freeze_point(prepared: Prepared, on_step: OnStep | None = None) -> Prepared:
-    """Replaces `network.freeze: auto` by a block, from an analysis of device 0's stream; any other value is kept.
+    """Replaces `network.freeze: auto` by a block, from an analysis of one device's stream; any other value is kept.
 
-    Device 0 stands for the fleet, also when another device is trained alone: all have the same prefix. Raises
-    TrainingFailure if the analysis diverges.
+    The first device that learns at least two tasks stands for the fleet, also when another device is trained alone: all
+    have the same prefix. Raises RequestError where no device learns two tasks, TrainingFailure if the analysis
+    diverges.
     """
     scenario, source = prepared.scenario, prepared.source
     if scenario.network.freeze != "auto":
         return prepared
-    analysis = analyse(scenario, 0, source, prepared.shares[0], on_step).record(scenario.network.freeze_threshold)
+    device = first_analyzable(prepared.tasks)
+    found = analyze(scenario, device, source, prepared.shares[device], on_step)
+    analysis = found.record(scenario.network.freeze_threshold)
     scenario = _with_freeze(scenario, analysis["freeze"])
     network = build_network(scenario, in_channels=source.channels, classes=len(source.classes))
     scenario.method.build(network)  # raises RequestError if the method does not accept this point
@@ -117,7 +146,10 @@ def open_run(
         _check_same(folder, scenario, {"kind": kind})
     elif not (overwrite and folder.exists):
         folder.prepare(resume=resume, overwrite=overwrite)
-    prepared = choose_freeze_point(prepare(scenario), on_step)
+    prepared = prepare(scenario)
+    if kind.startswith("device "):
+        _check_learns(prepared, int(kind.removeprefix("device ")))
+    prepared = choose_freeze_point(prepared, on_step)
     facts = {"kind": kind, "images": prepared.images, "prefix": prepared.prefix}
     if resume:
         _check_same(folder, scenario, facts)

@@ -26,24 +26,32 @@ class Registry(Mapping[str, T], Generic[T]):
     """Objects of one kind by name; `kind` names them in errors ("method"), `key` is the scenario key ("method.name").
 
     `package` is the package whose modules register the built-in objects; it is imported on the first lookup, and so
-    are the plugins. `order` sorts the names; by default the order is that of registration.
+    are the plugins. `order` sorts the names; by default the order is that of registration. `origin` gives the class or
+    function that a plugin's author wrote, where the registered object only carries it.
     """
 
     def __init__(
-        self, kind: str, key: str, package: str | None = None, order: Callable[[T], Any] | None = None
+        self,
+        kind: str,
+        key: str,
+        package: str | None = None,
+        order: Callable[[T], Any] | None = None,
+        origin: Callable[[T], object] = lambda value: value,
     ) -> None:
-        self.kind, self.key, self.package, self.order = kind, key, package, order
+        self.kind, self.key, self.package, self.order, self.origin = kind, key, package, order, origin
         self._objects: dict[str, T] = {}
         self._discovered = package is None
 
     def register(self, name: str, value: T) -> None:
         """Adds an object. Raises RequestError where another object has this name."""
         before = self._objects.get(name)
-        if before is not None and _origin(before) != _origin(value):
-            raise RequestError(
-                f"{self.kind} {name!r} is registered twice: by {' '.join(_origin(before))} and by "
-                f"{' '.join(_origin(value))}; rename one of them"
-            )
+        if before is not None:
+            first, second = _origin(self.origin(before)), _origin(self.origin(value))
+            if first != second:
+                raise RequestError(
+                    f"{self.kind} {name!r} is registered twice: by {' '.join(first)} and by {' '.join(second)}; rename "
+                    "one of them"
+                )
         self._objects[name] = value
 
     def registering(self, name: str) -> Callable[[Own], Own]:

@@ -29,20 +29,22 @@ def check_alone(scenario: Scenario) -> None:
 def train_alone(prepared: Prepared, number: int, folder: RunFolder, progress: LiveProgress) -> None:
     """Trains and tests device `number` on the tasks that the folder has no row of yet; the folder is open and locked.
 
-    Raises RequestError where the rows do not fit the device's state, TrainingFailure where training cannot continue.
+    The device learns at least one task. Raises RequestError where the rows do not fit the device's state,
+    TrainingFailure where training cannot continue.
     """
     scenario = prepared.scenario
-    first, tasks, epochs = scenario.first_task, scenario.stream.tasks, scenario.training.epochs
+    epochs = scenario.training.epochs
     device = EdgeDevice(
         scenario, number, folder.path / "devices" / f"device-{number:05d}", source=prepared.source,
         share=prepared.shares[number],
     )  # fmt: skip
+    to_learn = device.stream.ids[device.stream.first :]
     done = _tasks_done(device, folder)
     folder.forget_after(done)
     listeners = Listeners([EventLog(folder.path / EVENTS), progress])
-    for task in range(first + done, tasks):
-        start, number_of_round = time.monotonic(), task - first + 1
-        listeners.round_started(number_of_round, tasks - task, 1)
+    for number_of_round, task in enumerate(to_learn[done:], done + 1):
+        start = time.monotonic()
+        listeners.round_started(number_of_round, len(to_learn) - number_of_round + 1, 1)
         listeners.phase_started("train", 1)
         row = DeviceRow(number_of_round, number, f"device-{number}", task, epochs)
         trained = device.train(task, epochs, progress.epoch_done)
@@ -54,10 +56,14 @@ def train_alone(prepared: Prepared, number: int, folder: RunFolder, progress: Li
         row.add_training_(trained)
         row.add_test_(tested)
         folder.append(DEVICES, [row])
-        summary = RoundRow.of([row], int(task == tasks - 1), training_seconds, time.monotonic() - start)
+        summary = RoundRow.of([row], int(device.finished), training_seconds, time.monotonic() - start)
         folder.append(ROUNDS, [summary])
         listeners.round_finished(summary)
-    folder.finish(Results.of([device.rows], tasks, devices=1, dropped={}, rounds=folder.rounds()))
+    folder.finish(
+        Results.of(
+            [device.rows], scenario.stream.tasks, ids=[device.stream.ids], devices=1, dropped={}, rounds=folder.rounds()
+        )
+    )
 
 
 def _tasks_done(device: EdgeDevice, folder: RunFolder) -> int:

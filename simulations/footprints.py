@@ -1,4 +1,4 @@
-"""Behind `lightcl footprint` and `lightcl plan`: cost of training per method, and settings that fit into a budget."""
+"""The work of `lightcl footprint` and `lightcl plan`: training cost per method, and settings that fit a budget."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _file(to: str | None) -> Path | None:
 
 
 def _check_places(files: Mapping[str, Path | None], scenario: Path | None, *, overwrite: bool) -> None:
-    """Raises RequestError for a file that cannot or must not be written, before hours of measuring are lost to it."""
+    """Raises RequestError for a file that cannot or must not be written, before hours of measuring would be lost."""
     taken = {scenario.resolve(): "is the scenario itself"} if scenario else {}
     for option, file in files.items():
         if file is None:
@@ -93,7 +93,7 @@ def _check_places(files: Mapping[str, Path | None], scenario: Path | None, *, ov
 
 
 def _write_files(files: Mapping[str, tuple[Path, bytes]]) -> None:
-    """All of them or, where the disk refuses one, none but those that were there before. Raises RequestError."""
+    """Writes all files; if one cannot be written, removes the new ones again. Raises RequestError."""
     new = []
     try:
         for option, (file, content) in files.items():
@@ -120,7 +120,7 @@ def _json_text(values: Any) -> str:
 
 
 def _print_memory(results: Sequence[MethodFootprint], image: Image, scenario: Scenario, console: Console) -> None:
-    """Methods side by side, as many as the terminal is wide for, and then the next ones below."""
+    """Methods side by side, as many as fit into the terminal, the others in further tables below."""
     channels, height, width = image
     about = f"{height}x{width}x{channels}, batch {scenario.training.batch_size}, {scenario.device.precision}"
     moment = "second task, as measured" if results[0].measured else "last task"

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live line on a terminal, a line a round elsewhere."""
+"""Progress of a run on the console: a live line on a terminal, one line per round elsewhere."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class LiveProgress(Listener):
     def round_started(self, number: int, rounds_left: int, devices: int) -> None:
         self._started = self._started or time.monotonic()
         self._round, self._rounds = number, number + rounds_left - 1
-        # Twice a device and round: training and testing. What is left is known better with every round.
+        # Two steps per device and round: training and testing. The estimate improves with every round.
         self._live.update(self._bar, total=self._done + 2 * devices * rounds_left)
 
     def phase_started(self, phase: str, devices: int) -> None:
@@ -110,7 +110,7 @@ class LiveProgress(Listener):
 
 
 class AnalysisProgress:
-    """How far an analysis of the blocks has come, on a console; use it in a `with`. The bar appears after an epoch."""
+    """Progress of an analysis of the blocks on a console; use it in a `with`. The bar appears after the first epoch."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -128,18 +128,18 @@ class AnalysisProgress:
         self._live.stop()
 
     def step(self, what: str, done: int, total: int) -> None:
-        """After an epoch: what is being trained, epochs done, epochs in all."""
+        """Called after every epoch: what is being trained, epochs done, epochs in total."""
         if self._bar is None:
             self._live.start()
             self._bar = self._live.add_task("", total=total)
-        self._live.update(self._bar, description=f"how general is each block: {what}", completed=done)
+        self._live.update(self._bar, description=f"analyzing the blocks: {what}", completed=done)
         if not self.console.is_terminal and what != self._what:
-            self.console.print(f"how general is each block: {what} (epoch {done} of {total})", highlight=False)
+            self.console.print(f"analyzing the blocks: {what} (epoch {done} of {total})", highlight=False)
         self._what = what
 
 
 def block_table(found: Generalizability, threshold: float) -> Table:
-    """An analysis in figures: every block's mean over the tasks, and its worst task."""
+    """The figures of an analysis: the mean over the tasks and the worst task of every block."""
     point = found.freeze_point(threshold)
     names = list(found.blocks)
     frozen = names[: names.index(point) + 1] if point != "none" else []

@@ -39,7 +39,7 @@ from lightcl.scenario import Scenario
 from lightcl.seeds import numpy_generator
 
 PROBES = 128
-"""Probe images of a task: those held out of its training, filled up with training images where they are fewer."""
+"""Probe images per task: its held-out images, and training images where there are too few of those."""
 PROBE_BATCH = 32
 
 OnStep = Callable[[str, int, int], None]
@@ -49,7 +49,7 @@ OnStep = Callable[[str, int, int], None]
 class LinearCKA:
     """Linear CKA between two representations of the same rows, which come in batches.
 
-        CKA(X, Y) = ‖YᵀX‖²_F / (‖XᵀX‖_F ‖YᵀY‖_F),   columns of X `[n, p]` and Y `[n, q]` centred
+        CKA(X, Y) = ‖YᵀX‖²_F / (‖XᵀX‖_F ‖YᵀY‖_F),   columns of X `[n, p]` and Y `[n, q]` centered
 
     Only sums of `[p + q, p + q]` numbers are kept, in float64, however many rows there are.
     """
@@ -74,19 +74,19 @@ class LinearCKA:
 
     def value(self) -> float:
         """In 0..1. Where only one of the two varies it is 0; where neither does, they are the same and it is 1."""
-        centred = self._products - torch.outer(self._sum, self._sum) / max(1, self._rows)
+        centered = self._products - torch.outer(self._sum, self._sum) / max(1, self._rows)
         p = self._split
-        own, others = centred[:p, :p].norm(), centred[p:, p:].norm()
+        own, others = centered[:p, :p].norm(), centered[p:, p:].norm()
         if own == 0 or others == 0:
             return float(own == others)
-        return float((centred[p:, :p].square().sum() / (own * others)).clamp(0, 1))
+        return float((centered[p:, :p].square().sum() / (own * others)).clamp(0, 1))
 
 
 @torch.no_grad()
 def block_similarity(one: Backbone, other: Backbone, batches: Iterable[Tensor]) -> dict[str, float]:
     """Linear CKA between two networks of one shape at every block, over uint8 images `[N, C, H, W]`.
 
-    Both run side by side in evaluation mode and fp32, so that only one map of each is held at a time.
+    Both run side by side in evaluation mode and fp32, so that only one map of each is in memory at a time.
     """
     one.eval()
     other.eval()
@@ -115,17 +115,19 @@ class BlockFigures:
 
 @dataclass(frozen=True)
 class Generalizability:
-    """What an analysis found, block by block in the network's order."""
+    """The result of an analysis, block by block in the network's order."""
 
     device: int
     epochs: int
     blocks: dict[str, BlockFigures]
+    tasks: tuple[int, ...]
+    """The tasks that the figures are about: those that the device learns, without the first of them."""
 
     def freeze_point(self, threshold: float) -> str:
         """The last block that is general, as are all before it: MS and LP, as means over tasks, reach `threshold`.
 
         "none" where the first block is not. The last block of the network is never chosen: a method needs something
-        to train and to regularise, a fleet something to share.
+        to train and to regularize, a fleet something to share.
         """
         point = "none"
         for name, block in list(self.blocks.items())[:-1]:
@@ -141,18 +143,19 @@ class Generalizability:
             "epochs": self.epochs,
             "threshold": threshold,
             "freeze": self.freeze_point(threshold),
-            "tasks": list(range(1, 1 + len(next(iter(self.blocks.values())).stability))),
+            "tasks": list(self.tasks),
             "blocks": {name: vars(block) for name, block in self.blocks.items()},
         }
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Generalizability:
         """The inverse of `record`. Raises KeyError or TypeError for what is not one."""
-        return cls(record["device"], record["epochs"], {n: BlockFigures(**b) for n, b in record["blocks"].items()})
+        blocks = {name: BlockFigures(**figures) for name, figures in record["blocks"].items()}
+        return cls(record["device"], record["epochs"], blocks, tuple(record["tasks"]))
 
 
-def analysed_scenario(scenario: Scenario) -> Scenario:
-    """What an analysis trains: the scenario with plain SGD, nothing frozen and `network.analysis_epochs` per task.
+def analyzed_scenario(scenario: Scenario) -> Scenario:
+    """The scenario that an analysis trains: with plain SGD, nothing frozen and `network.analysis_epochs` per task.
 
     Raises RequestError for a stream of a single task, after which nothing can be forgotten.
     """
@@ -170,16 +173,31 @@ def analysed_scenario(scenario: Scenario) -> Scenario:
     )
 
 
-def analyse(
+def first_analyzable(tasks: Sequence[Sequence[int]]) -> int:
+    """The first device that learns at least two tasks; `tasks[d]` are those of device d.
+
+    Raises RequestError where there is none.
+    """
+    for device, learned in enumerate(tasks):
+        if len(learned) >= 2:
+            return device
+    raise RequestError(
+        "network.freeze is 'auto', but no device learns two tasks, and memory stability asks what a second task does "
+        "to the first; name a block, or give the devices more images (fewer fleet.devices, a larger fleet.alpha)"
+    )
+
+
+def analyze(
     scenario: Scenario, number: int, source: Source, share: Share, on_step: OnStep | None = None
 ) -> Generalizability:
     """Trains device `number`'s stream, and every task but the first alone, and compares the networks block by block.
 
     Takes about twice as long as training that device's stream with nothing frozen. Raises RequestError for a scenario
-    that cannot be carried out, TrainingFailure where a loss is no longer a number.
+    that cannot be carried out and for a device that learns fewer than two tasks, TrainingFailure where a loss is no
+    longer a number.
     """
-    trained = analysed_scenario(scenario)
-    tasks, epochs = trained.stream.tasks, trained.training.epochs
+    trained = analyzed_scenario(scenario)
+    epochs = trained.training.epochs
     done = 0
 
     def learn(device: EdgeDevice, task: int, what: str) -> None:
@@ -187,23 +205,29 @@ def analyse(
             nonlocal done
             done += 1
             if on_step:
-                on_step(what, done, (2 * tasks - 1) * epochs)
+                on_step(what, done, (2 * len(ids) - 1) * epochs)
 
         device.train(task, epochs, epoch_done)
 
     rows: list[tuple[dict[str, float], dict[str, float], dict[str, float]]] = []
     with tempfile.TemporaryDirectory(prefix="lightcl-analysis-") as folder:
         device = EdgeDevice(trained, number, Path(folder, "stream"), source=source, share=share)
+        ids = device.stream.ids
+        if len(ids) < 2:
+            raise RequestError(
+                f"device {number} learns {len(ids)} of {trained.stream.tasks} tasks (for the others it has too few "
+                "images), but memory stability asks what a second task does to the first; name another --device"
+            )
         start = copy.deepcopy(device.network)
         probes = [_probes(task, scenario.seed, number) for task in device.stream]
-        learn(device, 0, f"task 1 of {tasks}")
-        for task in range(1, tasks):
+        learn(device, ids[0], f"task 1 of {len(ids)}")
+        for position, task in enumerate(ids[1:], 1):
             before = copy.deepcopy(device.network)
-            learn(device, task, f"task {task + 1} of {tasks}")
+            learn(device, task, f"task {position + 1} of {len(ids)}")
             free = EdgeDevice(trained, number, Path(folder, f"free-{task}"), source=source, share=share)
             free.skip_to(task)
-            learn(free, task, f"task {task + 1} alone")
-            old, new = probes[:task], probes[task : task + 1]
+            learn(free, task, f"task {position + 1} alone")
+            old, new = probes[:position], probes[position : position + 1]
             rows.append(
                 (
                     block_similarity(before, device.network, _batches(old, device.accelerator)),
@@ -215,7 +239,7 @@ def analyse(
         name: BlockFigures(*([row[figure][name] for row in rows] for figure in range(3)))
         for name in device.network.block_names
     }
-    return Generalizability(number, epochs, blocks)
+    return Generalizability(number, epochs, blocks, ids[1:])
 
 
 def _probes(task: Task, seed: int, device: int) -> Samples:

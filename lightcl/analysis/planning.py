@@ -34,7 +34,7 @@ SPARSITIES = (0.5, 1.0)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A setting as a scenario, and what it is predicted to need."""
+    """A setting as a scenario, with its predicted cost."""
 
     scenario: Scenario
     head_alone: bool

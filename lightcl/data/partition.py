@@ -88,6 +88,10 @@ class Shares(Sequence[Share]):
             return Share(train, _tests_of(labels, self._source.test.labels))
         return Share(train, _matched_tests(self._source, labels, self._seed, device))
 
+    def train_of(self, device: int) -> np.ndarray:
+        """A device's training images alone; under `test_data: matched` the test images take time to draw."""
+        return self._train[device]
+
     @property
     def sizes(self) -> np.ndarray:
         """Training images per device, int64 `[devices]`."""

@@ -117,6 +117,7 @@ class TaskStream(Sequence[Task]):
         self, tasks: Sequence[Task], head_classes: int, joint: bool = False, skipped: tuple[Skipped, ...] = ()
     ) -> None:
         self._tasks = tuple(tasks)
+        self._positions = {task.id: position for position, task in enumerate(self._tasks)}
         self.head_classes = head_classes
         self.joint = joint
         self.skipped = skipped
@@ -125,6 +126,10 @@ class TaskStream(Sequence[Task]):
     def ids(self) -> tuple[int, ...]:
         """The scenario's numbers of these tasks, ascending."""
         return tuple(task.id for task in self._tasks)
+
+    def position_of(self, task: int) -> int:
+        """Position in this stream of the scenario's task number `task`. Raises KeyError for a task that is skipped."""
+        return self._positions[task]
 
     @property
     def first(self) -> int:

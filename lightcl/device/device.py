@@ -6,7 +6,7 @@ The same class serves `lightcl train`, a simulated device and a board, so all th
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from lightcl.assembly import build_network, build_stream
 from lightcl.data.partition import Share, share_of
 from lightcl.data.sources import Source, load_source
-from lightcl.data.tasks import TaskContext, TaskStream
+from lightcl.data.tasks import Task, TaskContext, TaskStream
 from lightcl.device import hardware
 from lightcl.device.hardware import choose_accelerator, set_up_torch
 from lightcl.device.prefix import fixed_prefix
@@ -36,7 +36,7 @@ from lightcl.storage.state import StateError, StateFolder, under
 
 @dataclass(frozen=True)
 class Position:
-    """Progress of a device: its current task and the number of finished epochs of that task."""
+    """Progress of a device: its current task, by the scenario's number, and the finished epochs of that task."""
 
     task: int = 0
     epochs: int = 0
@@ -48,6 +48,8 @@ class OutOfStep(Exception):
 
 class EdgeDevice:
     """A device that learns its stream task by task and survives being killed at any point.
+
+    Tasks have the scenario's numbers everywhere; the device learns those in `stream.ids` and skips the others.
 
     `share` is the device's part of `source`; the default is its part under the scenario's partition. `folder` is where
     its state lives. Raises RequestError for a scenario that cannot be carried out, StateError for unreadable state.
@@ -73,7 +75,7 @@ class EdgeDevice:
         if scenario.fixed_prefix:
             self.method.prefix_features = fixed_prefix(scenario, self.network, source, self.prefix_digest)
         self.optimizer = make_optimizer(self.method, scenario)
-        self.position = self._start = Position(self.stream.first)
+        self.position = self._start = Position(self.stream.ids[self.stream.first] if self.stream else 0)
         self.version = 0
         self.last_report: Trained | None = None
         self.rows: dict[str, dict[int, list[float]]] = {"til": {}, "cil": {}}
@@ -84,11 +86,12 @@ class EdgeDevice:
 
     @property
     def finished(self) -> bool:
-        return self.position == Position(len(self.stream) - 1, self.scenario.training.epochs)
+        """Whether the last task is learned; a device without tasks has nothing to learn."""
+        return not self.stream or self.position == Position(self.stream.ids[-1], self.scenario.training.epochs)
 
     def matrix(self, setting: str) -> AccuracyMatrix:
-        """The accuracy matrix so far; `setting` is "til" or "cil"."""
-        return AccuracyMatrix.from_rows(self.rows[setting], len(self.stream))
+        """The accuracy matrix so far, with holes where a task is skipped; `setting` is "til" or "cil"."""
+        return AccuracyMatrix.from_rows(self.rows[setting], self.scenario.stream.tasks, self.stream.ids)
 
     # -- training ----------------------------------------------------------------------------------------------
 
@@ -147,22 +150,25 @@ class EdgeDevice:
     def skip_to(self, task: int) -> None:
         """Starts a device that has learned nothing at `task`, as if there were no earlier tasks.
 
-        Raises OutOfStep where it has begun already or has no such task.
+        Raises OutOfStep where it has begun already or does not learn this task.
         """
-        if self.position != self._start or not 0 <= task < len(self.stream):
+        if self.position != self._start or task not in self.stream.ids:
             raise OutOfStep(f"device {self.number} cannot begin with task {task}: it is at {self.position}")
         self.position = self._start = Position(task)
 
     def _check_step(self, goal: Position) -> None:
         total = self.scenario.training.epochs
-        if not (0 <= goal.task < len(self.stream) and 0 < goal.epochs <= total):
+        ids = self.stream.ids
+        if goal.task not in ids or not 0 < goal.epochs <= total:
             raise OutOfStep(
-                f"the request is for task {goal.task}, epoch {goal.epochs}, but the stream has {len(self.stream)} "
-                f"tasks of {total} epochs"
+                f"the request is for task {goal.task}, epoch {goal.epochs}, but device {self.number} learns "
+                f"{len(ids)} of {self.scenario.stream.tasks} tasks ({', '.join(map(str, ids)) or 'none'}), of {total} "
+                "epochs each"
             )
         here = self.position
         same_task = goal.task == here.task and goal.epochs > here.epochs
-        next_task = goal.task == here.task + 1 and here.epochs == total
+        follows = self.stream.position_of(goal.task) == self.stream.position_of(here.task) + 1
+        next_task = follows and here.epochs == total
         if not (same_task or next_task):
             raise OutOfStep(
                 f"device {self.number} has done {here.epochs} of {total} epochs of task {here.task} and cannot go to "
@@ -172,10 +178,16 @@ class EdgeDevice:
     # -- evaluation --------------------------------------------------------------------------------------------
 
     def evaluate(self) -> Tested:
-        """Tests all tasks up to the current one, keeps the row of the accuracy matrix, and saves the state."""
+        """Tests the tasks that it learns up to the current one, keeps the row of the accuracy matrix, saves the state.
+
+        Raises OutOfStep for a device without tasks.
+        """
+        if not self.stream:
+            raise OutOfStep(f"device {self.number} learns no task, so there is nothing to test")
         start = time.monotonic()
         task = self.position.task
-        results = evaluate(self.method, self.stream[: task + 1], self.scenario, self.accelerator)
+        tested = self._until(task)
+        results = evaluate(self.method, tested, self.scenario, self.accelerator)
         report = Tested(
             device=self.number,
             task=task,
@@ -183,6 +195,7 @@ class EdgeDevice:
             version=self.version,
             til=[r.til for r in results],
             cil=[r.cil for r in results] if "cil" in self.scenario.settings else [],
+            tasks=[t.id for t in tested],
             images=[r.images for r in results],
             seconds=time.monotonic() - start,
         )
@@ -297,8 +310,8 @@ class EdgeDevice:
         }
 
     def _context(self, task: int) -> TaskContext:
-        seen = sorted({c for t in self.stream[: task + 1] for c in t.classes})
-        to_learn = self.stream.to_learn(task)
+        seen = sorted({c for t in self._until(task) for c in t.classes})
+        to_learn = self.stream.to_learn(self.stream.position_of(task))
         return TaskContext(
             to_learn,
             torch.tensor(to_learn.classes, device=self.accelerator),
@@ -309,7 +322,11 @@ class EdgeDevice:
             self.scenario.training.epochs,
             self.scenario.augmentation,
             self.scenario.data.crop_padding,
-            self.stream[self._start.task].id,
+            self._start.task,
             self.scenario.data.views,
             self.scenario.seed,
         )
+
+    def _until(self, task: int) -> Sequence[Task]:
+        """The tasks that it learns, up to and including this one."""
+        return self.stream[: self.stream.position_of(task) + 1]

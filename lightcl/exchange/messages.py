@@ -97,15 +97,17 @@ class Trained(_Record):
 
 @dataclass(frozen=True)
 class Tested(_Record):
-    """From a device, after a test of tasks 0..task: per task the accuracy in 0..1 and the number of test images.
+    """From a device, after a test of the tasks that it learns up to `task`.
 
-    `cil` is empty where the scenario does not test it.
+    `tasks` are their numbers, ascending; `til`, `cil` (accuracies in 0..1) and `images` (test images) have a value per
+    tested task. `cil` is empty where the scenario does not test it.
     """
 
     device: int
     task: int
     epochs: int
     version: int
+    tasks: list[int]
     til: list[float]
     cil: list[float]
     images: list[int]
@@ -114,7 +116,7 @@ class Tested(_Record):
 
 @dataclass(frozen=True)
 class Refusal(_Record):
-    """From a device that could not do what it was asked, with where it is in its stream (-1: not known)."""
+    """A device could not answer a request; includes its position in its stream (-1: not known)."""
 
     task: int
     epochs: int

@@ -79,9 +79,10 @@ STRATEGY_OPTIONS: dict[StrategyName, type[Section]] = {
 
 class Server(Section):
     aggregation: Literal["none", "suffix", "suffix+head"] = "none"
-    """none: isolated devices; suffix: its weighted average is shared, heads stay local; suffix+head: both shared."""
+    """none: isolated devices; suffix: the weighted average of the suffixes is shared, heads stay local;
+    suffix+head: both are shared."""
     strategy: StrategyName = "FedAvg"
-    """The Flower strategy (flwr.serverapp.strategy) that makes the new shared weights. FedAvg: their mean, weighted by
+    """The Flower strategy (flwr.serverapp.strategy) that computes the new shared weights. FedAvg: mean weighted by
     examples; FedAvgM: with momentum on the server; FedAdam, FedAdagrad, FedYogi: the mean change is the gradient of
     such an optimizer; FedMedian, FedTrimmedAvg, Krum, MultiKrum, Bulyan: against outliers."""
     strategy_options: dict[str, Annotated[float, Field(ge=0, le=1e6)]] = Field(default_factory=dict)
@@ -89,13 +90,13 @@ class Server(Section):
     compression: Literal["none", "fp16"] = "none"
     """How shared tensors are sent. none: fp32; fp16: half the bytes, with a relative error of at most 2^-11."""
     fraction: float = Field(default=1.0, gt=0, le=1)
-    """Share of the devices that train in a round; the least advanced ones go first, ties are drawn by seed."""
+    """Share of the devices that train in a round; the least advanced devices come first, ties are drawn by seed."""
     rounds_per_task: int = Field(default=1, ge=1, le=1_000_000)
-    """A task's epochs are spread over this many rounds."""
+    """The epochs of a task are divided among this many rounds."""
     round_timeout: float = Field(default=86_400.0, gt=0, le=1e8)
-    """Seconds a round may take, queueing included."""
+    """Time limit of a round in seconds, queueing included."""
     connect_timeout: float = Field(default=600.0, gt=0, le=1e8)
-    """Seconds to wait for all devices to connect; while none has, boards that are busy get up to `round_timeout`."""
+    """Seconds to wait for all devices to connect; up to `round_timeout` while none has, because boards may be busy."""
     max_failures: int = Field(default=3, ge=1, le=1_000_000)
     """Consecutive failures after which a device is dropped from the run."""
 
@@ -107,9 +108,9 @@ class Server(Section):
     def options(self) -> Section:
         """`strategy_options` as the strategy's own type. Raises ValueError naming the option."""
         kind = STRATEGY_OPTIONS[self.strategy]
-        whole = {name: int(value) for name, value in self.strategy_options.items() if value == int(value)}
+        integral = {name: int(value) for name, value in self.strategy_options.items() if value == int(value)}
         integers = {name for name, field in kind.model_fields.items() if field.annotation is int}
-        given = {name: whole.get(name, v) if name in integers else v for name, v in self.strategy_options.items()}
+        given = {name: integral.get(name, v) if name in integers else v for name, v in self.strategy_options.items()}
         try:
             return kind.model_validate(given)
         except ValidationError as error:

@@ -85,7 +85,7 @@ def outgoing_head(method: Method, totals: Mapping[str, np.ndarray]) -> Arrays:
 
 
 def split(arrays: Mapping[str, np.ndarray], prefix: str) -> tuple[Arrays, Arrays]:
-    """Those whose names begin with `prefix`, and the others."""
+    """The tensors whose names begin with `prefix`, and all others."""
     chosen = {name: array for name, array in arrays.items() if name.startswith(prefix)}
     return chosen, {name: array for name, array in arrays.items() if name not in chosen}
 
@@ -113,7 +113,7 @@ def _check_sums(count: np.ndarray, total: np.ndarray, gram: np.ndarray) -> None:
     """Raises ExchangeError for inconsistent sums: the scatter Σ xxᵀ - Σ_c s_c s_cᵀ / n_c within the classes must have
     no negative eigenvalue, up to rounding.
 
-    The head of the whole fleet is solved from them, so one wrong reply would spoil it for all.
+    The head of the entire fleet is solved from them, so one wrong reply would corrupt it for all devices.
     """
     scatter = from_upper_triangle(torch.from_numpy(np.array(gram)), total.shape[1]).numpy()
     rounding = 1e-6 * np.trace(scatter) / len(scatter) + 1e-9

@@ -1,4 +1,4 @@
-"""What a continual-learning method is, and the registry of methods.
+"""The interface of a continual-learning method, and the registry of methods.
 
 A method is one file: a section with its keys (`MethodParameters`), whose class attributes are the method's constants,
 and the algorithm (`Method`) with the decorator `@register`. The training loop (lightcl/device/training.py) is the same
@@ -27,12 +27,12 @@ Setting = Literal["til", "cil"]
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a method adds to plain SGD on the network; `lightcl/analysis/footprint/` computes FLOPs and bytes of it."""
+    """The cost of a method on top of plain SGD; `lightcl/analysis/footprint/` turns it into FLOPs and bytes."""
 
     replayed: int = 0
-    """Further samples per step that pass forward and backward through everything that is trained."""
-    held: int = 0
-    """Further samples per step that pass only the suffix and the head, from stored outputs of the prefix."""
+    """Additional samples per step that pass forward and backward through the trained part of the network."""
+    suffix_samples: int = 0
+    """Additional samples per step that pass only the suffix and the head, from stored prefix outputs."""
     weight_copies: int = 0
     """Stored tensors as large as the trained parameters."""
     stored_images: int = 0
@@ -78,7 +78,7 @@ class MethodParameters(Section):
     default_freeze: ClassVar[str] = "none"
     """The freeze point where the scenario names none."""
     settings: ClassVar[tuple[Setting, ...]] = ("til", "cil")
-    """What the method can be tested for: task known (TIL), not known (CIL)."""
+    """The settings in which the method can be tested: task known (TIL), not known (CIL)."""
     shareable: ClassVar[bool] = True
     """Whether the trained tensors mean the same on every device, so that a server may average them."""
     joint: ClassVar[bool] = False
@@ -184,7 +184,7 @@ class Method:
     # -- learning ----------------------------------------------------------------------------------------------
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What the optimizer steps, by name; called after `begin_task`, and after `load_state_dict`."""
+        """The parameters that the optimizer updates, by name; called after `begin_task` and after `load_state_dict`."""
         return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
 
     def begin_task(self, context: TaskContext) -> None:
@@ -242,7 +242,7 @@ class Method:
     # -- sharing -----------------------------------------------------------------------------------------------
 
     def statistics(self) -> dict[str, Tensor]:
-        """What the last finished task adds to the fleet's sums, in fp64; only for methods that sum statistics."""
+        """The last finished task's addend to the sums of the fleet, fp64; only for methods that sum statistics."""
         return {}
 
     def shared_head(self, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -250,7 +250,7 @@ class Method:
         return {}
 
     def adopt_head_(self, head: Mapping[str, Tensor]) -> None:
-        """Takes over the fleet's head."""
+        """Replaces the device's head by the fleet's."""
 
     # -- state -------------------------------------------------------------------------------------------------
 

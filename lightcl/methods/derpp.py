@@ -1,13 +1,13 @@
-"""DER++: dark experience replay. The buffer keeps the logits a sample had when it came in.
+"""DER++: dark experience replay. The buffer stores each sample with its logits at the time of storing.
 
 Buzzega, Boschini, Porrello, Abati, Calderara: "Dark Experience for General Continual Learning: a Strong, Simple
 Baseline", NeurIPS 2020 (arXiv 2004.07211), equation 6.
 
     loss = CE(h(x), y) + α·‖z' - h(x')‖² + β·CE(h(x''), y''),    (x', z') and (x'', y'') two independent draws
 
-z' are the logits of the whole head, of the augmented image and in training mode. As in the authors' code ‖·‖² is the
+z' are the logits of the entire head for the augmented image, in training mode. As in the authors' code ‖·‖² is the
 mean over samples and logits (α was tuned for that), not the sum over logits of the equation. Deviation: the three sets
-pass the network as one batch and share its batch-norm statistics; the authors' code passes them one after another.
+pass the network as one batch with shared batch-norm statistics; the authors' code passes them one after another.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class DERppKeys(ReplayParameters):
 
 
 class DERppParameters(DERppKeys):
-    """`derpp`: keeps `buffer_size` raw samples with their logits and repeats both."""
+    """`derpp`: stores `buffer_size` raw samples with their logits and replays both."""
 
     order = 7
     name: Literal["derpp"] = "derpp"

@@ -7,7 +7,7 @@ sampling; Riemer et al., ICLR 2019 (arXiv 1810.11910).
 
 x and x' pass the network as one batch, as in the paper; the two means are summed instead of taking one mean over
 both, so that the weight of the replayed samples does not depend on the two batch sizes. The papers learn online, in one
-epoch; here a task has several, and every presentation of a sample is offered to the reservoir.
+epoch; here it has several, and a sample is offered to the reservoir in every epoch.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ F_t is not normalized (Schwarz et al.).
 
 λ depends on the scale of F, hence on network and data. Steps grow unstable where learning_rate·λ·F_i passes 2, and some
 F_i are thousands of times the mean, so λ cannot be large: with the built-in weights at learning rate 0.01 the loss is
-lost at 200. What it buys is small with batch-norm: on the digits, five tasks, seeds 0 to 4, forgetting falls from 8.3
+lost at 200. With batch-norm its benefit is small: on the digits, five tasks, seeds 0 to 4, forgetting falls from 8.3
 to 5.1 points in TIL and from 18.0 to 17.2 in CIL, nearly all of it at the one seed (3) where SGD forgets much (19.8 to
 6.9); at the other four the difference is about two points or less, and λ was chosen on this stream. A small network
 trained from nothing at learning rate 0.03 forgets as much as with SGD: the running statistics move, and F of samples
@@ -46,7 +46,7 @@ class EWCParameters(MethodParameters):
     gamma: float = Field(default=1.0, ge=0, le=1)
     """Share of the old Fisher information that stays with each task; 1: all tasks count alike."""
     fisher_samples: int = Field(default=500, ge=1, le=1_000_000)
-    """Training samples of a task behind its Fisher information; one backward pass each."""
+    """Training samples per task for its Fisher information; one backward pass each."""
 
     def cost(self) -> StepCost:
         return StepCost(weight_copies=2)

@@ -6,10 +6,10 @@ arXiv 2407.10545.
     loss = CE(logits[:, classes of the task], y) + β·( Σ_m Σ (mask_m ⊙ (F_m - F*_m))² + Σ (logits - logits*)² )
 
 F* and logits* are recorded before each task on `memory_size` samples *of that task*; no old sample is kept. Deviations
-of the default from the paper's code, all selectable: the prefix is frozen with its batch-norm, exactly `keep` channels
-are vital, and the suffix's batch-norm uses its running statistics on the memory samples (`memory_batch_norm`), so the
-patterns are those of the network that will be tested. In every preset importance is taken in evaluation mode on
-un-augmented images, and memory samples never move a running statistic.
+of the default from the paper's code, all of them selectable: the prefix is frozen with its batch-norm, exactly `keep`
+channels are vital, and the suffix's batch-norm uses its running statistics on the memory samples (`memory_batch_norm`),
+so the patterns are those of the network that will be tested. In every preset importance is computed in evaluation mode
+on un-augmented images, and memory samples never change a running statistic.
 
 `preset: scale-free` is ours: drift is measured without a unit (`reduction`), so that one β serves every width, and only
 the logits of classes seen before are regularized (`held_logits`): tying the logits of new classes to their values from
@@ -30,13 +30,11 @@ from lightcl.data.tasks import Batch, TaskContext
 from lightcl.methods.base import Method, MethodParameters, Sections, StepCost, register
 from lightcl.methods.parts.batch_norm import running_statistics, unmoved_statistics
 from lightcl.methods.parts.feature_memory import (
-    Drift,
+    Recorded,
     Reduction,
     VitalSelection,
     channel_importance,
-    logit_drift,
     vital_channels,
-    vital_patterns,
 )
 from lightcl.networks.staged import Backbone, FeatureMaps
 from lightcl.storage.state import under
@@ -106,76 +104,67 @@ class LightCLParameters(MethodParameters):
     def cost(self) -> StepCost:
         if self.beta == 0:
             return StepCost()
-        return StepCost(held=self.memory_size, pattern_samples=self.memory_size, vital_ratio=self.ratio)
+        return StepCost(suffix_samples=self.memory_size, pattern_samples=self.memory_size, vital_ratio=self.ratio)
 
 
 @register(LightCLParameters)
 class LightCL(Method):
+    """loss = CE(logits[:, classes of the task], y) + β·( Σ_m Σ (mask_m ⊙ (F_m - F*_m))² + Σ (logits - logits*)² )"""
+
     parameters: LightCLParameters
 
     def __init__(self, network: Backbone, parameters: LightCLParameters) -> None:
         super().__init__(network, parameters)
-        self.vital: dict[str, Tensor] = {}  # mask_m: boolean [C] of every regularized map
-        self.memory: Tensor | None = None  # prefix outputs of the memory samples (images where nothing is frozen)
-        self.patterns: FeatureMaps = {}  # F*, of the vital channels
-        self.logits: Tensor | None = None  # logits*, of the tied classes
-        self.tied: Tensor | None = None  # the tied classes
+        self.vital: dict[str, Tensor] = {}  # mask_m: boolean [C] for every regularized map
+        self.recorded: Recorded | None = None  # F* and logits*; None: no regularization
 
     def begin_task(self, context: TaskContext) -> None:
-        """Records the feature patterns of samples of the new task, as the network is now."""
-        self.memory, self.logits, self.patterns = None, None, {}
+        """Records F* and logits* on samples of the new task, with the network as it is now."""
+        self.recorded = None
         if context.is_first or self.parameters.beta == 0:
             return
         samples = context.sample(self.parameters.memory_size, purpose="memory")
-        # The prefix never changes during a task, so its outputs are computed once and not in every step.
-        with unmoved_statistics(self.network.prefix):
-            self.memory = self.features_of(samples)
+        with unmoved_statistics(self.network.prefix):  # once per task and not in every step: the prefix is frozen
+            inputs = self.features_of(samples)
+        tied = torch.arange(self.network.classes, device=context.device)
         if self.parameters.held_logits == "old":
-            self.tied = context.old_classes
-        else:
-            self.tied = torch.arange(self.network.classes, device=context.device)
-        maps: FeatureMaps = {}
-        with torch.no_grad(), self._memory_mode():
-            self.logits = self.network.classify(self.memory, maps.__setitem__)[:, self.tied].float()
-        self.patterns = vital_patterns(maps, self.vital)
+            tied = context.old_classes
+        with torch.no_grad(), self.memory_mode():
+            self.recorded = Recorded.of(inputs, self.vital, tied, self.network.classify)
 
     def loss(self, batch: Batch, context: TaskContext) -> Tensor:
         loss = super().loss(batch, context)
-        if self.memory is None or self.logits is None or self.tied is None:
+        if self.recorded is None:
             return loss
-        drift = Drift(self.patterns, self.vital, self.parameters.reduction)
-        with self._memory_mode():
-            logits = self.network.classify(self.memory, drift.on_map)[:, self.tied]
-        moved = drift.total() + logit_drift(logits, self.logits, self.parameters.reduction)
-        return loss + self.parameters.beta * moved
+        with self.memory_mode():
+            drift = self.recorded.drift(self.vital, self.parameters.reduction, self.network.classify)
+        return loss + self.parameters.beta * drift
 
     @torch.no_grad()
     def end_task(self, context: TaskContext) -> None:
         """Marks the most important channels of this task as vital, in addition to those of earlier tasks."""
-        self.memory, self.logits, self.patterns = None, None, {}
-        samples = context.sample(context.batch_size, purpose="importance")
+        self.recorded = None
         maps: FeatureMaps = {}
-        self.network.classify(self.features_of(samples), maps.__setitem__)
+        self.network.classify(self.features_of(context.sample(context.batch_size, "importance")), maps.__setitem__)
         for name, feature_map in maps.items():
             importance = channel_importance(feature_map)
             mask = vital_channels(importance, self.parameters.ratio, self.parameters.vital_selection)
-            self.vital[name] = mask | self.vital[name] if name in self.vital else mask
+            self.vital[name] = mask | self.vital.get(name, mask)
 
-    def _memory_mode(self) -> AbstractContextManager[None]:
+    @property
+    def memory(self) -> Tensor | None:
+        """Prefix outputs of the memory samples (their images where nothing is frozen)."""
+        return self.recorded.inputs if self.recorded else None
+
+    def memory_mode(self) -> AbstractContextManager[None]:
+        """Batch-norm of the suffix while memory samples pass."""
         if self.parameters.memory_batch_norm == "eval":
             return running_statistics(self.network.suffix, self.network.training)
         return unmoved_statistics(self.network.suffix)
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {f"vital/{name}": mask for name, mask in self.vital.items()}
-        state |= {f"pattern/{name}": stored for name, stored in self.patterns.items()}
-        if self.memory is not None and self.logits is not None and self.tied is not None:
-            state |= {"memory": self.memory, "logits": self.logits, "tied": self.tied}
-        return state
+        return state | (self.recorded.state_dict() if self.recorded else {})
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.vital = under(state, "vital/")
-        self.patterns = under(state, "pattern/")
-        self.memory, self.logits, self.tied = state.get("memory"), state.get("logits"), state.get("tied")
-        if self.memory is not None:  # in its former layout: in another one a mean over positions rounds differently
-            self.memory = self.memory.contiguous(memory_format=torch.channels_last)
+        self.vital, self.recorded = under(state, "vital/"), Recorded.from_state(state)

@@ -11,7 +11,7 @@ of the *frozen* prefix alone. That is why the statistics stay valid while the su
 from never changes. No old sample is kept, only sums; they are collected in one pass at the end of each task.
 
 φ(x): channel means of the prefix's feature maps, the last map also in a 2x2 grid. Of the choices in `FEATURES` the
-richest is taken whose statistics fit into `statistics_mb`.
+richest one whose statistics fit into `statistics_mb` is used.
 
 `share_statistics`: sums add up exactly over devices, so a fleet's head is the one that all its data together would
 give. What a device then sends of a finished task are its sums; the server adds them up and returns the solved head.

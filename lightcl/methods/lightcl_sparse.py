@@ -1,17 +1,17 @@
-"""LightCL's sparse variant: LightCL on a network that lost most of its deep channels before the first task.
+"""LightCL's sparse variant: LightCL on a network whose deep layers are pruned before the first task.
 
 Wang, Cheng, Ji, Huang: "LightCL: Compact Continual Learning with Low Memory Footprint For Edge Device", ASP-DAC 2025,
-arXiv 2407.10545. Of layer3 0.7 of the channels go, of layer4 0.8, elsewhere 0.2, about 0.9 of ResNet-18's parameters;
-the channels whose weights have the smallest mean. Loss and feature memory are LightCL's, on what is left: `ratio` is a
-share of the remaining channels.
+arXiv 2407.10545. Pruning removes 0.7 of the channels of layer3, 0.8 of layer4 and 0.2 elsewhere, which is about 0.9 of
+ResNet-18's parameters; the channels whose weights have the smallest mean are removed. Loss and feature memory are those
+of LightCL on the remaining channels, and `ratio` is a share of these.
 
 Deviations: the channels are removed physically and not masked (for shortcuts see lightcl/networks/pruning.py). In
 the paper's code layer3's second block is trained in the first task; here the prefix is the same on every device for
 good, so a freeze point does not move during a stream. `network.freeze: layer3.0` trains that block throughout; with
 `preset: paper` or `memory_batch_norm: train`, as the running statistics of a just pruned block are too far off for the
-patterns to be held by them (the loss diverged in our runs).
+patterns to be computed with them (the loss diverged in our runs).
 
-What it costs: nothing heals a pruned prefix that stays frozen. On the shipped weights the variances that batch-norm
+Cost: a frozen prefix cannot recover from pruning. On the shipped weights the variances that batch-norm
 meets after pruning are a tenth of those it has stored, and accuracy falls much further than the paper's. Batch
 statistics in the prefix (`preset: paper`, or `network.frozen_batch_norm: train`) win some of it back.
 """
@@ -32,17 +32,17 @@ PAPER_SPARSITY: dict[str, float] = {"layer1": 0.2, "layer2": 0.2, "layer3": 0.7,
 
 
 class LightCLSparseParameters(LightCLParameters):
-    """`lightcl-sparse`: LightCL's keys, and the share of its channels that each layer loses."""
+    """`lightcl-sparse`: LightCL's keys, and the share of channels that is removed from each layer."""
 
     order = 11
     name: Literal["lightcl-sparse"] = "lightcl-sparse"  # type: ignore[assignment]
     channel_sparsity: dict[Literal["layer1", "layer2", "layer3", "layer4"], Annotated[float, Field(ge=0, lt=1)]] = (
         Field(default=PAPER_SPARSITY, validate_default=True)
     )
-    """Share of its channels that a layer loses; a layer left out has the paper's. The stem has layer1's channels."""
+    """Share of channels removed per layer; default for a missing layer: the paper's. The stem has layer1's channels."""
     channel_score: Score = "mean"
-    """Which channels go. mean: those whose weights have the smallest mean (the paper); magnitude: the smallest mean
-    magnitude."""
+    """Which channels are removed. mean: those whose weights have the smallest mean (the paper); magnitude: the
+    smallest mean magnitude."""
 
     @field_validator("channel_sparsity", mode="before")
     @classmethod
@@ -55,4 +55,4 @@ class LightCLSparseParameters(LightCLParameters):
 
 @register(LightCLSparseParameters)
 class LightCLSparse(LightCL):
-    """LightCL; the network alone differs."""
+    """LightCL; only the network differs."""

@@ -16,7 +16,7 @@ Wang, Zhan, Gong, Yuan, Niu, Jian, Ren, Ioannidis, Wang, Dy: "SparCL: Sparse Con
 
 Masked are the 3x3 convolutions of the trained blocks, each to the same sparsity, as in the authors' profiles; stem,
 shortcuts, batch-norm and head stay dense. The first mask is by magnitude. Simplified: the two gradients are taken once
-an adjustment, on 128 samples of the task and on the whole buffer in evaluation mode, instead of in the course of the
+an adjustment, on 128 samples of the task and on the entire buffer in evaluation mode, instead of in the course of the
 steps; the gradient mask changes with the weight mask; the surplus of a task too short for an adjustment is dropped at
 its end. Masks here save no time or memory: dense kernels multiply zeros (`lightcl-sparse` removes channels for real).
 The optimizer's momentum, if any, still moves weights that the gradient mask holds back.
@@ -55,7 +55,7 @@ class SparseParameters(ReplayParameters):
     gradient_sparsity: float | None = Field(default=None, ge=0, lt=1)
     """Share that is not updated; default: a fifth of the weights that are there are not (0.92 at sparsity 0.9)."""
     interval: int = Field(default=5, ge=1, le=1_000_000)
-    """Epochs between two adjustments of masks and data; a task of no more epochs than this has none."""
+    """Epochs between two adjustments of masks and data; a task without more epochs than this has none."""
     intra_task: float = Field(default=0.01, ge=0, lt=1)
     """Share of a layer's weights exchanged in an adjustment."""
     inter_task: float = Field(default=0.01, ge=0, lt=1)
@@ -64,7 +64,7 @@ class SparseParameters(ReplayParameters):
     """Share of a task's samples that is removed in the course of it; nothing is, unless an adjustment falls into the
     first `removal_until` of its epochs: by default from 13 epochs per task on."""
     removal_until: float = Field(default=0.4, gt=0, le=1)
-    """Part of a task's epochs in which samples are removed."""
+    """Share of a task's epochs, from its start, in which samples are removed."""
     importance_new: float = Field(default=1.0, ge=0, le=1e9)
     """α, the weight of the new task's gradients; the authors' code uses one value for α and β."""
     importance_old: float = Field(default=1.0, ge=0, le=1e9)

@@ -115,8 +115,8 @@ def _convolution(network: Backbone, name: str) -> nn.Conv2d:
 
 def _slice_(module: nn.Module, name: str, index: Tensor, dim: int) -> None:
     """Replaces a parameter or buffer by some of its slices; memory format and `requires_grad` stay."""
-    whole: Tensor = getattr(module, name)
-    part = whole.detach().index_select(dim, index.to(whole.device))
-    if whole.ndim == 4 and whole.is_contiguous(memory_format=torch.channels_last):
+    full: Tensor = getattr(module, name)
+    part = full.detach().index_select(dim, index.to(full.device))
+    if full.ndim == 4 and full.is_contiguous(memory_format=torch.channels_last):
         part = part.contiguous(memory_format=torch.channels_last)
-    setattr(module, name, nn.Parameter(part, whole.requires_grad) if isinstance(whole, nn.Parameter) else part)
+    setattr(module, name, nn.Parameter(part, full.requires_grad) if isinstance(full, nn.Parameter) else part)

@@ -24,7 +24,7 @@ class Network(Section):
     """The first layer. cifar: 3x3 at full resolution; imagenet: 7x7 with stride 2, and pooling; default: that of the
     weights file, else cifar."""
     freeze: str | None = None
-    """The last frozen block (stem, layer1.0 ... layer4.1), a whole layer, none, or auto: chosen by an analysis of
+    """The last frozen block (stem, layer1.0 ... layer4.1), an entire layer, none, or auto: chosen by an analysis of
     device 0's stream before the run (docs/results/generalizability.md); default: the method's own."""
     freeze_threshold: float = Field(default=0.94, ge=0, le=1)
     """With `freeze: auto`: the memory stability and learning plasticity that a block needs to be frozen."""

@@ -52,9 +52,9 @@ def find_builtin() -> Path:
 def load_weights(network: Backbone, file: Path, *, head: bool) -> None:
     """Loads a safetensors file into `network`, with or without its head (whose classes are those of its own data).
 
-    A network with one input channel takes three-channel weights summed over colours: on a grey image that is the same
-    function but for the normalisation, which then is the mean over colours. Raises RequestError naming the tensor for a
-    file that does not fit.
+    A network with one input channel takes three-channel weights summed over colors: on a grey image that is the same
+    function except for the normalization, which is then the mean over colors. Raises RequestError naming the tensor
+    for a file that does not fit.
     """
     load_tensors(network, read_weights(file), str(file), head=head)
 

@@ -2,7 +2,7 @@
 
 run.json        scenario, versions, seeds, git commit, command
 scenario.yaml   the scenario in full
-partition.json  which device holds which sample
+partition.json  which device holds which sample, and the tasks that it skips
 generalizability.json  with network.freeze: auto, the figures that the freeze point was chosen from
 rounds.jsonl    one row per round
 devices.jsonl   one row per device and round, sorted by device; everything that depends on the clock is under "timing"
@@ -19,7 +19,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,7 +35,7 @@ OWN_IMAGES = "all images of the board"
 """What partition.json says of a device whose images are its own."""
 OWN = (
     "run.json", "scenario.yaml", "partition.json", ROUNDS, DEVICES, EVENTS, "results.json", "failure.json",
-    "report.html", "plots", "server", "devices", ANALYSIS, LOCK,
+    "report.html", "devices.csv", "plots", "server", "devices", ANALYSIS, LOCK,
 )  # fmt: skip
 """Everything that may lie in a run folder. The lock is written first and removed last (see `names_in`)."""
 Row = TypeVar("Row", DeviceRow, RoundRow)
@@ -121,7 +121,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / LOCK).touch()
             write_atomically(self.path / "scenario.yaml", scenario.to_yaml())
-            write_atomically(self.path / "partition.json", json.dumps(list(partition)))
+            write_atomically(self.path / "partition.json", json.dumps(list(partition), allow_nan=False))
             if analysis is not None:
                 write_atomically(self.path / ANALYSIS, json.dumps(analysis, indent=2))
             write_atomically(self.path / "run.json", json.dumps(about, indent=2))
@@ -134,9 +134,16 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return {}
 
-    def note_own_data(self, devices: Collection[int]) -> None:
-        """Corrects partition.json: these devices hold images of their own, not the shares that the server cut."""
-        own = {device: {"device": device, "train": OWN_IMAGES, "test": OWN_IMAGES} for device in devices}
+    def note_own_data(self, devices: Collection[int], tasks: Mapping[int, Sequence[int]] | None = None) -> None:
+        """Corrects partition.json: these devices hold images of their own, not the shares that the server cut.
+
+        `tasks` are those that a device learns, for devices that skip some.
+        """
+        own = {
+            device: {"device": device, "train": OWN_IMAGES, "test": OWN_IMAGES}
+            | ({"tasks": list(tasks[device])} if tasks and device in tasks else {})
+            for device in devices
+        }
         rows = self.partition() | own
         write_atomically(self.path / "partition.json", json.dumps([rows[device] for device in sorted(rows)]))
 
@@ -165,7 +172,7 @@ class RunFolder:
         """Adds rows to a .jsonl file, synced to disk."""
         with (self.path / name).open("a", encoding="utf-8") as file:
             for row in rows:
-                file.write(json.dumps(row.to_json()) + "\n")
+                file.write(json.dumps(row.to_json(), allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -211,7 +218,7 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
 
     def finish(self, results: Results) -> None:
-        write_atomically(self.path / "results.json", json.dumps(results.to_json(), indent=2))
+        write_atomically(self.path / "results.json", json.dumps(results.to_json(), indent=2, allow_nan=False))
 
     def fail(self, failure: Failure) -> None:
         """Keeps why a run stopped; it is not completed, so it can be resumed."""

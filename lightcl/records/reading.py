@@ -35,8 +35,12 @@ SETTINGS = ("til", "cil")
 
 @dataclass(frozen=True)
 class DeviceHistory:
-    """One device over the whole run. `samples` counts its training images of the tasks it has begun, `seconds` its own
-    time in training and evaluation, `failures` the rounds in which it failed."""
+    """One device over the whole run.
+
+    `tasks` are the scenario's numbers of the tasks that it learns; the matrices have holes for the others. `samples`
+    counts its training images of the tasks it has begun, `seconds` its own time in training and evaluation, `failures`
+    the rounds in which it failed.
+    """
 
     number: int
     name: str
@@ -45,10 +49,17 @@ class DeviceHistory:
     samples: int
     seconds: float
     failures: int
+    tasks: tuple[int, ...]
 
     @property
     def tasks_done(self) -> int:
-        return self.til.last + 1
+        """How many tasks it has learned and was tested on."""
+        return len(self.til.learned)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has learned all of its tasks and was tested on them."""
+        return self.tasks_done == len(self.tasks)
 
     def matrix(self, setting: str) -> AccuracyMatrix:
         """`til` or `cil` by name."""
@@ -60,8 +71,10 @@ class DeviceHistory:
         return {s: self.matrix(s).summary() for s in SETTINGS if self.matrix(s).last >= 0}
 
     @classmethod
-    def of(cls, rows: Sequence[DeviceRow], tasks: int) -> DeviceHistory:
-        """From one device's rows, by round."""
+    def of(cls, rows: Sequence[DeviceRow], tasks: int, learns: Sequence[int] | None = None) -> DeviceHistory:
+        """From one device's rows, by round; of the scenario's `tasks` it learns the numbers in `learns`, or all."""
+        # A row says which tasks its accuracies are about; the one with the most has all that were tested.
+        ids = max((row.tested for row in rows), key=len)
         til: dict[int, list[float]] = {}
         cil: dict[int, list[float]] = {}
         for row in rows:
@@ -77,11 +90,12 @@ class DeviceHistory:
         return cls(
             number=rows[-1].device,
             name=rows[-1].name,
-            til=AccuracyMatrix.from_rows(til, tasks),
-            cil=AccuracyMatrix.from_rows(cil, tasks),
+            til=AccuracyMatrix.from_rows(til, tasks, ids),
+            cil=AccuracyMatrix.from_rows(cil, tasks, ids),
             samples=sum(samples.values()),
             seconds=float(sum((row.train_seconds or 0.0) + (row.evaluate_seconds or 0.0) for row in rows)),
             failures=sum(row.error is not None for row in rows),
+            tasks=tuple(range(tasks) if learns is None else learns),
         )
 
 
@@ -101,7 +115,8 @@ class Run:
     failure: Failure | None
     """Why the server stopped the run, if it did and the run was not resumed since."""
     partition: dict[int, dict[str, Any]]
-    """Rows of partition.json by device: the indices of its training and test images; empty where not known."""
+    """Rows of partition.json by device: `train` and `test` (indices, or a text for images that are not listed) and,
+    where it skips tasks, `tasks` (those that it learns) and `skipped`; empty where not known."""
     analysis: dict[str, Any] | None
     """generalizability.json: the figures behind a freeze point chosen by `network.freeze: auto`; None otherwise."""
     last_sign: datetime
@@ -111,7 +126,17 @@ class Run:
     def histories(self) -> list[DeviceHistory]:
         """Each device over the whole run, by number; only devices that have a row."""
         by_device = self._by_device()
-        return [DeviceHistory.of(by_device[number], self.scenario.stream.tasks) for number in sorted(by_device)]
+        tasks = self.scenario.stream.tasks
+        return [DeviceHistory.of(by_device[number], tasks, self.tasks_of(number)) for number in sorted(by_device)]
+
+    def tasks_of(self, device: int) -> tuple[int, ...]:
+        """The numbers of the tasks that a device learns, ascending; all where partition.json does not say."""
+        tasks = self.partition.get(device, {}).get("tasks")
+        return tuple(range(self.scenario.stream.tasks) if tasks is None else tasks)
+
+    def skipped_of(self, device: int) -> list[dict[str, Any]]:
+        """The tasks that a device skips, each as `task`, `reason`, `train` and `test` (images that it has for it)."""
+        return list(self.partition.get(device, {}).get("skipped", ()))
 
     def matrices(self, setting: str = "til") -> dict[int, AccuracyMatrix]:
         """The accuracy matrix of every device that was tested, by device number; `setting` is "til" or "cil"."""
@@ -199,7 +224,10 @@ def recorded_scenario(folder: RunFolder, values: dict[str, Any]) -> Scenario:
     try:
         return scenario_from_json(json.dumps(translated(values)))
     except RequestError as error:
-        raise RequestError(f"{folder.path / 'run.json'}: the scenario in it is not valid: {error}") from error
+        advice = (
+            "; if a plugin registers it, name the plugin's file in LIGHTCL_PLUGINS" if "unknown" in str(error) else ""
+        )
+        raise RequestError(f"{folder.path / 'run.json'}: the scenario in it is not valid: {error}{advice}") from error
 
 
 def _last_written(files: Iterable[Path]) -> datetime:

@@ -7,13 +7,14 @@ that an error names: a file, and in a .jsonl file its line.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from math import isnan
 from statistics import fmean
 from typing import Any, Self, TypeVar
 
 from lightcl.errors import RequestError, shown
 from lightcl.exchange.messages import Tested, Trained
-from lightcl.metrics import AccuracyMatrix, Spread, fleet_summary
+from lightcl.metrics import NAN, AccuracyMatrix, Spread, fleet_summary
 
 T = TypeVar("T")
 
@@ -35,16 +36,23 @@ class DeviceRow:
     examples: int | None = None
     """Training images of the task."""
     loss: float | None = None
+    tasks: list[int] | None = None
+    """The tested tasks, ascending, where the device skips one; None where they are 0, 1, ... (see `tested`)."""
     til: list[float] | None = None
-    """Accuracy per task 0..task, in 0..1, with the task known."""
+    """Accuracy per tested task, in 0..1, with the task known."""
     images: list[int] | None = None
-    """Test images per task."""
+    """Test images per tested task."""
     cil: list[float] | None = None
-    """Accuracy per task with the task not known."""
+    """Accuracy per tested task with the task not known."""
     error: str | None = None
     train_seconds: float | None = None
     peak_memory_mib: float | None = None
     evaluate_seconds: float | None = None
+
+    @property
+    def tested(self) -> list[int]:
+        """The scenario's numbers of the tested tasks, ascending: those that the device learns, up to `task`."""
+        return list(range(len(self.til or ()))) if self.tasks is None else self.tasks
 
     def add_training_(self, report: Trained) -> None:
         self.task, self.epochs = report.task, report.epochs
@@ -53,6 +61,7 @@ class DeviceRow:
 
     def add_test_(self, report: Tested) -> None:
         self.til, self.images = report.til, report.images
+        self.tasks = None if report.tasks == list(range(len(report.til))) else report.tasks
         self.cil = report.cil or None
         self.evaluate_seconds = report.seconds
 
@@ -68,7 +77,8 @@ class DeviceRow:
             "bytes_up": self.bytes_up,
             "timing": {name: value for name, value in timing.items() if value is not None},
         }
-        later = {name: getattr(self, name) for name in ("examples", "loss", "til", "images", "cil", "error")}
+        names = ("examples", "loss", "tasks", "til", "images", "cil", "error")
+        later = {name: getattr(self, name) for name in names}
         return row | {name: value for name, value in later.items() if value is not None}
 
     @classmethod
@@ -85,6 +95,7 @@ class DeviceRow:
             bytes_up=row.get("bytes_up", _integer),
             examples=row.optional("examples", _integer),
             loss=row.optional("loss", _number),
+            tasks=row.optional("tasks", _integers),
             til=row.optional("til", _numbers),
             images=row.optional("images", _integers),
             cil=row.optional("cil", _numbers),
@@ -110,6 +121,7 @@ class RoundRow:
     devices: int
     failed: int
     devices_finished: int
+    """Devices at the end of their streams; those that learn no task do not count."""
     loss: float | None
     til: Spread | None
     cil: Spread | None
@@ -143,6 +155,7 @@ class RoundRow:
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
+        values |= {name: _spread_to_json(self.accuracy(name)) for name in ("til", "cil")}
         timing = {"train_seconds": values.pop("train_seconds"), "seconds": values.pop("seconds")}
         return values | {"timing": timing}
 
@@ -168,11 +181,30 @@ class RoundRow:
 
 @dataclass(frozen=True)
 class Figures:
-    """The final figures of one setting, as their spread over the devices that finished."""
+    """The final figures of one setting, as their spread over the devices that finished and have the figure.
+
+    A device that learned a single task has an average accuracy, but nothing to forget or to transfer. A spread is NaN
+    where no device has the figure (on disk null).
+    """
 
     average_accuracy: Spread
     forgetting: Spread
     backward_transfer: Spread
+    devices: dict[str, int] = field(default_factory=dict)
+    """By the name of each figure: how many devices have it; empty in the runs of earlier versions."""
+
+    @classmethod
+    def of(cls, matrices: Sequence[AccuracyMatrix]) -> Self:
+        """Over the accuracy matrices of devices; those without a test count for nothing."""
+        values = [matrix.summary() for matrix in matrices]
+        spreads = fleet_summary(matrices)
+        return cls(**spreads, devices={name: sum(not isnan(v[name]) for v in values) for name in spreads})
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: _spread_to_json(getattr(self, name)) for name in FIGURES} | {"devices": self.devices}
+
+
+FIGURES = ("average_accuracy", "forgetting", "backward_transfer")
 
 
 @dataclass(frozen=True)
@@ -180,7 +212,9 @@ class Results:
     """How a completed run ended. `dropped` is by device: why it was dropped from the run."""
 
     devices: int
+    """Devices of the fleet, those that learn no task included."""
     devices_finished: int
+    """Devices that learned all of their tasks; those without tasks do not count."""
     dropped: dict[int, str]
     rounds: int
     til: Figures
@@ -189,6 +223,8 @@ class Results:
     bytes_down: int
     bytes_up: int
     seconds: float
+    without_tasks: int = 0
+    """Devices that learn no task, since they have too few images for each of them."""
 
     @classmethod
     def of(
@@ -196,15 +232,26 @@ class Results:
         finished: Sequence[Mapping[str, Mapping[int, Sequence[float]]]],
         tasks: int,
         *,
+        ids: Sequence[Sequence[int]] | None = None,
         devices: int,
         dropped: Mapping[int, str],
         rounds: Sequence[RoundRow],
+        without_tasks: int = 0,
     ) -> Self:
-        """Over the devices that finished their streams: `finished[d][setting][t]` is a row of an accuracy matrix."""
+        """Over the devices that finished their streams: `finished[i][setting][t]` is a row of an accuracy matrix.
+
+        `tasks` are those of the scenario; `ids[i]` are the numbers of those that the same device learns, all by
+        default.
+        """
         figures: dict[str, Figures | None] = {}
+        learned = ids if ids is not None else [range(tasks)] * len(finished)
         for setting in ("til", "cil"):
-            matrices = [AccuracyMatrix.from_rows(rows[setting], tasks) for rows in finished if rows[setting]]
-            figures[setting] = Figures(**fleet_summary(matrices)) if matrices or setting == "til" else None
+            matrices = [
+                AccuracyMatrix.from_rows(rows[setting], tasks, columns)
+                for rows, columns in zip(finished, learned, strict=True)
+                if rows[setting]
+            ]
+            figures[setting] = Figures.of(matrices) if matrices or setting == "til" else None
         til = figures["til"]
         assert til is not None
         return cls(
@@ -217,6 +264,7 @@ class Results:
             bytes_down=sum(row.bytes_down for row in rounds),
             bytes_up=sum(row.bytes_up for row in rounds),
             seconds=sum(row.seconds for row in rounds),
+            without_tasks=without_tasks,
         )
 
     def figures(self, setting: str) -> Figures | None:
@@ -229,9 +277,10 @@ class Results:
             "devices": self.devices,
             "devices_finished": self.devices_finished,
             "dropped": {str(number): reason for number, reason in self.dropped.items()},
+            "without_tasks": self.without_tasks,
             "rounds": self.rounds,
-            "til": asdict(self.til),
-            "cil": asdict(self.cil) if self.cil else None,
+            "til": self.til.to_json(),
+            "cil": self.cil.to_json() if self.cil else None,
             "bytes_down": self.bytes_down,
             "bytes_up": self.bytes_up,
             "timing": {"seconds": self.seconds},
@@ -251,6 +300,7 @@ class Results:
             bytes_down=row.get("bytes_down", _integer),
             bytes_up=row.get("bytes_up", _integer),
             seconds=timing.get("seconds", _number),
+            without_tasks=row.optional("without_tasks", _integer) or 0,
         )
 
 
@@ -346,17 +396,32 @@ def _reasons(value: object) -> dict[int, str]:
 
 
 def _spread_of_json(value: object) -> Spread:
-    names = [field.name for field in fields(Spread)]
+    """A spread; null is one of NaN (a figure that no device has)."""
+    names = [part.name for part in fields(Spread)]
+    if value is None:
+        return Spread(**dict.fromkeys(names, NAN))
     if not isinstance(value, dict) or value.keys() != set(names):
         raise _Wrong(f"an object of {', '.join(names)}")
     return Spread(**{name: _number(value[name]) for name in names})
 
 
+def _spread_to_json(spread: Spread | None) -> dict[str, float] | None:
+    """JSON has no NaN, and a spread has it in all of its values or in none."""
+    return None if spread is None or isnan(spread.mean) else asdict(spread)
+
+
 def _figures(value: object) -> Figures:
-    names = [field.name for field in fields(Figures)]
-    if not isinstance(value, dict) or not value.keys() >= set(names):
-        raise _Wrong(f"an object of {', '.join(names)}")
-    return Figures(**{name: _spread_of_json(value[name]) for name in names})
+    if not isinstance(value, dict) or not value.keys() >= set(FIGURES):
+        raise _Wrong(f"an object of {', '.join(FIGURES)}")
+    return Figures(
+        **{name: _spread_of_json(value[name]) for name in FIGURES}, devices=_counts(value.get("devices", {}))
+    )
+
+
+def _counts(value: object) -> dict[str, int]:
+    if not isinstance(value, dict) or not value.keys() <= set(FIGURES):
+        raise _Wrong("devices as an object of device counts by figure")
+    return {name: _integer(count) for name, count in value.items()}
 
 
 def _spread(accuracies: Sequence[Sequence[float]]) -> Spread | None:

@@ -1,4 +1,4 @@
-"""The scenario: what it may say (model), how it is read (reading, yaml_text), and its keys written out (keys)."""
+"""The scenario: its content (model), its reader (reading, yaml_text), and the reference of its keys (keys)."""
 
 from lightcl.data.section import Data, Fleet, Stream
 from lightcl.exchange.section import Server

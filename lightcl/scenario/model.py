@@ -1,4 +1,4 @@
-"""The whole configuration: its sections put together, and the rules between them. Read and checked once, at the edge.
+"""The complete configuration: all sections, and the rules between them. It is read and checked once, on entry.
 
 A section lives beside the code that it configures; `training`, `device` and `simulation` are here, since the code that
 they configure lies above the scenario. Defaults are the paper's values where it names one (Split CIFAR-10: 50 epochs,
@@ -31,7 +31,7 @@ class Training(Section):
     batch_size: int = Field(default=32, ge=2, le=1_000_000)
     """Images per training step."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    """The optimizer on each device; it starts anew with every task. adam and adamw keep two further numbers per trained
+    """The optimizer on each device; its state is reset with every task. adam and adamw keep two numbers per trained
     weight."""
     learning_rate: float = Field(default=0.01, gt=0, le=1e30)  # float32 can hold it
     """Learning rate, constant. For adam and adamw values around 0.001 are common."""
@@ -64,7 +64,7 @@ class Training(Section):
 
 class Device(Section):
     threads: int = Field(default=1, ge=1, le=1024)
-    """PyTorch threads that a device computes with. Part of the recipe: another count may round differently."""
+    """PyTorch threads per device. Another number may round differently and so change the results slightly."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the CUDA device if there is one, otherwise the CPU; cuda: an error if there is none."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -124,7 +124,7 @@ class Scenario(Section):
     name: str = Field(default="scenario", pattern=r"^[A-Za-z0-9._-]+$", max_length=80)
     """Letters, digits, dot, dash and underscore; names the default run folder."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Everything random derives from it: partition, order of classes, batches, initial weights."""
+    """Seed of everything random: partition, order of classes, batches, initial weights."""
     data: Data = Data()
     stream: Stream = Stream()
     fleet: Fleet = Fleet()
@@ -151,8 +151,8 @@ class Scenario(Section):
             )
         if self.server.aggregation != "none" and not self.method.shareable:
             raise ValueError(
-                f"server.aggregation is {self.server.aggregation!r}, but what method {self.method.name} trains differs "
-                "from device to device and cannot be averaged (allowed: none)"
+                f"server.aggregation is {self.server.aggregation!r}, but the trained tensors of method "
+                f"{self.method.name} differ from device to device and cannot be averaged (allowed: none)"
             )
         self.method.check(self)
         if self.device.prefix_cache == "on" and self.frozen_batch_norm == "train":
@@ -224,7 +224,7 @@ class Scenario(Section):
         return self.stream.tasks - 1 if self.method.joint else 0
 
     def epochs_until(self, part: int) -> int:
-        """Epochs of a task that are done after its round number `part` (1-based): spread as evenly as they go."""
+        """Epochs of a task that are done after its round number `part` (1-based), spread as evenly as possible."""
         return self.training.epochs * part // self.server.rounds_per_task
 
     def to_yaml(self) -> str:

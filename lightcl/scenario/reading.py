@@ -1,10 +1,11 @@
-"""A scenario from a YAML file and `--set` changes, and errors that say where a wrong value was given."""
+"""A scenario from a YAML file or from code, with changes, and errors that say where a wrong value was given."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,59 @@ def unknown_scenario(name: str) -> RequestError:
     )
 
 
-def load_scenario(file: Path, changes: Sequence[str] = ()) -> Scenario:
-    """Reads a YAML file and applies `KEY=VALUE` changes (dotted keys, YAML values); of a key given twice the last wins.
+@dataclass(frozen=True)
+class Origin:
+    """Where values come from, for errors: the file and its YAML nodes, and the keys that were changed afterwards.
 
-    Relative paths in it are relative to the current folder. Raises RequestError naming file, line and key.
+    `change` is how a changed key is named; {} stands for the key.
     """
-    file = find_scenario(file)
+
+    file: str
+    tree: yaml.Node | None = None
+    changed: set[str] = field(default_factory=set)
+    change: str = "--set {}"
+
+
+def load_scenario(
+    given: str | Path | Mapping[str, Any], changes: Sequence[str] | Mapping[str, Any] | None = None, **sections: Any
+) -> Scenario:
+    """The scenario of a YAML file, of a bundled name or of a dictionary, with changes.
+
+    `changes` are `KEY=VALUE` texts (dotted keys, YAML values; of a key given twice the last wins), or a dictionary such
+    as `{"training.epochs": 2}`. `sections` changes keys too: `training={"epochs": 2}`, `seed=3`. Relative paths are
+    relative to the current folder. Raises RequestError naming file, line and key.
+    """
+    if isinstance(given, Mapping):
+        file, tree = "scenario", None
+        values: dict[str, Any] = {key: _copy(value) for key, value in given.items()}
+    else:
+        file, tree, values = _read(find_scenario(Path(given)))
+    values = {key: {} if value is None and key in SECTIONS else value for key, value in values.items()}
+    in_code = bool(sections) or isinstance(changes, Mapping)
+    edits = dict(changes) if isinstance(changes, Mapping) else dict(map(_parsed, changes or []))
+    for key, value in sections.items():
+        edits |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, Mapping) else {key: value}
+    origin = Origin(file, tree, set(edits), "{} (given in code)" if in_code else "--set {}")
+    for key, value in sorted(edits.items(), key=_reach):
+        _apply_(values, key, value, origin)
+    if isinstance(values.get("method"), dict):
+        values["method"] = {"name": "lightcl"} | values["method"]
+    try:
+        return _with_absolute_paths(Scenario.model_validate(values))
+    except ValidationError as error:
+        method = values.get("method")
+        name = method.get("name") if isinstance(method, dict) else None
+        lines = [_explain(problem, origin, name) for problem in error.errors()]
+        raise RequestError("\n".join(dict.fromkeys(lines))) from error
+
+
+def _copy(value: Any) -> Any:
+    """A section that changes do not write through to the caller's."""
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _read(file: Path) -> tuple[str, yaml.Node | None, dict[str, Any]]:
+    """Name, YAML nodes and values of a file. Raises RequestError."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -63,17 +111,7 @@ def load_scenario(file: Path, changes: Sequence[str] = ()) -> Scenario:
         values = {}
     if not isinstance(values, dict):
         raise RequestError(f"{file}: a scenario is a mapping of keys to values, not {type(values).__name__}")
-    values = {key: {} if value is None and key in SECTIONS else value for key, value in values.items()}
-    changed = {_apply(values, change) for change in sorted(changes, key=_reach)}
-    if isinstance(values.get("method"), dict):
-        values["method"] = {"name": "lightcl"} | values["method"]
-    try:
-        return _with_absolute_paths(Scenario.model_validate(values))
-    except ValidationError as error:
-        method = values.get("method")
-        name = method.get("name") if isinstance(method, dict) else None
-        lines = [_explain(problem, file, tree, changed, name) for problem in error.errors()]
-        raise RequestError("\n".join(dict.fromkeys(lines))) from error
+    return str(file), tree, values
 
 
 def scenario_from_json(text: str) -> Scenario:
@@ -81,9 +119,8 @@ def scenario_from_json(text: str) -> Scenario:
     try:
         return Scenario.model_validate_json(text)
     except ValidationError as error:
-        raise RequestError(
-            "\n".join(_explain(problem, Path("<message>"), None, set(), _method_in(text)) for problem in error.errors())
-        ) from error
+        lines = [_explain(problem, Origin("<message>"), _method_in(text)) for problem in error.errors()]
+        raise RequestError("\n".join(lines)) from error
 
 
 def _method_in(text: str) -> object:
@@ -94,13 +131,14 @@ def _method_in(text: str) -> object:
         return None
 
 
-def _reach(change: str) -> tuple[int, bool]:
+def _reach(change: tuple[str, object]) -> tuple[int, bool]:
     """Sorts what replaces a whole section before what sets a key in it, so that neither order of typing loses a key."""
-    key = change.partition("=")[0]
+    key, _ = change
     return key.count("."), key != "method.name"
 
 
-def _apply(values: dict[str, Any], change: str) -> str:
+def _parsed(change: str) -> tuple[str, Any]:
+    """`KEY=VALUE` as key and value."""
     key, equals, text = change.partition("=")
     if not equals or not all(key.split(".")):
         raise RequestError(f"--set {change}: expected KEY=VALUE, for instance training.epochs=5")
@@ -108,6 +146,13 @@ def _apply(values: dict[str, Any], change: str) -> str:
         _, value = parse(text, f"--set {key}")
     except ValueError as error:
         raise RequestError(f"--set {key}: {text!r} is not a YAML value ({error})") from error
+    return key, value
+
+
+def _apply_(values: dict[str, Any], key: str, value: object, origin: Origin) -> None:
+    """Sets a dotted key. Raises RequestError where a part of it is no section."""
+    if not isinstance(key, str) or not all(key.split(".")):
+        raise RequestError(f"changes: {key!r} is not a key; give one such as 'training.epochs'")
     *path, last = key.split(".")
     section = values
     for name in path:
@@ -115,12 +160,11 @@ def _apply(values: dict[str, Any], change: str) -> str:
         if inner is None:
             inner = section[name] = {}
         if not isinstance(inner, dict):
-            raise RequestError(f"--set {key}: {name!r} is a value, not a section")
+            raise RequestError(f"{origin.change.format(key)}: {name!r} is a value, not a section")
         section = inner
     if key == "method.name" and section.get("name", "lightcl") != value:
         section.clear()  # the other keys of the section belong to the method that was named before
-    section[last] = value
-    return key
+    section[last] = _copy(value)
 
 
 def _with_absolute_paths(scenario: Scenario) -> Scenario:
@@ -133,9 +177,7 @@ def _with_absolute_paths(scenario: Scenario) -> Scenario:
     return scenario.model_copy(update={"data": data, "network": network})
 
 
-def _explain(
-    problem: Mapping[str, Any], file: Path, tree: yaml.Node | None, changed: set[str], method: object = None
-) -> str:
+def _explain(problem: Mapping[str, Any], origin: Origin, method: object = None) -> str:
     """One line for one of pydantic's errors: file, line, key, what was given, what is allowed."""
     location = [part for part in problem["loc"] if not (isinstance(part, str) and "[" in part)]  # a dictionary's [key]
     kind, given = problem["type"], problem.get("input")
@@ -144,10 +186,10 @@ def _explain(
     message = problem["msg"].removeprefix("Value error, ")
     if kind == "value_error":  # its text begins with the key and may name others, each of which may be the culprit
         named = [found.split(".") for found in re.findall(rf"\b(?:{'|'.join(SECTIONS)})(?:\.\w+)+", message)]
-        where, key = _place(named or [location], file, tree, changed)
-        return f"{where}: {message.removeprefix(f'{key} ') if where == f'--set {key}' else message}"
-    where, key = _place([location], file, tree, changed)
-    where += "" if where == f"--set {key}" else f": {key}"
+        where, key = _place(named or [location], origin)
+        return f"{where}: {message.removeprefix(f'{key} ') if where == origin.change.format(key) else message}"
+    where, key = _place([location], origin)
+    where += "" if where == origin.change.format(key) else f": {key}"
     if kind == "extra_forbidden":
         known = _keys_of(location[:-1], method)
         return f"{where}: unknown key{nearest(str(location[-1]), known)} (allowed here: {', '.join(known)})"
@@ -156,21 +198,19 @@ def _explain(
     return f"{where}: {message[0].lower()}{message[1:]}, not {shown(given)}"
 
 
-def _place(
-    locations: Sequence[Sequence[Any]], file: Path, tree: yaml.Node | None, changed: set[str]
-) -> tuple[str, str]:
-    """Where one of the keys was given, and that key: by --set, else in a line of the file, else nowhere."""
+def _place(locations: Sequence[Sequence[Any]], origin: Origin) -> tuple[str, str]:
+    """Where one of the keys was given, and that key: by a change, else in a line of the file, else nowhere."""
     keys = [".".join(str(part) for part in location) for location in locations]
-    lines = [line_of(tree, location) for location in locations]
-    for key, (_, whole) in zip(keys, lines, strict=True):
-        for change in sorted(changed, key=len, reverse=True):  # the most particular first
-            if f"{key}.".startswith(f"{change}.") or (not whole and change.startswith(f"{key}.")):
-                return f"--set {change}", key
-    for key, (line, whole) in zip(keys, lines, strict=True):
-        if whole:
-            return f"{file}, line {line}", key
+    lines = [line_of(origin.tree, location) for location in locations]
+    for key, (_, replaced) in zip(keys, lines, strict=True):
+        for change in sorted(origin.changed, key=len, reverse=True):  # the most particular first
+            if f"{key}.".startswith(f"{change}.") or (not replaced and change.startswith(f"{key}.")):
+                return origin.change.format(change), key
+    for key, (line, replaced) in zip(keys, lines, strict=True):
+        if replaced:
+            return f"{origin.file}, line {line}", key
     line = lines[0][0]
-    return f"{file}, line {line}" if line else str(file), keys[0]
+    return f"{origin.file}, line {line}" if line else origin.file, keys[0]
 
 
 def _keys_of(location: Sequence[Any], method: object) -> list[str]:

@@ -45,7 +45,7 @@ def analyze(
     plugins: Plugins = None,
 ) -> None:  # fmt: skip
     """Measure how general each block is on one device's stream, and choose a freeze point."""
-    from lightcl.analysis.generalizability import analyse, analysed_scenario
+    from lightcl.analysis.generalizability import analyze, analyzed_scenario
     from lightcl.preparation import prepare
     from lightcl.records.folder import ANALYSIS
     from lightcl.storage.files import names_in, writable, write_atomically
@@ -60,12 +60,12 @@ def analyze(
     file, picture = path / ANALYSIS, path / ANALYSIS_PICTURE
     if names_in(path, (ANALYSIS, ANALYSIS_PICTURE)) and not overwrite:
         raise RequestError(f"--out: {path} holds an analysis; replace it with --overwrite")
-    analysed_scenario(loaded)
+    analyzed_scenario(loaded)
     prepared = prepare(loaded)
     with writable(path):
         path.mkdir(parents=True, exist_ok=True)
     with AnalysisProgress(out) as progress:
-        found = analyse(loaded, device, prepared.source, prepared.shares[device], progress.step)
+        found = analyze(loaded, device, prepared.source, prepared.shares[device], progress.step)
     from simulations.reports import plots
 
     limit = loaded.network.freeze_threshold

@@ -50,6 +50,7 @@ def train(
         if folder.whole:
             out.print("the run was complete already", highlight=False)
         else:
-            with LiveProgress(out, loaded.stream.tasks - loaded.first_task) as progress:
+            rounds = 1 if loaded.method.joint else len(prepared.tasks[device])
+            with LiveProgress(out, rounds) as progress:
                 train_alone(prepared, device, folder, progress)
     print_results(folder, out)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
 from simulations.options import (
     Changes,
     Command,
@@ -12,6 +18,12 @@ from simulations.options import (
     console,
     read_scenario,
 )
+
+if TYPE_CHECKING:
+    from lightcl.preparation import Prepared
+
+FEW_TEST_IMAGES = 50
+"""Below it, one image more or less moves an accuracy by more than two points."""
 
 app = command_app()
 
@@ -25,11 +37,47 @@ def validate(scenario: ScenarioFile, changes: Changes = None, plugins: Plugins =
     loaded = read_scenario(scenario, changes, plugins)
     Aggregator.check(loaded.server)
     prepared = prepare(loaded)
-    checked, sizes = prepared.scenario, [len(share.train) for share in prepared.shares]
-    console().print(
-        f"{scenario}: valid. {amount(checked.fleet.devices, 'device')} with {min(sizes)} to {max(sizes)} training "
-        f"images, {amount(checked.stream.tasks, 'task')} x "
+    checked, out = prepared.scenario, console()
+    out.print(
+        f"{scenario}: valid. {amount(checked.fleet.devices, 'device')}, {amount(checked.stream.tasks, 'task')} x "
         f"{amount(checked.stream.classes_per_task, 'class', 'classes')}, method {checked.method.name}.",
         highlight=False,
         markup=False,
+        soft_wrap=True,
     )
+    for line in fleet_lines(prepared):
+        style = "yellow" if line.startswith("warning") else None
+        out.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def fleet_lines(prepared: Prepared) -> Iterator[str]:
+    """What the devices have to learn from: images, tasks, what is skipped, and a warning where tests are small.
+
+    Only images of tasks that a device learns count; a device that learns no task is in none of the image counts.
+    """
+    counts, tasks = prepared.counts, prepared.scenario.stream.tasks
+    learning = counts.learned.any(axis=1)
+    yield f"training images per device: {_range(counts.train_used[learning])}"
+    yield f"test images per device: {_range(counts.tested_used[learning])}"
+    learned = Counter(len(ids) for ids in prepared.tasks)
+    parts = [f"{learned[number]} of {amount(number, 'task')}" for number in sorted(learned, reverse=True)]
+    yield f"devices by the number of tasks that they learn: {', '.join(parts)}"
+    if skipped := int((~counts.learned).sum()):
+        least = prepared.scenario.stream.min_samples
+        yield (
+            f"skipped: {skipped} of {tasks * len(prepared.tasks)} tasks of all devices, by "
+            f"{amount(int((~counts.learned).any(axis=1).sum()), 'device')}; a task needs {least} training images "
+            "(stream.min_samples) and a test image"
+        )
+    few = int((counts.tested_used[learning] < FEW_TEST_IMAGES).sum())
+    if few:
+        advice = (
+            "fleet.test_data=matched gives a device more"
+            if prepared.scenario.fleet.test_data == "share"
+            else ("their accuracies are coarse")
+        )
+        yield f"warning: {amount(few, 'device')} tested on fewer than {FEW_TEST_IMAGES} images; {advice}"
+
+
+def _range(values: np.ndarray) -> str:
+    return f"{values.min()} to {values.max()}, median {np.median(values):g}"

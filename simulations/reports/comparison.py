@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import nan
 from pathlib import Path
 from statistics import fmean
@@ -21,9 +22,12 @@ from lightcl.scenario import Scenario
 from lightcl.storage.files import write_atomically
 from simulations.options import number_ranges
 from simulations.reports import plots
-from simulations.reports.page import Picture, chance, duration, page_environment, size
+from simulations.reports.figures import chance
+from simulations.reports.page import page_environment
+from simulations.reports.pictures import Drawing, Picture, paint
 from simulations.reports.run_figures import FIGURES, RunFigures
 from simulations.reports.statistics import Difference, Mean, paired_difference, unpaired_difference
+from simulations.reports.wording import DASH, duration, signed_points, size
 
 PAGE = "comparison.html"
 DATA_KEYS = ("source", "image_size", "test_fraction", "augmentation")
@@ -137,7 +141,7 @@ def pairing_problems(first: Group, second: Group) -> list[str]:
     for section, keys in (("data", DATA_KEYS), ("fleet", None), ("stream", None)):
         left, right = (getattr(s, section).model_dump(mode="json") for s in (one, other))
         for key in left:
-            # What a method is tested for does not change what it learns from.
+            # The settings of the test do not change the training data.
             if (keys is None or key in keys) and key != "settings" and left[key] != right[key]:
                 problems.append(f"{section}.{key} is {left[key]} and {right[key]}")
     if first.seeds != second.seeds:
@@ -231,11 +235,11 @@ class Comparison:
 
     @property
     def differing_keys(self) -> list[tuple[str, list[str]]]:
-        """Scenario keys in which the groups that have them differ, with the values by group ("–": no such key)."""
+        """Scenario keys in which the groups that have them differ, with the values by group (DASH: no such key)."""
         flat = [_flat(_decisive(group.scenario)) for group in self.groups]
         keys = dict.fromkeys(key for values in flat for key in values)
-        rows = [(key, [str(values.get(key, "–")) for values in flat]) for key in keys]
-        return [(key, values) for key, values in rows if len({value for value in values if value != "–"}) > 1]
+        rows = [(key, [str(values.get(key, DASH)) for values in flat]) for key in keys]
+        return [(key, values) for key, values in rows if len({value for value in values if value != DASH}) > 1]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -305,19 +309,18 @@ def draw(comparison: Comparison) -> list[Picture]:
     bars = {
         s: {g.label: (m.mean, m.error) for g in groups if (m := g.mean(s, "forgetting")) is not None} for s in settings
     }
-    drawn: list[tuple[str, str, Any, tuple[Any, ...]]] = []
+    drawn = []
     if settings:
-        drawn.append(
-            ("compare-accuracy", "Average accuracy after each task, by run", plots.accuracy_of_runs, (curves, guessing))
-        )
+        draw_accuracy = partial(plots.accuracy_of_runs, curves, guessing)
+        drawn.append(Drawing("compare-accuracy", "Average accuracy after each task, by run", draw_accuracy))
     if any(bars.values()):
-        drawn.append(("compare-forgetting", "Mean forgetting, by run", plots.forgetting_of_runs, (bars,)))
-    # One kind of memory in a picture: that of a training step where it was measured, else the processes'.
+        drawn.append(Drawing("compare-forgetting", "Mean forgetting, by run", partial(plots.forgetting_of_runs, bars)))
+    # One kind of memory per picture: that of a training step where it was measured, else that of the processes.
     memory = {g.label: g.step_bytes / MIB if g.step_bytes else None for g in groups}
     label = plots.STEP_MEMORY
     if not comparison.has_step_memory:
         memory, label = {g.label: g.process_mib for g in groups}, "memory of the training process, peak (MiB)"
-    points = {
+    places = {
         s: {
             g.label: (amount, m.mean, m.error)
             for g in groups
@@ -325,16 +328,10 @@ def draw(comparison: Comparison) -> list[Picture]:
         }
         for s in settings
     }
-    if any(points.values()):
-        drawn.append(("compare-memory", "Accuracy over memory, by run", _over_memory, (points, label)))
-    return [
-        Picture(name, alt, *(plots.png(function(*values, theme)) for theme in (plots.LIGHT, plots.DARK)))
-        for name, alt, function, values in drawn
-    ]
-
-
-def _over_memory(points: Mapping[str, Mapping[str, tuple[float, float, float]]], label: str, theme: plots.Theme) -> Any:
-    return plots.accuracy_over_memory(points, theme, label)
+    if any(places.values()):
+        draw_memory = partial(plots.accuracy_over_memory, places, memory_label=label)
+        drawn.append(Drawing("compare-memory", "Accuracy over memory, by run", draw_memory))
+    return paint(drawn)
 
 
 def write_page(comparison: Comparison, folder: Path) -> Path:
@@ -345,7 +342,6 @@ def write_page(comparison: Comparison, folder: Path) -> Path:
     for picture in pictures:
         (target / f"{picture.name}.png").write_bytes(picture.light)
     environment = page_environment()
-    environment.filters |= {"signed": _signed}
     page = folder / PAGE
     text = environment.get_template("comparison.html.j2").render(
         comparison=comparison, pictures={picture.name: picture for picture in pictures}, figures=FIGURES, mib=MIB,
@@ -365,11 +361,6 @@ def _links(comparison: Comparison, folder: Path) -> dict[str, list[tuple[str, st
             link = Path(os.path.relpath(report, folder)).as_posix() if report.exists() else None
             found[group.label].append((run.path.name, link))
     return found
-
-
-def _signed(value: float) -> str:
-    """A difference in percentage points, with its sign."""
-    return f"{100 * value:+.1f}".replace("-", "−")
 
 
 def build_comparison(
@@ -395,8 +386,8 @@ def table_rows(comparison: Comparison) -> list[Table]:
     for group in comparison.groups:
         cells = [group.label, number_ranges(group.seeds), str(len(group.devices))]
         cells += [_mean_text(group.mean(s, key)) for s, key in columns]
-        cells += [f"{group.step_bytes / MIB:.1f}" if group.step_bytes else "–"] * step
-        cells += [f"{group.process_mib:.0f}" if group.process_mib else "–"] * process
+        cells += [f"{group.step_bytes / MIB:.1f}" if group.step_bytes else DASH] * step
+        cells += [f"{group.process_mib:.0f}" if group.process_mib else DASH] * process
         rows.append([*cells, size(group.bytes_down), size(group.bytes_up), duration(group.seconds)])
     headings = ["run", "seeds", "devices", *names, *memory, "down", "up", "time per run"]
     tables = [("Percent; mean ± standard error over devices and seeds", headings, rows)]
@@ -404,7 +395,7 @@ def table_rows(comparison: Comparison) -> list[Table]:
         rows = []
         for label, found in comparison.differences.items():
             shown = [found[f"{s} {key}"] for s, key in columns]
-            count = next((f"{d.count}" if d.paired else "unpaired" for d in shown if d), "–")
+            count = next((f"{d.count}" if d.paired else "unpaired" for d in shown if d), DASH)
             rows.append([label, comparison.baselines[label], count, *map(_difference_text, shown)])
         title = "Difference in percentage points, with its 95 % interval (Student's t)"
         tables.append((title, ["run", "minus", "pairs", *names], rows))
@@ -423,12 +414,12 @@ def markdown(comparison: Comparison) -> str:
 
 def _mean_text(mean: Mean | None) -> str:
     if mean is None:
-        return "–"
+        return DASH
     return f"{100 * mean.mean:.1f}" + (f" ± {100 * mean.error:.1f}" if mean.error == mean.error else "")
 
 
 def _difference_text(found: Difference | None) -> str:
     if found is None:
-        return "–"
-    interval = f" [{_signed(found.low)}, {_signed(found.high)}]" if found.low == found.low else ""
-    return f"{_signed(found.mean)}{interval}"
+        return DASH
+    interval = f" [{signed_points(found.low)}, {signed_points(found.high)}]" if found.low == found.low else ""
+    return f"{signed_points(found.mean)}{interval}"

@@ -1,9 +1,10 @@
-"""What a comparison needs of a run: figures by device, curves, bytes, time, memory. The one place that reads them."""
+"""The part of a run that comparisons use: figures by device, curves, bytes, time, memory."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightcl.metrics import AccuracyMatrix
 from lightcl.records import load_run
 from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario
-from simulations.reports.page import reported
+from simulations.reports.figures import reported
 
 FIGURES = (("til", "average_accuracy"), ("til", "forgetting"), ("cil", "average_accuracy"), ("cil", "forgetting"))
 
@@ -29,11 +30,11 @@ class RunFigures:
     complete: bool
     dropped: tuple[int, ...]
     figures: Mapping[str, Mapping[int, float]]
-    """By "til average_accuracy" and so on, then by device, in 0..1; no forgetting where there is none to have."""
+    """By "til average_accuracy" and so on, then by device, in 0..1; without forgetting where it is not defined."""
     matrices: Mapping[str, Mapping[int, AccuracyMatrix]]
     """By "til" and "cil", then by device."""
     shares: Mapping[int, Any]
-    """What each device holds, as in partition.json."""
+    """The images of each device, as in partition.json."""
     rounds: int
     bytes_down: int
     bytes_up: int
@@ -78,7 +79,9 @@ def read_figures(path: Path) -> RunFigures:
             key != "forgetting" or (scenario.stream.tasks > 1 and not scenario.method.joint)
         )
         devices = [device for device in compared if setting in device.figures] if shown else []
-        figures[f"{setting} {key}"] = {device.number: device.figures[setting][key] for device in devices}
+        values = {device.number: device.figures[setting][key] for device in devices}
+        # A device that learned a single task has no forgetting (NaN).
+        figures[f"{setting} {key}"] = {number: value for number, value in values.items() if not isnan(value)}
     peaks = [row.peak_memory_mib or 0.0 for row in run.devices]
     kind = str(run.about.get("kind", "fleet"))
     return RunFigures(

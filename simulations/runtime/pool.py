@@ -80,9 +80,8 @@ class WorkerPool:
         self._events.put(None)
         self._thread.join(timeout=10)
         if self._alive():
-            for actor in self._actors:
-                _kill(actor)
-            self._actors.clear()
+            while self._actors:  # the thread may still be starting one
+                _kill(self._actors.pop())
 
     # -- the pool's thread -------------------------------------------------------------------------------------
 

@@ -75,7 +75,7 @@ def _check_cell(cell: Cell) -> None:
     if scenario.network.freeze == "auto":
         raise RequestError(
             "network.freeze is 'auto', which would be chosen anew for every seed: write the block that "
-            "`lightcl analyse` names into network.freeze"
+            "`lightcl analyze` names into network.freeze"
         )
     if cell.device is not None:
         if cell.device >= scenario.fleet.devices:

@@ -26,18 +26,18 @@ def run(file: Path, recipe: Recipe = RECIPE, report=lambda _: None) -> float:
     return pretrain(toys.source(), recipe, file, data="toy pictures", command="lightcl pretrain ...", report=report)
 
 
-def coloured(labels: list[int], seed: int) -> ImageSet:
+def colored(labels: list[int], seed: int) -> ImageSet:
     """Noisy red, green, blue and grey pictures: cropping and flipping leave a class what it is."""
-    colours = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200], [120, 120, 120]])
+    colors = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200], [120, 120, 120]])
     noise = np.random.default_rng(seed).integers(-40, 41, (len(labels), 8, 8, 3))
-    images = (colours[labels][:, None, None] + noise).astype(np.uint8)
+    images = (colors[labels][:, None, None] + noise).astype(np.uint8)
     return ImageSet(images, np.asarray(labels), ("red", "green", "blue", "grey"))
 
 
-def test_every_epoch_is_reported_and_colours_are_learned(tmp_path):
+def test_every_epoch_is_reported_and_colors_are_learned(tmp_path):
     told: list[EpochReport] = []
     recipe = Recipe(width=4, epochs=8, batch_size=16, bf16=False)
-    source = Source(coloured([0, 1, 2, 3] * 20, 0), coloured([0, 1, 2, 3] * 5, 1))
+    source = Source(colored([0, 1, 2, 3] * 20, 0), colored([0, 1, 2, 3] * 5, 1))
     accuracy = pretrain(source, recipe, tmp_path / "w.safetensors", data="", command="", report=told.append)
     assert [(r.epoch, r.epochs) for r in told] == [(n, 8) for n in range(1, 9)]
     assert told[-1].loss < 0.7 * told[0].loss

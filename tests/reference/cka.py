@@ -16,7 +16,7 @@ def gram(rows: Matrix) -> Matrix:
     return [[sum(a * b for a, b in zip(one, other, strict=True)) for other in rows] for one in rows]
 
 
-def centred(kernel: Matrix) -> Matrix:
+def centered(kernel: Matrix) -> Matrix:
     """H K H."""
     n = len(kernel)
     of_row = [sum(row) / n for row in kernel]
@@ -27,7 +27,7 @@ def centred(kernel: Matrix) -> Matrix:
 
 def hsic(one: Matrix, other: Matrix) -> float:
     """tr(K H L H), up to a factor that CKA does not see."""
-    k, m = centred(one), centred(other)
+    k, m = centered(one), centered(other)
     return sum(k[i][j] * m[j][i] for i in range(len(k)) for j in range(len(k)))
 
 

@@ -48,7 +48,7 @@ def test_every_name_has_a_strategy_and_options() -> None:
         ({"strategy": "FedAvg"}, 25.75),
         ({"strategy": "FedMedian"}, 1.5),
         ({"strategy": "FedTrimmedAvg", "strategy_options": {"beta": 0.25}}, 1.5),
-        # Krum, n - f - 2 = 1 neighbour: 1, 1 and 2 have distances 0, 0 and 1; the first of the smallest wins.
+        # Krum, n - f - 2 = 1 neighbor: 1, 1 and 2 have distances 0, 0 and 1; the first of the smallest wins.
         ({"strategy": "Krum", "strategy_options": {"num_malicious_nodes": 1}}, 1.0),
         # The two devices at 1.
         ({"strategy": "MultiKrum", "strategy_options": {"num_malicious_nodes": 1, "num_nodes_to_select": 2}}, 1.0),

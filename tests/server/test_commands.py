@@ -26,7 +26,6 @@ def test_what_a_fleet_would_send() -> None:
         ({"network": {"freeze": "auto"}}, "run `lightcl analyze` where images are"),
         ({"network": {"freeze": "layer9"}}, "is not a block of this network"),
         ({"network": {"freeze": "layer4"}, "server": {"aggregation": "suffix"}}, "has nothing to share"),
-        ({"server": {"strategy": "FedTrimmedAvg", "strategy_options": {"beta": 0.7}}}, "server.strategy_options"),
     ],
 )
 def test_what_it_refuses(sections: dict[str, dict[str, object]], said: str) -> None:

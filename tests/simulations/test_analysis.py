@@ -121,7 +121,7 @@ def test_auto_is_chosen_once_and_kept(
     assert rows[0]["loss"] == rows[1]["loss"]
 
     # Going on with a run analyses nothing again.
-    monkeypatch.setattr(preparation, "analyse", lambda *_: pytest.fail("analysed again"))
+    monkeypatch.setattr(preparation, "analyze", lambda *_: pytest.fail("analysed again"))
     Path("run/results.json").unlink()
     go_on = ("train", scenario, "--device", 1, "--out", "run", "--resume")
     assert lightcl(monkeypatch, *go_on, *AUTO) == 0
@@ -138,7 +138,7 @@ def test_auto_is_chosen_once_and_kept(
 
 
 def test_auto_is_checked_without_an_analysis(scenario: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "analyse", lambda *_: pytest.fail("a check must not train"))
+    monkeypatch.setattr(preparation, "analyze", lambda *_: pytest.fail("a check must not train"))
     assert lightcl(monkeypatch, "validate", scenario, *AUTO) == 0
     assert lightcl(monkeypatch, "validate", scenario, *AUTO, "--set", "stream.tasks=1") == 2
     assert lightcl(monkeypatch, "train", scenario, *AUTO, "--out", "run", "--set", "stream.tasks=1") == 2
@@ -156,7 +156,7 @@ def test_a_point_that_the_method_cannot_do_with_is_refused_before_anything_is_wr
 
 def test_a_server_without_images_refuses_auto(scenario: Path, tmp_path: Path) -> None:
     asked = load_scenario(scenario, ["network.freeze=auto", "data={source: parquet, path: /on/the/boards}"])
-    with pytest.raises(RequestError, match="run `lightcl analyze` where images are"):
+    with pytest.raises(RequestError, match="run `lightcl analyze` on a machine that has images"):
         open_remote_run(RunFolder(tmp_path / "run"), asked, "flwr run", resume=False)
     assert not (tmp_path / "run").exists()
 

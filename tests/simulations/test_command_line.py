@@ -48,8 +48,11 @@ def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("training.epochs=many", "valid integer"),
         ("stream.tasks=6", "6 tasks x 2 classes need 12 classes, but data.source has 10"),
         ("network.freeze=layer5", "network.freeze 'layer5' is not a block of this network"),
-        ("fleet.devices=5000", "5000 devices cannot share"),
-        ("fleet={devices: 2, partition: pathological, classes_per_device: 3}", "need 4 classes, but device 0 holds 3"),
+        ("fleet.devices=5000", "no device can learn a task"),
+        (
+            "fleet={devices: 2, partition: pathological, classes_per_device: 3}",
+            "need 4 classes, but a device holds fleet.classes_per_device = 3",
+        ),
         ("data.source=parquet", "needs data.path"),
         ("network.weights=nothing.safetensors", "no such file"),
         ("method.name=lightcll", 'unknown method "lightcll"'),
@@ -172,7 +175,7 @@ def test_resume_gives_dropped_devices_another_chance(
     def in_process(server: ServerApp, state: Path, scenario: Scenario) -> None:
         server(InProcessGrid(state, scenario.fleet.devices, lose), Context(1, 0, {}, RecordDict(), {}))
 
-    monkeypatch.setattr("simulations.runtime.simulate", in_process)
+    monkeypatch.setattr("simulations.fleet.simulate", in_process)
     words = ("simulate", scenario, "--out", "run", "--set", "server={max_failures: 1, round_timeout: 0.2}")
     assert lightcl(monkeypatch, *words) == 0
     assert "dropped from the run: 1 device" in capfd.readouterr().out
@@ -314,7 +317,7 @@ def test_each_command_of_the_table_has_the_help_that_the_table_says() -> None:
 def test_an_unknown_command_names_the_nearest(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert lightcl(monkeypatch, "analyse") == 2
+    assert lightcl(monkeypatch, "analyze") == 2
     assert "'analyze'" in capfd.readouterr().err
 
 

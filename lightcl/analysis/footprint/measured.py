@@ -1,4 +1,4 @@
-"""The peak memory of real training, measured in a fresh process: tensors, and the process as a whole.
+"""The peak memory of real training, measured in a fresh process: of the tensors, and of the entire process.
 
 Tensors on the CPU: PyTorch's profiler reports every allocation and release with the sum that is alive after it, so the
 peak is exact and not sampled. On a GPU: `torch.cuda.max_memory_allocated`. The process: the highest resident set
@@ -93,9 +93,11 @@ def rehearsal(scenario: Scenario, image: Image, classes: int) -> tuple[Scenario,
     values["data"] |= {"augmentation": scenario.augmentation}
     values["stream"] |= {
         "tasks": tasks, "classes_per_task": per_task, "class_order": "natural", "per_device_order": False,
-        "held_out": 0.0, "evaluate_on": "test",
+        "held_out": 0.0, "evaluate_on": "test", "cut": "shared", "min_samples": 2,
     }  # fmt: skip
-    values["fleet"] |= {"devices": 1, "partition": "iid", "classes_per_device": None, "test_data": "share"}
+    values["fleet"] |= {
+        "devices": 1, "partition": "iid", "partition_by": None, "classes_per_device": None, "test_data": "share",
+    }  # fmt: skip
     values["training"] |= {"epochs": 1}
     values["server"] |= {"aggregation": "none", "rounds_per_task": 1}
     return Scenario.model_validate(values), Source(train, ImageSet(pixels[some], labels[some], names))
@@ -228,12 +230,12 @@ def measure_here(scenario: Scenario, image: Image, classes: int, way: Way) -> di
         def prepare() -> None:
             device = EdgeDevice(scenario, 0, Path(folder), source=source, share=_whole(source))
             devices.append(device)
-            for task in range(device.stream.first, len(device.stream) - 1):
+            for task in device.stream.ids[device.stream.first : -1]:
                 device.train(task, 1)
 
         parts: dict[str, Callable[[], object]] = {
             "preparation": prepare,
-            "training": lambda: devices[0].train(len(devices[0].stream) - 1, 1),
+            "training": lambda: devices[0].train(devices[0].stream.ids[-1], 1),
             "evaluation": lambda: devices[0].evaluate(),
         }
         if way == "process":

@@ -77,7 +77,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Of one device: bytes at a step's worst moment by category, and FLOPs of its whole training (1 MAC = 2 FLOPs)."""
+    """One device: bytes by category at the peak of a training step, and FLOPs of all its training (1 MAC = 2 FLOPs)."""
 
     memory: dict[Category, int]
     moment: str
@@ -126,19 +126,19 @@ def step_flops(shape: NetworkShape, cost: StepCost, workload: Workload, *, first
     macs = (workload.batch + cost.replayed) * (shape.macs + backward_macs(shape))
     macs += (workload.batch + cost.replayed) * columns * trained_macs(shape)
     if not first_task:
-        macs += cost.held * (trained_macs(shape) + backward_macs(shape))
+        macs += cost.suffix_samples * (trained_macs(shape) + backward_macs(shape))
     return 2 * macs
 
 
 def training_flops(shape: NetworkShape, cost: StepCost, workload: Workload) -> int:
-    """Of all epochs of all tasks. Patterns are held from the second task on; old samples are counted in all."""
+    """FLOPs of all epochs of all tasks. Patterns count from the second task on; old samples count in every task."""
     image = shape.macs + backward_macs(shape)
     total = 0
     for task, images in enumerate(workload.images):
         steps = -(-images // workload.batch)
         further = steps * cost.replayed * image
         if task > 0:
-            further += steps * cost.held * (trained_macs(shape) + backward_macs(shape))
+            further += steps * cost.suffix_samples * (trained_macs(shape) + backward_macs(shape))
         further += task * cost.columns * (images + steps * cost.replayed) * trained_macs(shape)
         total += workload.epochs * (images * image + further)
     return 2 * total
@@ -196,12 +196,12 @@ class _Step:
         if shape.frozen:
             self.hold("kept activations", samples * shape.features * self.size)
         self._forward(samples)
-        if cost.held:
-            self._forward(cost.held)
-            drifts = self._vital_share * sum(b.maps for b in shape.trained) * cost.held * FP32
+        if cost.suffix_samples:
+            self._forward(cost.suffix_samples)
+            drifts = self._vital_share * sum(b.maps for b in shape.trained) * cost.suffix_samples * FP32
             self.hold("kept activations", drifts)
             self.note("regularization", "temporaries", drifts)
-            self._backward(cost.held, last=False)
+            self._backward(cost.suffix_samples, last=False)
             self.hold("kept activations", -drifts)
         self._backward(samples, last=True)
         if temporaries := self._optimizer_temporaries:
@@ -249,7 +249,7 @@ class _Step:
         return [b for b, after in zip(blocks, (*blocks[1:], None), strict=False) if not after or b.layer != after.layer]
 
     def _lateral(self, block: Block) -> int:
-        """Elements a sample that an adapter keeps: what it reads, both its convolutions' inputs, and the sum."""
+        """Elements per sample that an adapter keeps: its input, the inputs of both convolutions, and the sum."""
         return (self._columns + 3) * block.outputs if block in self._boundaries else 0
 
     def _hold_for_good(self) -> None:

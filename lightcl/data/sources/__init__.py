@@ -32,6 +32,7 @@ from lightcl.data.sources.image_folder import has_test_folder, read_image_folder
 from lightcl.data.sources.parquet import has_test_file, read_parquet
 from lightcl.data.sources.torchvision_sets import read_torchvision_set
 from lightcl.errors import RequestError, nearest
+from lightcl.registry import Registry
 
 __all__ = [
     "ImageSet", "Source", "SourceRequest", "cache_folder", "iter_batches", "load_source", "reads_own_files",
@@ -63,7 +64,10 @@ _BUILT_IN = {
     "parquet": SourceKind(read_parquet, own_files=True, has_test_split=has_test_file),
     "image-folder": SourceKind(read_image_folder, own_files=True, has_test_split=has_test_folder),
 }
-_KINDS = dict(_BUILT_IN)
+SOURCES: Registry[SourceKind] = Registry("data source", "data.source", origin=lambda kind: kind.read)
+"""All sources by name, those of plugins included."""
+for _name, _kind in _BUILT_IN.items():
+    SOURCES.register(_name, _kind)
 
 
 def register_source(
@@ -75,28 +79,28 @@ def register_source(
 ) -> None:
     """Makes `reader` available as `data.source: NAME`; a plugin that is loaded twice replaces its own entry.
 
-    Raises RequestError for the name of a built-in source.
+    Raises RequestError for the name of a built-in source, and for a name that another reader has.
     """
     if name in _BUILT_IN:
         raise RequestError(f"data source {name!r} is built in; register yours under another name")
     file = inspect.getsourcefile(reader)
     code = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else name
-    _KINDS[name] = SourceKind(reader, own_files, has_test_split, code)
+    SOURCES.register(name, SourceKind(reader, own_files, has_test_split, code))
 
 
 def source_names() -> tuple[str, ...]:
     """Names of all sources, built in and registered."""
-    return tuple(_KINDS)
+    return tuple(SOURCES)
 
 
 def source_kind(name: str) -> SourceKind:
     """The source of this name. Raises RequestError for an unknown one."""
-    if name not in _KINDS:
+    if name not in SOURCES:
         raise RequestError(
-            f"data.source is {name!r}: unknown{nearest(name, _KINDS)} (allowed: {', '.join(_KINDS)}, or a source that "
-            "a plugin registers)"
+            f"data.source is {name!r}: unknown{nearest(name, SOURCES)} (allowed: {', '.join(SOURCES)}, or a source "
+            "that a plugin registers)"
         )
-    return _KINDS[name]
+    return SOURCES[name]
 
 
 def reads_own_files(name: str) -> bool:

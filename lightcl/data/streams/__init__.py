@@ -2,13 +2,15 @@
 
 What a task consists of is decided by a file per kind of stream (`class_incremental.py`; domain-incremental streams and
 field streams go beside it). This module does what all kinds have in common: held-out images, and the tasks that a
-device skips because it has too few images. `cut_stream` gives the tasks with their images; `learnable_tasks` gives the
-numbers of the same tasks for a whole fleet from label counts alone.
+device skips because it has too few images. `cut_stream` gives the tasks with their images; `count_tasks` counts the
+same tasks and their images for a whole fleet from label counts alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -20,7 +22,68 @@ from lightcl.data.tasks import Samples, Skipped, Task, TaskStream
 from lightcl.errors import RequestError
 from lightcl.seeds import numpy_generator
 
-__all__ = ["StreamPlan", "check_stream", "class_order", "cut_stream", "learnable", "learnable_tasks"]
+__all__ = [
+    "StreamPlan", "TaskCounts", "check_stream", "class_order", "count_tasks", "cut_stream", "learnable",
+    "learnable_tasks",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TaskCounts:
+    """How many images every device of a fleet has for every task of the scenario, `[devices, tasks]` each."""
+
+    plan: StreamPlan
+    train: np.ndarray
+    """Training images without the held-out ones."""
+    held_out: np.ndarray
+    test: np.ndarray
+    """Images of the test split, of classes that the device has training images of."""
+    cut: np.ndarray
+    """Whether the device has a task of this number: with `stream.cut: own` it may hold too few classes."""
+
+    @property
+    def tested(self) -> np.ndarray:
+        """Images that a device is tested on: those of `stream.evaluate_on`."""
+        return self.test if self.plan.stream.evaluate_on == "test" else self.held_out
+
+    @cached_property
+    def learned(self) -> np.ndarray:
+        """Whether the device learns the task."""
+        return _enough(self.plan, self.train + self.held_out, self.test)
+
+    @cached_property
+    def tasks(self) -> list[tuple[int, ...]]:
+        """The numbers of the tasks that each device learns: `cut_stream(...).ids`."""
+        return [tuple(np.flatnonzero(row).tolist()) for row in self.learned]
+
+    @property
+    def train_used(self) -> np.ndarray:
+        """Images that each device trains on, `[devices]`: those of tasks that it skips do not count."""
+        used: np.ndarray = (self.train * self.learned).sum(axis=1)
+        return used
+
+    @property
+    def tested_used(self) -> np.ndarray:
+        """Images that each device is tested on, `[devices]`, of the tasks that it learns."""
+        used: np.ndarray = (self.tested * self.learned).sum(axis=1)
+        return used
+
+    def skipped(self, device: int) -> list[Skipped]:
+        """The tasks that a device does not learn, with the reason in a few words."""
+        return [
+            Skipped(
+                number, self._reason(device, number), int(self.train[device, number]), int(self.test[device, number])
+            )
+            for number in np.flatnonzero(~self.learned[device]).tolist()
+        ]
+
+    def _reason(self, device: int, task: int) -> str:
+        stream = self.plan.stream
+        if not self.cut[device, task]:
+            return f"fewer than {stream.classes_per_task} classes left"
+        if self.train[device, task] < stream.min_samples:
+            return f"fewer than {stream.min_samples} training images"
+        return "no test image" if stream.evaluate_on == "test" else "no held-out image"
 
 
 def cut_stream(plan: StreamPlan, source: Source, share: Share, device: int) -> TaskStream:
@@ -59,24 +122,30 @@ def cut_stream(plan: StreamPlan, source: Source, share: Share, device: int) -> T
 
 def learnable(plan: StreamPlan, source: Source, share: Share, device: int) -> tuple[int, ...]:
     """The numbers of the tasks that a device learns: `cut_stream(...).ids`, from label counts alone."""
-    train, test = label_counts(source, [share])
-    return _learnable(plan, train, test, [device])[0]
+    return _task_counts(plan, *label_counts(source, [share]), [device]).tasks[0]
 
 
 def learnable_tasks(plan: StreamPlan, source: Source, shares: Sequence[Share]) -> list[tuple[int, ...]]:
     """`learnable` for every device of a fleet (`shares[d]` is device d's), at once."""
-    train, test = label_counts(source, shares)
-    return _learnable(plan, train, test, range(len(shares)))
+    return _task_counts(plan, *label_counts(source, shares), range(len(shares))).tasks
 
 
 def check_stream(plan: StreamPlan, source: Source, shares: Sequence[Share]) -> list[tuple[int, ...]]:
-    """`learnable_tasks`; raises RequestError where no device can learn anything, as `cut_stream` does otherwise."""
+    """`learnable_tasks`; raises RequestError as `count_tasks` does."""
+    return count_tasks(plan, source, shares).tasks
+
+
+def count_tasks(plan: StreamPlan, source: Source, shares: Sequence[Share]) -> TaskCounts:
+    """What every device has for every task (`shares[d]` is device d's); no image is read.
+
+    Raises RequestError where no device can learn anything, as `cut_stream` does otherwise.
+    """
     _check_padding(plan, source)
     train, test = label_counts(source, shares)
-    found = _learnable(plan, train, test, range(len(shares)))
-    if any(found):
+    found = _task_counts(plan, train, test, range(len(shares)))
+    if found.learned.any():
         return found
-    device, number, classes = _nearest_to_learning(plan, train, test)
+    device, number, classes = _nearest_to_learning(plan, train, test, found)
     if classes is None:
         raise RequestError(
             f"no device can learn a task: none holds the {plan.stream.classes_per_task} classes of one; lower "
@@ -125,33 +194,33 @@ def _skipped(plan: StreamPlan, number: int, classes: tuple[int, ...], images: in
     return Skipped(number, reason, train, tests)
 
 
-def _learnable(plan: StreamPlan, train: np.ndarray, test: np.ndarray, devices: Sequence[int]) -> list[tuple[int, ...]]:
-    """The tasks of devices with these images per class (`[devices, C]` each)."""
-    images, tests = _task_counts(plan, train, test, devices)
-    enough = _enough(plan, images, tests)
-    return [tuple(int(number) for number in np.flatnonzero(row)) for row in enough]
+def _task_counts(plan: StreamPlan, train: np.ndarray, test: np.ndarray, devices: Sequence[int]) -> TaskCounts:
+    """Of devices with these images per class (`[devices, C]` each)."""
+    images, tests, cut = _images_per_task(plan, train, test, devices)
+    out = _held_out(plan, images)
+    return TaskCounts(plan, images - out, out, tests, cut)
 
 
-def _task_counts(
+def _images_per_task(
     plan: StreamPlan, train: np.ndarray, test: np.ndarray, devices: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Training and test images per device and task, int64 `[devices, tasks]` each."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Training images (held-out ones included), test images, and whether the task exists, `[devices, tasks]` each."""
     test = np.where(train > 0, test, 0)  # only classes that a device learns are tested
     if not plan.own_classes and not plan.stream.per_device_order:  # the same groups on all devices
         groups = class_groups(plan, 0, np.ones(train.shape[1], dtype=bool))
         columns = [list(group or ()) for group in groups]
-        return (
-            np.stack([train[:, chosen].sum(axis=1) for chosen in columns], axis=1),
-            np.stack([test[:, chosen].sum(axis=1) for chosen in columns], axis=1),
-        )
+        images = np.stack([train[:, chosen].sum(axis=1) for chosen in columns], axis=1)
+        tests = np.stack([test[:, chosen].sum(axis=1) for chosen in columns], axis=1)
+        return images, tests, np.ones(images.shape, dtype=bool)
     images = np.zeros((len(train), plan.stream.tasks), dtype=np.int64)
-    tests = np.zeros_like(images)
+    tests, cut = np.zeros_like(images), np.zeros(images.shape, dtype=bool)
     for row, device in enumerate(devices):
         full = [list(group) for group in class_groups(plan, device, train[row] > 0) if group is not None]
         if full:  # without a full group of classes a task has no image that counts
             images[row, : len(full)] = train[row, np.asarray(full)].sum(axis=1)
             tests[row, : len(full)] = test[row, np.asarray(full)].sum(axis=1)
-    return images, tests
+        cut[row, : len(full)] = True
+    return images, tests, cut
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------
@@ -165,10 +234,10 @@ def _check_padding(plan: StreamPlan, source: Source) -> None:
 
 
 def _nearest_to_learning(
-    plan: StreamPlan, train: np.ndarray, test: np.ndarray
+    plan: StreamPlan, train: np.ndarray, test: np.ndarray, counts: TaskCounts
 ) -> tuple[int, int, tuple[int, ...] | None]:
     """Device, task and its classes with the most training images, those with a test image first."""
-    images, tests = _task_counts(plan, train, test, range(len(train)))
+    images, tests = counts.train + counts.held_out, counts.test
     best = int(np.argmax(images + (tests > 0) * (images.max() + 1)))
     device, number = divmod(best, plan.stream.tasks)
     return device, number, class_groups(plan, device, train[device] > 0)[number]

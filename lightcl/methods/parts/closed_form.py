@@ -1,4 +1,4 @@
-"""Streaming linear discriminant analysis: a classifier solved from sums, which never have to be forgotten.
+"""Streaming linear discriminant analysis: a classifier computed from sums, which forget nothing.
 
 Each class c is summed up by its number of samples n_c and the sum s_c of its features; all classes together by one
 matrix G = Σ x xᵀ. Means and the shared covariance follow exactly, in whatever order or on whichever device the samples

@@ -5,13 +5,15 @@ LightCL, Wang et al., ASP-DAC 2025 (arXiv 2407.10545), section "Memorize Feature
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightcl.networks.staged import FeatureMaps
+from lightcl.networks.staged import FeatureMaps, OnMap
+from lightcl.storage.state import under
 
 Reduction = Literal["sum", "relative"]
 VitalSelection = Literal["exact", "paper"]
@@ -46,7 +48,7 @@ def vital_patterns(maps: FeatureMaps, vital: Mapping[str, Tensor]) -> FeatureMap
 
 
 class Drift:
-    """How far feature maps have moved from stored patterns: the sum, or the mean, of one term per map.
+    """The drift of feature maps from stored patterns: the sum or the mean of one term per map.
 
     `on_map` takes the maps `[M, C, H, W]` as they are computed, by name. `vital[m]` is a boolean `[C]` with V channels
     set, and `stored[m]` are the patterns `[M, V, H, W]` of those channels (`vital_patterns`). Other maps are ignored.
@@ -56,9 +58,9 @@ class Drift:
     - "relative" (ours): the mean over the maps of Σ(mask ⊙ (F - F*))² / Σ(mask ⊙ F*)². It has no unit, so a β means
       the same at every width, resolution and memory size.
 
-    Memory: only the terms are kept, never the maps. Autograd goes back in the reverse order of creation: were the terms
-    made after the entire forward pass, a full-sized gradient of every map would exist before the first is used. Made
-    while the maps come, one exists at a time.
+    Memory: only the terms are kept, never the maps. Autograd runs in the reverse order of creation: if the terms were
+    computed after the entire forward pass, a full-sized gradient of every map would exist before the first is used.
+    Because they are computed while the maps arrive, only one exists at a time.
     """
 
     def __init__(self, stored: FeatureMaps, vital: Mapping[str, Tensor], reduction: Reduction) -> None:
@@ -75,7 +77,7 @@ class Drift:
             self.terms.append(term)
 
     def total(self) -> Tensor:
-        """The scalar over all maps so far; 0 where no map has come (everything but the head is frozen)."""
+        """The scalar over all maps so far; 0 where there was no map (everything but the head is frozen)."""
         if not self.terms:
             return torch.zeros(())
         terms = torch.stack(self.terms)
@@ -86,3 +88,47 @@ def logit_drift(logits: Tensor, stored: Tensor, reduction: Reduction) -> Tensor:
     """The same for logits `[M, K]`, all of which count."""
     moved = (logits.float() - stored).square().sum()
     return moved if reduction == "sum" else moved / stored.square().sum().clamp_min(1e-12)
+
+
+Classify = Callable[[Tensor, OnMap], Tensor]
+"""Suffix and head: prefix outputs `[M, C, H, W]` -> logits `[M, K]`; calls back with every map."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What was recorded on the memory samples before a task."""
+
+    inputs: Tensor
+    """Prefix outputs `[M, C, H, W]` of the memory samples; their images where nothing is frozen."""
+    patterns: FeatureMaps
+    """F*, of the vital channels: `[M, V, H, W]` by map."""
+    logits: Tensor
+    """logits* `[M, T]` of the tied classes."""
+    tied: Tensor
+    """The T classes whose logits are regularized."""
+
+    @classmethod
+    def of(cls, inputs: Tensor, vital: Mapping[str, Tensor], tied: Tensor, classify: Classify) -> Recorded:
+        """Passes the inputs through the network as it is now."""
+        maps: FeatureMaps = {}
+        logits = classify(inputs, maps.__setitem__)[:, tied].float()
+        return cls(inputs, vital_patterns(maps, vital), logits, tied)
+
+    def drift(self, vital: Mapping[str, Tensor], reduction: Reduction, classify: Classify) -> Tensor:
+        """The scalar Σ_m Σ (mask_m ⊙ (F_m - F*_m))² + Σ (logits - logits*)² of the network as it is now."""
+        of_maps = Drift(self.patterns, vital, reduction)
+        logits = classify(self.inputs, of_maps.on_map)[:, self.tied]
+        return of_maps.total() + logit_drift(logits, self.logits, reduction)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {f"pattern/{name}": stored for name, stored in self.patterns.items()}
+        return state | {"memory": self.inputs, "logits": self.logits, "tied": self.tied}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Recorded | None:
+        """None where nothing was recorded."""
+        if "memory" not in state:
+            return None
+        # The original memory format: in another one a mean over positions rounds differently.
+        inputs = state["memory"].contiguous(memory_format=torch.channels_last)
+        return cls(inputs, under(state, "pattern/"), state["logits"], state["tied"])

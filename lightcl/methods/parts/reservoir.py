@@ -1,8 +1,8 @@
-"""Replay from a reservoir: a few raw samples of everything seen so far, kept on the device and mixed into every step.
+"""Replay from a reservoir: a few raw samples of the stream, stored on the device and mixed into every step.
 
 Reservoir sampling (Vitter: "Random Sampling with a Reservoir", ACM TOMS 1985, Algorithm R): item n of a stream (from 0)
 takes the next free row while there is one, else row j drawn uniformly from 0..n if j < size. Every item seen so far is
-then in the buffer with the same chance. A task's samples come again in every epoch and count each time, as in the
+in the buffer with the same probability. The samples of a task are offered again in every epoch, as in the
 replay methods' published code.
 
 `Replay` is what `er`, `derpp` and their sparse forms share.
@@ -36,7 +36,7 @@ class ReplayParameters(MethodParameters):
     buffer_size: int = Field(default=15, ge=1, le=1_000_000)
     """Raw samples kept, over all tasks together."""
     minibatch_size: int | None = Field(default=None, ge=1, le=1_000_000)
-    """Samples of a draw from the buffer; default: the whole buffer."""
+    """Samples per draw from the buffer; default: the entire buffer."""
 
     @property
     def drawn(self) -> int:

@@ -13,7 +13,7 @@ from simulations.reports.plots.style import FONT, PIXELS_PER_INCH, Theme, legend
 
 
 def generalizability(found: Generalizability, threshold: float, theme: Theme) -> Figure:
-    """Memory stability, learning plasticity and readiness of every block: a line a task, and the mean over them.
+    """Memory stability, learning plasticity and readiness of every block: one line per task, and their mean.
 
     Tinted blocks are those that `threshold` freezes; readiness has no part in that, so no threshold is drawn with it.
     """
@@ -28,7 +28,7 @@ def generalizability(found: Generalizability, threshold: float, theme: Theme) ->
     lowest = min(value for values in kinds.values() for block in values for value in block)
     shades = LinearSegmentedColormap.from_list("tasks", [theme.second, theme.deep])
     tasks = len(kinds["memory stability"][0])
-    colours = [shades(task / max(1, tasks - 1)) for task in range(tasks)]
+    colors = [shades(task / max(1, tasks - 1)) for task in range(tasks)]
     few = tasks <= 5
     for place, (kind, values) in enumerate(kinds.items()):
         axes = figure.add_subplot(1, 3, 1 + place, facecolor=theme.background)
@@ -39,13 +39,13 @@ def generalizability(found: Generalizability, threshold: float, theme: Theme) ->
         if place < 2:
             axes.axhline(threshold, color=theme.muted, linewidth=1.1, linestyle=(0, (4, 3)))
         for task, line in enumerate(np.array(values).T):
-            axes.plot(line, color=colours[task], linewidth=1.1)
+            axes.plot(line, color=colors[task], linewidth=1.1)
         axes.plot(np.mean(values, 1), color=theme.ink, linewidth=2.2, marker="o", markersize=4.5)
         axes.set_xticks(range(len(names)), names, rotation=90)
         axes.set_xlim(-0.5, len(names) - 0.5)
         axes.set_ylim(max(0.0, min(lowest, threshold) - 0.05), 1.01)
     shown = range(tasks) if few else (0, tasks - 1)
-    handles = [Line2D([], [], color=colours[t], linewidth=1.4, label=f"task {t + 1}") for t in shown]
+    handles = [Line2D([], [], color=colors[t], linewidth=1.4, label=f"task {t + 1}") for t in shown]
     handles += [legend_line(theme.ink, "mean")]
     handles += [
         Line2D([], [], color=theme.muted, linewidth=1.1, linestyle=(0, (4, 3)), label=f"threshold {threshold:g}")

@@ -39,7 +39,7 @@ def footprint_bars(parts: Mapping[str, Mapping[str, int]], measured: Mapping[str
     handles: list[Any] = []
     for category, color in PART_COLORS.items():
         widths = np.array([parts[name].get(category, 0) for name in names]) / 2**20
-        # What is too thin to be seen would only be a colour in the legend that nobody finds.
+        # What is too thin to be seen would only be a color in the legend that nobody finds.
         if widths.max() > 0.004 * max(sum(p.values()) for p in parts.values()) / 2**20:
             axes.barh(places, widths, 0.62, left=base, color=color, zorder=2, edgecolor=theme.background, linewidth=0.6)
             handles.append(Patch(color=color, label=category))
@@ -117,7 +117,7 @@ def accuracy_over_memory(
             )  # fmt: skip
         axes.set_xlim(left=0)
         ticks = axes.yaxis.get_major_locator().tick_values(*axes.dataLim.intervaly)
-        axes.set_ylim(max(0, ticks[0]), min(100, ticks[-1]))  # whole steps: no point lies above the last number
+        axes.set_ylim(max(0, ticks[0]), min(100, ticks[-1]))  # full steps: no point lies above the last number
     handles = [
         Line2D([], [], color=colors[n], marker=markers[n], markersize=7, linestyle="", label=wrapped(n)) for n in names
     ]

@@ -42,17 +42,17 @@ def accuracy_over_tasks(curves: Mapping[str, Sequence[Spread]], chance: Mapping[
     figure, axes = plot_axes(theme, "after task", "average accuracy (%)")
     many = any(spread.p10 < spread.p90 for spreads in curves.values() for spread in spreads)
     for setting, spreads in curves.items():
-        colour = theme.settings[setting]
+        color = theme.settings[setting]
         tasks = np.arange(len(spreads))
         mean, low, high = (100 * np.array([getattr(s, key) for s in spreads]) for key in ("mean", "p10", "p90"))
         if len(spreads) > 1:
-            axes.fill_between(tasks, low, high, color=colour, alpha=0.22, linewidth=0)
+            axes.fill_between(tasks, low, high, color=color, alpha=0.22, linewidth=0)
         elif many:
-            axes.vlines(tasks, low, high, color=colour, alpha=0.4, linewidth=5)
+            axes.vlines(tasks, low, high, color=color, alpha=0.4, linewidth=5)
         marker = "o" if len(spreads) <= 30 else None
-        axes.plot(tasks, mean, color=colour, linewidth=1.9, marker=marker, markersize=4.5)
+        axes.plot(tasks, mean, color=color, linewidth=1.9, marker=marker, markersize=4.5)
         if setting in chance:
-            axes.axhline(100 * chance[setting], color=colour, linewidth=1.1, linestyle=(0, (4, 3)), alpha=0.8)
+            axes.axhline(100 * chance[setting], color=color, linewidth=1.1, linestyle=(0, (4, 3)), alpha=0.8)
     axes.set_ylim(0, 102)
     task_ticks(axes, max((len(spreads) for spreads in curves.values()), default=0))
     handles: list[Any] = [legend_line(theme.settings[setting], setting.upper()) for setting in curves]
@@ -67,13 +67,13 @@ def accuracy_over_tasks(curves: Mapping[str, Sequence[Spread]], chance: Mapping[
 def accuracy_matrix(values: np.ndarray, theme: Theme) -> Figure:
     """Heat map of `values[t, k]`, accuracy (0..1) on task k after task t; NaN, where there was no test, stays empty.
 
-    The colours always span 0..100 %, so that TIL and CIL, and two reports, can be compared by eye.
+    The colors always span 0..100 %, so that TIL and CIL, and two reports, can be compared by eye.
     """
     tasks = len(values)
     figure, axes = plot_axes(theme, "accuracy on task", "after task", size=(SIZE[0], 4.1), grid=False)
-    figure.set_layout_engine("compressed")  # keeps the colour bar beside the square heat map
-    colours = LinearSegmentedColormap.from_list("accuracy", [theme.pale, theme.deep])
-    image = axes.imshow(100 * values, cmap=colours, vmin=0, vmax=100, aspect="equal")
+    figure.set_layout_engine("compressed")  # keeps the color bar beside the square heat map
+    colors = LinearSegmentedColormap.from_list("accuracy", [theme.pale, theme.deep])
+    image = axes.imshow(100 * values, cmap=colors, vmin=0, vmax=100, aspect="equal")
     bar = figure.colorbar(image, ax=axes, pad=0.04, aspect=28, ticks=[0, 25, 50, 75, 100])
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=theme.muted, labelsize=FONT - 1, length=0)
@@ -83,7 +83,7 @@ def accuracy_matrix(values: np.ndarray, theme: Theme) -> Figure:
     task_ticks(axes, tasks)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
     if tasks <= ANNOTATED_TASKS:
-        # Thin lines of the background's colour make cells of what would be a surface.
+        # Thin lines of the background's color make cells of what would be a surface.
         axes.set_xticks(np.arange(tasks + 1) - 0.5, minor=True)
         axes.set_yticks(np.arange(tasks + 1) - 0.5, minor=True)
         axes.grid(which="minor", color=theme.background, linewidth=1.5)
@@ -92,8 +92,8 @@ def accuracy_matrix(values: np.ndarray, theme: Theme) -> Figure:
         for (after, on), value in np.ndenumerate(100 * values):
             if not np.isnan(value):
                 text = f"{value:.1f}" if tasks <= 6 else f"{value:.0f}"
-                colour = readable(colours(value / 100), theme)
-                axes.text(on, after, text, ha="center", va="center", fontsize=text_size, color=colour)
+                color = readable(colors(value / 100), theme)
+                axes.text(on, after, text, ha="center", va="center", fontsize=text_size, color=color)
     return figure
 
 
@@ -145,11 +145,11 @@ def _stacked(
     width = min(0.72, 0.24 * len(rounds)) if len(rounds) <= SEPARATE_BARS else 1.0
     base = np.zeros(len(rounds))
     handles = []
-    for (name, values), colour in zip(parts.items(), (theme.first, theme.second), strict=True):
+    for (name, values), color in zip(parts.items(), (theme.first, theme.second), strict=True):
         heights = np.asarray(values, dtype=float) / factor
-        axes.bar(rounds, heights, width, bottom=base, color=colour, linewidth=0, zorder=2)
+        axes.bar(rounds, heights, width, bottom=base, color=color, linewidth=0, zorder=2)
         base = base + heights
-        handles.append(Patch(color=colour, label=name))
+        handles.append(Patch(color=color, label=name))
     axes.set_xlim(min(rounds) - 0.7, max(rounds) + 0.7)
     axes.set_ylim(0, 1.05 * max(base.max(), np.finfo(float).tiny))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12, min_n_ticks=1))

@@ -27,10 +27,10 @@ FONT = 9.0
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours as hex. TIL and CIL are blue and vermilion of Okabe & Ito, told apart with every colour vision.
+    """Colors as hex. TIL and CIL are blue and vermilion of Okabe & Ito, distinguishable with every color vision.
 
-    `first` and `second` are the parts of a stacked bar; they differ in lightness and are not TIL's and CIL's colours,
-    so that no colour means two things.
+    `first` and `second` are the parts of a stacked bar; they differ in lightness and are not TIL's and CIL's colors,
+    so that no color means two things.
     """
 
     background: str
@@ -41,7 +41,7 @@ class Theme:
     first: str
     second: str
     deep: str
-    """The heat map's colour at 100 %; at 0 % it is close to the background."""
+    """The heat map's color at 100 %; at 0 % it is close to the background."""
     pale: str
 
 
@@ -53,6 +53,8 @@ DARK = Theme(
     background="#1a2029", ink="#e6eaf0", muted="#9aa5b3", grid="#2d3541", settings={"til": "#56b4e9", "cil": "#f08a3c"},
     first="#93a4ba", second="#4d5b6e", deep="#8fd0f7", pale="#232b36",
 )  # fmt: skip
+THEMES = (LIGHT, DARK)
+"""In the order in which a page's pictures are painted."""
 
 
 def png(figure: Figure) -> bytes:
@@ -90,20 +92,20 @@ def legend_above(axes: Axes, theme: Theme, handles: Sequence[Any]) -> None:
     )  # fmt: skip
 
 
-def legend_line(colour: str, label: str) -> Line2D:
-    return Line2D([], [], color=colour, linewidth=1.9, marker="o", markersize=4.5, label=label)
+def legend_line(color: str, label: str) -> Line2D:
+    return Line2D([], [], color=color, linewidth=1.9, marker="o", markersize=4.5, label=label)
 
 
 def task_ticks(axes: Axes, tasks: int) -> None:
-    """Whole numbers, and every task where there is room."""
+    """Integers; every task where there is room."""
     if tasks <= 12:
         axes.set_xticks(range(tasks))
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
 
 
-def readable(colour: Sequence[float], theme: Theme) -> str:
-    """Of the theme's ink and background the one that stands out more on `colour` (RGB in 0..1)."""
+def readable(color: Sequence[float], theme: Theme) -> str:
+    """Of the theme's ink and background the one that stands out more on `color` (RGB in 0..1)."""
 
     def luminance(rgb: Sequence[float]) -> float:
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb[:3]]
@@ -111,7 +113,7 @@ def readable(colour: Sequence[float], theme: Theme) -> str:
 
     def contrast(name: str) -> float:
         """WCAG 2 contrast ratio, 1..21."""
-        dark, bright = sorted([luminance(colour), luminance(to_rgb(name))])
+        dark, bright = sorted([luminance(color), luminance(to_rgb(name))])
         return (bright + 0.05) / (dark + 0.05)
 
     return max((theme.ink, theme.background), key=contrast)

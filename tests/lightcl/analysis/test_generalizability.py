@@ -13,8 +13,8 @@ from lightcl.analysis.generalizability import (
     BlockFigures,
     Generalizability,
     LinearCKA,
-    analyse,
-    analysed_scenario,
+    analyze,
+    analyzed_scenario,
     block_similarity,
 )
 from lightcl.assembly import build_network
@@ -36,10 +36,10 @@ def noise(rows: int, columns: int, seed: int) -> Tensor:
 
 
 def test_cka_by_hand() -> None:
-    # x is centred: (-1, 0, 1). y = (0, 0, 3) has mean 1, centred (-1, -1, 2).
+    # x is centered: (-1, 0, 1). y = (0, 0, 3) has mean 1, centered (-1, -1, 2).
     # ⟨x, y⟩ = 1 + 0 + 2 = 3, ‖x‖² = 2, ‖y‖² = 6: CKA = 3² / (2 · 6) = 0.75 (one column: the squared correlation).
     assert cka(torch.tensor([[-1.0], [0.0], [1.0]]), torch.tensor([[0.0], [0.0], [3.0]])) == pytest.approx(0.75)
-    # Two columns against one. X centred = rows (1, 1), (1, -1), (-1, 1), (-1, -1); Y = first column.
+    # Two columns against one. X centered = rows (1, 1), (1, -1), (-1, 1), (-1, -1); Y = first column.
     # YᵀX = (4, 0), XᵀX = 4·I, YᵀY = 4: CKA = 16 / (4·√2 · 4) = 1 / √2.
     x = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
     assert cka(x, x[:, :1]) == pytest.approx(1 / math.sqrt(2))
@@ -105,11 +105,11 @@ def test_an_analysis_is_that_of_devices_trained_by_hand(tmp_path: Path) -> None:
     held = toys.source(classes=6, size=16)
     scenario = toys.scenario(stream={"tasks": 3}, network={"freeze": "layer3"}, training={"epochs": 1})
     steps: list[tuple[str, int, int]] = []
-    found = analyse(scenario, 0, held, toys.whole(held), lambda *step: steps.append(step))
+    found = analyze(scenario, 0, held, toys.whole(held), lambda *step: steps.append(step))
 
     assert [done for _, done, _ in steps] == [1, 2, 3, 4, 5]
     assert steps[2] == ("task 2 alone", 3, 5)
-    plain = analysed_scenario(scenario)
+    plain = analyzed_scenario(scenario)
     assert plain.method.name == "sgd"
 
     def learned(folder: str, *tasks: int) -> EdgeDevice:
@@ -141,11 +141,11 @@ def test_an_analysis_is_that_of_devices_trained_by_hand(tmp_path: Path) -> None:
 
 def test_what_an_analysis_trains() -> None:
     scenario = toys.scenario(network={"freeze": "auto", "analysis_epochs": 3}, training={"epochs": 50})
-    plain = analysed_scenario(scenario)
+    plain = analyzed_scenario(scenario)
     assert (plain.network.freeze, plain.training.epochs, plain.training.batch_size) == ("none", 3, 8)
-    assert analysed_scenario(toys.scenario(training={"epochs": 2})).training.epochs == 2
+    assert analyzed_scenario(toys.scenario(training={"epochs": 2})).training.epochs == 2
     with pytest.raises(RequestError, match=r"stream\.tasks is 1"):
-        analysed_scenario(toys.scenario(stream={"tasks": 1}))
+        analyzed_scenario(toys.scenario(stream={"tasks": 1}))
 
 
 def test_a_device_that_has_begun_skips_nothing(tmp_path: Path) -> None:
@@ -167,7 +167,10 @@ def test_no_network_is_built_with_auto() -> None:
 
 def figures(**blocks: tuple[list[float], list[float]]) -> Generalizability:
     return Generalizability(
-        0, 1, {name.replace("_", "."): BlockFigures(ms, lp, [0.0] * len(ms)) for name, (ms, lp) in blocks.items()}
+        0,
+        1,
+        {name.replace("_", "."): BlockFigures(ms, lp, [0.0] * len(ms)) for name, (ms, lp) in blocks.items()},
+        (1, 2),
     )
 
 

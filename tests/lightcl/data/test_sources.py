@@ -242,7 +242,7 @@ def test_grey_images_have_one_channel(tmp_path):
     assert parquet(file).channels == 1
 
 
-def test_one_coloured_image_makes_all_coloured(tmp_path):
+def test_one_colored_image_makes_all_colored(tmp_path):
     cells = [png(10, mode="L"), png(20), png(30, mode="RGBA"), png(40, mode="P")]
     write_parquet(tmp_path / "train.parquet", cells, [0, 1, 0, 1])
     write_parquet(tmp_path / "test.parquet", cells[1:2], [0])
@@ -269,7 +269,7 @@ def test_images_of_several_sizes_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("test_picture", "found"), [(png(30, 12), "12x12x3"), (png(30, mode="L"), "8x8x1")], ids=["size", "colour"]
+    ("test_picture", "found"), [(png(30, 12), "12x12x3"), (png(30, mode="L"), "8x8x1")], ids=["size", "color"]
 )
 def test_a_test_split_of_another_shape_is_refused(tmp_path, test_picture, found):
     write_parquet(tmp_path / "train.parquet", [png(10), png(20)], [0, 0])
@@ -494,7 +494,7 @@ def reads(monkeypatch) -> list[str]:
         counted.append(str(request.path))
         return kind.read(request)
 
-    monkeypatch.setitem(sources._KINDS, "parquet", replace(kind, read=count))
+    monkeypatch.setitem(sources.SOURCES._objects, "parquet", replace(kind, read=count))
     return counted
 
 
@@ -598,7 +598,7 @@ def test_unknown_source_is_refused_with_the_nearest_name():
 
 
 def test_a_plugin_adds_a_source(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_KINDS", dict(sources._KINDS))
+    monkeypatch.setattr(sources.SOURCES, "_objects", dict(sources.SOURCES))
     calls = []
 
     def stripes(request: SourceRequest) -> image_cache.Source:
@@ -614,6 +614,8 @@ def test_a_plugin_adds_a_source(tmp_path, monkeypatch):
     assert Data(source="stripes").request(0).name == "stripes"
     with pytest.raises(RequestError, match="data source 'digits' is built in"):
         register_source("digits", stripes)
+    with pytest.raises(RequestError, match=r"data source 'stripes' is registered twice: by .*stripes and by .*fashion"):
+        register_source("stripes", fashion)
 
 
 @pytest.mark.parametrize(

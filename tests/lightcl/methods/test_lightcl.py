@@ -1,4 +1,4 @@
-"""LightCL: when it regularises, how much, and which channels it holds."""
+"""LightCL: when it regularizes, how much, and which channels it holds."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 from lightcl.methods.lightcl import LightCL, LightCLParameters
 from lightcl.networks.resnet import StagedResNet
 from tests.lightcl import toys
-from tests.reference import regularisation as reference
+from tests.reference import regularization as reference
 
 FIRST, SECOND = toys.context(0, [0, 1]), toys.context(1, [2, 3], seen=[0, 1, 2, 3])
 MAPS = ("layer4.0.relu1", "layer4.0.relu2", "layer4.1.relu1", "layer4.1.relu2")
@@ -49,7 +49,7 @@ def cross_entropy_alone(method: LightCL, context) -> Tensor:
     return method.cross_entropy(method.network(batch.images), batch.labels, context)
 
 
-def regularisation_of(method: LightCL, context) -> float:
+def regularization_of(method: LightCL, context) -> float:
     """loss - cross-entropy, with the suffix's batch-norm in evaluation mode."""
     method.network.eval()
     batch = context.task.train.load(slice(0, 6))
@@ -58,36 +58,36 @@ def regularisation_of(method: LightCL, context) -> float:
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
-def test_first_task_is_not_regularised(preset):
+def test_first_task_is_not_regularized(preset):
     method = make(preset=preset)
     method.network.train()
     method.begin_task(FIRST)
     move_(method.network)
-    assert regularisation_of(method, FIRST) == 0.0
+    assert regularization_of(method, FIRST) == 0.0
     assert method.state_dict() == {}
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
-def test_later_tasks_are_regularised(preset):
+def test_later_tasks_are_regularized(preset):
     method = make(preset=preset)
     begin_second_task(method)
     move_(method.network)
-    assert regularisation_of(method, SECOND) > 0.01
+    assert regularization_of(method, SECOND) > 0.01
 
 
 def test_beta_zero_is_freezing_only():
     method = make(beta=0)
     begin_second_task(method)
     move_(method.network)
-    assert regularisation_of(method, SECOND) == 0.0
+    assert regularization_of(method, SECOND) == 0.0
     assert method.memory is None
 
 
 def test_nothing_is_held_before_the_first_step():
-    """The patterns are the network's own outputs, so the regularisation starts at zero."""
+    """The patterns are the network's own outputs, so the regularization starts at zero."""
     method = make()
     begin_second_task(method)
-    assert regularisation_of(method, SECOND) == 0.0
+    assert regularization_of(method, SECOND) == 0.0
 
 
 def suffix_maps(network: StagedResNet, images: Tensor, *, batch_statistics: bool) -> tuple[dict[str, list], list]:
@@ -117,7 +117,7 @@ def test_loss_agrees_with_the_literal_formula(reduction, memory_batch_norm, free
     given = method.loss(batch, SECOND).item()
 
     maps, logits = suffix_maps(network, samples, batch_statistics=in_training)
-    held = reference.regularisation(
+    held = reference.regularization(
         maps, patterns, {n: m.tolist() for n, m in method.vital.items()}, logits, pattern_logits, reduction
     )
     _, batch_logits = suffix_maps(network, batch.images, batch_statistics=True)
@@ -195,7 +195,7 @@ def test_memory_samples_do_not_move_batch_norm_statistics(memory_batch_norm):
     toys.assert_same(*moved)
 
 
-def test_regularisation_reaches_only_suffix_and_head():
+def test_regularization_reaches_only_suffix_and_head():
     method = make()
     begin_second_task(method)
     move_(method.network)
@@ -213,7 +213,7 @@ def test_only_the_head_is_held_where_everything_else_is_frozen():
     begin_second_task(method)
     assert method.vital == {}
     move_(method.network)
-    assert regularisation_of(method, SECOND) > 0
+    assert regularization_of(method, SECOND) > 0
 
 
 def test_restored_method_gives_the_same_loss():
@@ -223,7 +223,7 @@ def test_restored_method_gives_the_same_loss():
     restored = make(toys.network())
     restored.network.load_state_dict(method.network.state_dict())
     restored.load_state_dict(toys.copy_of(method.state_dict()))
-    assert regularisation_of(restored, SECOND) == regularisation_of(method, SECOND) > 0
+    assert regularization_of(restored, SECOND) == regularization_of(method, SECOND) > 0
     toys.assert_same(restored.state_dict(), method.state_dict())
 
 

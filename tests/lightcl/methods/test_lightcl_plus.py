@@ -166,7 +166,7 @@ def test_a_fleet_shares_the_head_that_all_data_together_give(tmp_path):
             device.network.eval()
             device.network.prefix(batch.images, maps.__setitem__)
             central.add_(describe(method, maps), batch.labels)
-    expected = discriminant_head(central, method.plus.shrinkage)
+    expected = discriminant_head(central, method.parameters.shrinkage)
     for device in devices:
         for name, tensor in expected.tensors().items():
             given = device.method.fleet_head.tensors()[name]

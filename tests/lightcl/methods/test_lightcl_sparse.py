@@ -133,6 +133,6 @@ def test_a_step_costs_what_lightcls_does():
     assert (
         LightCLSparseParameters().cost()
         == LightCLParameters().cost()
-        == StepCost(held=15, pattern_samples=15, vital_ratio=0.15)
+        == StepCost(suffix_samples=15, pattern_samples=15, vital_ratio=0.15)
     )
     assert LightCLSparseParameters(beta=0).cost() == StepCost()

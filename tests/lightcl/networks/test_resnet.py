@@ -37,7 +37,7 @@ def twin(torchvisions: torchvision.models.ResNet) -> StagedResNet:
     return network
 
 
-def normalised(images: torch.Tensor) -> torch.Tensor:
+def normalized(images: torch.Tensor) -> torch.Tensor:
     return torchvision.transforms.functional.normalize(images.float() / 255, IMAGENET_MEAN, IMAGENET_STD)
 
 
@@ -49,7 +49,7 @@ def test_names_in_the_state_dict_are_torchvisions(stem, torchvisions):
 def test_torchvisions_weights_give_torchvisions_logits(torchvisions, twin):
     images = toys.images(2, size=64)
     with torch.no_grad():
-        expected = torchvisions.eval()(normalised(images))
+        expected = torchvisions.eval()(normalized(images))
         torch.testing.assert_close(twin.eval()(images), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -58,7 +58,7 @@ def test_gradients_and_statistics_of_a_training_step_are_torchvisions(torchvisio
     images, labels = toys.images(3, size=64), torch.tensor([0, 4, 6])
     other = torchvision.models.resnet18(weights=None, num_classes=7)
     other.load_state_dict(torchvisions.state_dict())
-    F.cross_entropy(other.train()(normalised(images)), labels).backward()
+    F.cross_entropy(other.train()(normalized(images)), labels).backward()
     F.cross_entropy(twin.train()(images), labels).backward()
     expected = {name: parameter.grad for name, parameter in other.named_parameters()}
     for name, parameter in twin.named_parameters():
@@ -173,7 +173,7 @@ def test_bytes_and_unit_floats_are_the_same_images():
     network, images = toys.network().eval(), toys.images(2)
     with torch.no_grad():
         assert torch.equal(network(images), network(images.float() / 255))
-        torch.testing.assert_close(network.input_stem.normalize(images), normalised(images))
+        torch.testing.assert_close(network.input_stem.normalize(images), normalized(images))
 
 
 def test_images_are_not_changed_by_the_network():
@@ -183,7 +183,7 @@ def test_images_are_not_changed_by_the_network():
     assert torch.equal(images, before)
 
 
-def test_grey_images_are_normalised_by_the_mean_over_colours():
+def test_grey_images_are_normalized_by_the_mean_over_colors():
     # mean (0.485 + 0.456 + 0.406)/3 = 0.449, deviation (0.229 + 0.224 + 0.225)/3 = 0.226: (1 - 0.449)/0.226 = 2.43805
     network = toys.network(in_channels=1)
     white = torch.full((1, 1, 8, 8), 255, dtype=torch.uint8)

@@ -16,7 +16,7 @@ from lightcl.records.folder import DEVICES, RunFolder
 from lightcl.scenario import Scenario
 
 TRAINED = Trained(0, 1, 2, 3, "p", "c", examples=22, loss=0.5, seconds=0.75, peak_memory_mib=100.5)
-TESTED = Tested(0, 1, 2, 3, til=[0.5, 1.0], cil=[0.25, 0.5], images=[8, 4], seconds=0.125)
+TESTED = Tested(0, 1, 2, 3, tasks=[0, 1], til=[0.5, 1.0], cil=[0.25, 0.5], images=[8, 4], seconds=0.125)
 ON_DISK = (
     '{"round": 4, "device": 0, "name": "vm-0", "task": 1, "epochs": 2, "bytes_down": 7, "bytes_up": 9, "timing": '
     '{"train_seconds": 0.75, "peak_memory_mib": 100.5, "evaluate_seconds": 0.125}, "examples": 22, "loss": 0.5, '

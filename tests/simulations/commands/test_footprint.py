@@ -10,7 +10,7 @@ from lightcl.analysis.footprint.measured import measure, measure_here
 from lightcl.scenario import load_scenario, method_names
 from lightcl.scenario.variants import as_method, resets
 from simulations.reports.plots import DARK, LIGHT, footprint_bars, png
-from simulations.reports.plots.methods import PART_COLOURS
+from simulations.reports.plots.methods import PART_COLORS
 from tests.lightcl import toys
 from tests.simulations.test_command_line import lightcl, scenario  # noqa: F401
 
@@ -158,5 +158,5 @@ def test_bars_are_as_long_as_the_parts(theme):
     assert ends[-1] == 3
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["parameters", "gradients", "measured"]
-    assert set(labels[:2]) <= set(PART_COLOURS)
+    assert set(labels[:2]) <= set(PART_COLORS)
     assert png(figure).startswith(b"\x89PNG")

@@ -57,7 +57,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(
     assert lightcl(monkeypatch, *words, "quikstart") == 2
     said = capfd.readouterr().err
     assert "did you mean 'quickstart'?" in said
-    assert "bundled: cifar10-10-devices, cifar10-single, quickstart" in said
+    assert f"bundled: {', '.join(bundled_scenarios())}" in said
     assert not list(tmp_path.iterdir())
 
 

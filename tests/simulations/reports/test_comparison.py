@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import html
+import io
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from lightcl.errors import RequestError
-from lightcl.records.folder import RunFolder
+from lightcl.metrics import Spread
+from lightcl.records import DeviceRow, Figures, Results, RoundRow
+from lightcl.records.folder import DEVICES, ROUNDS, RunFolder
 from lightcl.scenario import Scenario
-from simulations.commands.compare import collect, compare
+from simulations.commands.compare import collect, compare, print_comparison
 from simulations.reports.comparison import Group, build_comparison, difference, group_runs, pairing_problems, to_json
 from simulations.reports.run_figures import read_figures
 
@@ -42,12 +46,15 @@ def make_run(path: Path, method: str, *, seed: int = 0, alpha: float | None = No
                 til = [value + shift for value in ([0.9], end)[task]]
                 row |= {"examples": 5, "loss": 1.0, "til": til, "cil": [v / 2 for v in til]}
             rows.append(row)
-        folder.append("devices.jsonl", rows)
+        folder.append(DEVICES, [DeviceRow.from_json(row) for row in rows])
         timing = {"train_seconds": 3.0, "seconds": 5.0}
-        row = {"round": task + 1, "task": task, "devices": 2, "failed": 0, "til": None, "cil": None, "timing": timing}
-        folder.append("rounds.jsonl", [row | {"bytes_down": 1_000_000, "bytes_up": 2_000_000}])
+        row = {"round": task + 1, "task": task, "devices": 2, "failed": 0, "devices_finished": 0, "timing": timing}
+        folder.append(ROUNDS, [RoundRow.from_json(row | {"bytes_down": 1_000_000, "bytes_up": 2_000_000})])
     if finish:
-        folder.finish({"status": "completed", "devices": 2, "dropped": {str(d): "why" for d in dropped}, "rounds": 2})
+        spread = Spread.of([0.5])
+        folder.finish(
+            Results(2, 2, dict.fromkeys(dropped, "why"), 2, Figures(spread, spread, spread), None, 0, 0, 10.0)
+        )
     return path
 
 
@@ -165,6 +172,21 @@ def test_the_command(tmp_path, capsys):
     assert "| lightcl | sgd | 2 | +20.0 [+20.0, +20.0] |" in (tmp_path / "out" / "comparison.md").read_text()
     compare(runs, out_folder=tmp_path / "out", baseline="lightcl")  # a comparison can be made again
     assert "| sgd | lightcl | 2 | −20.0" in (tmp_path / "out" / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_headings_and_names_stay_whole_in_the_terminal(tmp_path, width):
+    groups = [group(make_run(tmp_path / "a", "sgd"), label="sgd", step=2**20 * 30)]
+    groups += [group(make_run(tmp_path / "b", "lightcl"), label="lightcl-quickstart-sparse", step=2**20 * 15)]
+    console = Console(width=width, record=True, file=io.StringIO())
+    print_comparison(build_comparison(groups, tmp_path / "out", title="t"), console)
+    lines = console.export_text().splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= width
+    words = " ".join(lines).split()
+    for word in ("seeds", "devices", "forgetting", "memory", "(MiB)", "lightcl-quickstart-sparse", "pairs", "minus"):
+        assert word in words
+    assert "±" in words
+    assert sum("time" in line for line in lines) == 1, "every column stands in one table"
 
 
 def test_wrong_requests_are_refused(tmp_path):

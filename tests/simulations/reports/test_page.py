@@ -9,6 +9,7 @@ import re
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,19 +23,19 @@ from lightcl.records.folder import ANALYSIS, RunFolder
 from lightcl.scenario import Fleet, Scenario, Server, Stream
 from simulations.options import number_ranges
 from simulations.reports import plots
-from simulations.reports.page import (
-    build_report,
+from simulations.reports.devices import columns_of, named_devices
+from simulations.reports.figures import (
     chance,
-    duration,
-    listed_devices,
     mean_matrix,
-    percent,
-    points,
-    size,
+    reported,
+    skipped_tasks,
     spread_of_forgetting,
     spread_over_tasks,
 )
+from simulations.reports.page import build_report
 from simulations.reports.plots.style import PIXELS_PER_INCH, SIZE
+from simulations.reports.wording import duration, percent, points, size
+from tests.simulations.reports.synthetic import write_fleet
 
 Rows = list[dict[str, Any]]
 
@@ -125,8 +126,8 @@ def test_page_and_pictures_are_whole(tmp_path: Path) -> None:
         assert base64.b64encode(data).decode() in source
     # One image for light and one for dark pages, and nothing that would have to be fetched.
     links = re.findall(r'(?:src|srcset|href)="([^"]*)"', source)
-    assert len(links) == 2 * len(names)
-    assert all(link.startswith("data:image/png;base64,") for link in links)
+    assert [link for link in links if not link.startswith("data:image/png;base64,")] == ["devices.csv"]
+    assert len(links) == 2 * len(names) + 1
     assert "url(" not in source
 
 
@@ -142,21 +143,30 @@ def test_figures_of_a_completed_run(tmp_path: Path) -> None:
     assert "Backward transfer −10.0 pp" in text
     assert "Average accuracy 35.0 % ± 7.1 %" in text
     assert "Forgetting 40.0 pp ± 0.0 pp std over devices 40.0 … 40.0 pp" in text
-    # Device, name, tasks, TIL, CIL, both forgettings, samples 50 + 51, images held, 2 · 12.5 s, failures.
-    assert "0 board-0 2 of 2 75.0 30.0 20.0 40.0 101 120 25.0 s 0" in text
-    assert "1 board-1 2 of 2 80.0 40.0 0.0 40.0 101 121 25.0 s 0" in text
-    assert "Nothing left the devices but metrics." in text
-    assert "None: every device did what it was asked to" in text
+    # Device, name, tasks learned, TIL, CIL, both forgettings, samples 50 + 51, images, 2 · 20 test images, 2 · 12.5 s,
+    # failures.
+    assert "0 board-0 2 75.0 30.0 20.0 40.0 101 120 40 25.0 0" in text
+    assert "1 board-1 2 80.0 40.0 0.0 40.0 101 121 40 25.0 0" in text
+    assert "2 of 2 devices are tested on fewer than 50 images (fewest: device 0 with 40)" in text
+    assert "Only metrics left the devices." in text
+    assert "None: every device answered every request." in text
+    assert "Distribution over the fleet" not in text
+    table = (folder.path / "devices.csv").read_text().splitlines()
+    assert table[0] == (
+        "device,name,tasks_learned,til_average_accuracy,cil_average_accuracy,til_forgetting,cil_forgetting,"
+        "training_samples,training_images,test_images,seconds,failures"
+    )
+    assert table[1].split(",")[:4] == ["0", "board-0", "2", "0.75"]
     assert "lightcl simulate by-hand.yaml" in text
     assert "Git commit not recorded" in text
-    assert "Libraries torch 2.5 The scenario in full name: by-hand seed: 7 data: source: digits" in text
+    assert "Libraries torch 2.5 The complete scenario name: by-hand seed: 7 data: source: digits" in text
 
 
 @pytest.mark.usefixtures("_unpainted")
 def test_bytes_are_reported_where_tensors_were_sent(tmp_path: Path) -> None:
     text = text_of(build_report(make_run(tmp_path, TWO_DEVICES, [round_row(1, 700), round_row(2, 900)], results())))
-    assert "Nothing left the devices" not in text
-    assert "1.6 kB down and 3.2 kB up over the run" in text
+    assert "Only metrics left" not in text
+    assert "1.6 kB down and 3.2 kB up over the run, on average 400 bytes and 800 bytes per device and round" in text
 
 
 @pytest.mark.usefixtures("_unpainted")
@@ -166,7 +176,7 @@ def test_single_device_has_no_spread(tmp_path: Path) -> None:
     assert "One device, so there is no spread to report." in text
     assert "Average accuracy 75.0 % Forgetting 20.0 pp Backward transfer −20.0 pp" in text
     assert "std over devices" not in text
-    assert "1 device 50 epochs" in text
+    assert "1 device 50 epochs per task" in text
 
 
 @pytest.mark.usefixtures("_unpainted")
@@ -190,7 +200,7 @@ def test_incomplete_run_is_reported_as_far_as_it_came(tmp_path: Path) -> None:
     assert "2 devices have been tested so far, after 1 to 2 of 2 tasks." in text
     # Device 0 after two tasks 75 %, device 1 after one 90 %.
     assert "Average accuracy 82.5 %" in text
-    assert "1 board-1 1 of 2 90.0 70.0 – – 50" in text
+    assert "1 board-1 1 90.0 70.0 – – 50" in text
 
 
 @pytest.mark.usefixtures("_unpainted")
@@ -221,8 +231,8 @@ def test_failures_and_dropped_devices(tmp_path: Path) -> None:
     assert "Dropped from the run: device 4. not connected for 600 s" in text
     # Reason, times, devices, rounds; the most frequent one first.
     assert "its <b>loss</b> is nan 3 2–3 1–2 late 1 0 3" in text
-    assert "2 0 of 2 – – – – 0 122 0.0 s 2, out" in text
-    assert "3 0 of 2 – – – – 0 123 0.0 s 1 " in text
+    assert "2 0 – – – – 0 122 – 0.0 2 dropped" in text
+    assert "3 0 – – – – 0 123 – 0.0 1 " in text
     assert refused not in page.read_text()  # what a device says is escaped
 
 
@@ -230,11 +240,11 @@ def test_a_freeze_point_that_was_chosen_is_explained(tmp_path: Path) -> None:
     folder = make_run(tmp_path, TWO_DEVICES, TWO_ROUNDS, results())
     stability = {"stem": 0.98, "layer1": 0.95, "layer2": 0.7}
     blocks = {name: BlockFigures([value], [0.99], [0.9]) for name, value in stability.items()}
-    (folder.path / ANALYSIS).write_text(json.dumps(Generalizability(0, 3, blocks).record(0.9)))
+    (folder.path / ANALYSIS).write_text(json.dumps(Generalizability(0, 3, blocks, (1,)).record(0.9)))
     text = text_of(build_report(folder))
     assert "froze the network up to layer1." in text
-    assert "the stream of device 0 (3 epochs a task)" in text
-    assert "reach 0.9." in text
+    assert "the stream of device 0 (3 epochs per task)" in text
+    assert "are at least 0.9." in text
     assert (folder.path / "plots" / "generalizability.png").read_bytes().startswith(b"\x89PNG")
     (folder.path / ANALYSIS).write_text('{"freeze": "layer1", "blocks": {"stem": {}}}')
     with pytest.raises(RequestError, match=r"generalizability.json: not the record of an analysis"):
@@ -257,12 +267,76 @@ def test_run_that_lost_every_device_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_unpainted")
-def test_large_fleet_lists_the_worst_and_the_best(tmp_path: Path) -> None:
-    rows = [device_row(device, 0, til=[device / 1000]) for device in range(300)]
-    page = build_report(make_run(tmp_path, rows, [round_row(1)], results(300), tasks=1, devices=300))
-    assert "There are 300 devices: listed are the 100 worst and the 100 best by final TIL accuracy" in text_of(page)
-    body = re.findall(r'<tr>\s*<td data-v="(\d+)">', page.read_text())
-    assert [int(number) for number in body] == [*range(100), *range(200, 300)]
+def test_more_than_fifty_devices_are_shown_as_distributions_and_by_name(tmp_path: Path) -> None:
+    rows = [device_row(device, 0, til=[device / 1000], images=[20 + device]) for device in range(300)]
+    folder = make_run(tmp_path, rows, [round_row(1)], results(300), tasks=1, devices=300)
+    page = build_report(folder)
+    text = text_of(page)
+    # Devices 0 to 29 have 20 to 49 test images.
+    assert "30 of 300 devices are tested on fewer than 50 images (fewest: device 0 with 20)" in text
+    assert "Worst 0 board-0 1 0.0 " in text
+    assert "Median 149 board-149 1 14.9 " in text
+    assert "Best 299 board-299 1 29.9 " in text
+    names = {file.stem for file in (folder.path / "plots").iterdir()}
+    assert names == {"accuracy", "time", "accuracy-distribution", "accuracy-by-images"}
+    # All devices: as data for the page's table, and in a file.
+    data = json.loads(re.findall(r'<script type="application/json" id="devices">(.*?)</script>', page.read_text())[0])
+    assert [row[:4] for row in data] == [[d, f"board-{d}", 1, d / 10] for d in range(300)]
+    assert len((folder.path / "devices.csv").read_text().splitlines()) == 301
+
+
+def test_a_large_fleet_with_skipped_tasks(tmp_path: Path) -> None:
+    folder = write_fleet(tmp_path / "run", 1000, tasks=3)
+    page = build_report(folder)
+    assert page.stat().st_size < 3_000_000
+    names = {file.stem for file in (folder.path / "plots").iterdir()}
+    assert {"accuracy-distribution", "forgetting-distribution", "accuracy-by-images", "accuracy-by-tasks"} <= names
+    assert "skipped" in names
+    run = reported(load_run(folder.path))
+    assert len(run.finished) == 1000, "a device that skips tasks has finished after its last one"
+    assert {d: len(skipped) + run.learned[d] for d, skipped in run.skipped.items()} == dict.fromkeys(run.skipped, 3)
+    RunFolder(folder.path).prepare(resume=False, overwrite=True)
+    assert not (folder.path / "devices.csv").exists(), "the report's files belong to the run folder"
+
+
+@pytest.mark.usefixtures("_unpainted")
+def test_a_name_cannot_leave_the_data_of_the_table(tmp_path: Path) -> None:
+    rows = [device_row(device, 0, name="</script><b>") for device in range(201)]
+    page = build_report(make_run(tmp_path, rows, [round_row(1)], results(201), tasks=1, devices=201))
+    assert "</script><b>" not in page.read_text()
+
+
+def test_holes_of_a_matrix_are_dashes() -> None:
+    """Device 0 skips task 1 of three; device 1 learns task 2 alone."""
+    holes = AccuracyMatrix(3)
+    holes.values[0, 0], holes.values[2, [0, 2]] = 0.9, [0.7, 0.5]
+    single = AccuracyMatrix(3)
+    single.values[2, 2] = 0.8
+    first, second, third = spread_over_tasks([holes, single])
+    assert (first.mean, third.mean, third.p10) == pytest.approx((0.9, 0.7, 0.62))  # (0.6 + 0.8) / 2
+    assert np.isnan(second.mean)
+    forgotten = spread_of_forgetting([holes, single])
+    assert forgotten[0].mean == pytest.approx(0.2)
+    assert np.isnan(forgotten[1].mean)
+    assert plots.png(plots.accuracy_over_tasks({"til": [first, second, third]}, {}, plots.LIGHT))
+    assert plots.png(plots.forgetting_per_task({"til": forgotten}, plots.LIGHT))
+    device = DeviceHistory(1, "", single, single, samples=5, seconds=1.0, failures=0, tasks=(0,))
+    forgetting = {c.name: c for c in columns_of(reported_with([device]))}["til_forgetting"]
+    assert (forgetting.text(device), forgetting.known(device)) == ("–", None)
+
+
+def reported_with(devices: list[DeviceHistory]) -> Any:
+    scenario = Scenario(stream=Stream(tasks=3))
+    run = SimpleNamespace(
+        histories=devices, dropped={}, partition={}, devices=[], results=None, scenario=scenario, analysis=None
+    )
+    return reported(run)  # type: ignore[arg-type]
+
+
+def test_skipped_tasks_of_a_partition_row() -> None:
+    assert skipped_tasks({"skipped": [2, 0]}, 3) == [0, 2]
+    assert skipped_tasks({"skipped": [{"task": 1, "reason": "no images"}, {"task": 7}]}, 3) == [1]
+    assert skipped_tasks({"train": []}, 3) == skipped_tasks({"skipped": "all"}, 3) == []
 
 
 def test_folder_without_a_valid_run_is_an_error(tmp_path: Path) -> None:
@@ -300,15 +374,14 @@ def test_chance() -> None:
     assert chance(Scenario(stream=Stream(tasks=3, classes_per_task=4))) == {"til": 1 / 4, "cil": 1 / 12}
 
 
-def test_devices_that_are_behind_rank_below_those_that_are_not() -> None:
-    def record(number: int, rows: Sequence[Sequence[float]]) -> DeviceHistory:
-        return DeviceHistory(number, "", matrix(rows), matrix(rows), samples=0, seconds=0.0, failures=0)
-
-    done = [record(n, [[0.5], [0.5, n / 1000]]) for n in range(250)]
-    listed = [d.number for d in listed_devices([*done, record(250, [[1.0]]), record(251, [])])]
-    assert listed[:4] == [251, 250, 0, 1]
-    assert listed[-1] == 249
-    assert len(listed) == 200
+def test_worst_median_and_best() -> None:
+    devices = [
+        DeviceHistory(n, "", matrix([[n / 10]], 3), matrix([[0.0]], 3), 0, 0.0, 0, (0, 1, 2)) for n in (3, 1, 2, 9)
+    ]
+    assert [(label, d.number) for label, d in named_devices(reported_with(devices))] == [
+        ("Worst", 1), ("Median", 2), ("Best", 9)
+    ]  # fmt: skip
+    assert named_devices(reported_with([])) == []
 
 
 def test_units() -> None:
@@ -319,6 +392,42 @@ def test_units() -> None:
     assert [size(v).replace("\u00a0", " ") for v in (999, 529_408, 2_117_632)] == ["999 bytes", "529.4 kB", "2.1 MB"]
     assert number_ranges([0, 1, 2, 5, 7, 8]) == "0–2, 5, 7–8"
     assert number_ranges(range(0, 60, 2)) == "0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22 … (30 in all)"
+
+
+# -- plots of a fleet ----------------------------------------------------------------------------------------------
+
+
+def test_distribution_counts_every_device_once() -> None:
+    values = {"til": np.array([0.2, 0.2, 0.4, np.nan]), "cil": np.array([0.1, 0.3, 0.3, 0.3])}
+    figure = plots.distribution(values, "final accuracy (%)", plots.LIGHT)
+    (axes,) = figure.axes
+    medians = [line.get_xdata()[0] for line in axes.get_lines()]
+    assert medians == pytest.approx([20, 30])
+    assert axes.get_ylim()[1] >= 3, "three devices share a bin"
+    plots.distribution({"til": np.array([0.5])}, "x", plots.DARK)
+
+
+def test_accuracy_by_images_draws_medians_of_groups() -> None:
+    images = np.repeat(np.arange(1, 13) * 10, 3)
+    accuracy = np.tile([0.1, 0.2, 0.6], 12)
+    (axes,) = plots.accuracy_by_images(images, {"til": accuracy}, plots.LIGHT).axes
+    dots, median = axes.get_lines()
+    assert len(dots.get_xdata()) == 36
+    assert list(median.get_xdata()) == pytest.approx(list(range(10, 121, 10)))
+    assert list(median.get_ydata()) == pytest.approx([20] * 12)
+    assert axes.get_xscale() == "log"
+
+
+def test_accuracy_by_tasks_learned_names_the_devices() -> None:
+    learned, accuracy = np.array([1, 1, 3]), np.array([0.2, 0.4, 0.9])
+    (axes,) = plots.accuracy_by_tasks_learned(learned, {"til": accuracy}, plots.LIGHT).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1\n2", "3\n1"]
+    assert [line.get_ydata()[0] for line in axes.get_lines()] == pytest.approx([30, 90])
+
+
+def test_skipped_tasks_plot() -> None:
+    (axes,) = plots.skipped_tasks(np.array([0.0, 0.25]), plots.LIGHT).axes
+    assert [bar.get_height() for bar in axes.patches] == [0, 25]
 
 
 # -- plots ---------------------------------------------------------------------------------------------------------

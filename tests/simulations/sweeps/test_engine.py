@@ -13,7 +13,9 @@ import pytest
 from rich.console import Console
 
 from lightcl.errors import RequestError
-from lightcl.records.folder import RunFolder
+from lightcl.metrics import Spread
+from lightcl.records import DeviceRow, Figures, Results, RoundRow
+from lightcl.records.folder import DEVICES, ROUNDS, RunFolder
 from lightcl.scenario import Scenario
 from simulations.sweeps.description import SweepDescription
 from simulations.sweeps.engine import run_sweep
@@ -62,20 +64,17 @@ def make_run(sweep: Sweep, method: str, seed: int) -> None:
         if method != "pnn":
             row["cil"] = [value / 2 for value in til[task]]
         rows.append(row)
-    folder.append("devices.jsonl", rows)
+    folder.append(DEVICES, [DeviceRow.from_json(row) for row in rows])
     timing = {"train_seconds": 3.0, "seconds": 4.0}
-    sent = {"bytes_down": 0, "bytes_up": 0, "timing": timing, "failed": 0, "devices": 1, "til": None, "cil": None}
-    folder.append("rounds.jsonl", [{"round": n, "task": n - 1} | sent for n in (1, 2)])
+    sent = {"bytes_down": 0, "bytes_up": 0, "timing": timing, "failed": 0, "devices": 1, "devices_finished": 0}
+    folder.append(ROUNDS, [RoundRow.from_json({"round": n, "task": n - 1} | sent) for n in (1, 2)])
     average = sum(TIL[method, seed]) / 2
     lost = 0.9 - TIL[method, seed][0]
 
-    def figures(factor: float) -> dict:
-        return {"average_accuracy": {"mean": factor * average}, "forgetting": {"mean": factor * lost}}
+    def figures(factor: float) -> Figures:
+        return Figures(Spread.of([factor * average]), Spread.of([factor * lost]), Spread.of([-factor * lost]))
 
-    folder.finish({
-        "status": "completed", "devices": 1, "devices_finished": 1, "dropped": {}, "rounds": 2, "til": figures(1.0),
-        "cil": None if method == "pnn" else figures(0.5), "bytes_down": 0, "bytes_up": 0, "timing": {"seconds": 8.0},
-    })  # fmt: skip
+    folder.finish(Results(1, 1, {}, 2, figures(1.0), None if method == "pnn" else figures(0.5), 0, 0, 8.0))
 
 
 def made(folder: Path) -> Sweep:

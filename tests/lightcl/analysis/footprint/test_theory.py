@@ -73,8 +73,8 @@ def test_flops_of_training_by_hand():
     image = step_flops(shape, PLAIN, replace(WORK, batch=1))
     assert training_flops(shape, PLAIN, WORK) == 3 * 25 * image
     assert training_flops(shape, StepCost(replayed=4), WORK) == 3 * (25 + 4 * 5) * image
-    held = step_flops(shape, StepCost(held=1), replace(WORK, batch=1)) - image
-    assert training_flops(shape, StepCost(held=4), WORK) == 3 * (25 * image + 4 * 2 * held)
+    held = step_flops(shape, StepCost(suffix_samples=1), replace(WORK, batch=1)) - image
+    assert training_flops(shape, StepCost(suffix_samples=4), WORK) == 3 * (25 * image + 4 * 2 * held)
 
 
 # -- memory --------------------------------------------------------------------------------------------------------
@@ -83,7 +83,9 @@ def test_flops_of_training_by_hand():
 def test_what_is_stored_by_hand():
     """Head only: 4 classes of 32 pooled features; 5 patterns of 32x2x2 features and 4 logits."""
     network = toys.network(freeze="layer4")
-    cost = StepCost(held=5, pattern_samples=5, weight_copies=2, stored_images=7, stored_logits=7, vital_ratio=0.5)
+    cost = StepCost(
+        suffix_samples=5, pattern_samples=5, weight_copies=2, stored_images=7, stored_logits=7, vital_ratio=0.5
+    )
     memory = footprint(network, cost, replace(WORK, momentum=True)).memory
     head = 4 * (32 + 1) * 4
     assert memory["optimizer state"] == head

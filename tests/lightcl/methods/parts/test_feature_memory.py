@@ -1,4 +1,4 @@
-"""Vital channels and the regularisation term: numbers by hand, and the literal reference."""
+"""Vital channels and the regularization term: numbers by hand, and the literal reference."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from lightcl.methods.parts.feature_memory import (
     vital_channels,
     vital_patterns,
 )
-from tests.reference import regularisation as reference
+from tests.reference import regularization as reference
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -110,13 +110,13 @@ def test_logit_drift_by_hand():
 
 
 @pytest.mark.parametrize("reduction", ["sum", "relative"])
-def test_regularisation_agrees_with_the_reference(reduction):
+def test_regularization_agrees_with_the_reference(reduction):
     maps = {"one": random(3, 6, 2, 2, seed=1), "two": random(3, 4, 1, 3, seed=2)}
     stored = {"one": random(3, 6, 2, 2, seed=3), "two": random(3, 4, 1, 3, seed=4)}
     vital = {"one": random(6, seed=5) > 0, "two": torch.tensor([True, False, False, True])}
     logits, stored_logits = random(3, 5, seed=6), random(3, 5, seed=7)
     fast = drift(maps, vital_patterns(stored, vital), vital, reduction) + logit_drift(logits, stored_logits, reduction)
-    literal = reference.regularisation(
+    literal = reference.regularization(
         {name: m.tolist() for name, m in maps.items()},
         {name: m.tolist() for name, m in stored.items()},
         {name: m.tolist() for name, m in vital.items()},
@@ -141,7 +141,7 @@ def test_patterns_are_the_vital_channels():
 
 
 @pytest.mark.parametrize("reduction", ["sum", "relative"])
-def test_no_regularised_map_means_no_drift(reduction):
+def test_no_regularized_map_means_no_drift(reduction):
     assert drift({}, {}, {}, reduction).item() == 0.0
 
 

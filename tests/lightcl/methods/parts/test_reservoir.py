@@ -68,7 +68,7 @@ def test_every_sample_has_the_same_chance_to_stay():
         kept[list(rows.values())] += 1
     assert kept.sum() == 800 * 10
     assert abs(kept - 200).max() < 4.5 * 12.2
-    # The mean of first and last quarter: a reservoir that favours old or new samples fails here.
+    # The mean of first and last quarter: a reservoir that favors old or new samples fails here.
     assert abs(kept[:10].mean() - kept[-10:].mean()) < 20
 
 

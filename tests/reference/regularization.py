@@ -57,7 +57,7 @@ def masked_squares(now: FeatureMap, then: FeatureMap, mask: list[bool]) -> tuple
     return moved, size
 
 
-def regularisation(
+def regularization(
     maps: dict[str, FeatureMap],
     stored: dict[str, FeatureMap],
     masks: dict[str, list[bool]],

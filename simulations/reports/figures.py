@@ -1,0 +1,221 @@
+"""The numbers of a run's report: which devices count, spreads over the fleet, reasons for failures, chance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from lightcl.analysis.generalizability import Generalizability
+from lightcl.errors import RequestError
+from lightcl.metrics import AccuracyMatrix, Spread
+from lightcl.records import DeviceHistory, DeviceRow, RoundRow, Run
+from lightcl.records.folder import ANALYSIS
+from lightcl.scenario import Scenario
+
+FEW_TEST_IMAGES = 50
+"""A device that is tested on fewer images than this has a coarse accuracy: one image is more than two points."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One reason for failures, and where it occurred: devices and rounds, sorted."""
+
+    text: str
+    times: int
+    devices: list[int]
+    rounds: list[int]
+
+
+@dataclass(frozen=True)
+class FreezeChoice:
+    """With `network.freeze: auto`: the analysis, its threshold and the chosen block."""
+
+    found: Generalizability
+    threshold: float
+    point: str
+
+
+@dataclass(frozen=True)
+class ReportedRun:
+    """A run with the groups of devices that the page is about."""
+
+    run: Run
+    choice: FreezeChoice | None
+    """None where the freeze point was given."""
+
+    @property
+    def scenario(self) -> Scenario:
+        return self.run.scenario
+
+    @property
+    def rounds(self) -> list[RoundRow]:
+        return self.run.rounds
+
+    @cached_property
+    def training_images(self) -> dict[int, int]:
+        """Training images by device number; a board with its own images is left out."""
+        return {n: len(row["train"]) for n, row in self.run.partition.items() if isinstance(row.get("train"), list)}
+
+    @cached_property
+    def test_images(self) -> dict[int, int]:
+        """Test images, over all tasks of the device's last test, by device number."""
+        return {row.device: sum(row.images) for row in self.run.devices if row.images}
+
+    @cached_property
+    def few_test_images(self) -> dict[int, int]:
+        """`test_images` of the devices that are tested on fewer than FEW_TEST_IMAGES images, fewest first."""
+        final = {device.number for device in self.compared}
+        few = {n: count for n, count in self.test_images.items() if count < FEW_TEST_IMAGES and n in final}
+        return dict(sorted(few.items(), key=lambda item: item[1]))
+
+    @cached_property
+    def skipped(self) -> dict[int, list[int]]:
+        """The tasks that a device skips because it has too few images, by device number; from partition.json."""
+        tasks = self.scenario.stream.tasks
+        return {n: found for n, row in self.run.partition.items() if (found := skipped_tasks(row, tasks))}
+
+    @cached_property
+    def learned(self) -> dict[int, int]:
+        """The number of tasks that each device has learned and was tested on, by device number."""
+        return {device.number: len(device.til.learned) for device in self.run.histories}
+
+    @cached_property
+    def tested(self) -> list[DeviceHistory]:
+        return [device for device in self.run.histories if self.learned[device.number]]
+
+    @cached_property
+    def finished(self) -> list[DeviceHistory]:
+        """The devices that learned every task of their streams."""
+        return [device for device in self.tested if device.finished]
+
+    @cached_property
+    def compared(self) -> list[DeviceHistory]:
+        """The devices behind the headline: those that finished or, before the end of the run, all tested ones."""
+        return self.finished if self.run.results and self.finished else self.tested
+
+    @cached_property
+    def ranked(self) -> list[DeviceHistory]:
+        """The compared devices from the worst to the best final TIL accuracy."""
+        return sorted(self.compared, key=lambda device: device.figures["til"]["average_accuracy"])
+
+    @cached_property
+    def summary(self) -> dict[str, dict[str, Spread]]:
+        """`[setting][figure]`: the final figures over the compared devices (as lightcl.metrics.fleet_summary)."""
+        rows = {s: [d.figures[s] for d in self.compared if s in d.figures] for s in self.scenario.settings}
+        return {
+            s: {key: Spread.of([row[key] for row in found]) for key in AccuracyMatrix(1).summary()}
+            for s, found in rows.items()
+        }
+
+    @property
+    def dropped_by_reason(self) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for number, reason in sorted(self.run.dropped.items()):
+            found.setdefault(reason, []).append(number)
+        return found
+
+    @cached_property
+    def reasons(self) -> list[Reason]:
+        """Why devices failed; the most frequent reason first."""
+        by_reason: dict[str, list[DeviceRow]] = {}
+        for row in self.run.devices:
+            if row.error is not None:
+                by_reason.setdefault(row.error, []).append(row)
+        found = [
+            Reason(text, len(rows), sorted({row.device for row in rows}), sorted({row.round for row in rows}))
+            for text, rows in by_reason.items()
+        ]
+        return sorted(found, key=lambda reason: -reason.times)
+
+    @property
+    def seconds(self) -> float:
+        return float(sum(row.seconds for row in self.rounds))
+
+    @property
+    def bytes_down(self) -> int:
+        return sum(row.bytes_down for row in self.rounds)
+
+    @property
+    def bytes_up(self) -> int:
+        return sum(row.bytes_up for row in self.rounds)
+
+    @property
+    def device_rounds(self) -> int:
+        """How many times a device took part in a round."""
+        return sum(row.devices for row in self.rounds)
+
+    @property
+    def status(self) -> tuple[str, str]:
+        """The run's state in words, and how to take it: "good", "warning" or "bad"."""
+        results, failure, dropped = self.run.results, self.run.failure, self.run.dropped
+        if results is None:
+            if failure and len(dropped) == self.scenario.fleet.devices:
+                return "stopped: every device was dropped from the run", "bad"
+            if failure:
+                return f"stopped: {failure.reason}", "bad"
+            return "still running or killed", "warning"
+        if dropped:
+            return f"completed without {len(dropped):,} of {results.devices:,} devices", "warning"
+        return "completed", "good"
+
+
+def reported(run: Run) -> ReportedRun:
+    """Raises RequestError where the run's analysis of the blocks cannot be read."""
+    record, choice = run.analysis, None
+    if record is not None:
+        try:
+            choice = FreezeChoice(Generalizability.from_record(record), record["threshold"], record["freeze"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RequestError(f"{run.path / ANALYSIS}: not the record of an analysis ({error!r})") from error
+    return ReportedRun(run, choice)
+
+
+def skipped_tasks(row: Mapping[str, Any], tasks: int) -> list[int]:
+    """The skipped tasks in a row of partition.json: listed under `skipped`, as numbers or as objects with a `task`."""
+    listed = row.get("skipped")
+    if not isinstance(listed, list):
+        return []
+    numbers = [entry.get("task") if isinstance(entry, dict) else entry for entry in listed]
+    return sorted({n for n in numbers if type(n) is int and 0 <= n < tasks})
+
+
+def spread_over_tasks(matrices: Sequence[AccuracyMatrix]) -> list[Spread]:
+    """`[t]`: average accuracy after task t over the devices that were tested then; NaN where none was."""
+    if not matrices:
+        return []
+    stack = np.stack([m.values for m in matrices])  # [devices, t, k]
+    tested = ~np.isnan(stack)
+    counts = tested.sum(axis=2)  # [devices, t]
+    means = np.where(counts > 0, np.nansum(stack, axis=2) / np.maximum(counts, 1), np.nan)
+    last = np.flatnonzero((counts > 0).any(axis=0))
+    return [Spread.of(list(means[:, after])) for after in range(int(last[-1]) + 1 if len(last) else 0)]
+
+
+def spread_of_forgetting(matrices: Sequence[AccuracyMatrix]) -> list[Spread]:
+    """`[k]`: forgetting of task k over the devices that have learned it and a later one."""
+    rows = [m.forgetting_per_task() for m in matrices]
+    return [
+        Spread.of([float(row[task]) for row in rows if len(row) > task])
+        for task in range(max((len(row) for row in rows), default=0))
+    ]
+
+
+def mean_matrix(matrices: Sequence[AccuracyMatrix]) -> np.ndarray:
+    """`[t, k]`: mean over the devices that were tested there, NaN where none was."""
+    stack = np.stack([m.values for m in matrices])
+    counts = (~np.isnan(stack)).sum(axis=0)
+    means: np.ndarray = np.where(counts > 0, np.nansum(stack, axis=0) / np.maximum(counts, 1), np.nan)
+    return means
+
+
+def chance(scenario: Scenario) -> dict[str, float]:
+    """`[setting]`: accuracy of guessing among the classes of a task (TIL) or of the entire stream (CIL).
+
+    CIL counts the classes of later tasks too: a test uses the entire head from the first task on.
+    """
+    classes = scenario.stream.classes_per_task
+    return {"til": 1 / classes, "cil": 1 / (classes * scenario.stream.tasks)}

@@ -1,0 +1,53 @@
+"""`run_fleet`: a simulated fleet from Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import lightcl
+from lightcl.errors import RequestError
+from lightcl.records import RoundRow
+from server.listeners import Listener
+from simulations import run_fleet
+
+
+class Rounds(Listener):
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def round_finished(self, row: RoundRow) -> None:
+        self.seen.append(row.round)
+
+
+@pytest.mark.xdist_group("ray")
+def test_a_fleet_is_run_once_and_resumed_without_work(tmp_path: Path) -> None:
+    scenario = lightcl.load_scenario(
+        {
+            "data": {"image_size": 8},
+            "stream": {"tasks": 2},
+            "fleet": {"devices": 2, "test_data": "whole"},
+            "network": {"weights": "none", "width": 4},
+            "method": {"name": "sgd"},
+            "training": {"epochs": 1, "batch_size": 16},
+            "simulation": {"workers": 1},
+        }
+    )
+    rounds = Rounds()
+    run = run_fleet(scenario, tmp_path / "run", listeners=[rounds])
+    assert rounds.seen == [1, 2]
+    assert run.scenario == scenario
+    assert run.results is not None
+
+    with lightcl.open_device(scenario, number=1) as device:  # the same numbers as the device alone
+        for task in device.tasks:
+            device.learn(task)
+            device.evaluate()
+        assert run.matrices("til")[1].values[1].tolist() == device.matrix("til").values[1].tolist()
+
+    again = run_fleet(scenario, tmp_path / "run", resume=True, listeners=[rounds])
+    assert rounds.seen == [1, 2], "the run was complete"
+    assert again.devices == run.devices
+    with pytest.raises(RequestError, match="holds a run"):
+        run_fleet(scenario, tmp_path / "run")
