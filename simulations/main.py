@@ -39,6 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Run a scenario over a grid of keys and seeds",
     ),
     "compare": ("simulations.commands.compare", "Compare runs side by side, as a table and a page"),
+    "cache": ("simulations.commands.cache", "List, delete and fill the cache of prefix outputs"),
     "device": ("client.commands", "Check a board before it joins a fleet"),
     "server": ("server.commands", "Check a scenario on a server that has no images"),
 }

@@ -5,18 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
-from lightcl.data.augment import Augmentation, augmented
+from lightcl.data.augment import Augmentation, View, augmented
 from lightcl.data.tasks import Batch, Samples
 from lightcl.seeds import torch_generator
 
 
 def training_batches(
-    samples: Samples, size: int, seed: int, *, augmentation: Augmentation, padding: int, device: torch.device
+    samples: Samples,
+    size: int,
+    seed: int,
+    *,
+    augmentation: Augmentation,
+    padding: int,
+    device: torch.device,
+    view: View | None = None,
 ) -> Iterator[Batch]:
-    """One epoch of shuffled, augmented batches; a last batch of a single sample is dropped.
+    """One epoch of shuffled batches; a last batch of a single sample is dropped.
 
-    (Batch-norm has no variance over one value per channel.)
+    (Batch-norm has no variance over one value per channel.) The images are augmented afresh, or are their `view`.
     """
     generator = torch_generator(seed, "batches")
     order = torch.randperm(len(samples), generator=generator).numpy()
@@ -24,6 +32,15 @@ def training_batches(
         members = order[start : start + size]
         if len(members) < 2:
             return
+        if view is not None:
+            yield viewed(samples.only(members), view, torch.from_numpy(members)).to(device)
+            continue
         batch = samples.load(members)
         images = augmented(batch.images, generator, augmentation, padding)
         yield Batch(images.to(device), batch.labels.to(device), torch.from_numpy(members))
+
+
+def viewed(samples: Samples, view: View, members: Tensor | None = None) -> Batch:
+    """A view of all samples; the images are read when they are needed."""
+    labels = torch.from_numpy(samples.source.labels[samples.indices])
+    return Batch(lambda: view.of(samples.images(), samples.indices), labels, members, samples, view)

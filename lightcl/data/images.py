@@ -47,6 +47,20 @@ class ImageSet:
         """SHA-256 of the labels."""
         return array_digest(self.labels)
 
+    @cached_property
+    def images_digest(self) -> str:
+        """SHA-256 of the images' shape and values. A memory-mapped file is read, not mapped in."""
+        total = hashlib.sha256(str(self.images.shape).encode())
+        if isinstance(self.images, np.memmap) and self.images.flags.c_contiguous and self.images.filename is not None:
+            with Path(self.images.filename).open("rb") as file:
+                file.seek(self.images.offset)
+                while block := file.read(1 << 20):
+                    total.update(block)
+        else:
+            for start in range(0, len(self), 1024):
+                total.update(np.ascontiguousarray(self.images[start : start + 1024]).tobytes())
+        return total.hexdigest()
+
     def only(self, chosen: np.ndarray) -> ImageSet:
         """The chosen images (a mask `[N]` or indices) as a set of their own."""
         groups = None if self.groups is None else self.groups[chosen]

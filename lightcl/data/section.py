@@ -37,6 +37,9 @@ class Data(Section):
     which a flip would change."""
     crop_padding: int = Field(default=4, ge=0, lt=1024)
     """Black pixels added on every side before an image's random crop; fewer than the image's side."""
+    views: int = Field(default=0, ge=0, le=1024)
+    """Seeded augmentations of every training image, which epochs take in turn; the prefix cache keeps their outputs
+    (`device.prefix_cache`). 0: augmentation is drawn afresh in every epoch, and training images are not cached."""
 
     @field_validator("source")
     @classmethod

@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightcl.data.augment import Augmentation, augmented
+from lightcl.data.augment import Augmentation, View, augmented
 from lightcl.data.images import ImageSet
 from lightcl.seeds import derive, torch_generator
 
 
-@dataclass(frozen=True)
 class Batch:
-    """`images` `[N, C, H, W]` (uint8, not yet normalized) and `labels` `[N]`, numbered as in the source."""
+    """`images` `[N, C, H, W]` (uint8, not yet normalized) and `labels` `[N]`, numbered as in the source.
 
-    images: Tensor
-    labels: Tensor
-    members: Tensor | None = None
-    """Positions `[N]` of the images among the samples they were drawn from; None where that does not matter."""
-    origin: Samples | None = None
-    """The images as rows of their source, in order; None where they are not those of the source (augmented, kept)."""
+    `images` may be a function: the images are then read when they are first asked for, and never where a cache has the
+    prefix's outputs for all of them.
+    """
+
+    def __init__(
+        self,
+        images: Tensor | Callable[[], Tensor],
+        labels: Tensor,
+        members: Tensor | None = None,
+        origin: Samples | None = None,
+        view: View | None = None,
+    ) -> None:
+        self._images = images
+        self.labels = labels
+        self.members = members
+        """Positions `[N]` of the images among the samples they were drawn from; None where that does not matter."""
+        self.origin = origin
+        """The rows of the source that the images are made of, in order; None where they are drawn afresh or kept."""
+        self.view = view
+        """How the images are made of those rows; None: they are the rows themselves."""
+
+    @property
+    def images(self) -> Tensor:
+        if not isinstance(self._images, Tensor):
+            self._images = self._images()
+        return self._images
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def to(self, device: torch.device) -> Batch:
         """The batch with images and labels on `device`."""
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+        given = self._images
+        images = given.to(device) if isinstance(given, Tensor) else lambda: self.images.to(device)
+        return Batch(images, self.labels.to(device), self.members, self.origin, self.view)
 
 
 @dataclass(frozen=True)
@@ -42,13 +66,15 @@ class Samples:
         return len(self.indices)
 
     def load(self, members: np.ndarray | slice = slice(None)) -> Batch:
-        """The members (positions among these samples) as a batch, without augmentation."""
-        indices = self.indices[members]
-        images = torch.from_numpy(self.source.images[indices])
-        labels = torch.from_numpy(self.source.labels[indices])
-        return Batch(images.permute(0, 3, 1, 2), labels, origin=Samples(self.source, indices))
+        """The members (positions among these samples) as a batch, without augmentation; images are read when needed."""
+        chosen = self.only(members)
+        return Batch(chosen.images, torch.from_numpy(self.source.labels[chosen.indices]), origin=chosen)
 
-    def only(self, members: np.ndarray) -> Samples:
+    def images(self) -> Tensor:
+        """All images, uint8 `[N, C, H, W]`."""
+        return torch.from_numpy(self.source.images[self.indices]).permute(0, 3, 1, 2)
+
+    def only(self, members: np.ndarray | slice) -> Samples:
         """These members (positions among these samples) alone."""
         return Samples(self.source, self.indices[members])
 
@@ -156,6 +182,16 @@ class TaskContext:
     padding: int = 4
     first_id: int = 0
     """Id of the first task that the device learns; not 0 where the device skips task 0."""
+    views: int = 0
+    """`data.views`."""
+    view_seed: int = 0
+    """The scenario's seed: views are the same on all devices."""
+
+    def view(self, epoch: int) -> View | None:
+        """The view of every training image in an epoch (0-based): they take turns. None: augmentation drawn afresh."""
+        if not self.views:
+            return None
+        return View(self.view_seed, epoch % self.views, self.augmentation, self.padding)
 
     @property
     def old_classes(self) -> Tensor:

@@ -20,6 +20,7 @@ from lightcl.data.sources import Source, load_source
 from lightcl.data.tasks import Task, TaskContext, TaskStream
 from lightcl.device import hardware
 from lightcl.device.hardware import choose_accelerator, set_up_torch
+from lightcl.device.prefix import fixed_prefix
 from lightcl.device.state import changing_tensors, pack_optimizer, unpack_optimizer_
 from lightcl.device.training import OnEpoch, autocast, evaluate, make_optimizer, train_epoch
 from lightcl.exchange.messages import Tested, Trained
@@ -79,6 +80,8 @@ class EdgeDevice:
         self.prefix_digest = digest(self.network.prefix)
         self.channel_digest = channel_digest(self.network)
         self.method = scenario.method.build(self.network)
+        if scenario.fixed_prefix:
+            self.method.prefix_features = fixed_prefix(scenario, self.network, source, self.prefix_digest)
         self.optimizer = make_optimizer(self.method, scenario)
         self.position = self._start = Position(self.stream.ids[self.stream.first] if self.stream else 0)
         self.version = 0
@@ -338,6 +341,8 @@ class EdgeDevice:
             self.scenario.augmentation,
             self.scenario.data.crop_padding,
             self._start.task,
+            self.scenario.data.views,
+            self.scenario.seed,
         )
 
     def _until(self, task: int) -> Sequence[Task]:

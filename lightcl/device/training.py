@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -65,18 +66,22 @@ def train_epoch(
         augmentation=context.augmentation,
         padding=context.padding,
         device=context.device,
+        view=context.view(epoch),
     )
-    for batch in batches:
-        with autocast(scenario, context.device):
-            loss = method.loss(batch, context)
-        loss.backward()  # type: ignore[no-untyped-call]
-        method.before_step(batch, context)
-        optimizer.step()
-        method.after_step(batch, context)
-        # Here and not before the backward pass: the next forward pass, the method's end of the task and the evaluation
-        # then need no memory for gradients that are no longer read.
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
+    at_once = scenario.training.update == "at-once"
+    with updates_at_once(optimizer) if at_once else nullcontext():
+        for batch in batches:
+            with autocast(scenario, context.device):
+                loss = method.loss(batch, context)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if not at_once:
+                method.before_step(batch, context)
+                optimizer.step()
+            method.after_step(batch, context)
+            # Here and not before the backward pass: the next forward pass, the method's end of the task and the
+            # evaluation then need no memory for gradients that are no longer read.
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.detach())
     with autocast(scenario, context.device):
         method.end_epoch(context, epoch)
     mean = float(torch.stack(losses).mean())
@@ -86,6 +91,36 @@ def train_epoch(
             f"training.learning_rate ({scenario.training.learning_rate}) or a smaller weight of what the method adds"
         )
     return mean
+
+
+@contextmanager
+def updates_at_once(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside a `with`, a backward pass also makes plain SGD's step: of each parameter, when its gradient is complete.
+
+    Autograd calls the hook of a parameter after the last operation that used it, so the step changes nothing that the
+    backward pass still reads; and the gradient is gone before the next one comes. The step is torch.optim.SGD's without
+    momentum: p ← p - lr (g + weight decay · p).
+    """
+    handles = []
+    for group in optimizer.param_groups:
+        rate, decay = group["lr"], group["weight_decay"]
+
+        @torch.no_grad()
+        def step(parameter: Tensor, rate: float = rate, decay: float = decay) -> None:
+            gradient = parameter.grad
+            if gradient is None:
+                return
+            parameter.grad = None
+            if decay:
+                gradient = gradient.add(parameter, alpha=decay)
+            parameter.add_(gradient, alpha=-rate)
+
+        handles += [parameter.register_post_accumulate_grad_hook(step) for parameter in group["params"]]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()

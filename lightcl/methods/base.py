@@ -98,6 +98,11 @@ class MethodParameters(Section):
         return "eval"
 
     @property
+    def reads_gradients(self) -> bool:
+        """Whether the method needs all gradients of a step together (`Method.before_step`)."""
+        return self.method.before_step is not Method.before_step
+
+    @property
     def sums_statistics(self) -> bool:
         """Whether devices send statistics of a finished task, for the server to add up and solve a head from."""
         return False
@@ -222,7 +227,7 @@ class Method:
     def logits_together(self, *batches: Batch) -> list[Tensor]:
         """Logits of several batches that pass the network as one, and so share the statistics of batch-norm."""
         logits = self.network.classify(self.features_of(*batches))
-        return list(torch.split(logits, [len(batch.images) for batch in batches]))
+        return list(torch.split(logits, [len(batch) for batch in batches]))
 
     def cross_entropy(self, logits: Tensor, labels: Tensor, context: TaskContext) -> Tensor:
         """Mean cross-entropy of `[N, head]` logits over the classes that `loss_classes` names.

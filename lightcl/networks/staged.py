@@ -60,6 +60,11 @@ class Stage(nn.Module):
                 parent = parent.get_submodule(part)
             parent.add_module(last, module)
 
+    @property
+    def block_modules(self) -> tuple[nn.Module, ...]:
+        """The modules of `blocks`, in order."""
+        return self._run
+
     def forward(self, x: Tensor, on_map: OnMap | None = None) -> Tensor:
         """Runs `[N, C, H, W]` through the blocks; calls `on_map` with every feature map where it is given."""
         for name, block in zip(self.blocks, self._run, strict=True):

@@ -14,9 +14,9 @@ def scenario_digest(scenario: Scenario) -> str:
         exclude={
             "name": True,
             "data": {"path", "download"},
-            "training": {"checkpoint_seconds"},
+            "training": {"checkpoint_seconds", "update"},
             "server": {"round_timeout", "connect_timeout", "max_failures"},
-            "device": {"accelerator"},
+            "device": {"accelerator", "prefix_cache_gb"},
             "simulation": True,
         }
     )

@@ -42,8 +42,18 @@ class Training(Section):
     checkpoint_seconds: float = Field(default=60.0, ge=0, le=1e8)
     """A device that trains longer than this saves its state at the next epoch's end, not only after the message."""
 
+    update: Literal["after", "at-once"] = "after"
+    """after: all gradients, then the optimizer's step; at-once: each weight moves when its gradient is complete, so
+    that no two gradients exist together (sgd without momentum; the same numbers)."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.update == "at-once" and (self.optimizer != "sgd" or self.momentum):
+            given = f"optimizer {self.optimizer}" if self.optimizer != "sgd" else f"momentum {self.momentum:g}"
+            raise ValueError(
+                f"training.update is at-once, but training.{given} is not plain SGD (allowed: update after, or sgd "
+                "with momentum 0)"
+            )
         if self.momentum and self.optimizer != "sgd":
             raise ValueError(
                 f"training.momentum is {self.momentum:g}, but training.optimizer {self.optimizer} has no such momentum "
@@ -59,6 +69,19 @@ class Device(Section):
     """auto: the CUDA device if there is one, otherwise the CPU; cuda: an error if there is none."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast of the forward pass; weights and loss stay fp32."""
+    prefix_cache: Literal["auto", "on", "off"] = "auto"
+    """Whether outputs of the frozen prefix are kept on disk, for test images and for training images with data.views;
+    auto: where data.views is above 0 and network and method allow it."""
+    prefix_cache_dtype: Literal["exact", "fp16", "bf16"] = "exact"
+    """exact: as computed; fp16, bf16: half the disk and reading, rounded (docs/how-to/cache-and-disk.md)."""
+    prefix_cache_gb: float = Field(default=8.0, gt=0, le=1e6)
+    """Upper limit of all cached prefix outputs on this disk, in 10^9 bytes; those used least recently go first."""
+
+    @field_validator("prefix_cache", mode="before")
+    @classmethod
+    def _read_switch(cls, given: object) -> object:
+        """YAML reads the plain words on and off as true and false."""
+        return {True: "on", False: "off"}[given] if isinstance(given, bool) else given
 
 
 _ADDRESS = re.compile(r"auto|(ray://)?([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
@@ -132,6 +155,21 @@ class Scenario(Section):
                 f"{self.method.name} differ from device to device and cannot be averaged (allowed: none)"
             )
         self.method.check(self)
+        if self.device.prefix_cache == "on" and self.frozen_batch_norm == "train":
+            raise ValueError(
+                "device.prefix_cache is on, but network.frozen_batch_norm is train: the outputs of such a prefix "
+                "depend on the batch (allowed: auto, off)"
+            )
+        if self.device.prefix_cache == "on" and self.freeze == "none":
+            raise ValueError(
+                f"device.prefix_cache is on, but method {self.method.name} freezes nothing (allowed: auto, off, or "
+                "another network.freeze)"
+            )
+        if self.training.update == "at-once" and self.method.reads_gradients:
+            raise ValueError(
+                f"training.update is at-once, but method {self.method.name} changes the gradients of a step before the "
+                "weights move (allowed: after)"
+            )
         if self.server.rounds_per_task > self.training.epochs:
             raise ValueError(
                 f"server.rounds_per_task is {self.server.rounds_per_task}, but training.epochs gives only "
@@ -158,6 +196,22 @@ class Scenario(Section):
     @property
     def frozen_batch_norm(self) -> Literal["eval", "train"]:
         return self.network.frozen_batch_norm or self.method.default_frozen_batch_norm
+
+    @property
+    def freeze(self) -> str:
+        """The freeze point: `network.freeze`, or the method's own."""
+        return self.network.freeze or self.method.default_freeze
+
+    @property
+    def fixed_prefix(self) -> bool:
+        """Whether the prefix is computed image by image, whatever the batch, so that its outputs may be cached."""
+        wanted = self.device.prefix_cache == "on" or self.data.views > 0
+        return wanted and self.frozen_batch_norm == "eval" and self.freeze != "none"
+
+    @property
+    def caches_prefix(self) -> bool:
+        """Whether outputs of the prefix are kept on disk; `device.prefix_cache`, with auto resolved."""
+        return self.fixed_prefix and self.device.prefix_cache != "off"
 
     @property
     def settings(self) -> tuple[Setting, ...]:

@@ -62,6 +62,8 @@ class Workload:
     weight_decay: bool = False
     accelerator: str = "cpu"
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    at_once: bool = False
+    """`training.update: at-once`: a gradient goes as soon as it is complete."""
 
     @property
     def optimizer_copies(self) -> int:
@@ -103,6 +105,7 @@ def workload_of(scenario: Scenario, stream: TaskStream, image: Image, accelerato
         training.weight_decay > 0,
         accelerator,
         training.optimizer,
+        training.update == "at-once",
     )
 
 
@@ -372,6 +375,11 @@ class _Step:
         if last and name in self.cast:
             self.hold("temporaries", -weights * self.size)
             self.hold("gradients", weights * (FP32 - self.size))
+        if last and self.workload.at_once:
+            # Those of an earlier pass wait for the last one: a gradient is complete with the last operation that used
+            # its weight.
+            self.note(f"update of {name}")
+            self.hold("gradients", -(weights + plain) * FP32)
 
     def _layout(self, convolution: Convolution | None, direction: int) -> int:
         """Bytes of the copies of a convolution's weights while it runs: forward (0) or backward (1)."""

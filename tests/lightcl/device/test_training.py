@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from lightcl.data.sources import ImageSet
 from lightcl.data.tasks import Samples, Task
@@ -208,3 +209,60 @@ def test_held_out_samples_are_tested_when_asked_for():
     scenario = toys.scenario(stream={"evaluate_on": "held-out"})
     assert evaluate(plain(network), [task], scenario, toys.CPU) == [TaskAccuracy(0.75, 0.75, 4)]
     assert evaluate(plain(network), [task], toys.scenario(), toys.CPU) == [TaskAccuracy(0.0, 0.0, 3)]
+
+
+# -- update: at-once -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lightcl", "sgd", "er", "derpp", "pnn"])
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_updating_at_once_gives_the_same_numbers(method, decay, precision):
+    """Two passes (the batch's and the memory samples') go through the same weights in one step."""
+    ends = []
+    for update in ("after", "at-once"):
+        scenario = {
+            "method": {"name": method}, "training": {"batch_size": 8, "weight_decay": decay, "update": update},
+            "device": {"precision": precision, "accelerator": "cpu"},
+        }  # fmt: skip
+        freeze = "none" if method in ("sgd", "er", "derpp", "pnn") else "layer3"
+        network = toys.network(freeze=freeze)
+        losses = run(network, **scenario)
+        ends.append((losses, toys.copy_of(network.state_dict())))
+    assert ends[0][0] == ends[1][0]
+    toys.assert_same(ends[0][1], ends[1][1])
+
+
+def test_at_once_no_gradient_meets_another():
+    """When the step of a weight is made, no other weight holds a gradient; and after it, nor does this one."""
+    network = toys.network(freeze="layer3").train()
+    optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.1)
+    most = []
+    with training.updates_at_once(optimizer):
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.register_post_accumulate_grad_hook(
+                lambda _: most.append(sum(p.grad is not None for p in network.parameters()))
+            )
+        network(toys.images(4)).sum().backward()
+    assert len(most) == len(optimizer.param_groups[0]["params"])
+    assert max(most) == 0
+    before = toys.copy_of(dict(network.named_parameters()))
+    network(toys.images(4)).sum().backward()  # outside the `with` nothing moves
+    toys.assert_same(dict(network.named_parameters()), before)
+
+
+@pytest.mark.parametrize(
+    ("sections", "text"),
+    [
+        ({"training": {"update": "at-once", "momentum": 0.9}}, "momentum 0.9 is not plain SGD"),
+        ({"training": {"update": "at-once", "optimizer": "adam"}}, "optimizer adam is not plain SGD"),
+        ({"training": {"update": "at-once"}, "method": {"name": "ewc"}}, "method ewc changes the gradients"),
+        (
+            {"training": {"update": "at-once"}, "method": {"name": "sparcl-er"}},
+            "method sparcl-er changes the gradients",
+        ),
+    ],
+)
+def test_at_once_is_refused_where_it_would_change_numbers(sections, text):
+    with pytest.raises(ValidationError, match=text):
+        toys.scenario(**sections)

@@ -149,3 +149,31 @@ def test_a_larger_freeze_point_and_a_smaller_batch_need_less():
     network = toys.network()
     assert footprint(network, PLAIN, replace(WORK, batch=3)).peak < footprint(network, PLAIN, WORK).peak
     assert set(footprint(network, PLAIN, WORK).memory) == set(CATEGORIES)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("held", [0, 5])
+def test_updated_at_once_one_gradient_exists_at_a_time(precision, held):
+    """With memory samples, the gradients of their pass wait for the batch's pass."""
+    shape = shape_of(toys.network(freeze="layer3"), IMAGE)
+    work = replace(WORK, precision=precision, at_once=True)
+    cost = StepCost(held=held)
+    gradients: list[int] = []
+
+    class Watched(_Step):
+        def note(self, moment, category="temporaries", amount=0):
+            gradients.append(self.live["gradients"])
+            super().note(moment, category, amount)
+
+    Watched(shape, cost, work).play()
+    block = shape.trained[0]  # layer4.0: its second convolution is as large as those of layer4.1
+    biggest = 4 * (block.second.weights + block.second.norm)
+    if held:
+        assert max(gradients) >= 0.5 * 4 * shape.trained_parameters
+    else:
+        assert max(gradients) == biggest
+    after, at_once = _Step(shape, cost, replace(work, at_once=False)), _Step(shape, cost, work)
+    after.play()
+    at_once.play()
+    assert sum(at_once.worst.values()) <= sum(after.worst.values())
+    assert at_once.live == after.live

@@ -1,0 +1,264 @@
+"""Outputs of the frozen prefix, image by image: the same in every batch, and kept on disk where the scenario says so.
+
+How a convolution rounds may depend on the size of the batch. So images pass the prefix in chunks of `CHUNK`, the last
+one padded: the output of an image then depends on the image alone, with any batch size and with or without the cache.
+The batch-norm of the prefix is folded into its convolutions (lightcl/networks/folding.py).
+
+The cache holds outputs of views of training images (lightcl/data/augment.py) and of images that are used as they are:
+test images, and training images without augmentation. Where the disk has no room, the cache is switched off with a
+warning, and the run goes on with the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightcl.assembly import build_network
+from lightcl.data.augment import View
+from lightcl.data.batches import viewed
+from lightcl.data.images import ImageSet, Source, cache_folder
+from lightcl.data.tasks import Batch, Samples
+from lightcl.device.hardware import choose_accelerator, set_up_torch
+from lightcl.errors import RequestError
+from lightcl.methods.base import PrefixFeatures
+from lightcl.networks.folding import folded
+from lightcl.networks.staged import Backbone, OnMap, Stage
+from lightcl.networks.weights import digest
+from lightcl.scenario import Scenario
+from lightcl.storage.prefix_cache import CacheFull, FeatureStore, PrefixCache
+
+CHUNK = 16
+FORMAT = 1
+"""Goes into every key; a change of how the outputs are computed changes it."""
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+GB = 1_000_000_000
+
+
+def prefix_cache(limit_gb: float = 0.0) -> PrefixCache:
+    """The stores below the cache folder; the default limit is for reading and clearing alone."""
+    return PrefixCache(cache_folder() / "prefix", int(limit_gb * GB))
+
+
+@dataclass
+class Stores:
+    """The stores of one prefix: one for each view of each set of images.
+
+    `plain` are the sets whose images are cached as they are; `about` goes into the key. `dtype` is what a store holds;
+    None: what is computed.
+    """
+
+    cache: PrefixCache
+    about: dict[str, Any]
+    plain: Sequence[ImageSet]
+    dtype: torch.dtype | None = None
+    _open: dict[tuple[int, View | None, torch.dtype], FeatureStore] = field(default_factory=dict)
+
+    def find(
+        self, batch: Batch, shape: Callable[[], tuple[int, int, int]], computed: torch.dtype
+    ) -> FeatureStore | None:
+        """The store of a batch's images; None where they are not to be kept. Raises OSError."""
+        if batch.origin is None:
+            return None
+        images = batch.origin.source
+        view = None if batch.view is None or batch.view.augmentation == "none" else batch.view
+        if view is None and not any(images is kept for kept in self.plain):
+            return None
+        dtype = self.dtype or computed
+        name = (id(images), view, dtype)
+        if name not in self._open:
+            about = self.about | {
+                "images": images.images_digest,
+                "count": len(images),
+                "view": None if view is None else [view.seed, view.number, view.augmentation, view.padding],
+                "computed": str(computed).removeprefix("torch."),
+                "dtype": str(dtype).removeprefix("torch."),
+                "shape": shape(),
+            }
+            key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
+            self._open[name] = self.cache.store(key, shape(), dtype, about)
+        return self._open[name]
+
+
+class FixedPrefix(PrefixFeatures):
+    """Prefix outputs that depend on the image alone, from `stores` where they hold them.
+
+    With `rounding` every output is rounded to that type, as a store of that type would, whether it was stored or not.
+    Feature maps (`on_map`) are not kept: where a method asks for them, the batch passes the network's own prefix.
+    """
+
+    def __init__(self, network: Backbone, stores: Stores | None = None, rounding: torch.dtype | None = None) -> None:
+        super().__init__(network)
+        self.stores, self.rounding = stores, rounding
+        self._folded: Stage | None = None
+        self._shapes: dict[tuple[int, ...], tuple[int, int, int]] = {}
+
+    def __call__(self, batches: Sequence[Batch], on_map: OnMap | None = None) -> Tensor:
+        if on_map is not None:
+            return super().__call__(batches, on_map)
+        with torch.no_grad():
+            parts = [self._features(batch) for batch in batches]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _features(self, batch: Batch) -> Tensor:
+        store = self._store(batch)
+        if store is None or batch.origin is None:
+            return self._compute(batch.images)
+        rows = batch.origin.indices
+        found, present = store.read(rows)
+        features = found.to(self._device, self._dtype)
+        if present.all():
+            self._folded = None  # the suffix alone stays in memory
+            return features
+        missing = np.flatnonzero(~present)
+        computed = self._compute(batch.images[torch.from_numpy(missing)])
+        features[torch.from_numpy(missing).to(self._device)] = computed
+        try:
+            store.write(rows[missing], computed)
+        except (CacheFull, OSError) as error:
+            self._switch_off(error)
+        return features
+
+    def _compute(self, images: Tensor) -> Tensor:
+        """Outputs `[N, C, H, W]` (channels-last) for uint8 images `[N, C, H, W]`."""
+        if self._folded is None:
+            self._folded = folded(self.network)
+        parts = []
+        for start in range(0, len(images), CHUNK):
+            chunk = images[start : start + CHUNK]
+            count = len(chunk)
+            if count < CHUNK:
+                chunk = torch.cat([chunk, chunk.new_zeros(CHUNK - count, *chunk.shape[1:])])
+            outputs = self._folded(chunk.contiguous(memory_format=torch.channels_last))[:count]
+            parts.append(outputs.permute(0, 2, 3, 1))
+        features = torch.cat(parts).contiguous()  # [N, H, W, C]
+        if self.rounding is not None:
+            features = features.to(self.rounding).to(features.dtype)
+        return features.permute(0, 3, 1, 2)
+
+    def _store(self, batch: Batch) -> FeatureStore | None:
+        if self.stores is None or batch.origin is None:
+            return None
+        images = batch.origin.source.images
+        try:
+            return self.stores.find(batch, lambda: self._shape(images.shape[1:]), self._dtype)
+        except OSError as error:
+            self._switch_off(error)
+            return None
+
+    def _shape(self, image: tuple[int, ...]) -> tuple[int, int, int]:
+        """(C, H, W) of the prefix's output for one image (H, W, C)."""
+        if image not in self._shapes:
+            height, width, channels = image
+            blank = torch.zeros(1, channels, height, width, dtype=torch.uint8, device=self._device)
+            _, c, h, w = self.network.features(blank).shape
+            self._shapes[image] = (c, h, w)
+        return self._shapes[image]
+
+    def _switch_off(self, error: Exception) -> None:
+        self.stores = None
+        warnings.warn(f"the prefix cache is off from here on: {error}", RuntimeWarning, stacklevel=2)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.network.head.weight.device
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """What the prefix computes in: autocast's type inside autocast."""
+        kind = self._device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+
+
+def fixed_prefix(scenario: Scenario, network: Backbone, source: Source, prefix_digest: str) -> FixedPrefix:
+    """What a device takes its prefix outputs from, where `scenario.fixed_prefix`; the network is on its accelerator."""
+    if not scenario.caches_prefix:
+        return FixedPrefix(network)
+    device = scenario.device
+    dtype = DTYPES.get(device.prefix_cache_dtype)
+    plain = [source.test]
+    if scenario.augmentation == "none" or scenario.stream.evaluate_on == "held-out":
+        plain.append(source.train)
+    about = {
+        "format": FORMAT,
+        "network": f"{scenario.network.name}, width {network.width}, up to {scenario.freeze}",
+        "source": scenario.data.source,
+        "prefix": prefix_digest,
+        # What may round differently:
+        "torch": torch.__version__,
+        "hardware": _hardware(network.head.weight.device),
+        "threads": device.threads,
+    }
+    return FixedPrefix(network, Stores(prefix_cache(device.prefix_cache_gb), about, plain, dtype), dtype)
+
+
+def _hardware(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+
+
+@dataclass(frozen=True)
+class Warmed:
+    """Progress of `warm`: images done of all, over test images and views of training images."""
+
+    done: int
+    images: int
+
+
+def warm(scenario: Scenario, source: Source) -> Iterator[Warmed]:
+    """Computes and keeps everything that the scenario's devices would ask the cache for.
+
+    Raises RequestError where the scenario uses no cache, and where the cache is too small or the disk is full.
+    """
+    if not scenario.caches_prefix:
+        raise RequestError(
+            "this scenario uses no prefix cache: it needs data.views above 0 or device.prefix_cache: on, a method with "
+            "a frozen prefix, and network.frozen_batch_norm: eval"
+        )
+    accelerator = choose_accelerator(scenario.device.accelerator)
+    set_up_torch(accelerator, scenario.device.threads)
+    network = build_network(scenario, in_channels=source.channels, classes=len(source.classes)).to(accelerator).eval()
+    features = fixed_prefix(scenario, network, source, digest(network.prefix))
+    parts = list(_parts(scenario, source, features))
+    total, done = sum(len(samples) for samples, _ in parts), 0
+    shape = features._shape(source.train.images.shape[1:])
+    half = scenario.device.precision == "bf16" or features.rounding is not None
+    needed = total * int(np.prod(shape)) * (2 if half else 4)
+    if needed > scenario.device.prefix_cache_gb * GB:
+        raise RequestError(
+            f"device.prefix_cache_gb is {scenario.device.prefix_cache_gb:g}, but {total} outputs of "
+            f"{'x'.join(map(str, shape))} take {needed / GB:.1f}: raise it, lower data.views, or set "
+            "device.prefix_cache_dtype: bf16"
+        )
+    for samples, view in parts:
+        for start in range(0, len(samples), 8 * CHUNK):
+            chosen = samples.only(slice(start, start + 8 * CHUNK))
+            with (
+                warnings.catch_warnings(),
+                torch.autocast(accelerator.type, torch.bfloat16, enabled=scenario.device.precision == "bf16"),
+            ):
+                warnings.simplefilter("error", RuntimeWarning)
+                try:
+                    batch = chosen.load() if view is None else viewed(chosen, view)
+                    features([batch.to(accelerator)])
+                except RuntimeWarning as warning:
+                    raise RequestError(str(warning)) from warning
+            done += len(chosen)
+            yield Warmed(done, total)
+
+
+def _parts(scenario: Scenario, source: Source, features: FixedPrefix) -> Iterator[tuple[Samples, View | None]]:
+    assert features.stores is not None
+    for images in features.stores.plain:
+        yield Samples(images, np.arange(len(images))), None
+    if scenario.augmentation != "none":
+        for number in range(scenario.data.views):
+            view = View(scenario.seed, number, scenario.augmentation, scenario.data.crop_padding)
+            yield Samples(source.train, np.arange(len(source.train))), view

@@ -1,0 +1,215 @@
+"""Prefix outputs image by image, and the cache of them: the same numbers on, off, and in any batch."""
+
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from lightcl.assembly import build_network
+from lightcl.data.augment import View
+from lightcl.data.batches import viewed
+from lightcl.data.images import ImageSet
+from lightcl.data.tasks import Batch, Samples
+from lightcl.device.device import EdgeDevice
+from lightcl.device.prefix import FixedPrefix, fixed_prefix, prefix_cache, warm
+from lightcl.errors import RequestError
+from lightcl.networks.weights import digest
+from lightcl.storage.prefix_cache import CacheFull, FeatureStore, PrefixCache
+from tests.lightcl import toys
+
+VIEWS = {"augmentation": "crop-flip", "crop_padding": 1, "views": 2}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTCL_CACHE", str(tmp_path / "cache"))
+
+
+def learned(folder, **sections) -> tuple[EdgeDevice, list[object]]:
+    """The whole stream; the device, and every number that it reports."""
+    device = toys.device(folder, training={"epochs": 3, "batch_size": 8}, **sections)
+    numbers: list[object] = []
+    for task in range(len(device.stream)):
+        numbers.append(device.train(task, 3).loss)
+        tested = device.evaluate()
+        numbers += [tested.til, tested.cil]
+    return device, numbers
+
+
+def trained_tensors(device: EdgeDevice) -> dict[str, torch.Tensor]:
+    return toys.copy_of(device.network.state_dict() | device.method.state_dict())
+
+
+@pytest.mark.parametrize("method", ["lightcl", "lightcl-plus", "er", "pnn"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_on_and_off_are_the_same_to_the_bit(tmp_path, method, precision):
+    sections = {"data": VIEWS, "method": {"name": method}, "network": {"freeze": "layer3"}}
+    ends = []
+    for cache, name in (("off", "a"), ("on", "b"), ("on", "c")):  # the third finds everything in the cache
+        hardware = {"prefix_cache": cache, "precision": precision, "accelerator": "cpu"}
+        device, numbers = learned(tmp_path / name, device=hardware, **sections)
+        ends.append((numbers, trained_tensors(device)))
+    for numbers, tensors in ends[1:]:
+        assert numbers == ends[0][0]
+        toys.assert_same(tensors, ends[0][1])
+
+
+def test_auto_caches_where_there_are_views_and_only_there(tmp_path):
+    learned(tmp_path / "a", data={"views": 0})
+    assert prefix_cache().stores() == []
+    learned(tmp_path / "b", data=VIEWS)
+    assert len(prefix_cache().stores()) == 3  # test images, two views
+    assert not toys.scenario(data=VIEWS, method={"name": "sgd"}).caches_prefix
+    assert not toys.scenario(data=VIEWS, network={"frozen_batch_norm": "train"}).caches_prefix
+
+
+def test_views_without_a_cacheable_prefix_train_all_the_same(tmp_path):
+    for method in ("sgd", "ewc"):
+        _, numbers = learned(tmp_path / method, data=VIEWS, method={"name": method})
+        assert np.isfinite(numbers[0])
+
+
+def test_what_is_cached_is_not_read_again(tmp_path):
+    """With all outputs in the cache, training reads no image but those of memory samples, which are not kept."""
+    learned(tmp_path / "a", data=VIEWS, method={"name": "lightcl", "beta": 0.0})
+    held = toys.source(size=16)
+    read: list[int] = []
+
+    class Counted(np.ndarray):
+        def __getitem__(self, rows):
+            if isinstance(rows, np.ndarray):
+                read.append(len(rows))
+            return np.ndarray.__getitem__(self, rows)
+
+    images = held.train.images.view(Counted)
+    source = type(held)(ImageSet(images, held.train.labels, held.train.classes), held.test)
+    scenario = toys.scenario(
+        data=VIEWS, method={"name": "lightcl", "beta": 0.0}, training={"epochs": 3, "batch_size": 8}
+    )
+    device = EdgeDevice(scenario, 0, tmp_path / "b", source=source, share=toys.whole(held))
+    read.clear()  # cutting the stream reads labels alone
+    device.train(0, 3)
+    assert sum(read) == 8  # the samples whose channels' importance is taken at the end of the task
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_output_depends_on_the_image_alone(threads):
+    network = toys.network(freeze="layer3", width=20).to(memory_format=torch.channels_last).eval()
+    images = toys.images(40, size=32).contiguous(memory_format=torch.channels_last)
+    labels = torch.zeros(40)
+    features, before = FixedPrefix(network), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = features([Batch(images, labels)])
+        for size in (1, 3, 16, 32):
+            parts = [features([Batch(part, labels[: len(part)])]) for part in torch.split(images, size)]
+            assert torch.equal(torch.cat(parts), together)
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(features([Batch(images[order], labels)]), together[order])
+        assert torch.allclose(together, network.features(images), rtol=1e-4, atol=1e-4)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _outputs_in_another_process(seed):
+    network = toys.network(freeze="layer3", seed=seed).to(memory_format=torch.channels_last).eval()
+    held = toys.source(size=16)
+    scenario = toys.scenario(data=VIEWS)
+    features = fixed_prefix(scenario, network, held, digest(network.prefix))
+    samples = Samples(held.train, np.arange(3, 60))
+    found = features([viewed(samples, View(0, 1, "crop-flip", 1))])
+    return found.numpy(), [store.key for store in prefix_cache().stores()]
+
+
+def test_processes_share_a_store():
+    """The second process, a new interpreter, finds what this one wrote, under the same key."""
+    first, keys = _outputs_in_another_process(1)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        second, again = pool.apply(_outputs_in_another_process, (1,))
+        _, other = pool.apply(_outputs_in_another_process, (2,))
+    assert np.array_equal(first, second)
+    assert keys == again
+    assert len(other) == 2  # other weights, another store
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("fp16", 2**-11), ("bf16", 2**-8)])
+def test_rounded_outputs_are_within_their_bound_and_the_same_cached_or_not(tmp_path, dtype, bound):
+    hardware = {"prefix_cache_dtype": dtype, "accelerator": "cpu"}
+    _, first = learned(tmp_path / "a", data=VIEWS, device=hardware)
+    _, second = learned(tmp_path / "b", data=VIEWS, device=hardware)
+    assert first == second
+    scenario, held = toys.scenario(data=VIEWS, device=hardware), toys.source(size=16)
+    network = build_network(scenario, in_channels=3, classes=4).eval()
+    batch = Samples(held.test, np.arange(20)).load()
+    exact = FixedPrefix(network)([batch])
+    features = fixed_prefix(scenario, network, held, digest(network.prefix))
+    rounded, read = features([batch]), features([batch])
+    assert torch.equal(rounded, read)
+    assert not torch.equal(rounded, exact)
+    assert ((rounded - exact).abs() <= bound * exact.abs() + 6e-8).all()
+
+
+def test_a_full_disk_switches_the_cache_off_and_not_the_run(tmp_path, monkeypatch):
+    _, expected = learned(tmp_path / "a", data=VIEWS, device={"prefix_cache": "off", "accelerator": "cpu"})
+
+    def full(*_):
+        raise CacheFull("no room")
+
+    monkeypatch.setattr(FeatureStore, "write", full)
+    with pytest.warns(RuntimeWarning, match="prefix cache is off from here on: no room"):
+        _, numbers = learned(tmp_path / "b", data=VIEWS)
+    assert numbers == expected
+    monkeypatch.undo()
+    monkeypatch.setenv("LIGHTCL_CACHE", "/proc/nowhere")
+    with pytest.warns(RuntimeWarning, match="prefix cache is off"):
+        _, numbers = learned(tmp_path / "c", data=VIEWS)
+    assert numbers == expected
+
+
+def test_a_damaged_store_is_computed_again(tmp_path):
+    _, expected = learned(tmp_path / "a", data=VIEWS)
+    for file in (tmp_path / "cache" / "prefix").glob("*/*.rows"):
+        content = bytearray(file.read_bytes())
+        content[5000:6000] = bytes(1000)
+        file.write_bytes(content)
+    _, numbers = learned(tmp_path / "b", data=VIEWS)
+    assert numbers == expected
+
+
+def test_a_warmed_cache_holds_everything(tmp_path):
+    scenario, held = toys.scenario(data=VIEWS), toys.source(size=16)
+    steps = list(warm(scenario, held))
+    assert steps[-1].done == steps[-1].images == 20 + 2 * 80
+    rows = sorted(store.rows for store in prefix_cache().stores())
+    assert rows == [20, 80, 80]
+    learned(tmp_path / "a", data=VIEWS)
+    assert sorted(store.rows for store in prefix_cache().stores()) == rows
+
+
+def test_what_cannot_be_warmed_is_refused():
+    held = toys.source(size=16)
+    with pytest.raises(RequestError, match="uses no prefix cache"):
+        list(warm(toys.scenario(), held))
+    with pytest.raises(RequestError, match=r"prefix_cache_gb is 1e-06, but 180 outputs of 16x4x4 take"):
+        list(warm(toys.scenario(data=VIEWS, device={"prefix_cache_gb": 1e-6}), held))
+
+
+@pytest.mark.parametrize(
+    ("sections", "text"),
+    [
+        ({"network": {"frozen_batch_norm": "train"}}, "device.prefix_cache is on, but network.frozen_batch_norm"),
+        ({"method": {"name": "sgd"}}, "device.prefix_cache is on, but method sgd freezes nothing"),
+        ({"data": {"views": -1}}, "views"),
+        ({"device": {"prefix_cache_gb": 0}}, "prefix_cache_gb"),
+    ],
+)
+def test_a_cache_that_makes_no_sense_is_refused(sections, text):
+    with pytest.raises(ValidationError, match=text):
+        toys.scenario(**{"device": {"prefix_cache": "on"}} | sections)
+
+
+def test_the_cache_folder_has_a_place_of_its_own(tmp_path):
+    assert isinstance(prefix_cache(), PrefixCache)
+    assert prefix_cache().folder == tmp_path / "cache" / "prefix"
