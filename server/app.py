@@ -65,7 +65,7 @@ def main(grid: Grid, context: Context) -> None:
         logger.info("the run in %s was complete already", folder.path)
         return
     run = str(folder.read()["run"])
-    with folder.held():
+    with folder.locked():
         results = Coordinator(scenario, folder, run, LogListener(), tasks).run(grid)
     for setting in ("til", "cil"):
         if figures := results.figures(setting):

@@ -77,7 +77,8 @@ class Connections:
         self.nodes.update()
         own = self.nodes.own_data if self.nodes.settled else {}
         if new := own.keys() - self._own_data:
-            self.folder.note_own_data(new)
+            every = self.scenario.stream.tasks
+            self.folder.note_own_data(new, {d: own[d] for d in new if len(own[d]) < every})
             self._own_data |= new
             for device in new:
                 self.ledger.set_tasks_(device, own[device])

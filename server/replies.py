@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Message
 
+from lightcl.errors import shown
 from lightcl.exchange.messages import TESTED, ProtocolError, Tested, Trained
 from lightcl.exchange.tensors import STATISTICS, Arrays, check, size_in_bytes, split
 from lightcl.scenario import Scenario
@@ -70,7 +71,10 @@ class ReplyCheck:
     def _tested(self, record: Any, entry: Entry) -> Tested:
         report = Tested.from_record(record)
         _expect(report, entry.number, entry.task, entry.epochs)
-        tested = entry.position + 1
+        expected = list(entry.tasks[: entry.position + 1])
+        if report.tasks != expected:
+            raise ProtocolError(f"a test of tasks {shown(report.tasks)}, expected {shown(expected)}")
+        tested = len(expected)
         cil = tested if "cil" in self.scenario.settings else 0
         if (len(report.til), len(report.cil), len(report.images)) != (tested, cil, tested):
             raise ProtocolError(

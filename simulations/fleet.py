@@ -41,7 +41,7 @@ def run_fleet(
     Aggregator.check(scenario.server)
     folder = RunFolder(Path(out).absolute())
     prepared = open_run(folder, scenario, shlex.join(sys.argv), "fleet", resume=resume, overwrite=overwrite)
-    with folder.held():
+    with folder.locked():
         if not folder.whole:
             simulate_fleet(prepared, folder, Listeners(listeners))
     return load_run(folder.path)

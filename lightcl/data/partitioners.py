@@ -10,18 +10,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
 from lightcl.errors import RequestError, nearest
 
-if TYPE_CHECKING:
-    from lightcl.data.section import Fleet
-
 NOBODY = -1
 DIRICHLET_TRIES = 11
 """Draws of flwr-datasets' Dirichlet partitioner before it gives up on a fleet without an empty device."""
+
+
+class PartitionKeys(Protocol):
+    """The keys of the scenario's section `fleet` that a partitioner may read."""
+
+    @property
+    def devices(self) -> int: ...
+    @property
+    def partition(self) -> str: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def sigma(self) -> float: ...
+    @property
+    def classes_per_device(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,7 @@ class Pool:
 
     labels: np.ndarray
     groups: np.ndarray | None
-    fleet: Fleet
+    fleet: PartitionKeys
     seed: int
 
     @property

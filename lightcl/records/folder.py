@@ -15,19 +15,18 @@ devices/        the devices' states (of a simulation)
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lightcl.errors import RequestError
 from lightcl.records.rows import DeviceRow, Failure, Results, RoundRow
 from lightcl.scenario import Scenario
-from lightcl.storage.files import LOCK, names_in, writable, write_atomically
+from lightcl.storage.files import LOCK, exclusive, names_in, writable, write_atomically
 
 ANALYSIS = "generalizability.json"
 ROUNDS, DEVICES, EVENTS = "rounds.jsonl", "devices.jsonl", "events.jsonl"
@@ -75,7 +74,7 @@ class RunFolder:
             self._check_rows()
             return
         if overwrite and self.exists:
-            with self.held():  # not while another process writes to it
+            with self.locked():  # not while another process writes to it
                 (self.path / "run.json").unlink()  # first: a run that is half gone is none
         for name in OWN if names else ():  # also what a run left that was killed while it began
             shutil.rmtree(self.path / name, ignore_errors=True)
@@ -94,13 +93,12 @@ class RunFolder:
             )
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Keeps a second process from writing to the same run. Raises RequestError."""
-        with writable(self.path):
-            lock = (self.path / LOCK).open("w")
-        with lock:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with writable(self.path):
+                    stack.enter_context(exclusive(self.path, wait=False))
             except BlockingIOError as error:
                 raise RequestError(f"{self.path}: another process is at work on this run") from error
             yield

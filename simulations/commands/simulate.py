@@ -37,11 +37,11 @@ def simulate(
     prepared = open_folder(
         folder, loaded, "fleet", command_line(), resume=resume, overwrite=overwrite, console=out
     )  # fmt: skip
-    with folder.held():
+    with folder.locked():
         if folder.whole:
             out.print("the run was complete already", highlight=False)
         else:
-            rounds = loaded.stream.tasks * loaded.server.rounds_per_task * loaded.fleet.devices
+            rounds = loaded.server.rounds_per_task * sum(len(tasks) for tasks in prepared.tasks)
             out.print(str(disk_of_states(prepared)), highlight=False)
             with LiveProgress(out, rounds) as progress:
                 try:

@@ -46,7 +46,7 @@ def train(
     prepared = open_folder(
         folder, loaded, f"device {device}", command_line(), resume=resume, overwrite=overwrite, console=out
     )  # fmt: skip
-    with folder.held():
+    with folder.locked():
         if folder.whole:
             out.print("the run was complete already", highlight=False)
         else:

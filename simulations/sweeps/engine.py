@@ -48,7 +48,7 @@ def run_sweep(
         console.print(line, style="yellow", highlight=False, markup=False)
     with writable(sweep.folder):
         sweep.folder.mkdir(parents=True, exist_ok=True)
-    with RunFolder(sweep.folder).held():
+    with RunFolder(sweep.folder).locked():
         _begin(sweep, command, overwrite=overwrite)
         # Memory first: it is quick, and a summary of an unfinished sweep then has it.
         failures = _measure_memory(sweep, console) if sweep.description.footprint else {}

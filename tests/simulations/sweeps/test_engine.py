@@ -265,7 +265,7 @@ def test_what_a_half_replaced_sweep_left_is_no_result(tmp_path, monkeypatch):
 
 def test_a_sweep_that_another_process_runs_is_left_alone(tmp_path):
     sweep = made(tmp_path / "out")
-    with RunFolder(tmp_path / "out").held(), pytest.raises(RequestError, match="another process is at work"):
+    with RunFolder(tmp_path / "out").locked(), pytest.raises(RequestError, match="another process is at work"):
         run(sweep, overwrite=True)
     assert (tmp_path / "out" / "sweep.json").exists()
 
