@@ -18,6 +18,9 @@ import numpy as np
 
 NAN = float("nan")
 
+FEW_TEST_IMAGES = 50
+"""A device that is tested on fewer images than this has a coarse accuracy: one image is more than two points."""
+
 
 class AccuracyMatrix:
     """`A[t, k]`: accuracy in 0..1 on task k after learning task t, both 0-based; NaN where it was not tested."""

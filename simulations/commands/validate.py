@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from simulations.options import (
     Changes,
     Command,
@@ -20,10 +18,9 @@ from simulations.options import (
 )
 
 if TYPE_CHECKING:
-    from lightcl.preparation import Prepared
+    import numpy as np
 
-FEW_TEST_IMAGES = 50
-"""Below it, one image more or less moves an accuracy by more than two points."""
+    from lightcl.preparation import Prepared
 
 app = command_app()
 
@@ -55,6 +52,8 @@ def fleet_lines(prepared: Prepared) -> Iterator[str]:
 
     Only images of tasks that a device learns count; a device that learns no task is in none of the image counts.
     """
+    from lightcl.metrics import FEW_TEST_IMAGES
+
     counts, tasks = prepared.counts, prepared.scenario.stream.tasks
     learning = counts.learned.any(axis=1)
     yield f"training images per device: {_range(counts.train_used[learning])}"
@@ -80,4 +79,6 @@ def fleet_lines(prepared: Prepared) -> Iterator[str]:
 
 
 def _range(values: np.ndarray) -> str:
+    import numpy as np
+
     return f"{values.min()} to {values.max()}, median {np.median(values):g}"

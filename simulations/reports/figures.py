@@ -11,13 +11,10 @@ import numpy as np
 
 from lightcl.analysis.generalizability import Generalizability
 from lightcl.errors import RequestError
-from lightcl.metrics import AccuracyMatrix, Spread
+from lightcl.metrics import FEW_TEST_IMAGES, AccuracyMatrix, Spread
 from lightcl.records import DeviceHistory, DeviceRow, RoundRow, Run
 from lightcl.records.folder import ANALYSIS
 from lightcl.scenario import Scenario
-
-FEW_TEST_IMAGES = 50
-"""A device that is tested on fewer images than this has a coarse accuracy: one image is more than two points."""
 
 
 @dataclass(frozen=True)

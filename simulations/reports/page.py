@@ -11,13 +11,14 @@ from pathlib import Path
 
 import jinja2
 
+from lightcl.metrics import FEW_TEST_IMAGES
 from lightcl.records import load_run
 from lightcl.records.folder import RunFolder
 from lightcl.storage.files import write_atomically
 from simulations.options import number_ranges
 from simulations.reports import plots
 from simulations.reports.devices import Column, columns_of, devices_csv, named_devices
-from simulations.reports.figures import FEW_TEST_IMAGES, ReportedRun, reported
+from simulations.reports.figures import ReportedRun, reported
 from simulations.reports.pictures import Picture, drawings_of, paint
 from simulations.reports.wording import duration, percent, points, signed_points, size
 

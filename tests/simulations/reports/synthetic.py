@@ -27,13 +27,14 @@ def write_fleet(path: Path, devices: int, tasks: int = 5, seed: int = 0) -> RunF
     ability = np.clip(0.45 + 0.08 * np.log(images / 40) + random.normal(0, 0.06, devices), 0.05, 0.95)
     folder = RunFolder(path)
     first = np.concatenate([[0], np.cumsum(images)])
-    partition = (
-        {
-            "device": d, "train": list(range(first[d], first[d + 1])), "test": list(range(images[d] // 4 + 1)),
-            "skipped": list(range(learned[d], tasks)),
-        }
-        for d in range(devices)
-    )  # fmt: skip
+    ids = [tuple(range(count)) for count in learned.tolist()]
+    partition = []
+    for d in range(devices):
+        row = {"device": d, "train": list(range(first[d], first[d + 1])), "test": list(range(images[d] // 4 + 1))}
+        if learned[d] < tasks:
+            skipped = [{"task": t, "reason": "too few images", "train": 1, "test": 1} for t in range(learned[d], tasks)]
+            row |= {"tasks": list(ids[d]), "skipped": skipped}
+        partition.append(row)
     folder.begin(scenario, {"run": "r", "command": "lightcl simulate synthetic.yaml"}, partition)
     finished: dict[int, dict[str, dict[int, list[float]]]] = {d: {"til": {}, "cil": {}} for d in range(devices)}
     rounds = []
@@ -54,7 +55,7 @@ def write_fleet(path: Path, devices: int, tasks: int = 5, seed: int = 0) -> RunF
         rounds.append(RoundRow.of(rows, int((learned <= task + 1).sum()), 0.06 * len(rows), 0.08 * len(rows)))
         folder.append("devices.jsonl", rows)
         folder.append("rounds.jsonl", rounds[-1:])
-    folder.finish(Results.of(list(finished.values()), tasks, devices=devices, dropped={}, rounds=rounds))
+    folder.finish(Results.of(list(finished.values()), tasks, devices=devices, dropped={}, rounds=rounds, ids=ids))
     return folder
 
 

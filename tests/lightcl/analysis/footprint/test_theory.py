@@ -157,7 +157,7 @@ def test_updated_at_once_one_gradient_exists_at_a_time(precision, held):
     """With memory samples, the gradients of their pass wait for the batch's pass."""
     shape = shape_of(toys.network(freeze="layer3"), IMAGE)
     work = replace(WORK, precision=precision, at_once=True)
-    cost = StepCost(held=held)
+    cost = StepCost(suffix_samples=held)
     gradients: list[int] = []
 
     class Watched(_Step):
