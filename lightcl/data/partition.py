@@ -86,7 +86,7 @@ class Shares(Sequence[Share]):
         labels = self._source.train.labels[train]
         if self._fleet.test_data == "whole":
             return Share(train, _tests_of(labels, self._source.test.labels))
-        return Share(train, _matched_tests(self._source, labels, self._seed, device))
+        return Share(train, _matched_tests(self._source, labels, self._fleet, self._seed, device))
 
     def train_of(self, device: int) -> np.ndarray:
         """A device's training images alone; under `test_data: matched` the test images take time to draw."""
@@ -106,7 +106,7 @@ class Shares(Sequence[Share]):
             return train, self._test.counts(self._source.test.labels, classes)
         if self._fleet.test_data == "whole":
             return train, np.where(train > 0, available, 0)
-        return train, matched_counts(train, available)
+        return train, matched_counts(train, available, self._fleet.test_images)
 
 
 def partition(source: Source, fleet: Fleet, seed: int) -> Shares:
@@ -133,14 +133,16 @@ def label_counts(source: Source, shares: Sequence[Share]) -> tuple[np.ndarray, n
     return (np.stack(train), np.stack(test)) if train else (empty, empty)
 
 
-def matched_counts(train: np.ndarray, available: np.ndarray) -> np.ndarray:
+def matched_counts(train: np.ndarray, available: np.ndarray, limit: int | None = None) -> np.ndarray:
     """Test images per class in the proportions of the training images, as many as there are.
 
     `train` `[..., C]` counts a device's training images per class, `available` `[C]` the test images that there are.
     The class whose test images run out first gives all of them and decides about the others, which are rounded down;
-    every class that a device holds and that has a test image gets at least one.
+    every class that a device holds and that has a test image gets at least one. Where these are more than `limit`
+    images, each count is scaled by limit / total and rounded down, but not below one.
 
-    By hand: 30 and 10 training images, 100 test images each: 100 and ⌊10 · 100 / 30⌋ = 33.
+    By hand: 30 and 10 training images, 100 test images each: 100 and ⌊10 · 100 / 30⌋ = 33. With a limit of 66 out of
+    these 133: ⌊100 · 66 / 133⌋ = 49 and ⌊33 · 66 / 133⌋ = 16.
     """
     present = (train > 0) & (available > 0)
     per_image = np.where(present, available / np.maximum(train, 1), np.inf)
@@ -148,6 +150,9 @@ def matched_counts(train: np.ndarray, available: np.ndarray) -> np.ndarray:
     most = np.take_along_axis(np.broadcast_to(available, train.shape), scarce, -1)
     least = np.maximum(np.take_along_axis(train, scarce, -1), 1)
     counts: np.ndarray = np.where(present, np.clip(train * most // least, 1, np.maximum(available, 1)), 0)
+    if limit is not None:
+        total = np.maximum(counts.sum(axis=-1, keepdims=True), limit)
+        counts = np.where(counts > 0, np.maximum(counts * limit // total, 1), 0)
     return counts
 
 
@@ -156,11 +161,11 @@ def _tests_of(train_labels: np.ndarray, test_labels: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.isin(test_labels, np.unique(train_labels)))
 
 
-def _matched_tests(source: Source, train_labels: np.ndarray, seed: int, device: int) -> np.ndarray:
+def _matched_tests(source: Source, train_labels: np.ndarray, fleet: Fleet, seed: int, device: int) -> np.ndarray:
     """Test images in the proportions of a device's training images, drawn for the device; devices may share them."""
     classes = len(source.classes)
     available = np.bincount(source.test.labels, minlength=classes)
-    counts = matched_counts(np.bincount(train_labels, minlength=classes), available)
+    counts = matched_counts(np.bincount(train_labels, minlength=classes), available, fleet.test_images)
     by_class = np.argsort(source.test.labels, kind="stable")  # the images of class 0, of class 1, ...
     starts = np.cumsum(available) - available
     generator = numpy_generator(seed, "partition", "matched", device)
@@ -181,7 +186,7 @@ def _entry(source: Source, fleet: Fleet, seed: int) -> Path:
     parts = [source.train.labels_digest, source.test.labels_digest]
     if fleet.partition == "natural":
         parts += [array_digest(s.groups) for s in (source.train, source.test) if s.groups is not None]
-    key = json.dumps([fleet.model_dump(mode="json", exclude={"test_data"}), seed, parts, 4])
+    key = json.dumps([fleet.model_dump(mode="json", exclude={"test_data", "test_images"}), seed, parts, 4])
     return cache_folder() / "partitions" / hashlib.sha256(key.encode()).hexdigest()[:20]
 
 

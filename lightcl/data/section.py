@@ -137,6 +137,8 @@ class Fleet(Section):
     test_data: Literal["share", "whole", "matched"] = "share"
     """Test images of a device, all of its classes. share: its part of them; whole: all of them (slower, less noise per
     device); matched: as many as there are in the proportions of its training images, shared between devices."""
+    test_images: int | None = Field(default=None, ge=1, le=1_000_000)
+    """matched: at most about this many test images per device, and at least one per class; default: no limit."""
 
     @field_validator("partition")
     @classmethod
@@ -151,6 +153,8 @@ class Fleet(Section):
                 f"fleet.partition is {self.partition} and fleet.partition_by is {given}; partition: natural needs "
                 "the column of users, writers or cameras, and no other partition uses it"
             )
+        if self.test_images is not None and self.test_data != "matched":
+            raise ValueError(f"fleet.test_images is for fleet.test_data: matched, not {self.test_data}; leave it out")
         return self
 
 

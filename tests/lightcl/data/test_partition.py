@@ -321,6 +321,10 @@ def test_matched_counts_by_hand():
     # one image of a hundred: 100 * 50 // 100 = 50 and 1 * 50 // 100 = 0, but at least one
     assert matched_counts(np.array([100, 1]), np.array([50, 50])).tolist() == [50, 1]
     # a class without test images does not count; a device without images is not tested
+    # 133 images are more than 66; the smallest class keeps one
+    assert matched_counts(np.array([30, 10, 0]), np.array([100, 100, 100]), 66).tolist() == [49, 16, 0]
+    assert matched_counts(np.array([100, 1]), np.array([50, 50]), 10).tolist() == [9, 1]
+    assert matched_counts(np.array([100, 1]), np.array([50, 50]), 1000).tolist() == [50, 1]
     assert matched_counts(np.array([[5, 5], [0, 0]]), np.array([0, 7])).tolist() == [[0, 7], [0, 0]]
 
 
