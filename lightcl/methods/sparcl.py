@@ -63,7 +63,8 @@ class SparseParameters(ReplayParameters):
     """Share that grows with a new task, until the next adjustment."""
     removed_data: float = Field(default=0.3, ge=0, lt=1)
     """Share of a task's samples that is removed while the task is trained. Nothing is removed unless an adjustment
-    falls into the first `removal_until` of the task's epochs; with the defaults this takes 13 epochs per task or more."""
+    falls into the first `removal_until` of the task's epochs; with the defaults this takes 13 epochs per task or
+    more."""
     removal_until: float = Field(default=0.4, gt=0, le=1)
     """Share of a task's epochs, from its start, in which samples are removed."""
     importance_new: float = Field(default=1.0, ge=0, le=1e9)
