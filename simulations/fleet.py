@@ -1,4 +1,4 @@
-"""A simulated fleet: the server's rounds over devices in Flower's simulation runtime, into a run folder."""
+"""A simulated fleet: the server's rounds over simulated devices, into a run folder."""
 
 from __future__ import annotations
 

@@ -53,7 +53,8 @@ class SparseParameters(ReplayParameters):
     sparsity: float = Field(default=0.9, ge=0, lt=1)
     """Share of every masked layer's weights that is zero."""
     gradient_sparsity: float | None = Field(default=None, ge=0, lt=1)
-    """Share that is not updated; default: a fifth of the weights that are there are not (0.92 at sparsity 0.9)."""
+    """Share of all weights that is not updated; default: all zero weights and a fifth of the others (0.92 at sparsity
+    0.9)."""
     interval: int = Field(default=5, ge=1, le=1_000_000)
     """Epochs between two adjustments of masks and data; a task without more epochs than this has none."""
     intra_task: float = Field(default=0.01, ge=0, lt=1)
@@ -61,8 +62,9 @@ class SparseParameters(ReplayParameters):
     inter_task: float = Field(default=0.01, ge=0, lt=1)
     """Share that grows with a new task, until the next adjustment."""
     removed_data: float = Field(default=0.3, ge=0, lt=1)
-    """Share of a task's samples that is removed in the course of it; nothing is, unless an adjustment falls into the
-    first `removal_until` of its epochs: by default from 13 epochs per task on."""
+    """Share of a task's samples that is removed while the task is trained. Nothing is removed unless an adjustment
+    falls into the first `removal_until` of the task's epochs; with the defaults this takes 13 epochs per task or
+    more."""
     removal_until: float = Field(default=0.4, gt=0, le=1)
     """Share of a task's epochs, from its start, in which samples are removed."""
     importance_new: float = Field(default=1.0, ge=0, le=1e9)

@@ -50,7 +50,7 @@ def scenario_keys() -> str:
         "",
         "The other keys depend on the method: they are below, under the methods that have them.",
     ]
-    lines += [*_KEY_TABLE, f"| `method.name` | {names} | `{json.dumps(default)}` | The README says what each does. |"]
+    lines += [*_KEY_TABLE, f"| `method.name` | {names} | `{json.dumps(default)}` | See docs/reference/methods.md. |"]
     for names, lines_of_keys in rows.items():
         lines += ["", f"## method: {names}", *_KEY_TABLE, *lines_of_keys]
     return "\n".join(lines) + "\n"

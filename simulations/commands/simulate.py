@@ -24,7 +24,7 @@ def simulate(
     scenario: ScenarioFile, changes: Changes = None, out_folder: OutFolder = None, resume: Resume = False,
     overwrite: Overwrite = False, plugins: Plugins = None,
 ) -> None:  # fmt: skip
-    """Simulate a fleet of devices in Flower's simulation runtime, and write a report."""
+    """Simulate a fleet of devices and write a report."""
     from lightcl.records.folder import RunFolder
     from server.rounds import RunFailure
     from simulations.commands.shared import default_folder, open_folder, print_report, print_results

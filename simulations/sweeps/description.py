@@ -12,7 +12,7 @@
       footprint: true                   # count FLOPs and memory, and measure memory
       baseline: SGD                     # paired differences are taken from this variant
 
-Every key may be left out. Presets are such files; `table1` and `methods` lie in `presets/`.
+Every key may be left out. Presets are such files; `demo`, `methods` and `table1` are in `presets/`.
 """
 
 from __future__ import annotations
