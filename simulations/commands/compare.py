@@ -16,6 +16,7 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from lightcl.errors import RequestError
+from simulations.options import Plugins, use_plugins
 
 WIDEST_CELL = 28
 """Characters; longer cells, which are names, wrap."""
@@ -37,8 +38,10 @@ def compare(
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure the memory of a training step in fresh processes")
     ] = False,
+    plugins: Plugins = None,
 ) -> None:
     """Compare runs: accuracy, forgetting, memory, bytes and time, with paired differences and 95 % intervals."""
+    use_plugins(plugins or [])
     from lightcl.errors import nearest
     from lightcl.storage.files import names_in, writable, write_atomically
     from simulations.reports.comparison import PAGE, Group, markdown, to_json, write_page

@@ -69,9 +69,9 @@ def check_disk(need: DiskNeed, folder: Path) -> None:
         )
 
 
-def _readable(size: int) -> str:
+def _readable(size: float) -> str:
     for unit in ("bytes", "KB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}"
-        size //= 1000
-    return f"{size:.0f} GB"
+        size /= 1000
+    return f"{size:.1f} GB"

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from lightcl.errors import RequestError
+from simulations.options import Plugins, use_plugins
 
 
 def sweep(
@@ -44,8 +45,10 @@ def sweep(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the sweep in --out; cells may be added")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the sweep in --out")] = False,
     only_table: Annotated[bool, typer.Option("--only-table", help="Run nothing; summarize the runs in --out")] = False,
+    plugins: Plugins = None,
 ) -> None:
     """Run a scenario over a grid of keys and seeds, and summarize all runs in one table, picture and page."""
+    use_plugins(plugins or [])  # the runs are processes that inherit them
     from lightcl.scenario import find_scenario
     from simulations.sweeps.description import (
         SweepDescription,
