@@ -109,6 +109,8 @@ def check(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]
             raise ExchangeError(f"tensor {name!r} holds a negative variance")
         if name == f"{STATISTICS}count" and (array < 0).any():
             raise ExchangeError(f"tensor {name!r} holds a negative number of samples")
+        if name == f"{STATISTICS}count" and (array != np.round(array)).any():
+            raise ExchangeError(f"tensor {name!r} holds a fraction of a sample")
     if f"{STATISTICS}gram" in arrays:
         _check_sums(arrays[f"{STATISTICS}count"], arrays[f"{STATISTICS}total"], arrays[f"{STATISTICS}gram"])
 

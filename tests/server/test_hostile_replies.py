@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 
+from lightcl.assembly import build_network
 from lightcl.records import load_run
 from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario
+from server.aggregation.statistics import ClassSums
 from server.rounds import Coordinator
 from tests.inprocess import InProcessGrid, Silent, small
 
@@ -111,3 +113,47 @@ def test_fp64_values_that_would_stop_the_average(tmp_path: Path) -> None:
     refusals = run_with(tmp_path, small(stream={"tasks": 1}, server={"aggregation": "suffix"}), spoil).refusals
     assert [device for device, _ in refusals] == [1]
     assert "beyond 3.4e+38" in refusals[0][1]
+
+
+PLUS = {"name": "lightcl-plus", "share_statistics": True}
+
+
+@pytest.mark.parametrize(
+    ("factor", "count", "said"),
+    [
+        pytest.param(1e200, 1.0, "beyond 3.4e+38", id="sums that overflow when they are squared"),
+        pytest.param(1e300, 1.0, "beyond 3.4e+38", id="sums that overflow when they are added"),
+        pytest.param(1.0, 0.3, "a fraction of a sample", id="a third of each sample"),
+    ],
+)
+def test_class_sums_that_would_spoil_the_fleets_head(tmp_path: Path, factor: float, count: float, said: str) -> None:
+    def spoil(reply: Message) -> None:
+        arrays = {name: array.numpy() for name, array in reply.content["arrays"].items()}
+        for name in ("total", "gram"):
+            arrays[f"statistics/{name}"] = arrays[f"statistics/{name}"] * factor
+        arrays["statistics/count"] = arrays["statistics/count"] * count
+        reply.content["arrays"] = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+
+    refusals = run_with(tmp_path, small(stream={"tasks": 1}, method=PLUS), spoil).refusals
+    assert refusals, "it sends its sums again with the next reply"
+    assert {device for device, _ in refusals} == {1}
+    assert said in refusals[0][1]
+
+
+def test_sums_without_a_head_are_left_out(tmp_path: Path) -> None:
+    scenario = small(method=PLUS)
+    method = scenario.method.build(build_network(scenario, in_channels=1, classes=10))
+    sums = ClassSums(method)
+    features = np.random.default_rng(0).normal(size=(50, sums.sums["statistics/total"].shape[1]))
+    good = {name: np.zeros_like(array) for name, array in sums.sums.items()}
+    good["statistics/count"][3], good["statistics/total"][3] = 50, features.sum(axis=0)
+    good["statistics/gram"] = (features.T @ features)[np.triu_indices(features.shape[1])]
+    assert sums.update_([good], 1)
+    before, head = {name: array.copy() for name, array in sums.sums.items()}, sums.head
+    huge = {name: array * (1.0 if name.endswith("count") else 1e37) for name, array in good.items()}
+    negative = good | {"statistics/gram": -1e6 * good["statistics/gram"]}
+    for bad in (huge, negative):
+        assert not sums.update_([bad], 2)
+        assert sums.head is head
+        assert all((sums.sums[name] == array).all() for name, array in before.items())
+    assert sums.update_([good], 3)
