@@ -187,7 +187,8 @@ def test_a_board_with_its_own_images_is_one_of_the_devices(tmp_path: Path, parti
     """Three devices; a board that says it is the fourth of four, or the second of two nodes."""
 
     def spoil(message: Message, reply: Message) -> Message:
-        reply.content["reply"].update({"partition": partition, "partitions": partitions, "own_data": True, "tasks": [0]})
+        changes = {"partition": partition, "partitions": partitions, "own_data": True, "tasks": [0]}
+        reply.content["reply"].update(changes)
         return reply
 
     nodes = nodes_of(named(InProcessGrid(tmp_path, 1, spoil)))
