@@ -96,11 +96,11 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Keeps a second process from writing to the same run. Raises RequestError."""
         with ExitStack() as stack:
-            try:
-                with writable(self.path):
+            with writable(self.path):
+                try:
                     stack.enter_context(exclusive(self.path, wait=False))
-            except BlockingIOError as error:
-                raise RequestError(f"{self.path}: another process is at work on this run") from error
+                except BlockingIOError as error:
+                    raise RequestError(f"{self.path}: another process is at work on this run") from error
             yield
 
     def begin(
