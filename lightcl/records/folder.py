@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from lightcl.errors import RequestError
 from lightcl.records.rows import DeviceRow, Failure, Results, RoundRow
 from lightcl.scenario import Scenario
-from lightcl.storage.files import LOCK, exclusive, names_in, writable, write_atomically
+from lightcl.storage.files import LOCK, exclusive, names_in, saving, writable, write_atomically
 
 ANALYSIS = "generalizability.json"
 ROUNDS, DEVICES, EVENTS = "rounds.jsonl", "devices.jsonl", "events.jsonl"
@@ -167,8 +167,8 @@ class RunFolder:
             raise RequestError(f"{file}: not the record of an analysis ({error})") from error
 
     def append(self, name: str, rows: Iterable[DeviceRow] | Iterable[RoundRow]) -> None:
-        """Adds rows to a .jsonl file, synced to disk."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
+        """Adds rows to a .jsonl file, synced to disk. Raises Failure (lightcl/errors.py) where the disk refuses it."""
+        with saving(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(row.to_json(), allow_nan=False) + "\n")
             file.flush()
