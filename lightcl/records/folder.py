@@ -53,7 +53,7 @@ class RunFolder:
             return (self.path / "run.json").exists()
 
     @property
-    def whole(self) -> bool:
+    def completed(self) -> bool:
         """Whether nothing is left to do: the run is completed and no device was dropped."""
         results = self.results()
         return results is not None and not results.dropped
