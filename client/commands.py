@@ -129,15 +129,14 @@ def _check_state_folder(folder: Path) -> tuple[str, None]:
 
 def _check_data(local: Local, scenario: Scenario) -> tuple[str, Source]:
     """Opens the images and cuts this device's stream from them."""
-    import numpy as np
-
+    from client.app import whole_share
     from lightcl.assembly import build_stream
-    from lightcl.data.partition import Share, share_of
+    from lightcl.data.partition import share_of
     from lightcl.data.sources import load_source
 
     source = load_source(scenario.source_request())
     if local.own_data:
-        share = Share(np.arange(len(source.train)), np.arange(len(source.test)))
+        share = whole_share(source)
     else:
         if local.partition >= scenario.fleet.devices:
             raise RequestError(
@@ -145,11 +144,16 @@ def _check_data(local: Local, scenario: Scenario) -> tuple[str, Source]:
                 f"(allowed: 0 to {scenario.fleet.devices - 1})"
             )
         share = share_of(source, scenario.fleet, scenario.seed, local.partition)
-    build_stream(scenario, source, share, local.partition)
+    stream = build_stream(scenario, source, share, local.partition)
+    if not stream:
+        raise RequestError(
+            f"the board can learn no task: {stream.skipped[0].reason}; give it more images or lower stream.min_samples"
+        )
     height, width, channels = source.train.images.shape[1:]
+    learned = f"{len(stream)} of {scenario.stream.tasks}" if stream.skipped else f"{len(stream)}"
     return (
         f"{len(share.train)} training images of {height}x{width}x{channels}, {len(source.classes)} classes, "
-        f"{scenario.stream.tasks} tasks"
+        f"{learned} tasks"
     ), source
 
 

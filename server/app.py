@@ -61,7 +61,7 @@ def main(grid: Grid, context: Context) -> None:
         tasks = prepared.tasks
     else:
         open_remote_run(folder, scenario, command, resume=resume)
-    if folder.whole:
+    if folder.completed:
         logger.info("the run in %s was complete already", folder.path)
         return
     run = str(folder.read()["run"])

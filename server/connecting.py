@@ -77,11 +77,12 @@ class Connections:
         self.nodes.update()
         own = self.nodes.own_data if self.nodes.settled else {}
         if new := own.keys() - self._own_data:
-            every = self.scenario.stream.tasks
-            self.folder.note_own_data(new, {d: own[d] for d in new if len(own[d]) < every})
-            self._own_data |= new
             for device in new:
                 self.ledger.set_tasks_(device, own[device])
+            learned = {device: self.ledger[device].tasks for device in new}  # of a resumed run: those it began with
+            every = self.scenario.stream.tasks
+            self.folder.note_own_data(new, {d: tasks for d, tasks in learned.items() if len(tasks) < every})
+            self._own_data |= new
         if self.nodes.settled or not self.nodes.unanswered:  # before that the next greeting may turn the majority
             for problem in self.nodes.problems:  # also where no device is missing because of it
                 self._warn(problem)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightcl.records.rows import RoundRow
+from lightcl.storage.files import saving
 
 logger = logging.getLogger("flwr")
 
@@ -122,5 +123,5 @@ class EventLog(Listener):
 
     def _write(self, event: str, **values: Any) -> None:
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **values}
-        with self._file.open("a", encoding="utf-8") as file:
+        with saving(self._file), self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

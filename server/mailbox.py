@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from flwr.app import Message
 from flwr.serverapp import Grid
 
@@ -93,12 +94,18 @@ class Mailbox:
 
 def record_of(reply: Message, name: str = REPLY) -> Any:
     """The record of a reply; empty where it has none."""
-    return reply.content.config_records.get(name) or {}
+    return (reply.content.config_records.get(name) or {}) if reply.has_content() else {}
 
 
 def arrays_of(reply: Message) -> Arrays:
     """The tensors of a reply, as they were sent. Raises ProtocolError for bytes that are not tensors."""
-    try:
-        return {name: array.numpy() for name, array in (reply.content.array_records.get(ARRAYS) or {}).items()}
-    except (ValueError, TypeError, EOFError) as error:
-        raise ProtocolError(f"its tensors cannot be decoded ({error})") from error
+    arrays = {}
+    for name, array in (reply.content.array_records.get(ARRAYS) or {}).items():
+        try:
+            decoded: object = array.numpy()
+        except Exception as error:  # NumPy raises many kinds for bytes that a device made up, MemoryError among them
+            raise ProtocolError(f"its tensor {name!r} cannot be decoded ({type(error).__name__}: {error})") from error
+        if not isinstance(decoded, np.ndarray):  # an archive of arrays
+            raise ProtocolError(f"its tensor {name!r} cannot be decoded: it is no array")
+        arrays[name] = decoded
+    return arrays

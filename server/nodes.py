@@ -15,6 +15,9 @@ RETRY_SECONDS = 10.0
 TERMS = {"partitions": "num-partitions", "channels": "channels", "classes": "classes", "labels": "class names"}
 """The fields of a greeting that must be the same on all nodes of a fleet, with their names in errors."""
 
+LARGEST = {"channels": 1024, "classes": 100_000}
+"""The server builds a network of this size, so a node may not name any."""
+
 
 class Nodes:
     """`devices` devices on the nodes behind `mailbox`; `instruction` is the greeting that a node is sent.
@@ -123,6 +126,16 @@ class Nodes:
             raise ProtocolError(
                 f"node {greeting.name!r} has partition-id {greeting.partition} of {greeting.partitions}"
             )
+        if greeting.own_data and not greeting.partition < self._devices <= greeting.partitions:
+            raise ProtocolError(
+                f"node {greeting.name!r} has own-data, so it is one device, but partition-id {greeting.partition} of "
+                f"{greeting.partitions} is not one of {self._devices} devices"
+            )
+        for name, most in LARGEST.items():
+            if not 1 <= getattr(greeting, name) <= most:
+                raise ProtocolError(
+                    f"node {greeting.name!r} has images with {getattr(greeting, name)} {name}, expected 1 to {most}"
+                )
         return greeting
 
     def _assign(self) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from flwr.app import Message
 
 from lightcl.errors import shown
 from lightcl.exchange.messages import TESTED, ProtocolError, Tested, Trained
-from lightcl.exchange.tensors import STATISTICS, Arrays, check, size_in_bytes, split
+from lightcl.exchange.tensors import LARGEST, STATISTICS, Arrays, check, size_in_bytes, split
 from lightcl.scenario import Scenario
 from server.aggregation import Aggregator
 from server.ledger import Entry
@@ -50,8 +49,9 @@ class ReplyCheck:
                 f"device {entry.number} has kept other channels ({report.channel_sets}) than the fleet "
                 f"({self.channel_sets}), so its tensors are not averaged: it pruned other weights than the server"
             )
-        if report.examples <= 0 or not np.isfinite(report.loss):
+        if report.examples <= 0 or not abs(report.loss) <= LARGEST:
             raise ProtocolError(f"{report.examples} examples with a loss of {report.loss}")
+        _expect_measured(seconds=report.seconds, peak_memory_mib=report.peak_memory_mib)
         sent = arrays_of(reply)
         arrays = self.aggregator.codec.restore(sent) if self.aggregator else sent
         check(arrays, self.aggregator.shapes(self.finishes_task(report)) if self.aggregator else {})
@@ -82,6 +82,9 @@ class ReplyCheck:
             )
         if not all(0 <= accuracy <= 1 for accuracy in [*report.til, *report.cil]):
             raise ProtocolError("an accuracy outside 0..1")
+        if min(report.images) < 0:
+            raise ProtocolError(f"a test of {min(report.images)} images")
+        _expect_measured(seconds=report.seconds)
         return report
 
 
@@ -89,3 +92,10 @@ def _expect(report: Trained | Tested, device: int, task: int, epochs: int) -> No
     given, expected = (report.device, report.task, report.epochs), (device, task, epochs)
     if given != expected:
         raise ProtocolError(f"reply is for (device, task, epoch) {given}, expected {expected}")
+
+
+def _expect_measured(**values: float) -> None:
+    """A row takes these numbers, and JSON has no NaN and no infinity."""
+    for name, value in values.items():
+        if not 0 <= value <= LARGEST:
+            raise ProtocolError(f"{name} is {value}, expected a finite number from 0")

@@ -42,7 +42,7 @@ def run_fleet(
     folder = RunFolder(Path(out).absolute())
     prepared = open_run(folder, scenario, shlex.join(sys.argv), "fleet", resume=resume, overwrite=overwrite)
     with folder.locked():
-        if not folder.whole:
+        if not folder.completed:
             simulate_fleet(prepared, folder, Listeners(listeners))
     return load_run(folder.path)
 

@@ -306,7 +306,7 @@ class EdgeDevice:
             )
         if values.get("accelerator", self.accelerator.type) != self.accelerator.type:
             raise StateError(
-                f"{self._state.folder}: was saved on {values['accelerator']} and would go on with other numbers on "
+                f"{self._state.folder}: was saved on {values['accelerator']} and would give other numbers on "
                 f"{self.accelerator.type}; set device.accelerator, use another folder or remove this one"
             )
         with torch.no_grad():

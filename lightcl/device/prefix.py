@@ -6,7 +6,7 @@ The batch-norm of the prefix is folded into its convolutions (lightcl/networks/f
 
 The cache holds outputs of views of training images (lightcl/data/augment.py) and of images that are used as they are:
 test images, and training images without augmentation. Where the disk has no room, the cache is switched off with a
-warning, and the run goes on with the same numbers.
+warning, and the run continues with the same numbers.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ EVALUATION_BATCH = 128
 
 
 class TrainingFailure(Failure):
-    """Training cannot go on; the text says where it stopped and what to try."""
+    """Training cannot continue; the text says where it stopped and what to try."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ class _Record:
             kind = types[str(field.type)]
             fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)  # type: ignore[arg-type]
             if fits and isinstance(value, list):
-                fits = all(isinstance(item, types[str(field.type)[5:-1]]) for item in value)  # type: ignore[arg-type]
+                items = types[str(field.type)[5:-1]]
+                fits = all(isinstance(item, items) and not isinstance(item, bool) for item in value)  # type: ignore[arg-type]
             if not fits:
                 raise ProtocolError(f"{cls.__name__}.{field.name} is {value!r}, expected {field.type}")
             values[field.name] = value

@@ -30,6 +30,8 @@ Aggregation = Literal["none", "suffix", "suffix+head"]
 Arrays = dict[str, np.ndarray]
 STATISTICS = "statistics/"
 FLEET_HEAD = "fleet_head/"
+LARGEST = float(np.finfo(np.float32).max)
+"""The largest number that a device may send. The server computes in fp64, where these do not overflow."""
 
 
 class ExchangeError(Exception):
@@ -101,10 +103,14 @@ def check(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]
             raise ExchangeError(f"tensor {name!r} holds {array.dtype}, expected floating-point values")
         if not np.isfinite(array).all():
             raise ExchangeError(f"tensor {name!r} holds values that are not finite")
+        if array.itemsize > 4 and not (np.abs(array) <= LARGEST).all():  # sums and averages of them would overflow
+            raise ExchangeError(f"tensor {name!r} holds values beyond {LARGEST:.1e}, the range of fp32")
         if name.endswith("running_var") and (array < 0).any():
             raise ExchangeError(f"tensor {name!r} holds a negative variance")
         if name == f"{STATISTICS}count" and (array < 0).any():
             raise ExchangeError(f"tensor {name!r} holds a negative number of samples")
+        if name == f"{STATISTICS}count" and (array != np.round(array)).any():
+            raise ExchangeError(f"tensor {name!r} holds a fraction of a sample")
     if f"{STATISTICS}gram" in arrays:
         _check_sums(arrays[f"{STATISTICS}count"], arrays[f"{STATISTICS}total"], arrays[f"{STATISTICS}gram"])
 
@@ -118,7 +124,7 @@ def _check_sums(count: np.ndarray, total: np.ndarray, gram: np.ndarray) -> None:
     scatter = from_upper_triangle(torch.from_numpy(np.array(gram)), total.shape[1]).numpy()
     rounding = 1e-6 * np.trace(scatter) / len(scatter) + 1e-9
     scatter -= (total / np.maximum(count, 1)[:, None]).T @ total
-    if (total[count == 0] != 0).any() or np.linalg.eigvalsh(scatter)[0] < -rounding:
+    if (total[count == 0] != 0).any() or not np.linalg.eigvalsh(scatter)[0] >= -rounding:
         raise ExchangeError(
             f"the sums {STATISTICS}... are inconsistent: the scatter matrix is not positive semidefinite"
         )

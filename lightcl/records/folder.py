@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from lightcl.errors import RequestError
 from lightcl.records.rows import DeviceRow, Failure, Results, RoundRow
 from lightcl.scenario import Scenario
-from lightcl.storage.files import LOCK, exclusive, names_in, writable, write_atomically
+from lightcl.storage.files import LOCK, exclusive, names_in, saving, writable, write_atomically
 
 ANALYSIS = "generalizability.json"
 ROUNDS, DEVICES, EVENTS = "rounds.jsonl", "devices.jsonl", "events.jsonl"
@@ -53,7 +53,7 @@ class RunFolder:
             return (self.path / "run.json").exists()
 
     @property
-    def whole(self) -> bool:
+    def completed(self) -> bool:
         """Whether nothing is left to do: the run is completed and no device was dropped."""
         results = self.results()
         return results is not None and not results.dropped
@@ -96,11 +96,11 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Keeps a second process from writing to the same run. Raises RequestError."""
         with ExitStack() as stack:
-            try:
-                with writable(self.path):
+            with writable(self.path):
+                try:
                     stack.enter_context(exclusive(self.path, wait=False))
-            except BlockingIOError as error:
-                raise RequestError(f"{self.path}: another process is at work on this run") from error
+                except BlockingIOError as error:
+                    raise RequestError(f"{self.path}: another process is at work on this run") from error
             yield
 
     def begin(
@@ -167,8 +167,8 @@ class RunFolder:
             raise RequestError(f"{file}: not the record of an analysis ({error})") from error
 
     def append(self, name: str, rows: Iterable[DeviceRow] | Iterable[RoundRow]) -> None:
-        """Adds rows to a .jsonl file, synced to disk."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
+        """Adds rows to a .jsonl file, synced to disk. Raises Failure (lightcl/errors.py) where the disk refuses it."""
+        with saving(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(row.to_json(), allow_nan=False) + "\n")
             file.flush()

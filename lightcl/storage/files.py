@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lightcl.errors import RequestError
+from lightcl.errors import Failure, RequestError
 
 LOCK = ".lock"
 
@@ -32,6 +32,17 @@ def writable(path: Path, option: str = "--out") -> Iterator[None]:
         yield
     except OSError as error:
         raise RequestError(f"{option}: {path} cannot be written to ({error.strerror})") from error
+
+
+@contextmanager
+def saving(file: Path) -> Iterator[None]:
+    """Makes a Failure of what the disk refuses in the middle of a run, most often for lack of room."""
+    try:
+        yield
+    except OSError as error:
+        raise Failure(
+            f"{file} cannot be written ({error.strerror or error}); make room on the disk, then continue with --resume"
+        ) from error
 
 
 def names_in(path: Path, own: Collection[str], begun: Path | None = None) -> list[str]:

@@ -25,7 +25,7 @@ Value = TypeVar("Value")
 
 
 class StateError(Failure):
-    """A state folder that cannot be read; the text names the file."""
+    """A state folder that cannot be read or written; the text names the file."""
 
 
 class StateFolder:
@@ -60,26 +60,35 @@ class StateFolder:
         """Replaces the state. `tensors=None` keeps those saved before and writes only the values.
 
         `shared` is a file of tensors that other states hold too (`SharedVersions`): those of `tensors` that are equal
-        to them are not written, and the state links to the file.
+        to them are not written, and the state links to the file. Raises StateError where the disk refuses it; the state
+        is then the old one.
         """
+        try:
+            self._save(tensors, values, shared)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise StateError(f"{self.folder}: the state cannot be saved ({error})") from error
+
+    def _save(self, tensors: Mapping[str, Tensor] | None, values: Mapping[str, Any], shared: Path | None) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._stored is None:
             self.load()  # never write over the tensors that the manifest names
-        if tensors is not None or self._stored is None:
-            number = int(self._stored.split("-")[1].split(".")[0]) + 1 if self._stored else 0
-            self._stored = f"tensors-{number}.safetensors"
+        stored, linked = self._stored, self._shared
+        if tensors is not None or stored is None:
+            number = int(stored.split("-")[1].split(".")[0]) + 1 if stored else 0
+            stored = f"tensors-{number}.safetensors"
             plain = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or {}).items()}
             common = self._link(shared, plain) if shared else set()
-            self._shared = shared.name if shared and common else None
-            save_file({n: t for n, t in plain.items() if n not in common}, self.folder / self._stored)
+            linked = shared.name if shared and common else None
+            save_file({n: t for n, t in plain.items() if n not in common}, self.folder / stored)
             if self.durable:
-                sync(self.folder / self._stored)
-        files = {"tensors": self._stored} | ({"shared": self._shared} if self._shared else {})
+                sync(self.folder / stored)
+        files = {"tensors": stored} | ({"shared": linked} if linked else {})
         write_atomically(self.folder / MANIFEST, json.dumps({**files, **values}), durable=self.durable)
+        self._stored, self._shared = stored, linked
         # Older tensors, and what a process left that was killed while it wrote.
         for pattern in ("tensors-*.safetensors", "version-*.safetensors", f".{MANIFEST}.*.partial"):
             for file in self.folder.glob(pattern):
-                if file.name not in (self._stored, self._shared):
+                if file.name not in (stored, linked):
                     file.unlink(missing_ok=True)
 
     def _link(self, shared: Path, tensors: Mapping[str, Tensor]) -> set[str]:

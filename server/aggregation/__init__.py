@@ -74,7 +74,7 @@ class Aggregator:
         """Moves the shared tensors by the checked replies of one round; their tensors are gone afterwards."""
         sums = [item.sums for item in contributions if item.sums]
         moved = self._weights.update_(contributions, round_number, grid)
-        self.version += self._sums.update_(sums) or moved
+        self.version += self._sums.update_(sums, round_number) or moved
 
     def state(self) -> dict[str, Tensor]:
         """The shared tensors and the server optimizer's, for a run that is to be resumed."""

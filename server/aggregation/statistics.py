@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,6 +12,9 @@ from torch import Tensor
 from lightcl.exchange.tensors import FLEET_HEAD, STATISTICS, Arrays, outgoing_head, outgoing_statistics
 from lightcl.methods import Method
 from lightcl.storage.state import under
+from server.aggregation.robust import adoptable
+
+logger = logging.getLogger("flwr")
 
 
 class ClassSums:
@@ -21,13 +25,22 @@ class ClassSums:
         self.sums: Arrays = {name: np.zeros_like(array) for name, array in outgoing_statistics(method).items()}
         self.head: Arrays = {}
 
-    def update_(self, reported: Sequence[Arrays]) -> bool:
-        """Adds the sums of one round and solves the head anew; returns whether there were any."""
+    def update_(self, reported: Sequence[Arrays], round_number: int) -> bool:
+        """Adds the sums of one round and solves the head anew; returns whether they moved.
+
+        Sums from which no head can be solved are left out, with a warning.
+        """
         if not reported:
             return False
-        for name, total in self.sums.items():
-            total += np.sum([sums[name] for sums in reported], axis=0)
-        self.head = outgoing_head(self._method, self.sums)
+        sums = {name: total + np.sum([given[name] for given in reported], axis=0) for name, total in self.sums.items()}
+        try:
+            head = outgoing_head(self._method, sums)
+        except ValueError as error:
+            logger.warning("round %d: its class sums are left out (%s)", round_number, error)
+            return False
+        if not adoptable(head, round_number):
+            return False
+        self.sums, self.head = sums, head
         return True
 
     def state(self) -> dict[str, Tensor]:

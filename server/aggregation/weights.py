@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import cast
 
@@ -39,6 +40,9 @@ STRATEGIES: dict[StrategyName, type[strategies.FedAvg]] = {
 
 OPTIMIZER_STATE = ("m_t", "v_t")
 """Dictionaries that FedAdam, FedAdagrad and FedYogi carry from round to round."""
+
+MOMENTUM_STATE = ("momentum_vector", "current_arrays")
+"""FedAvgM's; its arrays are those that it moved last."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ class SharedWeights:
             [item.batch_norm for item in contributions if item.reply],
             [item.examples for item in contributions if item.reply],
         )
+        # Flower replaces the tensors in these collections and changes none in place.
+        optimizer = {name: copy(getattr(self._strategy, name, None)) for name in (*OPTIMIZER_STATE, *MOMENTUM_STATE)}
         with _quiet():
             # Names in sorted order throughout: FedAvgM pairs tensors by position.
             names = sorted(name for name in self.arrays if not is_statistic(name))
@@ -101,6 +107,9 @@ class SharedWeights:
         for reply in replies:  # Flower's views of it are reference cycles: all tensors would stay for many rounds
             reply.content[ARRAYS].clear()
         if moved is None or not adoptable(averaged, round_number):
+            for name, value in optimizer.items():  # otherwise one overflow would stay in its moments for good
+                if hasattr(self._strategy, name):
+                    setattr(self._strategy, name, value)
             return False
         self.arrays = averaged
         return True

@@ -38,7 +38,7 @@ def simulate(
         folder, loaded, "fleet", command_line(), resume=resume, overwrite=overwrite, console=out
     )  # fmt: skip
     with folder.locked():
-        if folder.whole:
+        if folder.completed:
             out.print("the run was complete already", highlight=False)
         else:
             rounds = loaded.server.rounds_per_task * sum(len(tasks) for tasks in prepared.tasks)

@@ -47,7 +47,7 @@ def train(
         folder, loaded, f"device {device}", command_line(), resume=resume, overwrite=overwrite, console=out
     )  # fmt: skip
     with folder.locked():
-        if folder.whole:
+        if folder.completed:
             out.print("the run was complete already", highlight=False)
         else:
             rounds = 1 if loaded.method.joint else len(prepared.tasks[device])

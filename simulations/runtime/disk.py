@@ -60,7 +60,8 @@ def check_disk(need: DiskNeed, folder: Path) -> None:
     States that are there already, of a run that is resumed, are part of the need.
     """
     there = next(path for path in (folder, *folder.parents) if path.exists())
-    stored = sum(file.stat().st_size for file in folder.glob("*/*/*.safetensors")) if folder.exists() else 0
+    files = [file.stat() for file in folder.glob("*/*/*.safetensors")] if folder.exists() else []
+    stored = sum(file.st_size / file.st_nlink for file in files)  # many states link to one file
     free = shutil.disk_usage(there).free
     if need.total - stored > free:
         raise RequestError(

@@ -76,7 +76,7 @@ def run_cells(sweep: Sweep, jobs: int, console: Console) -> dict[str, str]:
 
     A run that lost devices is not complete: it is continued, which gives the lost devices another chance.
     """
-    left = [cell for cell in sweep.cells if not RunFolder(sweep.run_folder(cell)).whole]
+    left = [cell for cell in sweep.cells if not RunFolder(sweep.run_folder(cell)).completed]
     failures: dict[str, str] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     runner = ProcessRunner()

@@ -38,6 +38,18 @@ def test_a_folder_of_images_of_the_boards_own(tmp_path: Path) -> None:
     scenario = small(data={"source": "image-folder"})
     checks = {one.name: one for one in run_checks(scenario, config)}
     assert checks["data"].text == "32 training images of 8x8x3, 4 classes, 2 tasks"
+    # A task with too few images is skipped, and the check says so; a board that learns nothing does not pass.
+    fewer = small(data={"source": "image-folder"}, stream={"tasks": 2, "min_samples": 17})
+    checks = {one.name: one for one in run_checks(fewer, config)}
+    assert not checks["data"].passed
+    assert "the board can learn no task: 14 training and 4 test images for task 0" in checks["data"].text
+    for number in range(10, 20):
+        for name in ("cat", "cow"):
+            (tmp_path / "images" / name / f"{number}.png").write_bytes(
+                (tmp_path / "images" / name / f"{number - 10}.png").read_bytes()
+            )
+    checks = {one.name: one for one in run_checks(fewer, config)}
+    assert checks["data"].text.endswith("4 classes, 1 of 2 tasks")
     (tmp_path / "images" / "cat" / "broken.png").write_bytes(b"no image")
     checks = {one.name: one for one in run_checks(scenario, config)}
     assert not checks["data"].passed

@@ -78,6 +78,23 @@ def test_a_model_that_is_not_finite_is_never_adopted(
     assert f"the new tensor {NAME!r} is not finite; the old model is kept" in caplog.text
 
 
+@pytest.mark.parametrize("strategy", get_args(StrategyName))
+def test_an_overflow_does_not_stay_in_the_servers_optimizer(tmp_path: Path, strategy: StrategyName) -> None:
+    """After a round that was not adopted, the next one moves the weights as if it had not been."""
+    options = {"server_momentum": 0.5} if strategy == "FedAvgM" else {}
+    section, moves = Server(strategy=strategy, strategy_options=options), []
+    for rounds in ([1.0, 2.0, 3.0], [1.0, np.inf, 2.0, 3.0]):
+        grid, weights = InProcessGrid(tmp_path, 1), SharedWeights(section, {NAME: np.zeros(1, np.float32)})
+        sent = Message(content=RecordDict(), dst_node_id=100, message_type="train")
+        sent.metadata.__dict__["_message_id"] = "sent"
+        for value in rounds:
+            number = max(1, int(min(value, 2.0)))  # Adam's bias correction depends on the round's number
+            reported = [contribution(sent, {NAME: np.array([value], np.float32)}, 1.0) for _ in range(3)]
+            assert weights.update_(reported, number, grid) == np.isfinite(value)  # type: ignore[arg-type]
+        moves.append(weights.arrays[NAME].tolist())
+    assert moves[1] == pytest.approx(moves[0])
+
+
 @pytest.mark.parametrize(
     ("section", "said"),
     [

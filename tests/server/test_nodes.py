@@ -161,6 +161,45 @@ def test_a_board_that_was_mended_is_asked_again(tmp_path: Path, monkeypatch: pyt
     assert not nodes.problems
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("channels", 10**12, "images with 1000000000000 channels, expected 1 to 1024"),
+        ("channels", -1, "images with -1 channels"),
+        ("classes", 10**12, "images with 1000000000000 classes"),
+        ("tasks", [False], r"Greeting.tasks is [False], expected list[int]"),
+    ],
+)
+def test_terms_for_which_no_network_can_be_built(tmp_path: Path, field: str, value: object, said: str) -> None:
+    def spoil(message: Message, reply: Message) -> Message:
+        if message.metadata.dst_node_id == 102:
+            reply.content["reply"][field] = value
+        return reply
+
+    nodes = nodes_of(named(InProcessGrid(tmp_path, 3, spoil)))
+    nodes.update()
+    assert hosts(nodes) == [100, 101, None]
+    assert said in nodes.problems[0]
+
+
+@pytest.mark.parametrize(("partition", "partitions"), [(3, 4), (1, 2)])
+def test_a_board_with_its_own_images_is_one_of_the_devices(tmp_path: Path, partition: int, partitions: int) -> None:
+    """Three devices; a board that says it is the fourth of four, or the second of two nodes."""
+
+    def spoil(message: Message, reply: Message) -> Message:
+        changes = {"partition": partition, "partitions": partitions, "own_data": True, "tasks": [0]}
+        reply.content["reply"].update(changes)
+        return reply
+
+    nodes = nodes_of(named(InProcessGrid(tmp_path, 1, spoil)))
+    nodes.update()
+    assert hosts(nodes) == [None, None, None]
+    assert nodes.problems == [
+        f"node 'board-0' has own-data, so it is one device, but partition-id {partition} of {partitions} is not one of "
+        "3 devices"
+    ]
+
+
 def _raised(kind: str) -> str:
     """What an exception in a worker becomes in Flower's simulation runtime (flwr 1.41, vce_api.worker)."""
     text = "<class 'ray.exceptions.OutOfMemoryError'>, said the device"

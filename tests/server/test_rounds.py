@@ -377,7 +377,7 @@ def test_a_run_that_goes_on_has_no_verdict_until_its_new_end(tmp_path: Path) -> 
         results = start(scenario, tmp_path / "run").run(InProcessGrid(tmp_path / "s", 3, lost))
         assert results.dropped.keys() == {1}
     assert standing == [False, False]
-    assert not RunFolder(tmp_path / "run").whole
+    assert not RunFolder(tmp_path / "run").completed
     nobody = InProcessGrid(tmp_path / "s", 3)
     nobody.away = set(nobody.nodes)
     with pytest.raises(RunFailure, match="none of 1 devices is connected"):
@@ -385,7 +385,7 @@ def test_a_run_that_goes_on_has_no_verdict_until_its_new_end(tmp_path: Path) -> 
     assert {f.name for f in (tmp_path / "run").glob("*.json")} == {"run.json", "partition.json", "failure.json"}
     assert start(scenario, tmp_path / "run").run(InProcessGrid(tmp_path / "s", 3)).devices_finished == 3
     assert not (tmp_path / "run" / "failure.json").exists()
-    assert RunFolder(tmp_path / "run").whole
+    assert RunFolder(tmp_path / "run").completed
 
 
 @pytest.mark.parametrize("phase", ["train", "evaluate"])

@@ -170,7 +170,7 @@ def test_the_fleet_gets_the_chosen_point(scenario: Path, tmp_path: Path) -> None
     }
     server(grid, Context(1, 0, {}, RecordDict(), config))
     folder = RunFolder(tmp_path / "run")
-    assert folder.whole
+    assert folder.completed
     chosen = folder.read()["scenario"]["network"]["freeze"]
     sent = {Instruction.from_record(m.content.config_records[INSTRUCTION]).scenario for m in grid.sent}
     assert {json.loads(text)["network"]["freeze"] for text in sent} == {chosen}

@@ -85,7 +85,7 @@ class LinearHead:
 def discriminant_head(statistics: Statistics, shrinkage: float) -> LinearHead:
     """Solves the formula above. Without any sample no class is known.
 
-    Raises ValueError for sums that are not finite or that are not those of any samples.
+    Raises ValueError for sums that are not finite, or whose covariance is not positive definite.
     """
     if not all(bool(tensor.isfinite().all()) for tensor in statistics.tensors().values()):
         raise ValueError("the statistics hold numbers that are not finite")
@@ -110,7 +110,7 @@ def discriminant_head(statistics: Statistics, shrinkage: float) -> LinearHead:
         factor, failed = torch.linalg.cholesky_ex(covariance)
         more *= 10
     if bool(failed):
-        raise ValueError("the statistics contradict each other: no samples have this covariance")
+        raise ValueError("the statistics are inconsistent: their covariance is not positive definite")
     weight = torch.cholesky_solve(means.T, factor).T
     return LinearHead(weight.float(), (-0.5 * (means * weight).sum(1)).float(), (count > 0).float())
 

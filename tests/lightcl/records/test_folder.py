@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightcl.errors import RequestError
+from lightcl.errors import Failure, RequestError
 from lightcl.records.folder import RunFolder
 from lightcl.records.rows import DeviceRow, RoundRow
 from lightcl.scenario import Scenario
@@ -124,3 +124,11 @@ def test_a_partition_that_cannot_be_read_stops_nobody(tmp_path, text):
     folder.note_own_data([1])
     own = "all images of the board"
     assert folder.partition() == {1: {"device": 1, "train": own, "test": own}}
+
+
+def test_rows_that_the_disk_refuses_in_the_middle_of_a_run(tmp_path):
+    folder = begun(tmp_path)
+    (tmp_path / "devices.jsonl").unlink()
+    (tmp_path / "devices.jsonl").mkdir()
+    with pytest.raises(Failure, match=r"devices\.jsonl cannot be written \(Is a directory\); make room"):
+        folder.append("devices.jsonl", [DeviceRow(3, 0, "device-0", 0, 1)])

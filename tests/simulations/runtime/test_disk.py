@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,3 +53,17 @@ def test_a_run_that_does_not_fit_is_refused_before_it_starts(tmp_path: Path) -> 
     with pytest.raises(RequestError, match=r"10 devices take up to 10000000 GB .* but the disk of .* left; name"):
         check_disk(need, tmp_path / "run" / "devices")
     check_disk(DiskNeed(10, 2, 1, 0), tmp_path / "run" / "devices")
+
+
+def test_a_file_that_many_states_link_to_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = tmp_path / "devices" / "run"
+    for number in range(10):
+        (states / f"device-{number:05d}").mkdir(parents=True)
+    first = states / "device-00000" / "version-1.safetensors"
+    first.write_bytes(bytes(1000))
+    for number in range(1, 10):
+        (states / f"device-{number:05d}" / "version-1.safetensors").hardlink_to(first)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    check_disk(DiskNeed(devices=2, per_round=0, own=1000, shared=0), tmp_path / "devices")
+    with pytest.raises(RequestError, match=r"take up to 3 KB of disk, .* has 1 KB left"):
+        check_disk(DiskNeed(devices=3, per_round=0, own=1000, shared=0), tmp_path / "devices")

@@ -133,7 +133,7 @@ def test_a_variance_that_rounding_left_below_zero_is_mended():
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
-    [("gram", float("nan"), "not finite"), ("total", float("inf"), "not finite"), ("gram", 1e15, "contradict")],
+    [("gram", float("nan"), "not finite"), ("total", float("inf"), "not finite"), ("gram", 1e15, "inconsistent")],
 )
 def test_sums_of_no_samples_are_refused(name, value, message):
     features, labels = drawn()
