@@ -52,6 +52,7 @@ Plugins = Annotated[
 ]
 OutFolder = Annotated[Path | None, typer.Option("--out", help="Run folder; default: runs/<scenario's name>-<seed>")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out")]
+NoReport = Annotated[bool, typer.Option("--no-report", help="Write no page; lightcl report makes it later")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out")]
 JsonTo = Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Write JSON; - prints it")]
 

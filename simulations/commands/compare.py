@@ -128,7 +128,8 @@ def _step_bytes(group: Any, console: Console) -> int | None:
 
     console.print(f"measuring the memory of {group.label} in a fresh process", style="dim", highlight=False)
     source = load_source(group.scenario.source_request())
-    found = footprint_of(group.scenario, source, group.devices[0] if group.devices else None, measuring=True)
+    device = group.devices[0] if group.devices else None
+    found = footprint_of(group.scenario, source, device, measuring=True, process=False)
     return found.measured.training if found.measured else None
 
 

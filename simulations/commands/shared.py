@@ -41,8 +41,8 @@ def open_folder(
     return prepared
 
 
-def print_results(folder: RunFolder, console: Console) -> None:
-    """The final figures of a run, and its report."""
+def print_results(folder: RunFolder, console: Console, *, report: bool) -> None:
+    """The final figures of a run, and its report unless --no-report was given."""
     from simulations.progress import accuracy_table
 
     results = folder.results()
@@ -51,7 +51,8 @@ def print_results(folder: RunFolder, console: Console) -> None:
         if results.dropped:
             lost = amount(len(results.dropped), "device")
             console.print(f"[yellow]dropped from the run: {lost}[/]", highlight=False)
-    print_report(folder, console)
+    if report:
+        print_report(folder, console)
 
 
 def print_report(folder: RunFolder, console: Console) -> None:

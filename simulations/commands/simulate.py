@@ -5,6 +5,7 @@ from __future__ import annotations
 from simulations.options import (
     Changes,
     Command,
+    NoReport,
     OutFolder,
     Overwrite,
     Plugins,
@@ -23,6 +24,7 @@ app = command_app()
 def simulate(
     scenario: ScenarioFile, changes: Changes = None, out_folder: OutFolder = None, resume: Resume = False,
     overwrite: Overwrite = False, plugins: Plugins = None,
+    no_report: NoReport = False,
 ) -> None:  # fmt: skip
     """Simulate a fleet of devices and write a report."""
     from lightcl.records.folder import RunFolder
@@ -47,6 +49,7 @@ def simulate(
                 try:
                     simulate_fleet(prepared, folder, progress)
                 except RunFailure:
-                    print_report(folder, out)  # it shows how far the run came, and why it stopped there
+                    if not no_report:
+                        print_report(folder, out)  # it shows how far the run came, and why it stopped there
                     raise
-    print_results(folder, out)
+    print_results(folder, out, report=not no_report)

@@ -9,6 +9,7 @@ import typer
 from simulations.options import (
     Changes,
     Command,
+    NoReport,
     OutFolder,
     Overwrite,
     Plugins,
@@ -29,6 +30,7 @@ def train(
     scenario: ScenarioFile, changes: Changes = None,
     device: Annotated[int, typer.Option("--device", min=0, help="Number of the device in the fleet")] = 0,
     out_folder: OutFolder = None, resume: Resume = False, overwrite: Overwrite = False, plugins: Plugins = None,
+    no_report: NoReport = False,
 ) -> None:  # fmt: skip
     """Train one device on its stream, here and without Flower.
 
@@ -53,4 +55,4 @@ def train(
             rounds = 1 if loaded.method.joint else len(prepared.tasks[device])
             with LiveProgress(out, rounds) as progress:
                 train_alone(prepared, device, folder, progress)
-    print_results(folder, out)
+    print_results(folder, out, report=not no_report)

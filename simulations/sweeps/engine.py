@@ -174,7 +174,8 @@ def _measure_memory(sweep: Sweep, console: Console) -> dict[str, str]:
         console.print(f"measuring the memory of {point.label} in a fresh process", style="dim", highlight=False)
         source = load_source(cell.scenario.source_request())
         try:
-            known[point.label] = footprint_of(cell.scenario, source, cell.device, measuring=True).to_json()
+            found = footprint_of(cell.scenario, source, cell.device, measuring=True, process=False)
+            known[point.label] = found.to_json()
         except MeasurementFailure as error:
             failures[f"memory of {point.label}"] = str(error)
         else:

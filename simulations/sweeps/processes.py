@@ -112,7 +112,7 @@ def command_of(sweep: Sweep, cell: Cell) -> list[str]:
     out = sweep.run_folder(cell)
     kind = ["simulate"] if cell.device is None else ["train", "--device", str(cell.device)]
     command = [sys.executable, "-m", "simulations.main", *kind, str(sweep.folder / "scenarios" / f"{cell.name}.yaml")]
-    command += ["--out", str(out)]
+    command += ["--out", str(out), "--no-report"]  # `lightcl report` makes a run's own page when somebody wants it
     return command + (["--resume"] if (out / "run.json").exists() else [])
 
 

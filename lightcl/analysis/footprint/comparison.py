@@ -44,8 +44,10 @@ def image_of(source: Source) -> Image:
     return (source.channels, int(height), int(width))
 
 
-def footprint_of(scenario: Scenario, source: Source, device: int | None, measuring: bool) -> MethodFootprint:
-    """The count and, where `measuring`, the measurement, which takes fresh processes.
+def footprint_of(
+    scenario: Scenario, source: Source, device: int | None, measuring: bool, process: bool = True
+) -> MethodFootprint:
+    """The count and, where `measuring`, the measurement, which takes fresh processes (`process` as in `measure`).
 
     FLOPs are those of a device's stream; None stands for the first device of those that learn the most tasks.
     """
@@ -58,4 +60,5 @@ def footprint_of(scenario: Scenario, source: Source, device: int | None, measuri
     if not measuring:
         return MethodFootprint(scenario.method.name, freeze, counted)
     rehearsed = footprint(network, cost, rehearsed_workload(scenario, image, classes))
-    return MethodFootprint(scenario.method.name, freeze, counted, rehearsed, measure(scenario, image, classes))
+    measured = measure(scenario, image, classes, process=process)
+    return MethodFootprint(scenario.method.name, freeze, counted, rehearsed, measured)
