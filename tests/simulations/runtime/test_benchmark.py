@@ -11,6 +11,7 @@ import pytest
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "fleet_runtime.py"
 
 
+@pytest.mark.slow  # tests/benchmarks runs the same script at toy size
 @pytest.mark.parametrize(("app", "engines"), [("echo", ["ray", "flower"]), ("real", ["ray"])])
 def test_the_benchmark_measures_both_engines(app: str, engines: list[str]) -> None:
     words = ["--toy", "--app", app, "--engines", *engines]

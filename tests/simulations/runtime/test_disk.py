@@ -50,7 +50,7 @@ def test_isolated_devices_keep_what_training_changes(tmp_path: Path) -> None:
 
 def test_a_run_that_does_not_fit_is_refused_before_it_starts(tmp_path: Path) -> None:
     need = DiskNeed(devices=10, per_round=2, own=10**15, shared=0)
-    with pytest.raises(RequestError, match=r"10 devices take up to 10000000 GB .* but the disk of .* left; name"):
+    with pytest.raises(RequestError, match=r"10 devices take up to 10000000.0 GB .* but the disk of .* left; name"):
         check_disk(need, tmp_path / "run" / "devices")
     check_disk(DiskNeed(10, 2, 1, 0), tmp_path / "run" / "devices")
 
