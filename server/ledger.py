@@ -6,9 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+from lightcl.errors import one_line
 from lightcl.exchange.messages import Refusal, Tested, Trained
 from lightcl.records.rows import DeviceRow
 from lightcl.scenario import Scenario
+
+CAUSES = ("OutOfStep", "StateError", "TrainingFailure", "RequestError", "ExchangeError", "ProtocolError")
+"""The errors that a device refuses with, as its reasons begin. Other words count as one more cause."""
 
 
 @dataclass
@@ -25,6 +29,10 @@ class Entry:
     """Of the shared tensors that it has."""
     failures: int = 0
     """Rounds in a row in which it failed."""
+    failed: int = 0
+    """Rounds in which it failed since the server started."""
+    fallbacks: list[str] = field(default_factory=list)
+    """The causes that it has given for being behind where the server saw it (see Ledger.follow_)."""
     summed: int = 0
     """The tasks before this one have their statistics in the fleet's sums: a device that lost its state learns them
     again."""
@@ -37,7 +45,8 @@ class Entry:
     def from_saved(cls, values: Mapping[str, Any]) -> Self:
         """A device of a resumed run: every device gets another chance."""
         rows = {s: {int(task): row for task, row in rows.items()} for s, rows in values["rows"].items()}
-        return cls(**{**values, "tasks": tuple(values["tasks"]), "rows": rows, "dropped": "", "failures": 0})
+        another_chance = {"dropped": "", "failures": 0, "failed": 0, "fallbacks": []}
+        return cls(**{**values, "tasks": tuple(values["tasks"]), "rows": rows, **another_chance})
 
     def to_saved(self) -> dict[str, Any]:
         return asdict(self)
@@ -97,12 +106,12 @@ class Entry:
         if report.cil:
             self.rows["cil"][report.task] = report.cil
 
-    def follow_(self, refusal: Refusal) -> None:
-        """Moves to where the device says it is; its tests of that task and later ones are void."""
-        self.task, self.epochs, self.version = refusal.task, refusal.epochs, refusal.version
+    def fall_back_(self, task: int, epochs: int, version: int) -> None:
+        """Moves back to where the device says it is; its tests of that task and later ones are void."""
+        self.task, self.epochs, self.version = task, epochs, version
         for rows in self.rows.values():
-            for task in [t for t in rows if t >= refusal.task]:
-                del rows[task]
+            for tested in [t for t in rows if t >= task]:
+                del rows[tested]
 
 
 class Ledger:
@@ -165,13 +174,38 @@ class Ledger:
             entry.tasks, entry.task = tuple(tasks), self._first(tuple(tasks))
             self.changed.add(number)
 
+    def follow_(self, number: int, refusal: Refusal) -> None:
+        """Takes over where a refusal says that the device is, if that is behind where the server saw it.
+
+        A device that has lost its state learns again what it has lost. That happens once per cause: with a second
+        time for the same one it is dropped, or its run would never end. It cannot say that it is ahead.
+        """
+        entry = self.entries[number]
+        if refusal.task not in entry.tasks or not 0 <= refusal.epochs <= self._scenario.training.epochs:
+            return
+        if (entry.tasks.index(refusal.task), refusal.epochs) >= (entry.position, entry.epochs):
+            return
+        named = refusal.reason.partition(":")[0]
+        cause = named if named in CAUSES else "another cause"
+        if cause in entry.fallbacks:
+            entry.dropped = f"lost what it had learned a second time ({one_line(refusal.reason)})"
+        else:
+            entry.fallbacks = [*entry.fallbacks, cause]
+            entry.fall_back_(refusal.task, refusal.epochs, refusal.version)
+
     def count_failures_(self, rows: Mapping[int, DeviceRow]) -> None:
-        """At the end of a round: a device that failed too often in a row is dropped from the run."""
+        """At the end of a round: a device that failed too often, in a row or at all, is dropped from the run."""
+        section = self._scenario.server
         for number, row in rows.items():
             entry = self.entries[number]
             entry.failures = entry.failures + 1 if row.error else 0
-            if entry.failures >= self._scenario.server.max_failures:
+            entry.failed += bool(row.error)
+            if entry.dropped:
+                continue
+            if entry.failures >= section.max_failures:
                 entry.dropped = str(row.error)
+            elif row.error and entry.failed >= section.max_failures_in_run:
+                entry.dropped = f"failed in {entry.failed} rounds (server.max_failures_in_run), last: {row.error}"
 
     def take_changed_(self) -> list[Entry]:
         """The entries to be saved, by number; they count as unchanged afterwards."""

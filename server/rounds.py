@@ -25,7 +25,7 @@ from server.dispatch import Dispatch
 from server.ledger import Entry, Ledger
 from server.listeners import EventLog, Listener, Listeners, WarningLog
 from server.mailbox import Mailbox, WorkerDied
-from server.nodes import Nodes
+from server.nodes import Expected, Nodes
 from server.phases import Phases
 from server.replies import ReplyCheck
 from server.selection import Selection
@@ -95,7 +95,9 @@ class Coordinator:
         """Waits for the devices, then builds what the rounds need."""
         mailbox = Mailbox(grid, self.stop)
         greeting = Instruction(0, self.run_id, self.scenario.model_dump_json(), self.round, 0, 0, 0)
-        self._nodes = Nodes(mailbox, len(self.ledger), self.scenario.stream.tasks, greeting)
+        stream = self.scenario.stream
+        expected = Expected(len(self.ledger), stream.tasks, stream.tasks * stream.classes_per_task)
+        self._nodes = Nodes(mailbox, expected, greeting, self.scenario.server.greeting_timeout)
         connections = Connections(self.scenario, mailbox, self._nodes, self.ledger, self.folder, self.listener)
         connections.connect()
         assert self._nodes.agreed is not None

@@ -97,8 +97,12 @@ class Server(Section):
     """Time limit of a round in seconds, queueing included."""
     connect_timeout: float = Field(default=600.0, gt=0, le=1e8)
     """Seconds to wait for all devices to connect; up to `round_timeout` while none has, because boards may be busy."""
+    greeting_timeout: float = Field(default=120.0, gt=0, le=1e8)
+    """Seconds that a board may take to introduce itself before it is asked again; starting PyTorch is included."""
     max_failures: int = Field(default=3, ge=1, le=1_000_000)
     """Consecutive failures after which a device is dropped from the run."""
+    max_failures_in_run: int = Field(default=20, ge=1, le=1_000_000)
+    """Failures in all after which a device is dropped from the run; `--resume` counts anew."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -56,9 +56,10 @@ def test_joint_training_waits_for_the_devices_own_last_task() -> None:
 
 
 def test_a_board_that_lost_its_state_begins_with_its_own_first_task() -> None:
-    entry = Ledger(SCENARIO, [(1, 3), (), (0,)])[0]
+    ledger = Ledger(SCENARIO, [(1, 3), (), (0,)])
+    entry = ledger[0]
     learn(entry, 1)
-    entry.follow_(Refusal(1, 0, 0, "state lost"))
+    ledger.follow_(0, Refusal(1, 0, 0, "state lost"))
     assert entry.goal(SCENARIO) == (1, 2)
     assert entry.rows["til"] == {}
 
