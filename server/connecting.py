@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from lightcl.errors import one_line
+from lightcl.exchange.messages import Greeting
 from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario
 from server.ledger import Entry, Ledger
@@ -34,11 +35,12 @@ class Connections:
     _warned: set[str] = field(default_factory=set)
     _own_data: set[int] = field(default_factory=set)
 
-    def connect(self) -> None:
+    def connect(self) -> Greeting:
         """Waits for the nodes of all devices that still have to learn, `server.connect_timeout` at most.
 
         The devices of a simulation are there, so it waits for all of them: otherwise the load of the machine would
-        decide the numbers. Raises NobodyConnected where no node has come by then, in a simulation where one is missing.
+        decide the numbers. Returns what the nodes agree on. Raises NobodyConnected where none has come by then, and in
+        a simulation where one is missing.
         """
         limit, start = self.scenario.server.connect_timeout, time.monotonic()
         wanted, shown = self.ledger.active, -1
@@ -66,6 +68,7 @@ class Connections:
         for entry in missing:  # they take part as soon as they are connected
             self.listener.refused(entry.number, one_line(f"not connected {waited}"))
         self.nodes.settle()
+        return self.nodes.agreed
 
     def reachable(self) -> list[Entry]:
         """The connected devices that still have to learn; waits for one, and drops those that stay away."""
