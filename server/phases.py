@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from flwr.app import Message, MessageType
 
-from lightcl.exchange.messages import ProtocolError, Tested
+from lightcl.exchange.messages import ProtocolError, Tested, Trained
 from lightcl.exchange.tensors import ExchangeError
 from lightcl.records.rows import DeviceRow
 from lightcl.scenario import Scenario
@@ -43,26 +43,45 @@ class Phases:
             )
             for entry in chosen
         }
+        accepted: list[tuple[Entry, Trained, int]] = []  # with the bytes that it sent
         contributions: list[Contribution] = []
         for entry, reply in self.dispatch.exchange(sent, rows, "train"):
             row, goal = rows[entry.number], goals[entry.number]
             try:
-                accepted = self.check.training(reply, entry, goal)
+                checked = self.check.training(reply, entry, goal, self.dispatch.ledger.classes_of(entry.number))
             except (ProtocolError, ExchangeError) as error:
                 self.dispatch.refuse(row, str(error))
                 continue
-            report = accepted.report
-            row.add_training_(report)
-            row.bytes_up += accepted.bytes_up
-            new_sums = entry.add_training_(report, self.check.finishes_task(report))
-            arrays = accepted.arrays if new_sums else accepted.without_sums
-            if arrays:
-                contributions.append(contribution(sent[entry.number], arrays, float(report.examples)))
+            report = checked.report
+            if self.dispatch.aggregator is None:
+                self._add_training_(entry, report, checked.bytes_up, row)
+            else:  # the guard needs all replies to judge one of them
+                accepted.append((entry, report, checked.bytes_up))
+                arrays = checked.arrays if entry.lacks_sums_of(report.task) else checked.without_sums
+                if arrays:
+                    images = self.dispatch.ledger.images_of(entry.number, report.task)
+                    contributions.append(
+                        contribution(sent[entry.number], arrays, float(report.examples), entry.number, images)
+                    )
+                del arrays
             if self._tests_at_once(goal):
                 self._add_test_(self.check.attached_test, entry, reply, row)
-            del reply, accepted, arrays  # before the next reply is decoded
-        if self.dispatch.aggregator is not None:
-            self.dispatch.aggregator.update(contributions, round_number, self.dispatch.mailbox.grid)
+            del reply, checked  # before the next reply is decoded
+        if self.dispatch.aggregator is None:
+            return
+        outcome = self.dispatch.aggregator.update(contributions, round_number, self.dispatch.mailbox.grid)
+        for entry, report, bytes_up in accepted:
+            if entry.number in outcome.refused:
+                self.dispatch.refuse(rows[entry.number], outcome.refused[entry.number])
+                continue
+            self._add_training_(entry, report, bytes_up, rows[entry.number])
+            if entry.number in outcome.summed:
+                entry.add_sums_(report.task)
+
+    def _add_training_(self, entry: Entry, report: Trained, bytes_up: int, row: DeviceRow) -> None:
+        entry.add_training_(report)
+        row.add_training_(report)
+        row.bytes_up += bytes_up
 
     def test_(self, entries: Sequence[Entry], rows: Rows) -> None:
         """Every given device is tested where it stands."""
