@@ -6,8 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+import numpy as np
+
+from lightcl.data.partition import label_counts
 from lightcl.errors import one_line
 from lightcl.exchange.messages import Refusal, Tested, Trained
+from lightcl.preparation import Prepared
 from lightcl.records.rows import DeviceRow, Results, RoundRow
 from lightcl.scenario import Scenario
 
@@ -33,9 +37,8 @@ class Entry:
     """Rounds in which it failed since the server started."""
     fallbacks: list[str] = field(default_factory=list)
     """The causes that it has given for being behind where the server saw it (see Ledger.follow_)."""
-    summed: int = 0
-    """The tasks before this one have their statistics in the fleet's sums: a device that lost its state learns them
-    again."""
+    summed: tuple[int, ...] = ()
+    """The tasks whose statistics are in the fleet's sums: a device that lost its state learns them again."""
     dropped: str = ""
     """Why it was dropped from the run; empty while it takes part."""
     rows: dict[str, dict[int, list[float]]] = field(default_factory=lambda: {"til": {}, "cil": {}})
@@ -45,8 +48,9 @@ class Entry:
     def from_saved(cls, values: Mapping[str, Any]) -> Self:
         """A device of a resumed run: every device gets another chance."""
         rows = {s: {int(task): row for task, row in rows.items()} for s, rows in values["rows"].items()}
+        tuples = {name: tuple(values[name]) for name in ("tasks", "summed")}
         another_chance = {"dropped": "", "failures": 0, "failed": 0, "fallbacks": []}
-        return cls(**{**values, "tasks": tuple(values["tasks"]), "rows": rows, **another_chance})
+        return cls(**{**values, **tuples, "rows": rows, **another_chance})
 
     def to_saved(self) -> dict[str, Any]:
         return asdict(self)
@@ -91,14 +95,19 @@ class Entry:
         done = sum(scenario.epochs_until(p) <= self.epochs for p in range(1, parts + 1))
         return (len(self.tasks) - self.position) * parts - done
 
-    def add_training_(self, report: Trained, finished_task: bool) -> bool:
-        """Moves to where the device is; returns whether the statistics of this task are new to the fleet's sums."""
+    def add_training_(self, report: Trained) -> None:
         self.task, self.epochs, self.version = report.task, report.epochs, report.version
-        if self.task < self.summed:  # the same samples through the same prefix: these sums are included already
-            return False
-        if finished_task:
-            self.summed = self.task + 1
-        return True
+
+    def lacks_sums_of(self, task: int) -> bool:
+        """Whether the statistics of this task are new to the fleet's sums.
+
+        A device that learns a task again has the same samples and the same prefix: these sums are included already.
+        """
+        return task not in self.summed
+
+    def add_sums_(self, task: int) -> None:
+        """The statistics of this task are in the fleet's sums."""
+        self.summed = (*self.summed, task)
 
     def add_test_(self, report: Tested) -> None:
         self.version = report.version
@@ -114,14 +123,43 @@ class Entry:
                 del rows[tested]
 
 
+@dataclass(frozen=True)
+class KnownImages:
+    """The training images that devices have, where the server has divided the images itself."""
+
+    by_task: np.ndarray
+    """Images that a device reports for a task, int `[devices, tasks]`."""
+    by_class: np.ndarray
+    """All of a device's images, the held-out ones included, int `[devices, classes]`."""
+    terms: tuple[int, int, str]
+    """The channels of the images, the number of classes and the digest of their names."""
+
+    @classmethod
+    def of(cls, prepared: Prepared) -> Self:
+        counts, (by_class, _) = prepared.counts, label_counts(prepared.source, prepared.shares)
+        if prepared.scenario.method.joint:  # its one task is all of them
+            by_task = np.broadcast_to(counts.train_used[:, None], counts.train.shape)
+        else:
+            by_task = counts.train
+        source = prepared.source
+        return cls(by_task, by_class, (source.channels, len(source.classes), source.labels))
+
+
 class Ledger:
     """The entries of all devices. `tasks[d]` are the tasks that device d learns; None: every device learns all.
 
-    `changed` are the numbers of the entries that the next save has to write.
+    `images` are those that the server knows of. `changed` are the numbers of the entries that the next save has to
+    write.
     """
 
-    def __init__(self, scenario: Scenario, tasks: Sequence[tuple[int, ...]] | None = None) -> None:
-        self._scenario = scenario
+    def __init__(
+        self,
+        scenario: Scenario,
+        tasks: Sequence[tuple[int, ...]] | None = None,
+        images: KnownImages | None = None,
+    ) -> None:
+        self._scenario, self._images = scenario, images
+        self._own_data: set[int] = set()
         every = tuple(range(scenario.stream.tasks))
         self.entries = []
         for number in range(scenario.fleet.devices):
@@ -176,11 +214,22 @@ class Ledger:
 
     def set_tasks_(self, number: int, tasks: Sequence[int]) -> None:
         """What a board with images of its own says that it can learn. A board that has begun keeps its tasks."""
+        self._own_data.add(number)
         entry = self.entries[number]
         begun = entry.epochs or any(entry.rows.values())
         if not begun and entry.tasks != tuple(tasks):
             entry.tasks, entry.task = tuple(tasks), self._first(tuple(tasks))
             self.changed.add(number)
+
+    def images_of(self, number: int, task: int) -> int | None:
+        """How many training images a device has for a task; None for its own images, which the server cannot count."""
+        if self._images is None or number in self._own_data:
+            return None
+        return int(self._images.by_task[number, task])
+
+    def classes_of(self, number: int) -> np.ndarray | None:
+        """How many training images of each class a device has, int `[classes]`; None as in `images_of`."""
+        return None if self._images is None or number in self._own_data else self._images.by_class[number]
 
     def follow_(self, number: int, refusal: Refusal) -> None:
         """Takes over where a refusal says that the device is, if that is behind where the server saw it.

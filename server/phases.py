@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from flwr.app import Message, MessageType
 
 from lightcl.errors import one_line
-from lightcl.exchange.messages import Tested
+from lightcl.exchange.messages import Tested, Trained
 from lightcl.records.rows import DeviceRow
 from lightcl.scenario import Scenario
-from server.aggregation import Aggregator, Contribution, contribution
+from server.aggregation import Aggregator, Contribution, Outcome, contribution
 from server.dispatch import Dispatch
 from server.ledger import Entry
 from server.mailbox import ENDS_THE_RUN
-from server.replies import ReplyCheck
+from server.replies import AcceptedTraining, ReplyCheck
 
 Rows = dict[int, DeviceRow]
 
@@ -44,33 +44,45 @@ class Phases:
             )
             for entry in chosen
         }
+        accepted: list[tuple[Entry, Trained, int]] = []  # with the bytes that it sent
         contributions: list[Contribution] = []
         for entry, reply in self.dispatch.exchange(sent, rows, "train"):
             row, goal = rows[entry.number], goals[entry.number]
             with self.dispatch.guarded(row):
-                contributions += self._add_training_(reply, sent[entry.number], entry, row, goal)
+                checked = self.check.training(reply, entry, goal, self.dispatch.ledger.classes_of(entry.number))
+                if self.dispatch.aggregator is None:
+                    self._add_training_(entry, checked.report, checked.bytes_up, row)
+                else:  # its guard needs all replies to judge one of them
+                    contributions += self._contribution(checked, sent[entry.number], entry)
+                    accepted.append((entry, checked.report, checked.bytes_up))
+                del checked
             if row.error is None and self._tests_at_once(goal):
                 self._add_test_(self.check.attached_test, entry, reply, row)
             del reply  # before the next reply is decoded
-        if self.dispatch.aggregator is not None:
-            self._aggregate_(self.dispatch.aggregator, contributions, round_number)
+        if self.dispatch.aggregator is None:
+            return
+        outcome = self._aggregate_(self.dispatch.aggregator, contributions, round_number)
+        for entry, report, bytes_up in accepted:
+            if entry.number in outcome.refused:
+                self.dispatch.refuse(rows[entry.number], outcome.refused[entry.number])
+                continue
+            self._add_training_(entry, report, bytes_up, rows[entry.number])
+            if entry.number in outcome.summed:
+                entry.add_sums_(report.task)
 
-    def _add_training_(
-        self, reply: Message, instruction: Message, entry: Entry, row: DeviceRow, goal: tuple[int, int]
-    ) -> list[Contribution]:
-        """What the reply gives to the average. Whatever can go wrong with it does so before anything has changed."""
-        accepted = self.check.training(reply, entry, goal)
-        report, weight = accepted.report, float(accepted.report.examples)
-        all_arrays = contribution(instruction, accepted.arrays, weight) if accepted.arrays else None
-        row.add_training_(report)
-        row.bytes_up += accepted.bytes_up
-        new_sums = entry.add_training_(report, self.check.finishes_task(report))
-        given = all_arrays if new_sums or all_arrays is None else replace(all_arrays, sums={})
-        return [given] if given and (given.reply or given.sums) else []
+    def _contribution(self, checked: AcceptedTraining, instruction: Message, entry: Entry) -> list[Contribution]:
+        """What a reply gives to the shared tensors, if anything."""
+        report = checked.report
+        arrays = checked.arrays if entry.lacks_sums_of(report.task) else checked.without_sums
+        if not arrays:
+            return []
+        images = self.dispatch.ledger.images_of(entry.number, report.task)
+        return [contribution(instruction, arrays, float(report.examples), entry.number, images)]
 
-    def _aggregate_(self, aggregator: Aggregator, contributions: Sequence[Contribution], round_number: int) -> None:
+    def _aggregate_(self, aggregator: Aggregator, contributions: Sequence[Contribution], round_number: int) -> Outcome:
+        """Moves the shared tensors; where that fails, they stay, and no reply is to blame for it."""
         try:
-            aggregator.update(contributions, round_number, self.dispatch.mailbox.grid)
+            return aggregator.update(contributions, round_number, self.dispatch.mailbox.grid)
         except ENDS_THE_RUN:
             raise
         except Exception as error:  # Flower's strategies have their own kinds, and replies may be made to raise them
@@ -79,6 +91,12 @@ class Phases:
             self.dispatch.listener.warned(
                 f"round {round_number}: the replies cannot be averaged ({why}); the shared tensors stay as they are"
             )
+            return Outcome()
+
+    def _add_training_(self, entry: Entry, report: Trained, bytes_up: int, row: DeviceRow) -> None:
+        entry.add_training_(report)
+        row.add_training_(report)
+        row.bytes_up += bytes_up
 
     def test_(self, entries: Sequence[Entry], rows: Rows) -> None:
         """Every given device is tested where it stands."""

@@ -22,7 +22,7 @@ from server.checkpoint import Checkpoint, PendingRound, Saved
 from server.connecting import Connections, NobodyConnected
 from server.dispatch import Dispatch
 from server.journal import Journal
-from server.ledger import Entry, Ledger
+from server.ledger import Entry, KnownImages, Ledger
 from server.listeners import EventLog, Listener, Listeners, WarningLog
 from server.mailbox import Mailbox, WorkerDied
 from server.nodes import Expected, Nodes
@@ -42,6 +42,7 @@ class Coordinator:
     only behind and is tried again, until `max_failures` failures in a row drop it from the run.
 
     `tasks[d]` are the tasks that device d learns, by the scenario's numbers (`Prepared.tasks`); None: all of them.
+    `images`: those that the server knows its devices to have; None: it does not know.
     `durable`: whether the server's state survives a power cut (see Checkpoint).
     """
 
@@ -53,11 +54,12 @@ class Coordinator:
         listener: Listener,
         tasks: Sequence[tuple[int, ...]] | None = None,
         *,
+        images: KnownImages | None = None,
         durable: bool = True,
     ) -> None:
         self.scenario, self.folder, self.run_id = scenario, folder, run_id
         self.listener = Listeners([WarningLog(), EventLog(folder.path / EVENTS), listener])
-        self.ledger, self.selection = Ledger(scenario, tasks), Selection(scenario)
+        self.ledger, self.selection = Ledger(scenario, tasks, images), Selection(scenario)
         self.round = 0
         self.aggregator: Aggregator | None = None
         self.stop = threading.Event()
@@ -106,7 +108,7 @@ class Coordinator:
         connections = Connections(self.scenario, mailbox, self._nodes, self.ledger, self.folder, self.listener)
         agreed = connections.connect()
         network = build_network(self.scenario, in_channels=agreed.channels, classes=agreed.classes)
-        aggregator = Aggregator(self.scenario.server, self.scenario.method.build(network))
+        aggregator = Aggregator(self.scenario, self.scenario.method.build(network), self.listener.warned)
         if aggregator.shares:
             self.aggregator = self._journal.aggregator = aggregator
             if saved:

@@ -16,6 +16,7 @@ from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario
 from server.aggregation import Aggregator
 from server.app import make_app
+from server.ledger import KnownImages
 from server.listeners import Listener, Listeners
 from server.rounds import Coordinator
 from simulations.runtime import check_cluster, simulate
@@ -69,7 +70,10 @@ def simulate_fleet(prepared: Prepared, folder: RunFolder, listener: Listener) ->
     """
     check_disk(disk_of_states(prepared), folder.path / "devices")
     run_id = str(folder.read()["run"])
-    coordinator = Coordinator(prepared.scenario, folder, run_id, listener, prepared.tasks, durable=False)
+    images = KnownImages.of(prepared)
+    coordinator = Coordinator(
+        prepared.scenario, folder, run_id, listener, prepared.tasks, images=images, durable=False
+    )  # fmt: skip
     try:
         simulate(make_app(coordinator), folder.path / "devices", prepared.scenario)
     finally:

@@ -12,7 +12,7 @@ SCENARIO = small(stream={"tasks": 4})
 
 def learn(entry: Entry, task: int) -> None:
     """The device trains a task to its end and is tested on what it has learned."""
-    entry.add_training_(Trained(entry.number, task, 2, 0, "", "", 10, 0.5, 1.0, 1.0), finished_task=True)
+    entry.add_training_(Trained(entry.number, task, 2, 0, "", "", 10, 0.5, 1.0, 1.0))
     tasks = list(entry.tasks[: entry.position + 1])
     entry.add_test_(Tested(entry.number, task, 2, 0, tasks, [0.5] * len(tasks), [], [10] * len(tasks), 1.0))
 

@@ -1,0 +1,188 @@
+"""The guard on weights: what an accepted reply may do to the shared model. `server.guard` switches it.
+
+Every update u_i = x_i - w (x_i: the device's weights, w: the last model) is held against the others of its round. Of K
+updates with shares p_i of the examples and s_i = ⌈examples_i / batch⌉ steps per epoch, each may have the norm
+
+    F · max(med_j ‖u_j‖, s_i · med_j ‖u_j‖/s_j) · max(1, 1/(K p_i))
+
+A median is that of honest devices as long as they are the majority. The second term lets a device with more steps move
+further; the third lets a device whose share in the average is small. With one or two devices in a round the medians are
+taken over the last updates of the run, too, and F is larger.
+
+Norm clipping: Sun et al., "Can you really backdoor federated learning?", 2019. A norm says nothing of a direction:
+honest devices with different classes oppose each other as much as a flipped sign does (cosines down to -0.7 under
+Dirichlet 0.1), so directions are left to the strategies (FedMedian, MultiKrum).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message
+from torch import Tensor, from_numpy
+
+from lightcl.exchange.messages import ARRAYS
+from lightcl.exchange.section import Guard
+from lightcl.exchange.tensors import Arrays, is_statistic
+from server.aggregation.robust import FEW, lower_median
+from server.aggregation.weights import Contribution
+
+FACTOR, FACTOR_OF_FEW = 3.0, 10.0
+"""F from three devices on, and below. Measured on honest fleets: docs/results/reliability.md."""
+
+SMALLEST = 1e-3
+"""An update of this share of the model's norm is never too large: where most devices hardly move."""
+
+BATCH_NORM_FACTOR = 10.0
+"""For the mean variance of a batch-norm tensor; for a shift of its means, in standard deviations."""
+
+EXAMPLES_FACTOR = 10.0
+"""Times the median of a round, where the server does not know how many images a device has."""
+
+REMEMBERED = 50
+"""Updates of earlier rounds."""
+
+NAMED = 3
+"""Devices that a warning describes."""
+
+
+@dataclass
+class UpdateGuard:
+    """Holds the updates of a round against each other and against the last model. `batch_size` is the devices'."""
+
+    mode: Guard
+    batch_size: int
+    warned: Callable[[str], None]
+    _history: list[tuple[float, float, float]] = field(default_factory=list)
+    """Norm, norm per step of an epoch, and examples of the last updates."""
+
+    def bound_examples(self, contributions: Sequence[Contribution], round_number: int) -> list[Contribution]:
+        """No device weighs more than the images that the server knows of, else than a multiple of the median."""
+        if self.mode == "off" or not contributions:
+            return list(contributions)
+        given = [min(item.examples, item.images or item.examples) for item in contributions]
+        median = lower_median([*given, *(self._earlier(2) if len(given) < FEW else [])])
+        bounded, cut = [], {}
+        for item in contributions:
+            most = float(item.images or math.floor(EXAMPLES_FACTOR * median))
+            if item.examples > most:
+                cut[item.device] = f"{item.examples:g} examples count as {most:g}"
+            bounded.append(replace(item, examples=min(item.examples, most)))
+        self._warn(round_number, cut)
+        return bounded
+
+    def check(
+        self, contributions: Sequence[Contribution], current: Arrays, round_number: int
+    ) -> tuple[list[Contribution], dict[int, str]]:
+        """The contributions that may move the model `current`, and why others are refused, by device."""
+        items = [item for item in contributions if item.reply]
+        if self.mode == "off" or not items:
+            return list(contributions), {}
+        norms = [_update_norm(item.reply, current) for item in items if item.reply]
+        limits = self._limits(items, norms, current)
+        devices = [item.device for item in items]
+        too_long = {d: (n, most) for d, n, most in zip(devices, norms, limits, strict=True) if n > most}
+        strange = _strange_batch_norm(items, current)
+        said = {d: f"its update has norm {n:.3g}, the limit is {most:.3g}" for d, (n, most) in too_long.items()}
+        said = strange | said
+        refused = dict(said) if self.mode == "refuse" else {}
+        kept = [item for item in contributions if item.device not in refused]
+        if self.mode == "clip":
+            for item in items:
+                if item.reply and item.device in too_long:
+                    norm, most = too_long[item.device]
+                    _shorten_(item.reply, current, most / norm)
+            kept = [replace(item, batch_norm={}) if item.device in strange else item for item in kept]
+            self._warn(round_number, {d: f"{text}; it was clipped" for d, text in said.items()})
+        for item, norm, most in zip(items, norms, limits, strict=True):
+            if item.device not in refused:
+                self._history.append((min(norm, most), min(norm, most) / self._steps(item), item.examples))
+        del self._history[:-REMEMBERED]
+        return kept, {device: f"server.guard: {text}" for device, text in refused.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        return {"guard/history": from_numpy(np.array(self._history))} if self._history else {}
+
+    def restore_(self, state: Mapping[str, Tensor]) -> None:
+        if "guard/history" in state:
+            self._history = [(row[0], row[1], row[2]) for row in state["guard/history"].tolist()]
+
+    def _earlier(self, column: int) -> list[float]:
+        return [row[column] for row in self._history]
+
+    def _steps(self, item: Contribution) -> int:
+        return max(1, math.ceil(item.examples / self.batch_size))
+
+    def _limits(self, items: Sequence[Contribution], norms: Sequence[float], current: Arrays) -> list[float]:
+        steps = [self._steps(item) for item in items]
+        model = math.sqrt(sum(_squares(array) for name, array in current.items() if not is_statistic(name)))
+        lengths, paces = list(norms), [norm / count for norm, count in zip(norms, steps, strict=True)]
+        factor = FACTOR
+        if len(items) < FEW:
+            factor = FACTOR_OF_FEW
+            lengths, paces = lengths + self._earlier(0), paces + self._earlier(1)
+        if len(lengths) == 1:  # nothing to compare with but the model itself
+            lengths, paces = [model], [0.0]
+        length, pace = lower_median(lengths), lower_median(paces)
+        total = sum(item.examples for item in items)
+        return [
+            max(
+                SMALLEST * model,
+                factor * max(length, pace * count) * max(1.0, total / (len(items) * item.examples)),
+            )
+            for item, count in zip(items, steps, strict=True)
+        ]
+
+    def _warn(self, round_number: int, said: Mapping[int, str]) -> None:
+        if said:
+            texts = [f"device {device}: {text}" for device, text in list(said.items())[:NAMED]]
+            more = f"; and {len(said) - NAMED} more devices" if len(said) > NAMED else ""
+            self.warned(f"round {round_number}: server.guard: {'; '.join(texts)}{more}")
+
+
+def _squares(array: np.ndarray) -> float:
+    """The sum of squares, in fp64 where fp32 overflows."""
+    flat = array.ravel()
+    with np.errstate(over="ignore"):
+        total = float(np.dot(flat, flat))
+    return total if math.isfinite(total) else float(np.dot(flat.astype(np.float64), flat.astype(np.float64)))
+
+
+def _update_norm(reply: Message, current: Arrays) -> float:
+    with np.errstate(over="ignore"):
+        return math.sqrt(
+            sum(_squares(array.numpy() - current[name]) for name, array in reply.content.array_records[ARRAYS].items())
+        )
+
+
+def _shorten_(reply: Message, current: Arrays, factor: float) -> None:
+    """The device's weights x become w + factor · (x - w)."""
+    moved = {}
+    for name, array in reply.content.array_records[ARRAYS].items():
+        update = array.numpy().astype(np.float64) - current[name]
+        moved[name] = Array((current[name] + factor * update).astype(np.float32))
+    reply.content[ARRAYS] = ArrayRecord(moved)
+
+
+def _strange_batch_norm(items: Sequence[Contribution], current: Arrays) -> dict[int, str]:
+    """Devices whose batch-norm statistics are far from the round's median and from the last model's."""
+    strange: dict[int, str] = {}
+    for name in [name for name in current if name.endswith("running_var") and items[0].batch_norm]:
+        variances = [float(item.batch_norm[name].mean(dtype=np.float64)) for item in items]
+        last = float(current[name].mean())
+        # One device alone is no evidence, and the statistics of a network before its first round may be far off.
+        usual = max(lower_median(variances), last, 1e-12) if len(items) > 1 else BATCH_NORM_FACTOR * last
+        means = name.removesuffix("var") + "mean"
+        shifts = [
+            float(np.sqrt(np.mean((item.batch_norm[means].astype(np.float64) - current[means]) ** 2))) for item in items
+        ]
+        farthest = max(lower_median(shifts) if len(items) > 1 else 0.0, math.sqrt(usual))
+        for item, variance, shift in zip(items, variances, shifts, strict=True):
+            if variance > BATCH_NORM_FACTOR * usual:
+                strange[item.device] = f"{name} is {variance:.3g} on average, the fleet's {usual:.3g}"
+            elif shift > BATCH_NORM_FACTOR * farthest:
+                strange[item.device] = f"{means} is {shift:.3g} from the last model, the fleet's {farthest:.3g}"
+    return strange
