@@ -107,8 +107,8 @@ class Connections:
         waited for as long as a round may take, but not where that would hold back the results of devices that finished.
         """
         section, waited = self.scenario.server, time.monotonic() - start
-        if self.mailbox.simulated and self.nodes.unanswered:
-            return False
+        if self.mailbox.simulated and (self.nodes.unanswered or not self.nodes.problems):
+            return waited > max(section.connect_timeout, section.round_timeout)
         if waited <= section.connect_timeout:
             return False
         if not nobody or not self.nodes.unanswered or self.ledger.finished:

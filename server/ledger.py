@@ -158,7 +158,7 @@ class Ledger:
         tasks: Sequence[tuple[int, ...]] | None = None,
         images: KnownImages | None = None,
     ) -> None:
-        self._scenario, self._images = scenario, images
+        self.scenario, self._images = scenario, images
         self._own_data: set[int] = set()
         every = tuple(range(scenario.stream.tasks))
         self.entries = []
@@ -169,7 +169,7 @@ class Ledger:
 
     def _first(self, tasks: tuple[int, ...]) -> int:
         """The task that a device begins with: joint training waits until all of its tasks are there."""
-        return tasks[-1 if self._scenario.method.joint else 0] if tasks else 0
+        return tasks[-1 if self.scenario.method.joint else 0] if tasks else 0
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -181,12 +181,12 @@ class Ledger:
     def active(self) -> list[Entry]:
         """Devices that still have to learn."""
         return [
-            entry for entry in self.entries if entry.tasks and not entry.dropped and not entry.finished(self._scenario)
+            entry for entry in self.entries if entry.tasks and not entry.dropped and not entry.finished(self.scenario)
         ]
 
     @property
     def finished(self) -> list[Entry]:
-        return [entry for entry in self.entries if entry.finished(self._scenario)]
+        return [entry for entry in self.entries if entry.finished(self.scenario)]
 
     @property
     def without_tasks(self) -> int:
@@ -201,14 +201,14 @@ class Ledger:
     @property
     def rounds_left(self) -> int:
         """An estimate: device-rounds still to come over devices per round."""
-        per_round = max(1, round(self._scenario.server.fraction * len(self.entries)))
-        return -(-sum(entry.rounds_left(self._scenario) for entry in self.entries) // per_round)
+        per_round = max(1, round(self.scenario.server.fraction * len(self.entries)))
+        return -(-sum(entry.rounds_left(self.scenario) for entry in self.entries) // per_round)
 
     def results(self, rounds: Sequence[RoundRow]) -> Results:
         """How the run ended after these rounds, over the devices that finished their streams."""
         finished = self.finished
         return Results.of(
-            [entry.rows for entry in finished], self._scenario.stream.tasks, devices=len(self), dropped=self.dropped,
+            [entry.rows for entry in finished], self.scenario.stream.tasks, devices=len(self), dropped=self.dropped,
             rounds=rounds, ids=[entry.tasks for entry in finished], without_tasks=self.without_tasks,
         )  # fmt: skip
 
@@ -238,7 +238,7 @@ class Ledger:
         time for the same one it is dropped, or its run would never end. It cannot say that it is ahead.
         """
         entry = self.entries[number]
-        if refusal.task not in entry.tasks or not 0 <= refusal.epochs <= self._scenario.training.epochs:
+        if refusal.task not in entry.tasks or not 0 <= refusal.epochs <= self.scenario.training.epochs:
             return
         if (entry.tasks.index(refusal.task), refusal.epochs) >= (entry.position, entry.epochs):
             return
@@ -252,7 +252,7 @@ class Ledger:
 
     def count_failures_(self, rows: Mapping[int, DeviceRow]) -> None:
         """At the end of a round: a device that failed too often, in a row or at all, is dropped from the run."""
-        section = self._scenario.server
+        section = self.scenario.server
         for number, row in rows.items():
             entry = self.entries[number]
             entry.failures = entry.failures + 1 if row.error else 0
@@ -268,6 +268,29 @@ class Ledger:
         """The entries to be saved, by number; they count as unchanged afterwards."""
         changed, self.changed = self.changed, set()
         return [self.entries[number] for number in sorted(changed)]
+
+    def rebuilt(self, rows: Sequence[DeviceRow], tasks: Mapping[int, Sequence[int]]) -> list[Entry] | None:
+        """The entries of all devices after these rows, by round; None where the rows do not fit them.
+
+        `tasks` are those of devices that learn others than this ledger says. The entries hold no version of the shared
+        tensors, since rows do not say which a device has.
+        """
+        entries = []
+        for known in self.entries:
+            learns = tuple(tasks.get(known.number, known.tasks))
+            entries.append(Entry(known.number, learns, self._first(learns)))
+        for row in rows:
+            if not 0 <= row.device < len(entries) or row.task not in entries[row.device].tasks:
+                return None
+            entry = entries[row.device]
+            if row.examples is not None:  # it learned this task: what was tested of it and later ones is void
+                entry.fall_back_(row.task, row.epochs, 0)
+            entry.task, entry.epochs = row.task, row.epochs
+            if row.til:
+                entry.rows["til"][row.task] = row.til
+            if row.cil:
+                entry.rows["cil"][row.task] = row.cil
+        return entries
 
     def restore_(self, saved: Sequence[Entry]) -> None:
         """Takes over the entries of a resumed run; devices that are not among them have not begun."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -83,10 +84,12 @@ class RunFolder:
     def _check_rows(self) -> None:
         """Raises RequestError where more rows are lost than a kill can lose: a resumed run would forget them."""
         rounds = [row.round for row in self.rounds()]
-        in_devices = {row.round for row in self.devices()}
+        counted = Counter(row.round for row in self.devices())
+        in_devices = set(counted)
         complete = set(range(1, len(rounds) + 1))
         # The devices' rows of a round are written before its own; a kill may fall in between.
-        if rounds != sorted(complete) or not complete <= in_devices <= complete | {len(rounds) + 1}:
+        fit = rounds == sorted(complete) and complete <= in_devices <= complete | {len(rounds) + 1}
+        if not fit or any(counted[row.round] != row.devices for row in self.rounds()):
             raise RequestError(
                 f"--resume: rows are missing: rounds.jsonl and devices.jsonl in {self.path} are not about the same "
                 "rounds; restore them, or start over with --overwrite"
@@ -203,7 +206,11 @@ class RunFolder:
         return rows
 
     def forget_after(self, round_number: int) -> None:
-        """Drops rows of rounds that were not finished when the run was killed; they will be written again."""
+        """Drops rows of rounds that were not finished when the run was killed; they will be written again.
+
+        The last event is dropped, too, where it was cut short: the next one would follow it on its line.
+        """
+        _end_with_a_line_(self.path / EVENTS)
         rounds = [line for row, line in self._read_rows(ROUNDS, RoundRow) if row.round <= round_number]
         devices = [line for row, line in self._read_rows(DEVICES, DeviceRow) if row.round <= round_number]
         for name, kept in ((ROUNDS, rounds), (DEVICES, devices)):
@@ -239,3 +246,21 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise RequestError(f"{file} cannot be read ({error})") from error
         return kind.from_json(values, str(file))
+
+
+def _end_with_a_line_(file: Path) -> None:
+    """Cuts off what follows the last line end: half a line, or the zeros that a power cut leaves."""
+    if not file.exists():
+        return
+    with file.open("r+b") as stream:
+        size = end = stream.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - (1 << 16))
+            stream.seek(start)
+            found = stream.read(end - start).rfind(b"\n")
+            if found >= 0:
+                end = start + found + 1
+                break
+            end = start
+        if end < size:
+            stream.truncate(end)
