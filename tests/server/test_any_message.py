@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lightcl.assembly import build_network
 from lightcl.exchange import messages as protocol
 from lightcl.exchange.messages import Greeting, Instruction, ProtocolError, Refusal, Tested, Trained
-from lightcl.exchange.tensors import ExchangeError, outgoing
+from lightcl.exchange.tensors import ExchangeError
 from lightcl.records.rows import DeviceRow, RoundRow
 from server.aggregation import Aggregator
 from server.ledger import CAUSES, Ledger
@@ -27,7 +27,10 @@ from server.replies import ReplyCheck
 from tests.inprocess import InProcessGrid, small
 
 SCENARIO = small(server={"aggregation": "suffix"})
-QUICK = settings(deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(
+    deadline=None, derandomize=True, database=None, max_examples=600,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
 SLOW = settings(QUICK, max_examples=150)
 
 WHOLE = st.integers(-(2**63), 2**63 - 1)
@@ -72,10 +75,8 @@ def test_any_record(kind: Any, data: st.DataObject) -> None:
         message = kind.from_record(given_record)
     except ProtocolError as error:
         one_clear_error(error)
-        assert str(error).startswith(f"{kind.__name__}.")
         return
-    assert all(message.to_record()[name] == given_record[name] or given_record[name] != given_record[name]
-               for name in record if not isinstance(given_record[name], list))  # fmt: skip
+    assert repr(message.to_record()) == repr({name: given_record[name] for name in record})
 
 
 @pytest.mark.parametrize("nothing", [None, 3, "text", [], object()])
