@@ -48,7 +48,11 @@ Changes = Annotated[
 ]
 Plugins = Annotated[
     list[Path] | None,
-    typer.Option("--plugin", metavar="FILE", help="Load methods, networks or data sources from a .py file; repeatable"),
+    typer.Option(
+        "--plugin",
+        metavar="FILE",
+        help="Load methods, networks, data sources or partitioners from a .py file; repeatable",
+    ),
 ]
 OutFolder = Annotated[Path | None, typer.Option("--out", help="Run folder; default: runs/<scenario's name>-<seed>")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out")]

@@ -135,8 +135,17 @@ class Run:
         return tuple(range(self.scenario.stream.tasks) if tasks is None else tasks)
 
     def skipped_of(self, device: int) -> list[dict[str, Any]]:
-        """The tasks that a device skips, each as `task`, `reason`, `train` and `test` (images that it has for it)."""
-        return list(self.partition.get(device, {}).get("skipped", ()))
+        """The tasks that a device skips, each as `task`, `reason`, `train` and `test` (its numbers of images).
+
+        Entries of partition.json that name no task of the scenario are left out.
+        """
+        listed = self.partition.get(device, {}).get("skipped")
+        tasks = range(self.scenario.stream.tasks)
+        return [
+            entry
+            for entry in (listed if isinstance(listed, list) else ())
+            if isinstance(entry, dict) and type(entry.get("task")) is int and entry["task"] in tasks
+        ]
 
     def matrices(self, setting: str = "til") -> dict[int, AccuracyMatrix]:
         """The accuracy matrix of every device that was tested, by device number; `setting` is "til" or "cil"."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +14,7 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from lightcl.errors import RequestError
-from simulations.options import Plugins, use_plugins
+from simulations.options import Plugins, command_line, console, use_plugins
 
 WIDEST_CELL = 28
 """Characters; longer cells, which are names, wrap."""
@@ -47,7 +45,7 @@ def compare(
     from simulations.reports.comparison import PAGE, Group, markdown, to_json, write_page
     from simulations.reports.comparison import compare as compare_groups
 
-    console = Console(emoji=False)
+    out = console()
     groups, baselines = collect(runs), {}
     if len(groups) < 2:
         raise RequestError(
@@ -63,17 +61,16 @@ def compare(
         baselines = dict.fromkeys(labels, baseline)
     names_in(out_folder, (PAGE, MARKDOWN, RECORDS, "plots"))
     if measure:
-        groups = [Group(g.label, g.runs, g.step_bytes or _step_bytes(g, console)) for g in groups]
+        groups = [Group(g.label, g.runs, g.step_bytes or _step_bytes(g, out)) for g in groups]
     title = groups[0].scenario.name if len({g.scenario.name for g in groups}) == 1 else "Comparison of runs"
-    command = shlex.join(["lightcl", *sys.argv[1:]])
-    comparison = compare_groups(groups, title=title, baselines=baselines, command=command)
+    comparison = compare_groups(groups, title=title, baselines=baselines, command=command_line())
     with writable(out_folder):
         out_folder.mkdir(parents=True, exist_ok=True)
         page = write_page(comparison, out_folder)
         write_atomically(out_folder / MARKDOWN, markdown(comparison))
         write_atomically(out_folder / RECORDS, json.dumps(to_json(comparison), indent=2))
-    print_comparison(comparison, console)
-    console.print(f"page: {os.path.relpath(page)}", highlight=False, markup=False, soft_wrap=True)
+    print_comparison(comparison, out)
+    out.print(f"page: {os.path.relpath(page)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def collect(paths: list[Path]) -> list[Any]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -72,8 +71,8 @@ class ReportedRun:
     @cached_property
     def skipped(self) -> dict[int, list[int]]:
         """The tasks that a device skips because it has too few images, by device number; from partition.json."""
-        tasks = self.scenario.stream.tasks
-        return {n: found for n, row in self.run.partition.items() if (found := skipped_tasks(row, tasks))}
+        skipped = {n: [entry["task"] for entry in self.run.skipped_of(n)] for n in self.run.partition}
+        return {n: tasks for n, tasks in skipped.items() if tasks}
 
     @cached_property
     def learned(self) -> dict[int, int]:
@@ -169,15 +168,6 @@ def reported(run: Run) -> ReportedRun:
         except (KeyError, TypeError, AttributeError) as error:
             raise RequestError(f"{run.path / ANALYSIS}: not the record of an analysis ({error!r})") from error
     return ReportedRun(run, choice)
-
-
-def skipped_tasks(row: Mapping[str, Any], tasks: int) -> list[int]:
-    """The skipped tasks in a row of partition.json: listed under `skipped`, as numbers or as objects with a `task`."""
-    listed = row.get("skipped")
-    if not isinstance(listed, list):
-        return []
-    numbers = [entry.get("task") if isinstance(entry, dict) else entry for entry in listed]
-    return sorted({n for n in numbers if type(n) is int and 0 <= n < tasks})
 
 
 def spread_over_tasks(matrices: Sequence[AccuracyMatrix]) -> list[Spread]:

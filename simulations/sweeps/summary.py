@@ -16,6 +16,7 @@ from math import isnan
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from lightcl.analysis.footprint.shapes import MIB
@@ -178,7 +179,7 @@ def _main_table(sweep: Sweep, rows: Sequence[Row], spread: Spread) -> list[str]:
         cells = [row.label.replace("|", "\\|"), str(row.seeds)]
         cells += [_percent(row.figures[f"{s} {key}"], spread) for s, key in FIGURES]
         if sweep.description.footprint:
-            cells += [_number(row.flops, 1e12, 1), _number(row.counted, MIB, 1), _number(row.measured, MIB, 1)]
+            cells += [_significant(row.flops, 1e12), _number(row.counted, MIB, 1), _number(row.measured, MIB, 1)]
             cells += [_ratio(row.measured, row.counted), _ratio(row.measured, sgd.get(setting[row.label]))]
         cells += [_number(row.bytes_down, 1e6, 1), _number(row.bytes_up, 1e6, 1)] if sent else []
         lines.append(f"| {' | '.join([*cells, _number(row.seconds, 1, 0)])} |")
@@ -230,8 +231,17 @@ def _ratio(first: float | None, second: float | None) -> str:
     return f"{first / second:.2f}" if first and second else "–"
 
 
-def _number(value: float | None, unit: float, digits: int) -> str:
-    return "–" if value is None else f"{value / unit:.{digits}f}"
+def _number(value: float | None, unit: float, decimals: int) -> str:
+    return "–" if value is None else f"{value / unit:.{decimals}f}"
+
+
+def _significant(value: float | None, unit: float) -> str:
+    """To three significant digits, without an exponent: small values do not read as 0.0."""
+    return (
+        "–"
+        if value is None
+        else np.format_float_positional(value / unit, precision=3, fractional=False, trim="-", unique=False)
+    )
 
 
 # -- files ---------------------------------------------------------------------------------------------------------

@@ -289,7 +289,9 @@ def test_more_classes_than_the_source_has_are_refused(source):
 
 
 def test_a_natural_partition_needs_groups(source):
-    with pytest.raises(RequestError, match=r"'natural' needs images that say whose they are: .* fleet.partition_by"):
+    with pytest.raises(
+        RequestError, match=r"'natural' needs images with a user, writer or camera: .* fleet.partition_by"
+    ):
         partition(source, Fleet(devices=5, partition="natural", partition_by="user"), 0)
 
 
@@ -303,11 +305,13 @@ def test_unknown_partitions_are_refused_with_the_nearest_name():
 
 
 def test_a_plugin_adds_a_partitioner(source, monkeypatch):
-    monkeypatch.setattr(partitioners, "_PARTITIONERS", dict(partitioners._PARTITIONERS))
+    monkeypatch.setattr(partitioners.PARTITIONERS, "_objects", dict(partitioners.PARTITIONERS))
     register_partitioner("round-robin", lambda pool: np.arange(len(pool.labels)) % pool.devices)
     assert partition(source, Fleet(devices=7, partition="round-robin"), 0).sizes.tolist() == [29] * 4 + [28] * 3
     with pytest.raises(RequestError, match="partitioner 'iid' is built in"):
         register_partitioner("iid", lambda pool: pool.labels)
+    with pytest.raises(RequestError, match="partitioner 'round-robin' is registered twice"):
+        register_partitioner("round-robin", partitioners.linear)
 
 
 # -- test images ---------------------------------------------------------------------------------------------------

@@ -85,6 +85,14 @@ def test_a_device_of_which_partition_json_says_nothing_learns_all_tasks(tmp_path
     assert history.til.learned.tolist() == [0, 2]  # its rows say so
 
 
+def test_only_entries_of_partition_json_that_name_a_task_count_as_skipped(tmp_path: Path) -> None:
+    skipped = [{"task": 1, "reason": "no test image"}, {"task": 7}, 2, {"task": True}]
+    rows = [{"device": 0, "skipped": skipped}, {"device": 1, "skipped": "all"}, {"device": 2}]
+    RunFolder(tmp_path).begin(Scenario(stream=Stream(tasks=3), fleet=Fleet(devices=4)), {"run": "r"}, rows)
+    run = load_run(tmp_path)
+    assert [run.skipped_of(device) for device in range(4)] == [[skipped[0]], [], [], []]
+
+
 def test_a_figure_that_no_device_has_is_null_on_disk(tmp_path: Path) -> None:
     results = Results.of([{"til": {1: [0.4]}, "cil": {}}], 3, ids=[(1,)], devices=1, dropped={}, rounds=[])
     folder = RunFolder(tmp_path)

@@ -28,7 +28,6 @@ from simulations.reports.figures import (
     chance,
     mean_matrix,
     reported,
-    skipped_tasks,
     spread_of_forgetting,
     spread_over_tasks,
 )
@@ -331,12 +330,6 @@ def reported_with(devices: list[DeviceHistory]) -> Any:
         histories=devices, dropped={}, partition={}, devices=[], results=None, scenario=scenario, analysis=None
     )
     return reported(run)  # type: ignore[arg-type]
-
-
-def test_skipped_tasks_of_a_partition_row() -> None:
-    assert skipped_tasks({"skipped": [2, 0]}, 3) == [0, 2]
-    assert skipped_tasks({"skipped": [{"task": 1, "reason": "no images"}, {"task": 7}]}, 3) == [1]
-    assert skipped_tasks({"train": []}, 3) == skipped_tasks({"skipped": "all"}, 3) == []
 
 
 def test_folder_without_a_valid_run_is_an_error(tmp_path: Path) -> None:

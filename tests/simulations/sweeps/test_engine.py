@@ -90,8 +90,8 @@ def made(folder: Path) -> Sweep:
     (folder / "sweep.json").write_text(json.dumps({"starts": [start], "points": points}))
     mib = 2**20
     sizes = {
-        name: {"theory": {"training_flops": 3e12, "peak": 10 * mib}, "measured": {"training": measured * mib}}
-        for name, measured in (("sgd", 10), ("pnn", 25))
+        name: {"theory": {"training_flops": flops, "peak": 10 * mib}, "measured": {"training": measured * mib}}
+        for name, flops, measured in (("sgd", 4.123e10, 10), ("pnn", 3e12, 25))
     }
     (folder / "footprint.json").write_text(json.dumps(sizes))
     return sweep
@@ -108,9 +108,10 @@ def test_the_summary_by_hand(tmp_path):
     assert "Not as in the scenario" not in text
     # sgd: TIL 50 and 70, standard error of two: half of the difference, 10; forgetting 50 and 30; CIL is half of all.
     assert (
-        "| sgd | 2 | 30.00 ± 5.00 | 60.00 ± 10.00 | 20.00 ± 5.00 | 40.00 ± 10.00 | 3.0 | 10.0 | 10.0 | 1.00 |" in text
+        "| sgd | 2 | 30.00 ± 5.00 | 60.00 ± 10.00 | 20.00 ± 5.00 | 40.00 ± 10.00 | 0.0412 | 10.0 | 10.0 | 1.00 |"
+        in text
     )
-    assert "| pnn | 2 | – | 80.00 ± 0.00 | – | 10.00 ± 0.00 | 3.0 | 10.0 | 25.0 | 2.50 | 2.50 | 8 |" in text
+    assert "| pnn | 2 | – | 80.00 ± 0.00 | – | 10.00 ± 0.00 | 3 | 10.0 | 25.0 | 2.50 | 2.50 | 8 |" in text
     # Pairs: 80 - 50 and 80 - 70: mean 20, standard error 10; t(0.975, 1) = 12.7062.
     assert "| pnn | sgd | 2 | – | +20.00 [-107.06, +147.06] | – | -30.00 [-157.06, +97.06] |" in text
     assert (tmp_path / "out" / "summary.png").read_bytes().startswith(b"\x89PNG")
