@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and how commands word numbers. Imports nothing heavy."""
+"""Arguments and options that several commands share, and how commands format numbers. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def command_app() -> typer.Typer:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Where a command prints: text as it is, without emoji."""
+    """The console that a command prints to; emoji codes are not replaced."""
     from rich.console import Console
 
     return Console(stderr=stderr, emoji=False)

@@ -31,7 +31,8 @@ def compare(
         Path, typer.Option("--out", help="Folder for the page, the table and the pictures; replaced if it holds those")
     ] = Path("runs/comparison"),
     baseline: Annotated[
-        str | None, typer.Option("--baseline", metavar="NAME", help="Compare with this one; default: the first")
+        str | None,
+        typer.Option("--baseline", metavar="NAME", help="Run that the others are compared with; default: the first"),
     ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure the memory of a training step in fresh processes")
@@ -49,8 +50,8 @@ def compare(
     groups, baselines = collect(runs), {}
     if len(groups) < 2:
         raise RequestError(
-            f"compare: {len(groups)} scenario to compare (runs that differ only in seed or device count as one); "
-            "name at least two"
+            f"compare: needs at least two scenarios, found {len(groups)} (runs that differ only in seed or device "
+            "count as one)"
         )
     if baseline is not None:
         labels = [group.label for group in groups]
@@ -74,7 +75,7 @@ def compare(
 
 
 def collect(paths: list[Path]) -> list[Any]:
-    """The groups behind run and sweep folders. Raises RequestError."""
+    """The groups of runs in these run and sweep folders. Raises RequestError."""
     from simulations.reports.comparison import Group, group_runs
     from simulations.reports.run_figures import read_figures
 
@@ -97,7 +98,7 @@ def collect(paths: list[Path]) -> list[Any]:
 
 
 def _sweep_groups(folder: Path) -> list[Any]:
-    """A group for every point of a sweep that has a run."""
+    """One group for each point of a sweep that has a run."""
     from simulations.reports.comparison import Group
     from simulations.reports.run_figures import read_figures
 
@@ -107,7 +108,7 @@ def _sweep_groups(folder: Path) -> list[Any]:
         footprints = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         runs = {point["label"]: [folder / str(run) for run in point["runs"]] for point in points}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"{folder}: its sweep.json cannot be read ({error!r})") from error
+        raise RequestError(f"{folder / 'sweep.json'}: cannot be read ({error!r})") from error
     groups = []
     for label, paths in runs.items():
         found = tuple(read_figures(path) for path in paths if (path / "run.json").exists())
@@ -131,7 +132,7 @@ def _step_bytes(group: Any, console: Console) -> int | None:
 
 
 def print_comparison(comparison: Any, console: Console) -> None:
-    """The comparison as tables in the terminal."""
+    """Prints the comparison as tables."""
     from simulations.reports.comparison import table_rows
 
     for title, headings, rows in table_rows(comparison):

@@ -1,4 +1,4 @@
-"""The numbers of a run's report: which devices count, spreads over the fleet, reasons for failures, chance."""
+"""The numbers of a run's report: devices that count, spreads over the fleet, reasons for failures, chance."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class FreezeChoice:
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """A run with the groups of devices that the page is about."""
+    """A run and the groups of devices that the page shows."""
 
     run: Run
     choice: FreezeChoice | None
-    """None where the freeze point was given."""
+    """None where the scenario names the freeze point."""
 
     @property
     def scenario(self) -> Scenario:
@@ -53,12 +53,12 @@ class ReportedRun:
 
     @cached_property
     def training_images(self) -> dict[int, int]:
-        """Training images by device number; a board with its own images is left out."""
+        """Training images by device number; boards with images of their own are left out."""
         return {n: len(row["train"]) for n, row in self.run.partition.items() if isinstance(row.get("train"), list)}
 
     @cached_property
     def test_images(self) -> dict[int, int]:
-        """Test images, over all tasks of the device's last test, by device number."""
+        """Test images by device number, summed over the tasks of the device's last test."""
         return {row.device: sum(row.images) for row in self.run.devices if row.images}
 
     @cached_property
@@ -90,7 +90,7 @@ class ReportedRun:
 
     @cached_property
     def compared(self) -> list[DeviceHistory]:
-        """The devices behind the headline: those that finished or, before the end of the run, all tested ones."""
+        """The devices in the headline figures: those that finished or, before the run ends, all tested ones."""
         return self.finished if self.run.results and self.finished else self.tested
 
     @cached_property
@@ -146,7 +146,7 @@ class ReportedRun:
 
     @property
     def status(self) -> tuple[str, str]:
-        """The run's state in words, and how to take it: "good", "warning" or "bad"."""
+        """The run's state in words, and its severity: "good", "warning" or "bad"."""
         results, failure, dropped = self.run.results, self.run.failure, self.run.dropped
         if results is None:
             if failure and len(dropped) == self.scenario.fleet.devices:

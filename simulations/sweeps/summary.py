@@ -1,7 +1,7 @@
 """The summary of a sweep: one table as Markdown, JSON and CSV, a picture, and a page that compares the points.
 
-Figures of a cell are means over its devices; the table's are means over the seeds (and over the devices that were
-trained alone, which are averaged first, seed by seed).
+Figures of a cell are means over its devices. The table shows means over the seeds; devices that were trained alone are
+averaged first, seed by seed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Row:
     """The same as measured in a fresh process, bytes."""
     seconds: float | None = None
     bytes_down: float | None = None
-    """Of the whole run, mean over the seeds."""
+    """Of the entire run, mean over the seeds."""
     bytes_up: float | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def results_of(sweep: Sweep, cell: Cell) -> Any | None:
 
 
 def row_of(sweep: Sweep, point: Point, footprint: Mapping[str, Any] | None) -> Row:
-    """One point over the seeds of which every run is complete."""
+    """One point, over the seeds whose runs are all complete."""
     by_seed: list[list[Any]] = []
     for seed in sweep.seeds:
         results = [results_of(sweep, cell) for cell in sweep.of(point) if cell.seed == seed]
@@ -116,7 +116,7 @@ def table(
     sweep: Sweep, record: Mapping[str, Any], rows: Sequence[Row],
     differences: Mapping[str, Mapping[str, Difference | None]],
 ) -> str:  # fmt: skip
-    """Markdown: what was run, a row per point, and the differences from the baseline."""
+    """Markdown: what was run, one row per point, and the differences from the baseline."""
     starts, scenario = record["starts"], sweep.scenario
     spread = sweep.description.spread
     scope = (
@@ -141,14 +141,14 @@ def table(
         f"{', '.join(filter(None, facts))}; commit {commits}, "
         f"torch {starts[-1]['libraries']['torch']}, {starts[-1]['machine']}.",
         "",
-        *(f"Not as in the scenario: {line}." for line in sweep.resets),
+        *(f"Changed from the scenario: {line}." for line in sweep.resets),
         *([""] if sweep.resets else []),
         f"Accuracy and forgetting in percent, mean ± {spread.replace('-', ' ')} over the seeds.",
     ]
     if sweep.description.footprint:
         lines[-1] += (
-            " FLOPs: the training steps of a whole stream, counted (for a fleet, device 0's; work between tasks is not "
-            "included). Memory: peak of a training step of the second task in MiB (2^20 bytes), by our count and as "
+            " FLOPs: counted for the training steps of an entire stream (for a fleet, device 0's; without work between "
+            "tasks). Memory: peak of a training step of the second task in MiB (2^20 bytes), counted (theory) and "
             "measured (tensors)."
         )
     lines += ["", *_main_table(sweep, rows, spread)]
@@ -302,7 +302,7 @@ def groups_of(sweep: Sweep, footprints: Mapping[str, Any]) -> list[Group]:
 def write_summary(
     sweep: Sweep, record: Mapping[str, Any], footprints: Mapping[str, Any], console: Console
 ) -> None:  # fmt: skip
-    """The summary of what there is."""
+    """Writes and prints the summary of all complete runs."""
     from simulations.reports.plots import LIGHT, accuracy_over_memory, png
 
     rows = [row_of(sweep, point, footprints.get(point.label)) for point in sweep.points]

@@ -130,7 +130,7 @@ def test_one_device_from_the_command_line_to_the_report(
     files = [Path("run") / name for name in ("devices.jsonl", "rounds.jsonl", "results.json")]
     before = [(file.read_text(), file.stat().st_mtime_ns) for file in files]
     assert lightcl(monkeypatch, "train", scenario, "--device", 1, "--out", "run", "--resume") == 0
-    assert "the run was complete already" in capfd.readouterr().out
+    assert "the run is already complete" in capfd.readouterr().out
     assert [(file.read_text(), file.stat().st_mtime_ns) for file in files] == before
 
 
@@ -181,11 +181,11 @@ def test_resume_gives_dropped_devices_another_chance(
     assert "dropped from the run: 1 device" in capfd.readouterr().out
     broken.clear()
     assert lightcl(monkeypatch, *words, "--resume") == 0
-    assert "complete already" not in capfd.readouterr().out
+    assert "already complete" not in capfd.readouterr().out
     assert json.loads(Path("run/results.json").read_text())["devices_finished"] == 2
     before = Path("run/results.json").read_bytes()
     assert lightcl(monkeypatch, *words, "--resume") == 0
-    assert "the run was complete already" in capfd.readouterr().out
+    assert "the run is already complete" in capfd.readouterr().out
     assert Path("run/results.json").read_bytes() == before
 
 

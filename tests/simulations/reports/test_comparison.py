@@ -110,7 +110,7 @@ def test_runs_that_differ_only_in_seed_are_one_group(tmp_path):
     [
         ({"alpha": 0.5}, "fleet.partition is dirichlet and iid"),
         ({"seed": 1}, "the seeds are 1 and 0"),
-        ({"train": 7}, "partition.json gives the devices other images"),
+        ({"train": 7}, "partition.json assigns different images to the devices"),
     ],
 )
 def test_unlike_runs_are_compared_without_pairs_and_a_warning_says_why(tmp_path, options, problem):

@@ -105,7 +105,7 @@ def test_the_summary_by_hand(tmp_path):
     assert (
         "digits, 2 tasks x 2 classes, 1 epoch per task, batch 64, fp32, device 0 of 1, seeds 0, 1; commit abc" in text
     )
-    assert "Not as in the scenario" not in text
+    assert "Changed from the scenario" not in text
     # sgd: TIL 50 and 70, standard error of two: half of the difference, 10; forgetting 50 and 30; CIL is half of all.
     assert (
         "| sgd | 2 | 30.00 ± 5.00 | 60.00 ± 10.00 | 20.00 ± 5.00 | 40.00 ± 10.00 | 0.0412 | 10.0 | 10.0 | 1.00 |"
@@ -161,7 +161,7 @@ def test_the_summary_says_which_keys_a_method_could_not_keep(tmp_path):
     sweep = plan(tmp_path / "out", given=given)
     record = json.loads((tmp_path / "out" / "sweep.json").read_text())
     text = table(sweep, record, [], {})
-    assert "Not as in the scenario: server.aggregation is none, not suffix, for pnn." in text
+    assert "Changed from the scenario: server.aggregation is none instead of suffix for pnn." in text
 
 
 def test_what_is_missing_in_the_summary_is_a_dash(tmp_path):
