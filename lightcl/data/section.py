@@ -97,7 +97,7 @@ class Stream(Section):
     @field_validator("class_order", mode="before")
     @classmethod
     def _check_class_order(cls, given: object) -> object:
-        """One error instead of one per member of the union, each of which lists half of the allowed values."""
+        """Raises one error; pydantic would raise one per member of the union, each with half of the allowed values."""
         if given in ("natural", "shuffled"):
             return given
         listed = given if isinstance(given, list | tuple) else ()
@@ -159,7 +159,7 @@ class Fleet(Section):
 
 
 def _known(given: str, find: Callable[[str], object]) -> str:
-    """The name, if a registry has it; pydantic wants a ValueError where it has not."""
+    """The name, if `find` knows it; otherwise a ValueError, which pydantic expects."""
     try:
         find(given)
     except RequestError as error:

@@ -279,7 +279,7 @@ def test_a_test_split_of_another_shape_is_refused(tmp_path, test_picture, found)
 
 def test_undecodable_image_is_named_by_file_and_row(tmp_path):
     file = write_parquet(tmp_path / "a.parquet", [png(10), b"no image", png(30)], [0, 0, 0])
-    refused(file, rf"{file}, row 1: the image does not decode \(no image, or of an unknown format\)")
+    refused(file, rf"{file}, row 1: the image does not decode \(not an image, or an unknown format\)")
 
 
 def grey_tiff(dtype: str) -> bytes:
@@ -296,7 +296,7 @@ def test_images_of_16_bits_keep_their_brightness(tmp_path):
 @pytest.mark.parametrize(("dtype", "kind"), [("float32", "float"), ("int32", "32-bit integer")])
 def test_images_of_an_unknown_range_are_refused(tmp_path, dtype, kind):
     file = write_parquet(tmp_path / "a.parquet", [png(10), grey_tiff(dtype)], [0, 0])
-    refused(file, rf"{file}, row 1: the image has {kind} pixels.*allowed: 8 or 16 bits a channel")
+    refused(file, rf"{file}, row 1: the image has {kind} pixels.*allowed: 8 or 16 bits per channel")
 
 
 def test_truncated_image_is_named_by_file_and_row(tmp_path):
@@ -472,13 +472,13 @@ def test_every_image_of_a_folder_is_read_and_notes_are_not(tmp_path):
 def test_folder_without_images_is_refused(tmp_path, content):
     for name in content:
         (tmp_path / name).mkdir()
-    with pytest.raises(RequestError, match=rf"data.path: {tmp_path} is no image folder"):
+    with pytest.raises(RequestError, match=rf"data.path: {tmp_path} is not an image folder"):
         folder(tmp_path)
 
 
 def test_file_instead_of_a_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(RequestError, match=rf"data.path: {tmp_path}/file is no image folder"):
+    with pytest.raises(RequestError, match=rf"data.path: {tmp_path}/file is not an image folder"):
         folder(tmp_path / "file")
 
 
