@@ -246,7 +246,7 @@ def test_pretrained_weights_can_be_used_as_a_prefix(
         (["--learning-rate", "-1"], "--learning-rate -1: expected a number above 0"),
         (["--out", "README.safetensors"], "README.md exists; replace it with --overwrite"),
         (["--out", "folder.safetensors", "--overwrite"], "folder.safetensors is a folder"),
-        (["--out", "junk.safetensors"], "junk.checkpoint: not what a killed run leaves"),
+        (["--out", "junk.safetensors"], "junk.checkpoint: not the checkpoint of a killed run"),
     ],
 )
 def test_pretraining_refuses_before_it_trains(
