@@ -62,7 +62,7 @@ def test_freeze_points_that_the_method_cannot_be_built_on_are_left_out():
 
 
 def test_where_the_method_can_be_built_on_no_freeze_point_its_reason_is_given():
-    with pytest.raises(RequestError, match=r"method.statistics_mb is 0.002, but the least that lightcl-plus needs"):
+    with pytest.raises(RequestError, match=r"method.statistics_mb is 0.002, but lightcl-plus needs at least"):
         found(method=PLUS, network={"freeze": "layer4.0"})
 
 
