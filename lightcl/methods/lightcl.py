@@ -57,13 +57,13 @@ class LightCLParameters(MethodParameters):
     order = 10
     name: Literal["lightcl"] = "lightcl"
     preset: Preset = "default"
-    """Fills the keys that the scenario leaves out. default: the paper's values; paper: also the details of its code
-    (vital_selection: paper, memory_batch_norm: train, and network.frozen_batch_norm: train); scale-free: drift
-    without a unit (reduction: relative, beta: 1, held_logits: old)."""
+    """Sets the keys that the scenario leaves out. default: the paper's values; paper: also the details of its code
+    (vital_selection: paper, memory_batch_norm: train, and network.frozen_batch_norm: train); scale-free: dimensionless
+    drift (reduction: relative, beta: 1, held_logits: old)."""
     beta: float = Field(default=2e-4, ge=0, le=1e9)
     """Weight of the regularization; 0 switches it off (freezing only)."""
     reduction: Reduction = "sum"
-    """sum: the paper's; relative: drift without a unit, so that `beta` means the same at every width."""
+    """sum: the paper's; relative: dimensionless drift, so that `beta` means the same at every width."""
     held_logits: Literal["all", "old"] = "all"
     """Logits tied to the stored ones. all: the entire head's (the paper); old: the classes seen before this task."""
     ratio: float = Field(default=0.15, gt=0, le=1)
@@ -72,7 +72,7 @@ class LightCLParameters(MethodParameters):
     """Samples of the new task whose patterns are stored; at least 2 where a batch-norm takes its statistics from them
     (`memory_batch_norm: train`, `network.frozen_batch_norm: train`)."""
     vital_selection: VitalSelection = "exact"
-    """exact: the ratio's channels to the number; paper: one more, as in the paper's code."""
+    """exact: exactly the number of channels that `ratio` gives; paper: one more, as in the paper's code."""
     memory_batch_norm: Literal["eval", "train"] = "eval"
     """Batch-norm of the suffix while memory samples pass. eval: running statistics; train: the memory batch's own."""
 

@@ -55,7 +55,7 @@ class LightCLPlusParameters(LightCLParameters):
     order = 12
     name: Literal["lightcl-plus"] = "lightcl-plus"  # type: ignore[assignment]
     statistics_mb: float = Field(default=2.0, gt=0, le=1e9)
-    """Memory for the classifier's sums and its solved head, in 10^6 bytes; richer features are used where it allows."""
+    """Memory for the classifier's sums and its solved head, in 10^6 bytes; richer features are used if they fit."""
     shrinkage: float = Field(default=0.01, ge=1e-6, le=1e9)
     """Share of the mean variance that is added to the covariance's diagonal."""
     suffix_weight: float = Field(default=1.0, ge=0, le=1e9)

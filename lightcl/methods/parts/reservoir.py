@@ -31,7 +31,7 @@ class ReplayParameters(MethodParameters):
     """Keys of all methods that keep samples."""
 
     loss_classes: Literal["task", "seen", "all"] = "all"
-    """Classes in the cross-entropy; all is what the replay methods' papers do. With `task` the replayed samples are
+    """Classes in the cross-entropy; all: as in the replay methods' papers. With `task` the replayed samples are
     still compared with all classes seen, since their task is not the current one (ER-ACE, Caccia et al., ICLR 2022)."""
     buffer_size: int = Field(default=15, ge=1, le=1_000_000)
     """Raw samples kept, over all tasks together."""

@@ -86,7 +86,7 @@ def test_smaller_alpha_makes_devices_differ_more(source):
 @pytest.mark.filterwarnings("ignore:Classes. .* will NOT be used")
 @pytest.mark.parametrize("devices", [1, 2, 5])
 @pytest.mark.parametrize("wanted", [1, 2, 4])
-def test_pathological_devices_hold_so_many_classes(source, wanted, devices):
+def test_pathological_devices_hold_the_given_number_of_classes(source, wanted, devices):
     for share in shares_of(source, "pathological", classes_per_device=wanted, devices=devices):
         assert len(np.unique(source.train.labels[share.train])) == wanted
 
@@ -98,7 +98,7 @@ def test_devices_are_tested_on_their_classes_only(source, kind):
         assert set(source.test.labels[share.test]) <= held
 
 
-def test_whole_test_data_is_all_images_of_the_devices_classes(source):
+def test_test_data_whole_is_all_images_of_the_devices_classes(source):
     for share in shares_of(source, "pathological", test_data="whole"):
         held = np.unique(source.train.labels[share.train])
         assert np.array_equal(share.test, np.flatnonzero(np.isin(source.test.labels, held)))
@@ -151,7 +151,7 @@ def test_one_share_reads_only_its_part_of_memory_mapped_files(source):
 
 @pytest.mark.parametrize("name", ["train-indices.npy", "train-offsets.npy", "test-indices.npy"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "half"])
-def test_a_damaged_entry_is_made_anew(source, monkeypatch, tmp_path, name, damage):
+def test_a_damaged_entry_is_rebuilt(source, monkeypatch, tmp_path, name, damage):
     monkeypatch.setenv("LIGHTCL_CACHE", str(tmp_path))
     expected = [(share.train.tolist(), share.test.tolist()) for share in shares_of(source, "dirichlet")]
     (entry,) = (tmp_path / "partitions").iterdir()
@@ -186,7 +186,7 @@ def from_flower(partitioner: reference.Partitioner, columns: dict[str, np.ndarra
 
 @pytest.mark.filterwarnings("ignore:The specified min_partition_size", "ignore:Classes. .* will NOT be used")
 @pytest.mark.parametrize("devices", [1, 6, 18, 60])
-def test_images_are_dealt_as_by_flower(devices):
+def test_images_are_divided_as_by_flower(devices):
     by_label = {"num_partitions": devices, "partition_by": "label", "seed": 3}
     pairs = [
         (pool("iid", devices), reference.IidPartitioner(devices)),
@@ -274,7 +274,7 @@ def test_any_number_of_devices_divides_the_images(source, kind, options, devices
         assert len(dealt) in (200, 80, 120)
 
 
-def test_pathological_leftovers_are_not_the_last_devices(source):
+def test_pathological_remainders_do_not_always_miss_the_last_devices(source):
     sizes = partition(source, Fleet(devices=400, partition="pathological", classes_per_device=2), 0).sizes
     assert 0 < (sizes[200:] > 0).sum() < 200
     assert abs(int((sizes[:200] > 0).sum()) - int((sizes[200:] > 0).sum())) < 60

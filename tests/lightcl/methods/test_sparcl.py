@@ -1,4 +1,4 @@
-"""SparCL: masks over weights and gradients, and the data that is left out."""
+"""SparCL: masks over weights and gradients, and data removal."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_first_mask_is_by_magnitude():
 
 
 def test_adjustment_by_hand():
-    """Of 9·4·4 = 144 weights 36 are there; a tenth of all is exchanged: the 14 least important ones."""
+    """Of 9·4·4 = 144 weights 36 are present; a tenth of all is exchanged: the 14 least important ones."""
     network = toys.network(freeze="none")
     masks = DynamicMasks(network, sparsity=0.75, updated=0.2)
     masks.start()
@@ -98,7 +98,7 @@ def test_growth_is_drawn_by_seed():
 
 @pytest.mark.parametrize("parameters", BOTH)
 def test_masked_weights_stay_exactly_zero(tmp_path, parameters):
-    """Through a whole stream, with momentum and weight decay, which know nothing of masks."""
+    """Through an entire stream, with momentum and weight decay, which ignore masks."""
     name = parameters.model_fields["name"].default
     device = toys.device(
         tmp_path,
@@ -131,7 +131,7 @@ def test_a_new_task_gets_more_weights_until_the_next_adjustment():
     assert share(method.masks.present) == {name: pytest.approx(0.25, abs=1e-3) for name in LAYERS}
 
 
-def test_gradients_outside_their_mask_change_nothing():
+def test_masked_gradients_do_not_change_weights():
     method = make(gradient_sparsity=0.9)
     begin(method)
     assert share(method.masks.updated) == {name: pytest.approx(0.1, abs=1e-3) for name in LAYERS}
@@ -198,7 +198,7 @@ def test_ties_are_drawn_by_seed():
 
 
 def test_misclassified_samples_are_counted_where_they_belong():
-    """Positions in a batch are those among the samples that are left."""
+    """Positions in a batch are those among the remaining samples."""
     method = make()
     begin(method)
     method.kept = torch.tensor([4, 6, 7, 9])

@@ -67,7 +67,7 @@ def test_the_results_count_the_devices_behind_each_figure(tmp_path: Path) -> Non
     assert results.til.devices == {"average_accuracy": 3, "forgetting": 2, "backward_transfer": 2}
 
 
-def test_a_row_names_its_tasks_where_one_is_skipped_and_only_there(tmp_path: Path) -> None:
+def test_a_row_names_its_tasks_only_where_one_is_skipped(tmp_path: Path) -> None:
     make_run(tmp_path)
     rows = [json.loads(line) for line in (tmp_path / DEVICES).read_text().splitlines()]
     assert [r.get("tasks") for r in rows if r["device"] == 0] == [None, None, None]
@@ -76,7 +76,7 @@ def test_a_row_names_its_tasks_where_one_is_skipped_and_only_there(tmp_path: Pat
     assert row(0, 1).tested == [0, 1]
 
 
-def test_a_device_of_which_partition_json_says_nothing_learns_all_tasks(tmp_path: Path) -> None:
+def test_a_device_missing_from_partition_json_learns_all_tasks(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
     (folder.path / "partition.json").unlink()
     history = load_run(tmp_path).histories[1]

@@ -35,7 +35,7 @@ def test_all_methods_as_table_json_and_picture(file, monkeypatch, capfd):
     assert Path("a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_json_on_the_standard_output_is_all_there_is(file, monkeypatch, capfd):
+def test_only_json_is_written_to_standard_output(file, monkeypatch, capfd):
     assert lightcl(monkeypatch, "footprint", file, "--json", "-") == 0
     (method,) = json.loads(capfd.readouterr().out)["methods"]
     assert (method["method"], method["freeze"]) == ("lightcl", "layer3.1")
@@ -134,7 +134,7 @@ def test_another_method_comes_with_its_own_defaults():
     assert (other.network.width, other.training, other.data) == (4, given.training, given.data)
 
 
-def test_another_method_keeps_what_it_can_bear_and_the_rest_is_told():
+def test_another_method_keeps_the_keys_it_supports_and_resets_the_others():
     network = {"weights": "none", "width": 4, "freeze": "layer1"}
     given = toys.scenario(network=network, server={"aggregation": "suffix"}, stream={"tasks": 2, "settings": "til+cil"})
     found = {name: as_method(given, name) for name in method_names()}

@@ -140,7 +140,7 @@ def test_the_standard_deviation_where_the_description_asks_for_it(tmp_path):
     assert "mean ± standard deviation over the seeds" in text
 
 
-def test_runs_that_lost_devices_are_named_in_the_summary_and_tried_again(tmp_path, monkeypatch):
+def test_runs_that_dropped_devices_are_named_in_the_summary_and_continued(tmp_path, monkeypatch):
     sweep = made(tmp_path / "out")
     file = tmp_path / "out" / "runs" / "sgd-seed-1-device-0" / "results.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"dropped": {"4": "why", "3": "why", "10": "why"}}))
@@ -155,7 +155,7 @@ def test_runs_that_lost_devices_are_named_in_the_summary_and_tried_again(tmp_pat
     assert asked == ["sgd-seed-1-device-0"]
 
 
-def test_the_summary_says_which_keys_a_method_could_not_keep(tmp_path):
+def test_the_summary_lists_the_keys_that_a_method_does_not_support(tmp_path):
     made(tmp_path / "out")
     given = scenario(server={"aggregation": "suffix"}, fleet={"devices": 2})
     sweep = plan(tmp_path / "out", given=given)
@@ -164,7 +164,7 @@ def test_the_summary_says_which_keys_a_method_could_not_keep(tmp_path):
     assert "Changed from the scenario: server.aggregation is none instead of suffix for pnn." in text
 
 
-def test_what_is_missing_in_the_summary_is_a_dash(tmp_path):
+def test_missing_figures_in_the_summary_are_dashes(tmp_path):
     sweep = plan(tmp_path / "out", "er")
     start = {"command": "c", "git_commit": None, "libraries": {"torch": "2"}, "machine": "Linux"}
     empty = Row("er", 0, {f"{s} {k}": None for s in ("cil", "til") for k in ("average_accuracy", "forgetting")})
@@ -247,7 +247,7 @@ def test_a_folder_that_cannot_be_made(tmp_path, name):
         run(sweep)
 
 
-def test_what_a_half_replaced_sweep_left_is_no_result(tmp_path, monkeypatch):
+def test_the_remains_of_a_half_replaced_sweep_are_not_results(tmp_path, monkeypatch):
     """`--overwrite` was killed after sweep.json was gone: the old results must not enter the new summary."""
     sweep = made(tmp_path / "out")
     (tmp_path / "out" / "sweep.json").unlink()
