@@ -4,9 +4,9 @@ The rounding of a convolution may depend on the batch size. So images pass the p
 padded: the output of an image then depends only on the image, with any batch size and with or without the cache. The
 batch-norm of the prefix is folded into its convolutions (lightcl/networks/folding.py).
 
-The cache holds outputs of views of training images (lightcl/data/augment.py) and of images that are used as they are:
-test images, and training images without augmentation. Where the disk has no room, the cache is switched off with a
-warning, and the run continues with the same numbers.
+The cache holds outputs of views of training images (lightcl/data/augment.py) and of images that are not augmented: test
+images, and training images if the scenario has no augmentation. Where the disk has no room, the cache is switched off
+with a warning, and the run continues with the same numbers.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class PNN(Method):
             return maps[k] + lateral
 
     def _add_column(self, seed: int) -> None:
-        """Freezes the network as it is and gives it adapters to all columns so far."""
+        """Freezes the current network as a column and creates the adapters of the next one."""
         shared: dict[int, Any] = {id(module): module for module in self.network.prefix.modules()}
         column = copy.deepcopy(self.network, shared)
         for weight in (*column.suffix.parameters(), *column.head.parameters()):

@@ -100,7 +100,7 @@ class RunFolder:
                 try:
                     stack.enter_context(exclusive(self.path, wait=False))
                 except BlockingIOError as error:
-                    raise RequestError(f"{self.path}: another process is at work on this run") from error
+                    raise RequestError(f"{self.path}: another process is working on this run") from error
             yield
 
     def begin(

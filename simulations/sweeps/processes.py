@@ -1,4 +1,4 @@
-"""Runs the cells of a sweep, each as `lightcl simulate` or `lightcl train` in a process of its own.
+"""Runs the cells of a sweep, each as `lightcl simulate` or `lightcl train` in a separate process.
 
 Each cell has its own run folder and log file. A child process is killed with its parent, so that a killed sweep leaves
 no process behind that keeps its run folder locked.

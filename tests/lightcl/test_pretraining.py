@@ -31,7 +31,7 @@ def colored(labels: list[int], seed: int) -> ImageSet:
     colors = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200], [120, 120, 120]])
     noise = np.random.default_rng(seed).integers(-40, 41, (len(labels), 8, 8, 3))
     images = (colors[labels][:, None, None] + noise).astype(np.uint8)
-    return ImageSet(images, np.asarray(labels), ("red", "green", "blue", "grey"))
+    return ImageSet(images, np.asarray(labels), ("red", "green", "blue", "gray"))
 
 
 def test_every_epoch_is_reported_and_colors_are_learned(tmp_path):

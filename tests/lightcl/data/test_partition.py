@@ -24,7 +24,7 @@ KINDS = {
 }
 
 
-def labelled(train: list[int], test: list[int], classes: int) -> Source:
+def labeled(train: list[int], test: list[int], classes: int) -> Source:
     """A source of blank images: only the labels count here."""
 
     def images(labels: list[int]) -> ImageSet:
@@ -35,7 +35,7 @@ def labelled(train: list[int], test: list[int], classes: int) -> Source:
 
 @pytest.fixture
 def source() -> Source:
-    return labelled(list(range(5)) * 40, list(range(5)) * 8, 5)
+    return labeled(list(range(5)) * 40, list(range(5)) * 8, 5)
 
 
 def shares_of(source: Source, kind: str, seed: int = 0, **fleet):
@@ -130,7 +130,7 @@ def test_partition_is_computed_once_and_read_back(source, monkeypatch, tmp_path)
     for changed in (
         lambda: shares_of(source, "iid", seed=1),
         lambda: shares_of(source, "iid", devices=4),
-        lambda: shares_of(labelled([0, 1] * 30, [0, 1], 2), "iid"),
+        lambda: shares_of(labeled([0, 1] * 30, [0, 1], 2), "iid"),
     ):
         with pytest.raises(AssertionError, match="computed again"):
             changed()
@@ -358,7 +358,7 @@ def test_label_counts_agree_with_the_shares(source, devices, test_data):
 
 
 def test_natural_test_images_belong_to_their_users_device():
-    train, test = labelled([0, 1] * 6, [0, 1, 0, 1, 0, 0], 2).train, labelled([0], [0, 1, 0, 1, 0, 0], 2).test
+    train, test = labeled([0, 1] * 6, [0, 1, 0, 1, 0, 0], 2).train, labeled([0], [0, 1, 0, 1, 0, 0], 2).test
     names = ("ann", "bob", "eve")
     source = Source(
         replace(train, groups=np.repeat([0, 1], 6), group_names=names),

@@ -238,7 +238,7 @@ def test_test_split_with_unknown_classes_is_refused(tmp_path):
 
 
 def test_gray_images_have_one_channel(tmp_path):
-    file = write_parquet(tmp_path / "grey.parquet", [png(value, mode="L") for value in VALUES], LABELS)
+    file = write_parquet(tmp_path / "gray.parquet", [png(value, mode="L") for value in VALUES], LABELS)
     assert parquet(file).channels == 1
 
 
@@ -282,20 +282,20 @@ def test_undecodable_image_is_named_by_file_and_row(tmp_path):
     refused(file, rf"{file}, row 1: the image does not decode \(not an image, or an unknown format\)")
 
 
-def grey_tiff(dtype: str) -> bytes:
+def gray_tiff(dtype: str) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(np.full((8, 8), 0.5 if dtype == "float32" else 200 * 256, dtype)).save(stream, "TIFF")
     return stream.getvalue()
 
 
 def test_images_of_16_bits_keep_their_brightness(tmp_path):
-    write_parquet(tmp_path / "a.parquet", [grey_tiff("uint16")] * 4, [0, 0, 1, 1])
+    write_parquet(tmp_path / "a.parquet", [gray_tiff("uint16")] * 4, [0, 0, 1, 1])
     assert set(values_of(parquet(tmp_path / "a.parquet", test_fraction=0.5).train)) == {200}
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("float32", "float"), ("int32", "32-bit integer")])
 def test_images_of_an_unknown_range_are_refused(tmp_path, dtype, kind):
-    file = write_parquet(tmp_path / "a.parquet", [png(10), grey_tiff(dtype)], [0, 0])
+    file = write_parquet(tmp_path / "a.parquet", [png(10), gray_tiff(dtype)], [0, 0])
     refused(file, rf"{file}, row 1: the image has {kind} pixels.*allowed: 8 or 16 bits per channel")
 
 

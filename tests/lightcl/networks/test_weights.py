@@ -105,16 +105,16 @@ def test_missing_and_foreign_files_are_refused(tmp_path):
 
 
 def test_a_gray_network_loads_the_sum_over_colors(file):
-    color, grey = toys.network(), toys.network(in_channels=1)
+    color, gray = toys.network(), toys.network(in_channels=1)
     load_weights(color, file, head=True)
-    load_weights(grey, file, head=True)
+    load_weights(gray, file, head=True)
     image = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(
-        F.conv2d(image, grey.conv1.weight, padding=1),
+        F.conv2d(image, gray.conv1.weight, padding=1),
         F.conv2d(image.expand(2, 3, 8, 8), color.conv1.weight, padding=1),
     )
     # From there on they are the same network.
-    different = toys.changed(grey.state_dict() | {"conv1.weight": color.conv1.weight}, color.state_dict())
+    different = toys.changed(gray.state_dict() | {"conv1.weight": color.conv1.weight}, color.state_dict())
     assert different == set()
 
 

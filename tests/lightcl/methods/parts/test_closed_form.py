@@ -17,8 +17,8 @@ from tests.reference.discriminant import discriminant_scores
 def drawn(count: int = 90, features: int = 6, classes: int = 3, seed: int = 0):
     draw = np.random.default_rng(seed)
     labels = np.arange(count) % classes
-    centres = draw.normal(0, 2, (classes, features))
-    return torch.from_numpy(centres[labels] + draw.normal(0, 1, (count, features))), torch.from_numpy(labels)
+    centers = draw.normal(0, 2, (classes, features))
+    return torch.from_numpy(centers[labels] + draw.normal(0, 1, (count, features))), torch.from_numpy(labels)
 
 
 def sums(features, labels, classes: int) -> Statistics:
