@@ -60,7 +60,7 @@ def test_the_statistics_stay_under_two_megabytes(width):
 
 
 def test_too_little_memory_is_an_error_that_names_the_minimum():
-    with pytest.raises(RequestError, match=r"statistics_mb is 0\.0001, but the least .* is 0\.00"):
+    with pytest.raises(RequestError, match=r"statistics_mb is 0\.0001, but lightcl-plus needs at least 0\.00"):
         built(statistics_mb=1e-4)
 
 

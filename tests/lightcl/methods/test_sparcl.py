@@ -147,7 +147,7 @@ def test_masked_gradients_do_not_change_weights():
 def test_default_gradient_mask_holds_a_fifth_back():
     assert SparCLERParameters().updated == pytest.approx(0.08)
     assert SparCLERParameters(gradient_sparsity=0.95).updated == pytest.approx(0.05)
-    with pytest.raises(ValidationError, match=r"gradient_sparsity is 0.5, but .* at least the sparsity \(0.9\)"):
+    with pytest.raises(ValidationError, match=r"gradient_sparsity is 0.5, but .* at least method.sparsity \(0.9\)"):
         SparCLERParameters(gradient_sparsity=0.5)
 
 
