@@ -222,7 +222,7 @@ class Ledger:
             self.changed.add(number)
 
     def images_of(self, number: int, task: int) -> int | None:
-        """How many training images a device has for a task; None for its own images, which the server cannot count."""
+        """How many training images a device has for a task; None for images of its own."""
         if self._images is None or number in self._own_data:
             return None
         return int(self._images.by_task[number, task])

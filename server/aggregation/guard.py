@@ -39,7 +39,7 @@ SMALLEST = 1e-3
 BATCH_NORM_FACTOR = 10.0
 """For the mean variance of a batch-norm tensor; for a shift of its means, in standard deviations."""
 
-EXAMPLES_FACTOR = 10.0
+EXAMPLES_FACTOR = 3.0
 """Times the median of a round, where the server does not know how many images a device has."""
 
 REMEMBERED = 50
