@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
@@ -69,9 +70,8 @@ class Entry:
             and self.task in self.rows["til"]
         )
 
-    def progress(self, scenario: Scenario) -> float:
-        """The share of its own stream that it has learned, 0 to 1."""
-        total = scenario.training.epochs
+    def progress(self, total: int) -> float:
+        """The share of its own stream that it has learned, 0 to 1; `total` are the epochs of a task."""
         return (self.position * total + self.epochs) / (len(self.tasks) * total)
 
     def only_untested(self, scenario: Scenario) -> bool:
@@ -87,13 +87,9 @@ class Entry:
         until = next((u for p in range(1, parts + 1) if (u := scenario.epochs_until(p)) > done), epochs)
         return task, until
 
-    def rounds_left(self, scenario: Scenario) -> int:
-        """Rounds in which it still has to train, if none fails."""
-        if self.dropped or not self.tasks or self.finished(scenario):
-            return 0
-        parts = scenario.server.rounds_per_task
-        done = sum(scenario.epochs_until(p) <= self.epochs for p in range(1, parts + 1))
-        return (len(self.tasks) - self.position) * parts - done
+    def rounds_left(self, ends: Sequence[int]) -> int:
+        """Rounds in which it still has to train, if none fails; `ends` are the epochs after each round of a task."""
+        return (len(self.tasks) - self.position) * len(ends) - bisect_right(ends, self.epochs)
 
     def add_training_(self, report: Trained) -> None:
         self.task, self.epochs, self.version = report.task, report.epochs, report.version
@@ -202,7 +198,10 @@ class Ledger:
     def rounds_left(self) -> int:
         """An estimate: device-rounds still to come over devices per round."""
         per_round = max(1, round(self.scenario.server.fraction * len(self.entries)))
-        return -(-sum(entry.rounds_left(self.scenario) for entry in self.entries) // per_round)
+        parts = range(1, self.scenario.server.rounds_per_task + 1)
+        ends = [self.scenario.epochs_until(part) for part in parts]
+        left = sum(entry.rounds_left(ends) for entry in self.active)
+        return -(-left // per_round)
 
     def results(self, rounds: Sequence[RoundRow]) -> Results:
         """How the run ended after these rounds, over the devices that finished their streams."""
