@@ -146,7 +146,8 @@ class RunFolder:
             for device in devices
         }
         rows = self.partition() | own
-        write_atomically(self.path / "partition.json", json.dumps([rows[device] for device in sorted(rows)]))
+        with saving(self.path / "partition.json"):
+            write_atomically(self.path / "partition.json", json.dumps([rows[device] for device in sorted(rows)]))
 
     def read(self) -> dict[str, Any]:
         """run.json. Raises RequestError where there is none or it cannot be read."""
@@ -215,7 +216,8 @@ class RunFolder:
         devices = [line for row, line in self._read_rows(DEVICES, DeviceRow) if row.round <= round_number]
         for name, kept in ((ROUNDS, rounds), (DEVICES, devices)):
             if (self.path / name).exists():
-                write_atomically(self.path / name, "".join(f"{line}\n" for line in kept))
+                with saving(self.path / name):
+                    write_atomically(self.path / name, "".join(f"{line}\n" for line in kept))
 
     def reopen(self) -> None:
         """Removes results and failure of an earlier end: the run continues and will write new ones."""
@@ -223,7 +225,9 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
 
     def finish(self, results: Results) -> None:
-        write_atomically(self.path / "results.json", json.dumps(results.to_json(), indent=2, allow_nan=False))
+        """Writes how the run ended. Raises Failure where the disk refuses it."""
+        with saving(self.path / "results.json"):
+            write_atomically(self.path / "results.json", json.dumps(results.to_json(), indent=2, allow_nan=False))
 
     def fail(self, failure: Failure) -> None:
         """Records why the run stopped; it is not complete, so it can be resumed."""

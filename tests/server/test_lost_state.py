@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -250,6 +251,45 @@ def test_a_server_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.undo()
     assert go_on(tmp_path / "run", TASKS, InProcessGrid(tmp_path / "s", 3)).devices_finished == 3
     assert load_run(tmp_path / "run").failure is None
+
+
+class FullDisk(Silent):
+    """From round 2 on, the disk has no room for one of the files: what is written goes to /dev/full."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file = file
+
+    def round_started(self, number: int, rounds_left: int, devices: int) -> None:
+        if number == 2:
+            self.file.parent.mkdir(exist_ok=True)
+            kept = self.file.with_name("kept")
+            if self.file.exists():
+                self.file.rename(kept)
+            self.file.symlink_to("/dev/full")
+
+    def make_room(self) -> None:
+        self.file.unlink(missing_ok=True)
+        if self.file.with_name("kept").exists():
+            self.file.with_name("kept").rename(self.file)
+
+
+@pytest.mark.parametrize(
+    "file", [DEVICES, ROUNDS, EVENTS, f".results.json.{os.getpid()}.partial"], ids=[DEVICES, ROUNDS, EVENTS, "results"]
+)
+def test_a_full_disk_ends_the_run_with_a_reason_and_resume_loses_nothing(
+    tmp_path: Path, file: str, whole: list[dict[str, Any]]
+) -> None:
+    run, grid = tmp_path / "run", InProcessGrid(tmp_path / "s2", 3)
+    disk = FullDisk(run / file)
+    with pytest.raises(Failure, match="No space left on device"):
+        go_on(run, TASKS, grid, disk)
+    disk.make_room()
+    failure = load_run(run).failure
+    assert failure is not None
+    assert "No space left on device" in failure.reason
+    assert go_on(run, TASKS, grid).devices_finished == 3
+    assert rows(run) == whole
 
 
 def test_results_are_kept_where_the_run_cannot_be_continued(tmp_path: Path) -> None:
