@@ -2,10 +2,10 @@
 
     python -m benchmarks.gauntlet --seeds 3 --jobs 2
 
-Server and devices are real, in one process; device 2 changes its replies before they are sent. Each row is one attack in
-every round of a run; figures are means over the two honest devices and the seeds, in percent, and the difference to the
-same run in which device 2 stays silent. By default the server does not know the devices' images, as with boards of
-their own; with --known it does, as in a simulation. --guard off shows what the guard is worth.
+Server and devices are real, in one process; device 2 changes its replies before they are sent. Each row is one attack
+in every round of a run; figures are means over the two honest devices and the seeds, in percent, and the difference to
+the same run in which device 2 stays silent. By default the server does not know the devices' images, as with boards
+that have their own; with --known it does, as in a simulation. --guard off shows what the guard is worth.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import logging
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -172,10 +173,8 @@ def run(case: Case) -> End:
         folder.begin(scenario, {"run": "r"}, [])
         images = KnownImages.of(prepared) if case.known else None
         coordinator = Coordinator(scenario, folder, "r", answers, prepared.tasks, images=images, durable=False)
-        try:
+        with suppress(RunFailure):
             coordinator.run(InProcessGrid(Path(temporary) / "states", 3, tamper))
-        except RunFailure:
-            pass
         honest = [coordinator.ledger[number] for number in range(3) if number != HOSTILE]
         rows = [[entry.rows[setting] for entry in honest] for setting in ("til", "cil")]
         accuracies = [[fmean(row[max(row)]) if row else 0.0 for row in of_setting] for of_setting in rows]
