@@ -16,8 +16,8 @@ from lightcl.scenario import Scenario
 from server.aggregation import Aggregator
 from server.ledger import Entry, Ledger
 from server.listeners import Listener
-from server.mailbox import ENDS_THE_RUN, Mailbox, record_of
-from server.nodes import LATE_SECONDS, Nodes
+from server.mailbox import ENDS_THE_RUN, LATE_SECONDS, Mailbox, record_of
+from server.nodes import Nodes
 
 
 @dataclass

@@ -20,6 +20,9 @@ from lightcl.exchange.tensors import Arrays
 
 PULL_SECONDS = 0.05
 """Between two looks at a grid that cannot say when a reply arrives: Flower's."""
+LATE_SECONDS = 60.0
+"""A message expires this long after the server has given up waiting for its reply: Flower fails when it is asked for
+the reply to one that has expired."""
 STOP_SECONDS = 0.25
 """The longest wait in which a request to stop is not noticed."""
 DEAD_WORKER = re.compile(r"<class 'ray\.exceptions\.(ActorDiedError|ActorUnavailableError|OutOfMemoryError)'>")

@@ -9,12 +9,9 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from lightcl.errors import one_line, shown
 from lightcl.exchange.messages import INSTRUCTION, Greeting, Instruction, ProtocolError
-from server.mailbox import ENDS_THE_RUN, Mailbox, record_of
+from server.mailbox import ENDS_THE_RUN, LATE_SECONDS, Mailbox, record_of
 
 RETRY_SECONDS = 10.0
-LATE_SECONDS = 60.0
-"""A message expires this long after the server has given up waiting for its reply: Flower fails when it is asked for
-the reply to one that has expired."""
 TERMS = {"partitions": "num-partitions", "channels": "channels", "classes": "classes", "labels": "class names"}
 """The fields of a greeting that must be the same on all nodes of a fleet, with their names in errors."""
 

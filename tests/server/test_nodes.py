@@ -229,3 +229,13 @@ def test_a_dead_worker_is_told_from_a_device_that_fails(tmp_path: Path, kind: st
     else:
         nodes.update()
         assert "said the device" in nodes.problems[0]
+
+
+def test_only_the_grids_of_simulations_are_simulated() -> None:
+    """Flower's are told by their class: a board that connects over the network cannot change it."""
+    from flwr.superlink.grid import HttpGrid, InMemoryGrid
+
+    from simulations.runtime.ray_grid import RayGrid
+
+    grids = [kind.__new__(kind) for kind in (InMemoryGrid, RayGrid, HttpGrid)]
+    assert [Mailbox(grid, threading.Event()).simulated for grid in grids] == [True, True, False]
