@@ -103,15 +103,16 @@ class Connections:
     def _given_up(self, start: float, nobody: bool) -> bool:
         """Whether to stop waiting, since `start`. `nobody`: no device at all can be reached.
 
-        A board that is connected and does not reply may be at work on a message of a server that was killed: it is
-        waited for as long as a round may take, but not where that would hold back the results of devices that finished.
+        A board that is connected and does not reply may be at work on an earlier message: it is waited for as long as a
+        round may take. Where devices have finished, one that has never replied does not hold back their results.
         """
         section, waited = self.scenario.server, time.monotonic() - start
         if self.mailbox.simulated and (self.nodes.unanswered or not self.nodes.problems):
             return waited > max(section.connect_timeout, section.round_timeout)
         if waited <= section.connect_timeout:
             return False
-        if not nobody or not self.nodes.unanswered or self.ledger.finished:
+        at_work = self.nodes.busy if self.ledger.finished else self.nodes.unanswered
+        if not nobody or not at_work:
             return True
         self._warn(
             f"{self.nodes.unanswered} nodes are connected but have not replied; they may be at work on an earlier "

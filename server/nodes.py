@@ -60,6 +60,7 @@ class Nodes:
         self._replied: dict[int, float] = {}  # when
         self._greetings: dict[int, Greeting] = {}
         self._errors: dict[int, str] = {}
+        self._took_part: set[int] = set()
         self._hosts: dict[int, int] = {}  # by partition: the node that takes part
         self.settled = False
         self.agreed: Greeting | None = None
@@ -86,6 +87,11 @@ class Nodes:
     def unanswered(self) -> int:
         """Nodes that have not replied to their greeting so far: they may be at work on an earlier message."""
         return len(self._asked)
+
+    @property
+    def busy(self) -> int:
+        """Those of them that have taken part before: they are probably at work on an earlier message."""
+        return len(self._asked.keys() & self._took_part)
 
     @property
     def awaited(self) -> int:
@@ -197,6 +203,7 @@ class Nodes:
         # looks like two for a minute.
         for node in sorted(agreeing, key=lambda n: (self._greetings[n].name, n)):
             self._hosts.setdefault(self._greetings[node].partition, node)
+        self._took_part.update(self._hosts.values())
 
     def _majority(self) -> Greeting:
         """A greeting with the terms of the majority: a partition-id counts once.
