@@ -22,7 +22,8 @@ import torch
 from lightcl.preparation import prepare
 from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario
-from server.aggregation.guard import UpdateGuard
+from server.aggregation.guard import FACTOR, FACTOR_OF_FEW, UpdateGuard
+from server.aggregation.robust import FEW
 from server.aggregation.statistics import ClassSums
 from server.ledger import KnownImages
 from server.listeners import Listener
@@ -135,7 +136,7 @@ class Clock:
     def __enter__(self) -> None:
         for kind, name in self.TIMED:
             self._replace(kind, name, self._timed)
-        self._replace(UpdateGuard, "_limits", self._compared)
+        self._replace(UpdateGuard, "_usual_norms", self._compared)
 
     def __exit__(self, *_: object) -> None:
         for kind, name, original in self._originals:
@@ -158,9 +159,10 @@ class Clock:
 
     def _compared(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(guard: UpdateGuard, items: Any, norms: Any, current: Any) -> Any:
-            limits = original(guard, items, norms, current)
-            self.largest = max(self.largest, *(norm / limit for norm, limit in zip(norms, limits, strict=True)))
-            return limits
+            usual = original(guard, items, norms, current)
+            factor = FACTOR if len(items) >= FEW else FACTOR_OF_FEW
+            self.largest = max(self.largest, *(n / (factor * m) for n, m in zip(norms, usual, strict=True) if m))
+            return usual
 
         return call
 

@@ -1,17 +1,20 @@
 """The guard on weights: what an accepted reply may do to the shared model. `server.guard` switches it.
 
 Every update u_i = x_i - w (x_i: the device's weights, w: the last model) is held against the others of its round. Of K
-updates with shares p_i of the examples and s_i = ⌈examples_i / batch⌉ steps per epoch, each may have the norm
+updates with shares p_i of the examples and s_i = ⌈examples_i / batch⌉ steps per epoch, the usual norm of each is
 
-    F · max(med_j ‖u_j‖, s_i · med_j ‖u_j‖/s_j) · max(1, 1/(K p_i))
+    m_i = max(med_j ‖u_j‖, s_i · med_j ‖u_j‖/s_j) · max(1, 1/(K p_i))
 
 A median is that of honest devices as long as they are the majority. The second term lets a device with more steps move
-further; the third lets a device whose share in the average is small. With one or two devices in a round the medians are
-taken over the last updates of the run, too, and F is larger.
+further, the third one whose share in the average is small. An update longer than F m_i is out of range and is clipped
+to m_i. With one or two devices in a round the medians are over the last updates of the run, too, and F is larger.
 
-Norm clipping: Sun et al., "Can you really backdoor federated learning?", 2019. A norm says nothing of a direction:
-honest devices with different classes oppose each other as much as a flipped sign does (cosines down to -0.7 under
-Dirichlet 0.1), so directions are left to the strategies (FedMedian, MultiKrum).
+In a round of a few devices, an update that opposes all others is left out, if those agree with each other:
+cos(u_i, u_j) < -c for all j, and cos(u_j, u_k) > c for all others. Where they do not agree a direction says nothing:
+honest devices with different classes oppose each other as much as a flipped sign does.
+
+Norm clipping: Sun et al., "Can you really backdoor federated learning?", 2019. Here an update out of range is cut to
+the usual norm, not to the limit: three times an honest update already spoils a model of three devices.
 """
 
 from __future__ import annotations
@@ -30,8 +33,11 @@ from lightcl.exchange.tensors import Arrays, is_statistic
 from server.aggregation.robust import FEW, lower_median
 from server.aggregation.weights import Contribution
 
-FACTOR, FACTOR_OF_FEW = 3.0, 10.0
+FACTOR, FACTOR_OF_FEW = 2.0, 4.0
 """F from three devices on, and below. Measured on honest fleets: docs/results/reliability.md."""
+
+COSINE, MOST_COMPARED = 0.3, 16
+"""c, and the most devices of a round whose directions are compared: each pair is."""
 
 SMALLEST = 1e-3
 """An update of this share of the model's norm is never too large: where most devices hardly move."""
@@ -39,7 +45,7 @@ SMALLEST = 1e-3
 BATCH_NORM_FACTOR = 10.0
 """For the mean variance of a batch-norm tensor; for a shift of its means, in standard deviations."""
 
-EXAMPLES_FACTOR = 3.0
+EXAMPLES_FACTOR = 2.0
 """Times the median of a round, where the server does not know how many images a device has."""
 
 REMEMBERED = 50
@@ -82,13 +88,15 @@ class UpdateGuard:
         if self.mode == "off" or not items:
             return list(contributions), {}
         norms = [_update_norm(item.reply, current) for item in items if item.reply]
-        limits = self._limits(items, norms, current)
-        devices = [item.device for item in items]
-        too_long = {d: (n, most) for d, n, most in zip(devices, norms, limits, strict=True) if n > most}
+        usual = self._usual_norms(items, norms, current)
+        factor = FACTOR if len(items) >= FEW else FACTOR_OF_FEW
+        ranges = zip(items, norms, usual, strict=True)
+        too_long = {item.device: (n, m) for item, n, m in ranges if n > max(factor * m, SMALLEST * _norm(current))}
         strange = _strange_batch_norm(items, current)
-        said = {d: f"its update has norm {n:.3g}, the limit is {most:.3g}" for d, (n, most) in too_long.items()}
-        said = strange | said
-        refused = dict(said) if self.mode == "refuse" else {}
+        opposed = _opposed(items, current)
+        said = strange | {d: f"its update has norm {n:.3g}, the usual is {m:.3g}" for d, (n, m) in too_long.items()}
+        said |= dict.fromkeys(opposed, "its update opposes those of all others, which agree")
+        refused = said if self.mode == "refuse" else {}
         kept = [item for item in contributions if item.device not in refused]
         if self.mode == "clip":
             for item in items:
@@ -96,10 +104,12 @@ class UpdateGuard:
                     norm, most = too_long[item.device]
                     _shorten_(item.reply, current, most / norm)
             kept = [replace(item, batch_norm={}) if item.device in strange else item for item in kept]
-            self._warn(round_number, {d: f"{text}; it was clipped" for d, text in said.items()})
-        for item, norm, most in zip(items, norms, limits, strict=True):
-            if item.device not in refused:
-                self._history.append((min(norm, most), min(norm, most) / self._steps(item), item.examples))
+            kept = [replace(item, reply=None, batch_norm={}) if item.device in opposed else item for item in kept]
+            self._warn(round_number, {d: f"{t}; {'left out' if d in opposed else 'clipped'}" for d, t in said.items()})
+        for item, norm in zip(items, norms, strict=True):
+            if item.device not in refused and item.device not in opposed:
+                length = too_long[item.device][1] if item.device in too_long else norm
+                self._history.append((length, length / self._steps(item), item.examples))
         del self._history[:-REMEMBERED]
         return kept, {device: f"server.guard: {text}" for device, text in refused.items()}
 
@@ -116,23 +126,18 @@ class UpdateGuard:
     def _steps(self, item: Contribution) -> int:
         return max(1, math.ceil(item.examples / self.batch_size))
 
-    def _limits(self, items: Sequence[Contribution], norms: Sequence[float], current: Arrays) -> list[float]:
+    def _usual_norms(self, items: Sequence[Contribution], norms: Sequence[float], current: Arrays) -> list[float]:
+        """m_i of every device."""
         steps = [self._steps(item) for item in items]
-        model = math.sqrt(sum(_squares(array) for name, array in current.items() if not is_statistic(name)))
         lengths, paces = list(norms), [norm / count for norm, count in zip(norms, steps, strict=True)]
-        factor = FACTOR
         if len(items) < FEW:
-            factor = FACTOR_OF_FEW
             lengths, paces = lengths + self._earlier(0), paces + self._earlier(1)
         if len(lengths) == 1:  # nothing to compare with but the model itself
-            lengths, paces = [model], [0.0]
+            lengths, paces = [_norm(current)], [0.0]
         length, pace = lower_median(lengths), lower_median(paces)
         total = sum(item.examples for item in items)
         return [
-            max(
-                SMALLEST * model,
-                factor * max(length, pace * count) * max(1.0, total / (len(items) * item.examples)),
-            )
+            max(length, pace * count) * max(1.0, total / (len(items) * item.examples))
             for item, count in zip(items, steps, strict=True)
         ]
 
@@ -156,6 +161,31 @@ def _update_norm(reply: Message, current: Arrays) -> float:
         return math.sqrt(
             sum(_squares(array.numpy() - current[name]) for name, array in reply.content.array_records[ARRAYS].items())
         )
+
+
+def _norm(model: Arrays) -> float:
+    return math.sqrt(sum(_squares(array) for name, array in model.items() if not is_statistic(name)))
+
+
+def _opposed(items: Sequence[Contribution], current: Arrays) -> set[int]:
+    """The device whose update points against those of all others, if these agree with each other."""
+    if not FEW <= len(items) <= MOST_COMPARED:
+        return set()
+    names = sorted(name for name in current if not is_statistic(name))
+    rows = []
+    for item in items:
+        arrays = item.reply.content.array_records[ARRAYS] if item.reply else {}
+        update = np.concatenate([(arrays[name].numpy() - current[name]).ravel() for name in names])
+        largest = float(np.abs(update).max())
+        rows.append(update / largest / max(float(np.linalg.norm(update / largest)), 1e-30) if largest else update)
+    cosines = np.stack(rows) @ np.stack(rows).T
+    opposed = set()
+    for index, item in enumerate(items):
+        others = np.delete(cosines, index, axis=0)
+        among = np.delete(others, index, axis=1)[~np.eye(len(items) - 1, dtype=bool)]
+        if (others[:, index] < -COSINE).all() and (among > COSINE).all():
+            opposed.add(item.device)
+    return opposed
 
 
 def _shorten_(reply: Message, current: Arrays, factor: float) -> None:
