@@ -47,8 +47,9 @@ class Phases:
         contributions: list[Contribution] = []
         for entry, reply in self.dispatch.exchange(sent, rows, "train"):
             row, goal = rows[entry.number], goals[entry.number]
+            classes = self.dispatch.ledger.classes_of(entry.number)
             try:
-                checked = self.check.training(reply, entry, goal, self.dispatch.ledger.classes_of(entry.number))
+                checked = self.check.training(reply, entry, goal, classes)
             except (ProtocolError, ExchangeError) as error:
                 self.dispatch.refuse(row, str(error))
                 continue
@@ -60,8 +61,9 @@ class Phases:
                 arrays = checked.arrays if entry.lacks_sums_of(report.task) else checked.without_sums
                 if arrays:
                     images = self.dispatch.ledger.images_of(entry.number, report.task)
+                    weight = float(report.examples)
                     contributions.append(
-                        contribution(sent[entry.number], arrays, float(report.examples), entry.number, images)
+                        contribution(sent[entry.number], arrays, weight, entry.number, images, classes)
                     )
                 del arrays
             if self._tests_at_once(goal):

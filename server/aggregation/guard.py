@@ -9,9 +9,10 @@ A median is that of honest devices as long as they are the majority. The second 
 further, the third one whose share in the average is small. An update longer than F m_i is out of range and is clipped
 to m_i. With one or two devices in a round the medians are over the last updates of the run, too, and F is larger.
 
-In a round of a few devices, an update that opposes all others is left out, if those agree with each other:
-cos(u_i, u_j) < -c for all j, and cos(u_j, u_k) > c for all others. Where they do not agree a direction says nothing:
-honest devices with different classes oppose each other as much as a flipped sign does.
+In a round of a few devices, an update against all others is left out, if those agree with each other: cos(u_j, u_k) > c
+for all others, and cos(u_i, u_j) < -c for all j. Where the server knows that device i has the classes of the others in
+the same proportions, cos(u_i, u_j) < c/6 is enough: noise has nothing in common with them. Without agreement a
+direction says nothing: honest devices with different classes oppose each other as much as a flipped sign does.
 
 Norm clipping: Sun et al., "Can you really backdoor federated learning?", 2019. Here an update out of range is cut to
 the usual norm, not to the limit: three times an honest update already spoils a model of three devices.
@@ -47,6 +48,12 @@ BATCH_NORM_FACTOR = 10.0
 
 EXAMPLES_FACTOR = 2.0
 """Times the median of a round, where the server does not know how many images a device has."""
+
+ALIKE = 0.95
+"""The least cosine between the class counts of devices with the same classes."""
+
+LARGE = 1e15
+"""Norms beyond it are taken out before updates are multiplied."""
 
 REMEMBERED = 50
 """Updates of earlier rounds."""
@@ -87,15 +94,15 @@ class UpdateGuard:
         items = [item for item in contributions if item.reply]
         if self.mode == "off" or not items:
             return list(contributions), {}
-        norms = [_update_norm(item.reply, current) for item in items if item.reply]
+        norms, cosines = _norms_and_cosines(items, current)
         usual = self._usual_norms(items, norms, current)
         factor = FACTOR if len(items) >= FEW else FACTOR_OF_FEW
         ranges = zip(items, norms, usual, strict=True)
         too_long = {item.device: (n, m) for item, n, m in ranges if n > max(factor * m, SMALLEST * _norm(current))}
         strange = _strange_batch_norm(items, current)
-        opposed = _opposed(items, current)
+        opposed = _opposed(items, cosines) if cosines is not None else set()
         said = strange | {d: f"its update has norm {n:.3g}, the usual is {m:.3g}" for d, (n, m) in too_long.items()}
-        said |= dict.fromkeys(opposed, "its update opposes those of all others, which agree")
+        said |= dict.fromkeys(opposed, "its update is against those of all others, which agree")
         refused = said if self.mode == "refuse" else {}
         kept = [item for item in contributions if item.device not in refused]
         if self.mode == "clip":
@@ -156,36 +163,61 @@ def _squares(array: np.ndarray) -> float:
     return total if math.isfinite(total) else float(np.dot(flat.astype(np.float64), flat.astype(np.float64)))
 
 
-def _update_norm(reply: Message, current: Arrays) -> float:
-    with np.errstate(over="ignore"):
-        return math.sqrt(
-            sum(_squares(array.numpy() - current[name]) for name, array in reply.content.array_records[ARRAYS].items())
-        )
-
-
 def _norm(model: Arrays) -> float:
     return math.sqrt(sum(_squares(array) for name, array in model.items() if not is_statistic(name)))
 
 
-def _opposed(items: Sequence[Contribution], current: Arrays) -> set[int]:
-    """The device whose update points against those of all others, if these agree with each other."""
-    if not FEW <= len(items) <= MOST_COMPARED:
-        return set()
+def _norms_and_cosines(items: Sequence[Contribution], current: Arrays) -> tuple[list[float], np.ndarray | None]:
+    """The norms of the updates and, of a few devices, the cosines `[K, K]` between them."""
     names = sorted(name for name in current if not is_statistic(name))
-    rows = []
+    compared = FEW <= len(items) <= MOST_COMPARED
+    norms, rows = [], []
     for item in items:
-        arrays = item.reply.content.array_records[ARRAYS] if item.reply else {}
-        update = np.concatenate([(arrays[name].numpy() - current[name]).ravel() for name in names])
-        largest = float(np.abs(update).max())
-        rows.append(update / largest / max(float(np.linalg.norm(update / largest)), 1e-30) if largest else update)
-    cosines = np.stack(rows) @ np.stack(rows).T
+        row = _update(item.reply, current, names) if item.reply else np.zeros(0, np.float32)
+        norms.append(math.sqrt(_squares(row)))
+        if compared:
+            if norms[-1] > LARGE:  # its squares overflow in fp32
+                row /= np.float32(norms[-1])
+            rows.append(row)
+    if not compared:
+        return norms, None
+    stacked = np.stack(rows)
+    dots = stacked @ stacked.T
+    lengths = np.sqrt(np.maximum(dots.diagonal(), 1e-30))
+    return norms, dots / np.outer(lengths, lengths)
+
+
+def _update(reply: Message, current: Arrays, names: Sequence[str]) -> np.ndarray:
+    """u, of all tensors in one vector, fp32."""
+    arrays, done = reply.content.array_records[ARRAYS], 0
+    update = np.empty(sum(current[name].size for name in names), np.float32)
+    for name in names:
+        size = current[name].size
+        np.subtract(arrays[name].numpy().ravel(), current[name].ravel(), out=update[done : done + size])
+        done += size
+    return update
+
+
+def _opposed(items: Sequence[Contribution], cosines: np.ndarray) -> set[int]:
+    """Devices whose update is against those of all others, if these agree with each other."""
     opposed = set()
     for index, item in enumerate(items):
         others = np.delete(cosines, index, axis=0)
         among = np.delete(others, index, axis=1)[~np.eye(len(items) - 1, dtype=bool)]
-        if (others[:, index] < -COSINE).all() and (among > COSINE).all():
+        most = COSINE / 6 if _same_classes(item, items) else -COSINE
+        if (others[:, index] < most).all() and (among > COSINE).all():
             opposed.add(item.device)
     return opposed
+
+
+def _same_classes(item: Contribution, others: Sequence[Contribution]) -> bool:
+    """Whether the server knows that all have images of the same classes, in about the same proportions."""
+    if item.classes is None or not item.classes.any():
+        return False
+    own = item.classes / np.linalg.norm(item.classes)
+    return all(
+        other.classes is not None and own @ other.classes >= ALIKE * np.linalg.norm(other.classes) for other in others
+    )
 
 
 def _shorten_(reply: Message, current: Arrays, factor: float) -> None:

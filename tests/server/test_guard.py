@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,8 @@ def test_two_devices_are_held_against_earlier_rounds(sent: Message) -> None:
 
 def directions(sent: Message, *updates: list[float]) -> list[Contribution]:
     """Devices with these updates of a model of zeros."""
-    return [
-        contribution(sent, {WEIGHT: np.array(update, np.float32)}, 1.0, device) for device, update in enumerate(updates)
-    ]
+    weights = [{WEIGHT: np.array(update, np.float32)} for update in updates]
+    return [contribution(sent, arrays, 1.0, device) for device, arrays in enumerate(weights)]
 
 
 def test_an_update_against_all_others_is_left_out_where_they_agree(sent: Message) -> None:
@@ -130,7 +130,7 @@ def test_an_update_against_all_others_is_left_out_where_they_agree(sent: Message
     assert refused == {}
     assert [item.reply is not None for item in kept] == [True, False, True]
     assert warnings == [
-        "round 2: server.guard: device 1: its update opposes those of all others, which agree; left out"
+        "round 2: server.guard: device 1: its update is against those of all others, which agree; left out"
     ]
     kept, refused = UpdateGuard("refuse", 8, print).check(given, model, 2)
     assert ([item.device for item in kept], set(refused)) == ([0, 2], {1})
@@ -138,6 +138,22 @@ def test_an_update_against_all_others_is_left_out_where_they_agree(sent: Message
     unlike = directions(sent, [1.0, 0.0], [-1.0, 0.1], [0.1, 1.0])  # different classes
     for honest in (two, unlike, directions(sent, [1.0, 0.2], [0.0, 1.0], [1.0, -0.2])):
         assert UpdateGuard("clip", 8, pytest.fail).check(honest, model, 2) == (honest, {})
+
+
+def test_noise_is_left_out_where_the_devices_have_the_same_classes(sent: Message) -> None:
+    model = {WEIGHT: np.zeros(2, np.float32)}
+    given = directions(sent, [1.0, 0.2], [-0.1, 1.0], [1.0, 0.0])
+
+    def left_out(*classes: list[int] | None) -> list[int]:
+        known = [replace(i, classes=None if c is None else np.array(c)) for i, c in zip(given, classes, strict=True)]
+        kept, _ = UpdateGuard("clip", 8, print).check(known, model, 2)
+        return [item.device for item in kept if item.reply is None]
+
+    assert left_out([40, 38], [35, 41], [39, 40]) == []
+    given[1] = directions(sent, [0.0, 1.0], [-0.2, 1.0])[1]
+    assert left_out([40, 38], [35, 41], [39, 40]) == [1]
+    assert left_out([40, 38], [0, 41], [39, 40]) == [], "other classes, other directions"
+    assert left_out(None, None, None) == [], "the server does not know"
 
 
 def batch_norm(sent: Message, *statistics: tuple[float, float]) -> tuple[list[Contribution], dict[str, np.ndarray]]:
@@ -224,6 +240,7 @@ def test_features_on_another_scale_are_refused(sums: ClassSums) -> None:
 def test_permuted_labels_are_refused_where_a_majority_knows_the_classes(sums: ClassSums) -> None:
     fleet = {device: reported(sums, device, HONEST) for device in range(2)}
     swapped = {2: reported(sums, 2, {0: 1, 1: 0})}
+    assert "looks like the fleet's class" in sums.unlike_the_fleet(fleet | {2: reported(sums, 2, {0: 1, 1: 0}, 1.3)})[2]
     assert "looks like the fleet's class" in sums.unlike_the_fleet(fleet | swapped)[2]
     assert sums.unlike_the_fleet(swapped) == {}, "nobody else has these classes"
     assert sums.unlike_the_fleet({0: fleet[0]} | swapped) == {}, "one word against another"
