@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from flwr.app import Message, MessageType
 
 from lightcl.errors import one_line
@@ -48,12 +49,13 @@ class Phases:
         contributions: list[Contribution] = []
         for entry, reply in self.dispatch.exchange(sent, rows, "train"):
             row, goal = rows[entry.number], goals[entry.number]
+            classes = self.dispatch.ledger.classes_of(entry.number)
             with self.dispatch.guarded(row):
-                checked = self.check.training(reply, entry, goal, self.dispatch.ledger.classes_of(entry.number))
+                checked = self.check.training(reply, entry, goal, classes)
                 if self.dispatch.aggregator is None:
                     self._add_training_(entry, checked.report, checked.bytes_up, row)
                 else:  # its guard needs all replies to judge one of them
-                    contributions += self._contribution(checked, sent[entry.number], entry)
+                    contributions += self._contribution(checked, sent[entry.number], entry, classes)
                     accepted.append((entry, checked.report, checked.bytes_up))
                 del checked
             if row.error is None and self._tests_at_once(goal):
@@ -70,14 +72,16 @@ class Phases:
             if entry.number in outcome.summed:
                 entry.add_sums_(report.task)
 
-    def _contribution(self, checked: AcceptedTraining, instruction: Message, entry: Entry) -> list[Contribution]:
+    def _contribution(
+        self, checked: AcceptedTraining, instruction: Message, entry: Entry, classes: np.ndarray | None
+    ) -> list[Contribution]:
         """What a reply gives to the shared tensors, if anything."""
         report = checked.report
         arrays = checked.arrays if entry.lacks_sums_of(report.task) else checked.without_sums
         if not arrays:
             return []
         images = self.dispatch.ledger.images_of(entry.number, report.task)
-        return [contribution(instruction, arrays, float(report.examples), entry.number, images)]
+        return [contribution(instruction, arrays, float(report.examples), entry.number, images, classes)]
 
     def _aggregate_(self, aggregator: Aggregator, contributions: Sequence[Contribution], round_number: int) -> Outcome:
         """Moves the shared tensors; where that fails, they stay, and no reply is to blame for it."""

@@ -27,7 +27,7 @@ from server.aggregation.robust import FEW, lower_median, not_finite
 COUNT, TOTAL, GRAM = (f"{STATISTICS}{name}" for name in ("count", "total", "gram"))
 WEIGHT, BIAS, KNOWN = (f"{FLEET_HEAD}{name}" for name in ("weight", "bias", "known"))
 
-SCALE_FACTOR = 4.0
+SCALE_FACTOR = 2.0
 """For tr(G)/n against the fleet's. Honest devices: 0.9 to 1.1 under Dirichlet 0.1."""
 
 FEWEST_SAMPLES = 5
@@ -137,10 +137,10 @@ def _mislabeled(reported: Sums, fleet: Arrays) -> dict[int, str]:
     """Devices all of whose class means are far nearer to another class of the fleet than to their own.
 
     The fleet's mean of a class is the median over at least three devices and the sums so far, or that of these sums. A
-    class without one says nothing.
+    class without one says nothing. Means are in units of the features' scale.
     """
-    means = {device: _class_means(sums) for device, sums in reported.items()}
-    so_far = _class_means(fleet)
+    means = {device: _class_means(sums, _scale(sums)) for device, sums in reported.items()}
+    so_far = _class_means(fleet, _scale(fleet))
     references: dict[int, np.ndarray] = {}
     for label in sorted({label for own in means.values() for label in own} | so_far.keys()):
         voters = [own[label] for own in [*means.values(), so_far] if label in own]
@@ -161,9 +161,9 @@ def _mislabeled(reported: Sums, fleet: Arrays) -> dict[int, str]:
     return wrong
 
 
-def _class_means(sums: Arrays) -> dict[int, np.ndarray]:
-    """The means `[d]` of the classes with samples enough."""
-    count, total = sums[COUNT], sums[TOTAL]
+def _class_means(sums: Arrays, scale: float = 1.0) -> dict[int, np.ndarray]:
+    """The means `[d]` of the classes with samples enough, divided by √`scale`."""
+    count, total = sums[COUNT], sums[TOTAL] / np.sqrt(max(scale, 1e-300))
     return {int(c): total[c] / count[c] for c in np.flatnonzero(count >= FEWEST_SAMPLES)}
 
 

@@ -57,10 +57,17 @@ class Contribution:
     device: int = 0
     images: int | None = None
     """How many training images the device has for this task, where the server knows it."""
+    classes: np.ndarray | None = None
+    """Its training images per class, int `[classes]`, where the server knows them."""
 
 
 def contribution(
-    instruction: Message, arrays: Arrays, examples: float, device: int = 0, images: int | None = None
+    instruction: Message,
+    arrays: Arrays,
+    examples: float,
+    device: int = 0,
+    images: int | None = None,
+    classes: np.ndarray | None = None,
 ) -> Contribution:
     """The contribution of a reply. All of a round are kept until Flower averages them, each tensor only once.
 
@@ -70,7 +77,7 @@ def contribution(
     weights = {name: array.astype(np.float32, copy=False) for name, array in weights.items()}
     batch_norm = {name: array for name, array in weights.items() if is_statistic(name)}
     reply = _reply(instruction, weights) if weights else None
-    return Contribution(reply, batch_norm, sums, examples, device, images)
+    return Contribution(reply, batch_norm, sums, examples, device, images, classes)
 
 
 def build_strategy(section: Server) -> strategies.FedAvg:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,16 @@ EdgeDevice.outgoing = outgoing
 '''
 
 
+def wait_for_port(port: int, processes: Processes) -> None:
+    """`flwr run` gives up at once where the SuperLink does not listen so far."""
+    for _ in range(600):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.5)
+    raise AssertionError(processes.logs())
+
+
 def test_a_hostile_board_among_three(processes: Processes, tmp_path: Path) -> None:
     """fp64 values of 1e300, then of 1e39: refused. Then weights of a million: limited."""
     scenario, plugin = tmp_path / "three-boards.yaml", tmp_path / "hostile.py"
@@ -78,8 +90,9 @@ def test_a_hostile_board_among_three(processes: Processes, tmp_path: Path) -> No
     (home / "config.toml").write_text(f'[superlink.boards]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
     out = tmp_path / "run"
     run_config = f'scenario="{scenario}" out="{out}"'
+    wait_for_port(port, processes)
     processes.start("flwr-run", "flwr", "run", str(CHECKOUT), "boards", "--stream", "--run-config", run_config)
-    wait_for(out / "results.json", processes, 900)
+    wait_for(out / "results.json", processes, 1200)
 
     assert json.loads((out / "results.json").read_text())["devices_finished"] == 3
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
