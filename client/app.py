@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -47,7 +48,8 @@ from lightcl.storage.files import exclusive
 from lightcl.storage.shared import SharedVersions
 from lightcl.storage.state import StateError
 
-Refusable = (RequestError, StateError, OutOfStep, TrainingFailure, ExchangeError, ProtocolError)
+Refusable = (RequestError, StateError, OutOfStep, TrainingFailure, ExchangeError, ProtocolError, OSError)
+"""Errors that a device answers with a Refusal. An OSError comes from the disk: no room, or no permission."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def _with_device(
         raise ProtocolError(f"Instruction.run is {instruction.run!r}, expected letters and digits")
     run = local.state / instruction.run
     folder = run / f"device-{instruction.device:05d}"
-    with exclusive(folder):
+    with _alone_in(folder):
         device = EdgeDevice(
             scenario, instruction.device, folder, source=source, share=share, durable=local.durable,
             shared=None if local.durable else SharedVersions(run / "shared"),  # on a board there is one device
@@ -197,6 +199,20 @@ def _with_device(
             return _refusal(error, device)
 
 
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Locks a device's state folder. Raises StateError where the disk refuses it."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive(folder))
+        except OSError as error:
+            raise StateError(
+                f"{folder}: the state folder cannot be used ({error.strerror or error}); make room, give this user the "
+                "right to write, or set another folder (state-dir in --node-config)"
+            ) from error
+        yield
+
+
 def whole_share(source: Source) -> Share:
     """The share of a board with images of its own: all of them."""
     return Share(np.arange(len(source.train)), np.arange(len(source.test)))
@@ -205,6 +221,7 @@ def whole_share(source: Source) -> Share:
 def _train(device: EdgeDevice, instruction: Instruction, receive: Callable[[], None]) -> RecordDict:
     if device.may_receive(instruction.task, instruction.until_epoch):
         receive()
+        device.check_version(instruction.version)
     trained = device.train(instruction.task, instruction.until_epoch)
     content = _reply(trained.to_record())
     arrays = codec_named(device.scenario.server.compression).compress(device.outgoing())
@@ -219,6 +236,7 @@ def _train(device: EdgeDevice, instruction: Instruction, receive: Callable[[], N
 def _evaluate(device: EdgeDevice, instruction: Instruction, receive: Callable[[], None]) -> RecordDict:
     device.check_at(instruction.task, instruction.until_epoch)
     receive()
+    device.check_version(instruction.version)
     return _reply(device.evaluate().to_record())
 
 
