@@ -79,8 +79,8 @@ class StateFolder:
     """One owner's state: some tensors and a few plain values.
 
     `durable`: a save survives a power cut, and the last two generations are kept. Otherwise a save does not wait for
-    the disk, and only the last generation is kept. It survives every kill of the process, because the system has the data
-    by then. After a power cut the state may be an older one, or damaged and then refused.
+    the disk, and only the last generation is kept. It survives every kill of the process, because the system has the
+    data by then. After a power cut the state may be an older one, or damaged and then refused.
     """
 
     def __init__(self, folder: Path, *, durable: bool = True) -> None:

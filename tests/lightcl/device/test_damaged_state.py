@@ -207,7 +207,8 @@ def test_any_values_are_a_device_or_damage(key: str, value: Any, deep: bool, str
     position = {"task": 1, "epochs": 2}
     values: dict[str, Any] = {
         "device": 0, "scenario": "s", "prefix": "p", "channels": "c", "accelerator": "cpu", "position": position,
-        "version": 3, "report": None, "rows": {"til": {"0": [0.5]}, "cil": {}}, "optimizer": {"state": {}, "groups": []},
+        "version": 3, "report": None, "rows": {"til": {"0": [0.5]}, "cil": {}},
+        "optimizer": {"state": {}, "groups": []},
     }  # fmt: skip
     if deep and isinstance(values.get(key), dict):
         first = next(iter(values[key]))
