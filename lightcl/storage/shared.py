@@ -25,7 +25,7 @@ class SharedVersions:
         self.folder = folder
 
     def file(self, version: int, tensors: Mapping[str, Tensor]) -> Path:
-        """The file of a version, which the first caller writes. Files of older versions are removed.
+        """The file of a version, which the first caller writes. Files of older versions are removed before.
 
         Whether the file holds the given tensors is for `StateFolder.save` to compare. Raises OSError or SafetensorError
         where the disk refuses it; nothing of the file is left then.
@@ -33,6 +33,9 @@ class SharedVersions:
         path = self.folder / f"version-{version}.safetensors"
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
+            for old in self.folder.glob(PATTERN):
+                if _number(old) < version:  # a late message about an older version must not remove a newer one
+                    old.unlink(missing_ok=True)
             temporary = self.folder / f".{path.name}.{os.getpid()}.partial"
             try:
                 save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
@@ -40,9 +43,6 @@ class SharedVersions:
             except (OSError, safetensors.SafetensorError):
                 temporary.unlink(missing_ok=True)
                 raise
-            for old in self.folder.glob(PATTERN):
-                if _number(old) < version:  # a late message about an older version must not remove a newer one
-                    old.unlink(missing_ok=True)
         return path
 
 

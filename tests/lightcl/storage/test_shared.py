@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -80,11 +81,9 @@ def test_lost_shared_tensors_are_told_and_the_own_ones_are_there(tmp_path: Path,
     assert torch.equal(stored.tensors["b"], tensors["b"])
 
 
-def test_a_version_that_the_disk_refuses_leaves_nothing(tmp_path: Path) -> None:
-    versions = SharedVersions(tmp_path / "shared")
-    newest = versions.file(1, {"a": torch.ones(2)})
-    (versions.folder / "version-2.safetensors").symlink_to(tmp_path / "nowhere" / "x")  # so it does not exist
-    (versions.folder / "version-2.safetensors").unlink()
+def test_a_version_that_the_disk_refuses_leaves_nothing_half_written(tmp_path: Path) -> None:
+    folder = tmp_path / "shared"
+    (folder / f".version-2.safetensors.{os.getpid()}.partial" / "x").mkdir(parents=True)  # where it would be written
     with pytest.raises((OSError, SafetensorError)):
-        SharedVersions(newest).file(2, {"a": torch.zeros(2)})  # a file where the folder should be
-    assert list(versions.folder.iterdir()) == [newest]
+        SharedVersions(folder).file(2, {"a": torch.zeros(2)})
+    assert not (folder / "version-2.safetensors").exists()
