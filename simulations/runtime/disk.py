@@ -81,7 +81,12 @@ class _Tensors:
 
 
 def disk_need(
-    scenario: Scenario, *, image: tuple[int, int, int], classes: int, images: Sequence[int], tasks: Sequence[int]
+    scenario: Scenario,
+    *,
+    image: tuple[int, int, int],
+    classes: int,
+    images: Sequence[int] | np.ndarray,
+    tasks: Sequence[int],
 ) -> DiskNeed:
     """An estimate from the network's tensors, the optimizer's and what the method keeps; no device is made.
 
