@@ -7,6 +7,7 @@ import os
 import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from lightcl.errors import Failure, RequestError
@@ -95,6 +96,17 @@ def checksum(file: Path) -> int:
         while piece := handle.read(PIECE):
             value = zlib.crc32(piece, value)
     return value
+
+
+def checksum_once(file: Path) -> int:
+    """`checksum`, computed once per process for a file that many states refer to, unless its size or time changes."""
+    status = file.stat()
+    return _checksum_of(Path(os.path.normpath(file)), status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=4)
+def _checksum_of(file: Path, *_: int) -> int:
+    return checksum(file)
 
 
 def sync(path: Path) -> None:

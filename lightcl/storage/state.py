@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightcl.errors import Failure
-from lightcl.storage.files import checksum, sync, write_atomically
+from lightcl.storage.files import checksum, checksum_once, sync, write_atomically
 
 MANIFEST = "state.json"
 PREVIOUS = "state.previous.json"
@@ -131,10 +131,10 @@ class StateFolder:
                 raise Damaged(f"{manifest.name} names no tensors")
             self._current, self._fell_back = generation, False
             return None
-        tensors, lost = self._tensors_of(generation.own), None
+        tensors, lost = self._tensors_of(generation.own, checksum), None
         if generation.shared is not None:
             try:
-                tensors = self._tensors_of(generation.shared) | tensors
+                tensors = self._tensors_of(generation.shared, checksum_once) | tensors
             except (OSError, Damaged):
                 lost = self.folder / generation.shared.name
         stored = Stored(tensors, generation.values, lost)
@@ -143,10 +143,10 @@ class StateFolder:
         self._current, self._fell_back = generation, False
         return stored
 
-    def _tensors_of(self, file: _File) -> dict[str, Tensor]:
+    def _tensors_of(self, file: _File, checksum_of: Callable[[Path], int]) -> dict[str, Tensor]:
         path = self.folder / file.name
         try:
-            if checksum(path) != file.checksum:
+            if checksum_of(path) != file.checksum:
                 raise Damaged(f"the checksum of {file.name} does not match: the file is damaged")
             return load_file(path)
         except (ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
@@ -232,7 +232,7 @@ class StateFolder:
         None of its tensors may be missing here: a load takes all that the file holds and the state does not.
         """
         try:
-            file = _File(os.path.relpath(shared, self.folder), checksum(shared))
+            file = _File(os.path.relpath(shared, self.folder), checksum_once(shared))
             common = load_file(shared)
         except (OSError, safetensors.SafetensorError):  # another process removed it, or the disk fails
             return None, set()

@@ -17,7 +17,7 @@ from tests.client.test_app import ask
 from tests.inprocess import InProcessGrid, small
 
 
-@settings(max_examples=700, deadline=None, database=None)
+@settings(max_examples=700, deadline=None, database=None, derandomize=True)
 @given(
     flips=st.lists(st.tuples(st.integers(0, 300), st.integers(1, 255)), max_size=6),
     cut=st.none() | st.integers(0, 300),

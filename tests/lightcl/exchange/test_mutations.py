@@ -14,7 +14,7 @@ from lightcl.exchange.compression import CODECS, codec_named
 from lightcl.exchange.tensors import STATISTICS, ExchangeError, check
 from lightcl.methods.parts.closed_form import Statistics, discriminant_head
 
-EXAMPLES = settings(max_examples=500, deadline=None, database=None)
+EXAMPLES = settings(max_examples=500, deadline=None, database=None, derandomize=True)
 NUMBERS = st.one_of(
     st.floats(allow_nan=True, allow_infinity=True),
     st.sampled_from([0.0, -1.0, 1e30, 1e300, 3.4e38, -3.4e38, 65504.0, 65520.0, 1e-45]),
@@ -93,6 +93,7 @@ def test_any_class_sums_are_refused_or_give_a_finite_head(changes: dict[tuple[st
         head = discriminant_head(Statistics.from_tensors(plain), 1e-4)
     except ValueError:
         return  # which the server takes for a refusal as well
+    assert all(bool(tensor.isfinite().all()) for tensor in head.tensors().values())
     assert head.known.tolist() == [float(number > 0) for number in plain["count"].tolist()]
 
 

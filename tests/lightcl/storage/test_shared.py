@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
+from lightcl.storage import files
+from lightcl.storage.files import checksum
 from lightcl.storage.shared import SharedVersions
 from lightcl.storage.state import StateFolder, Stored
 
@@ -87,3 +90,24 @@ def test_a_version_that_the_disk_refuses_leaves_nothing_half_written(tmp_path: P
     with pytest.raises((OSError, SafetensorError)):
         SharedVersions(folder).file(2, {"a": torch.zeros(2)})
     assert not (folder / "version-2.safetensors").exists()
+
+
+def test_a_shared_file_is_checked_once_for_all_states_and_again_when_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, file, _ = saved(tmp_path)
+    reads: list[Path] = []
+
+    def count(path: Path) -> int:
+        reads.append(path)
+        return checksum(path)
+
+    monkeypatch.setattr(files, "checksum", count)
+    for name in ("e", "f"):
+        shutil.copytree(tmp_path / "d", tmp_path / name, dirs_exist_ok=True)
+        assert load(tmp_path / name).lost is None
+    assert reads == []  # the save has read it
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + b"x")
+    assert load(tmp_path / "d").lost is not None
+    assert reads == [file]
