@@ -21,7 +21,7 @@ from lightcl.networks.staged import Backbone, FeatureMaps
 from lightcl.scenario import Scenario
 
 BLOCK = 4096
-HEADER = 110
+HEADER = 88
 """Bytes that a tensor takes in the header of a safetensors file: its name, type, shape and place."""
 ROW = 22
 """Bytes of an accuracy in a manifest."""
