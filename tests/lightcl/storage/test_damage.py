@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,6 +24,7 @@ from lightcl.storage.files import checksum
 from lightcl.storage.state import CHECKSUM, FILES, MANIFEST, PREVIOUS, Damaged, StateError, StateFolder, Stored
 from tests.lightcl import toys
 
+ROOT = Path(__file__).parents[3]
 VALUES: dict[str, Any] = {"position": {"task": 1, "epochs": 2}, "rows": {"til": {"0": [0.5]}}, "report": None}
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -349,3 +353,39 @@ def test_a_checksum_is_that_of_zlib_and_finds_every_flipped_byte(tmp_path: Path)
 def _written(file: Path, content: bytes) -> Path:
     file.write_bytes(content)
     return file
+
+
+# -- killed ----------------------------------------------------------------------------------------------------------
+
+SAVER = """
+import sys, torch
+from pathlib import Path
+from lightcl.storage.state import StateFolder
+state = StateFolder(Path(sys.argv[1]))
+stored = state.load()
+number = stored.values["n"] if stored else 0
+while True:
+    number += 1
+    state.save({"a": torch.full((200, 200), float(number))}, {"n": number})
+    state.save(None, {"n": number, "tested": True})
+    print(number, flush=True)
+"""
+
+
+def test_sigkill_at_any_moment_of_a_save_leaves_the_last_state_or_the_new_one(tmp_path: Path) -> None:
+    for milliseconds in (3, 11, 29):
+        with subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", SAVER, str(tmp_path)],
+            stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"},
+        ) as process:  # fmt: skip
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(milliseconds / 1000)
+            process.kill()
+            saved = [int(line) for line in process.stdout.read().split()]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # no older generation
+            stored = StateFolder(tmp_path).load()
+        assert stored is not None
+        assert stored.values["n"] >= max(saved, default=1)
+        assert stored.tensors["a"].unique().tolist() == [stored.values["n"]]
