@@ -1,4 +1,4 @@
-"""How much disk the states of a simulated fleet will take, and whether the disk has it.
+"""How much disk space the states of a simulated fleet need, and whether the disk has it.
 
 Everything is counted as a file system counts it: in blocks of 4 KiB, with a block for a device's folder.
 """
@@ -31,7 +31,7 @@ MANIFEST = 1000
 
 @dataclass(frozen=True)
 class DiskNeed:
-    """What the states of a run take, in bytes.
+    """Disk space for the states of a run, in bytes.
 
     `own` is what all devices keep when they have learned a task, together; `working` what one device keeps in addition
     from its training until it receives the average, `at_once` the number of devices that do so at a time; `shared` is
