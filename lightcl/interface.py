@@ -111,20 +111,24 @@ class OpenDevice:
         return self.edge.matrix(setting)
 
     def predict(self, images: np.ndarray, task: Task | int | None = None) -> np.ndarray:
-        """The class number of each image, int64 `[N]`: among all classes, or among those of `task` where it is known.
+        """The class of each image, as the source numbers it, int64 `[N]`.
 
-        `images` is uint8 `[N, H, W, C]`, or `[N, H, W]` for gray ones, of the size that the device was trained on.
+        The answer is one of the classes of the fleet's streams, or of those of `task` where it is known. `images` is
+        uint8 `[N, H, W, C]`, or `[N, H, W]` for gray ones, of the size that the device was trained on.
         """
-        logits = self.logits(images)
+        logits, head = self.logits(images), np.asarray(self.edge.stream.head)
         if task is None:
-            found: np.ndarray = logits.argmax(1)
+            found: np.ndarray = head[logits.argmax(1)]
             return found
-        classes = np.asarray(self.edge.stream.to_learn(self._position(task)).classes)
-        chosen: np.ndarray = classes[logits[:, classes].argmax(1)]
+        rows = np.asarray(self.edge.stream.to_learn(self._position(task)).rows)
+        chosen: np.ndarray = head[rows[logits[:, rows].argmax(1)]]
         return chosen
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """The method's logits, float32 `[N, classes]`; images as for `predict`."""
+        """The method's logits, float32 `[N, rows]`; images as for `predict`.
+
+        The head has a row for every class of the fleet's streams: row r is class `edge.stream.head[r]` of the source.
+        """
         pictures = _pictures(images)
         if pictures.shape[3] != self.network.in_channels:
             raise RequestError(

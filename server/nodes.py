@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
+from lightcl.data.streams.class_incremental import MOST_CLASSES
 from lightcl.errors import shown
 from lightcl.exchange.messages import INSTRUCTION, Greeting, Instruction, ProtocolError
 from server.mailbox import Mailbox, record_of
@@ -15,18 +16,23 @@ RETRY_SECONDS = 10.0
 TERMS = {"partitions": "num-partitions", "channels": "channels", "classes": "classes", "labels": "class names"}
 """The fields of a greeting that must be the same on all nodes of a fleet, with their names in errors."""
 
-LARGEST = {"channels": 1024, "classes": 100_000}
+MOST_CHANNELS = 1024
 """The server builds a network of this size, so a node may not name any."""
 
 
 class Nodes:
     """`devices` devices on the nodes behind `mailbox`; `instruction` is the greeting that a node is sent.
 
-    `tasks` is the number of tasks of the scenario.
+    `tasks` is the number of tasks of the scenario, `classes` the least and the most classes that the fleet's head may
+    have under it.
     """
 
-    def __init__(self, mailbox: Mailbox, devices: int, tasks: int, instruction: Instruction) -> None:
+    def __init__(
+        self, mailbox: Mailbox, devices: int, tasks: int, instruction: Instruction,
+        classes: tuple[int, int] = (1, MOST_CLASSES),
+    ) -> None:  # fmt: skip
         self._mailbox, self._devices, self._tasks = mailbox, devices, tasks
+        self._bounds = {"channels": (1, MOST_CHANNELS), "classes": (classes[0], min(classes[1], MOST_CLASSES))}
         self._instruction = instruction.to_record()
         self._asked: dict[int, str] = {}  # by node, as the next three: the id of a greeting without a reply so far
         self._replied: dict[int, float] = {}  # when
@@ -131,10 +137,11 @@ class Nodes:
                 f"node {greeting.name!r} has own-data, so it is one device, but partition-id {greeting.partition} of "
                 f"{greeting.partitions} is not one of {self._devices} devices"
             )
-        for name, most in LARGEST.items():
-            if not 1 <= getattr(greeting, name) <= most:
+        for name, (least, most) in self._bounds.items():
+            if not least <= getattr(greeting, name) <= most:
+                allowed = f"{least} to {most}" if least < most else f"{most}"
                 raise ProtocolError(
-                    f"node {greeting.name!r} has images with {getattr(greeting, name)} {name}, expected 1 to {most}"
+                    f"node {greeting.name!r} has images with {getattr(greeting, name)} {name}, expected {allowed}"
                 )
         return greeting
 

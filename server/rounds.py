@@ -11,7 +11,8 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from lightcl import errors
-from lightcl.assembly import build_network
+from lightcl.assembly import build_network, stream_plan
+from lightcl.data.streams import head_bounds
 from lightcl.exchange.messages import Greeting, Instruction
 from lightcl.networks.pruning import channel_digest
 from lightcl.networks.weights import digest
@@ -95,7 +96,8 @@ class Coordinator:
         """Waits for the devices, then builds what the rounds need."""
         mailbox = Mailbox(grid, self.stop)
         greeting = Instruction(0, self.run_id, self.scenario.model_dump_json(), self.round, 0, 0, 0)
-        self._nodes = Nodes(mailbox, len(self.ledger), self.scenario.stream.tasks, greeting)
+        classes = head_bounds(stream_plan(self.scenario))
+        self._nodes = Nodes(mailbox, len(self.ledger), self.scenario.stream.tasks, greeting, classes)
         connections = Connections(self.scenario, mailbox, self._nodes, self.ledger, self.folder, self.listener)
         connections.connect()
         assert self._nodes.agreed is not None

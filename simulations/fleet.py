@@ -58,7 +58,7 @@ def disk_of_states(prepared: Prepared) -> DiskNeed:
     source = prepared.source
     image_bytes = int(np.prod(source.train.images.shape[1:]))
     return disk_need(
-        prepared.scenario, channels=source.channels, classes=len(source.classes), image_bytes=image_bytes
+        prepared.scenario, channels=source.channels, classes=len(prepared.counts.head), image_bytes=image_bytes
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -82,10 +82,9 @@ class Source:
     def channels(self) -> int:
         return int(self.train.images.shape[3])
 
-    @property
-    def labels(self) -> str:
-        """Digest of the class names, in order."""
-        return hashlib.sha256(json.dumps(self.classes).encode()).hexdigest()[:16]
+    def names_digest(self, head: Sequence[int]) -> str:
+        """Digest of the names of the classes that the rows of a head stand for, in their order."""
+        return hashlib.sha256(json.dumps([self.classes[label] for label in head]).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

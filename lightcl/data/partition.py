@@ -97,10 +97,14 @@ class Shares(Sequence[Share]):
         """Training images per device, int64 `[devices]`."""
         return np.diff(self._train.offsets)
 
+    def train_counts(self) -> np.ndarray:
+        """Training images per device and class, int64 `[devices, classes]`; no share is read."""
+        return self._train.counts(self._source.train.labels, len(self._source.classes))
+
     def label_counts(self) -> tuple[np.ndarray, np.ndarray]:
         """Training and test images per device and class, int64 `[devices, classes]` each; no share is read."""
         classes = len(self._source.classes)
-        train = self._train.counts(self._source.train.labels, classes)
+        train = self.train_counts()
         available = np.bincount(self._source.test.labels, minlength=classes)
         if self._fleet.test_data == "share":
             return train, self._test.counts(self._source.test.labels, classes)
@@ -127,10 +131,17 @@ def label_counts(source: Source, shares: Sequence[Share]) -> tuple[np.ndarray, n
     if isinstance(shares, Shares):
         return shares.label_counts()
     classes = len(source.classes)
-    train = [np.bincount(source.train.labels[share.train], minlength=classes) for share in shares]
     test = [np.bincount(source.test.labels[share.test], minlength=classes) for share in shares]
-    empty = np.zeros((0, classes), dtype=np.int64)
-    return (np.stack(train), np.stack(test)) if train else (empty, empty)
+    return train_counts(source, shares), np.stack(test) if test else np.zeros((0, classes), dtype=np.int64)
+
+
+def train_counts(source: Source, shares: Sequence[Share]) -> np.ndarray:
+    """Training images per device and class, int64 `[devices, classes]`."""
+    if isinstance(shares, Shares):
+        return shares.train_counts()
+    classes = len(source.classes)
+    train = [np.bincount(source.train.labels[share.train], minlength=classes) for share in shares]
+    return np.stack(train) if train else np.zeros((0, classes), dtype=np.int64)
 
 
 def matched_counts(train: np.ndarray, available: np.ndarray, limit: int | None = None) -> np.ndarray:

@@ -15,16 +15,16 @@ from functools import cached_property
 import numpy as np
 
 from lightcl.data.images import Source
-from lightcl.data.partition import Share, label_counts
-from lightcl.data.streams.class_incremental import class_groups, class_order
+from lightcl.data.partition import Share, label_counts, train_counts
+from lightcl.data.streams.class_incremental import class_groups, class_order, head_bounds, head_classes
 from lightcl.data.streams.plan import StreamPlan
 from lightcl.data.tasks import Samples, Skipped, Task, TaskStream
 from lightcl.errors import RequestError
 from lightcl.seeds import numpy_generator
 
 __all__ = [
-    "StreamPlan", "TaskCounts", "check_stream", "class_order", "count_tasks", "cut_stream", "learnable",
-    "learnable_tasks",
+    "StreamPlan", "TaskCounts", "check_stream", "class_order", "count_tasks", "cut_stream", "head_bounds", "head_of",
+    "learnable", "learnable_tasks",
 ]  # fmt: skip
 
 
@@ -40,6 +40,8 @@ class TaskCounts:
     """Images of the test split, of classes that the device has training images of."""
     cut: np.ndarray
     """Whether the device has a task of this number: with `stream.cut: own` it may hold too few classes."""
+    head: tuple[int, ...]
+    """The classes of all streams of the fleet: the rows of the head (`head_of`)."""
 
     @property
     def tested(self) -> np.ndarray:
@@ -86,13 +88,32 @@ class TaskCounts:
         return "no test image" if stream.evaluate_on == "test" else "no held-out image"
 
 
-def cut_stream(plan: StreamPlan, source: Source, share: Share, device: int) -> TaskStream:
+def head_of(plan: StreamPlan, source: Source, shares: Sequence[Share] | None) -> tuple[int, ...]:
+    """The classes that the rows of the head stand for, ascending: those of all streams of the fleet.
+
+    It depends on who holds what (`shares[d]` is device d's) under `stream.cut: own` alone; None there stands for a
+    fleet whose boards have images that nobody else knows, and the head has every class that the stream may use. Raises
+    RequestError as `cut_stream` does.
+    """
+    present = None
+    if shares is not None and plan.own_classes:
+        present = train_counts(source, shares) > 0
+    return head_classes(plan, len(source.classes), present)
+
+
+def cut_stream(
+    plan: StreamPlan, source: Source, share: Share, device: int, head: Sequence[int] | None = None
+) -> TaskStream:
     """Cuts a device's share into tasks; a task that it has too few images for is skipped and stands in `skipped`.
 
-    A device is tested only on classes that it has training images of. Raises RequestError where the plan suits no
-    device: too few classes, or a crop that may miss the image.
+    `head` are the classes of the head (`head_of`); None: those of a fleet of which nothing more is known. A device is
+    tested only on classes that it has training images of. Raises RequestError where the plan suits no device: too few
+    classes, or a crop that may miss the image.
     """
     _check_padding(plan, source)
+    head = head_of(plan, source, None) if head is None else head
+    rows = np.full(len(source.classes), -1)
+    rows[list(head)] = np.arange(len(head))
     labels, test_labels = source.train.labels[share.train], source.test.labels[share.test]
     present = np.bincount(labels, minlength=len(source.classes)) > 0
     tasks, skipped = [], []
@@ -112,12 +133,12 @@ def cut_stream(plan: StreamPlan, source: Source, share: Share, device: int) -> T
             Task(
                 number,
                 classes,
-                Samples(source.train, np.sort(members[out:])),
-                Samples(source.train, np.sort(members[:out])),
-                Samples(source.test, test),
+                Samples(source.train, np.sort(members[out:]), rows),
+                Samples(source.train, np.sort(members[:out]), rows),
+                Samples(source.test, test, rows),
             )
         )
-    return TaskStream(tasks, len(source.classes), plan.joint, tuple(skipped))
+    return TaskStream(tasks, head, plan.joint, tuple(skipped))
 
 
 def learnable(plan: StreamPlan, source: Source, share: Share, device: int) -> tuple[int, ...]:
@@ -198,7 +219,8 @@ def _task_counts(plan: StreamPlan, train: np.ndarray, test: np.ndarray, devices:
     """Of devices with these images per class (`[devices, C]` each)."""
     images, tests, cut = _images_per_task(plan, train, test, devices)
     out = _held_out(plan, images)
-    return TaskCounts(plan, images - out, out, tests, cut)
+    head = head_classes(plan, train.shape[1], train > 0)
+    return TaskCounts(plan, images - out, out, tests, cut, head)
 
 
 def _images_per_task(
