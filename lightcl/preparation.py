@@ -150,7 +150,8 @@ def open_run(
     if kind.startswith("device "):
         _check_learns(prepared, int(kind.removeprefix("device ")))
     prepared = choose_freeze_point(prepared, on_step)
-    facts = {"kind": kind, "images": prepared.images, "prefix": prepared.prefix, "classes": len(prepared.counts.head)}
+    facts: dict[str, str | int] = {"kind": kind, "images": prepared.images, "prefix": prepared.prefix}
+    facts["classes"] = len(prepared.counts.head)
     if resume:
         _check_same(folder, scenario, facts, {"classes": len(prepared.source.classes)})
     folder.prepare(resume=resume, overwrite=overwrite)
@@ -198,7 +199,7 @@ def _check_same(
 
     `earlier` are facts that earlier versions did not record, as they were then: a head had all classes of the source.
     """
-    about = (earlier or {}) | folder.read()
+    about: dict[str, Any] = {**(earlier or {}), **folder.read()}
     if is_old(about["scenario"]):
         raise RequestError(
             f"--resume: the run in {folder.path} was made by an earlier version; it can be read and reported, but not "

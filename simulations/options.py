@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import click
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from lightcl.errors import RequestError, nearest
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from lightcl.scenario import Scenario
 
 ARGUMENTS = {
-    "scenario": "A YAML file, or the name of a bundled scenario (`lightcl scenarios list`); all keys: "
-    "docs/reference/scenario-keys.md",
+    "scenario": "A YAML file, the name of a bundled scenario (`lightcl scenarios list`), or - for the standard input; "
+    "all keys: docs/reference/scenario-keys.md",
     "run": "A run folder, as given to --out of simulate or train",
     "runs": "Run folders, or sweep folders (all their runs)",
     "name": "Name of a bundled scenario",
@@ -37,6 +38,19 @@ class Command(TyperCommand):
             if parameter.name in ARGUMENTS and parameter.param_type_name == "argument":
                 parameter.help = ARGUMENTS[parameter.name]
         super().__init__(*args, params=params, **options)
+
+
+class Group(TyperGroup):
+    """A group whose unknown commands are answered with the nearest one, once, and with all there are."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, known = args[0], self.list_commands(ctx)
+        if name not in known and not name.startswith("-"):
+            allowed = ", ".join(known)
+            raise click.UsageError(f"No such command {name!r}{nearest(name, known)} (commands: {allowed})", ctx)
+        return super().resolve_command(ctx, args)
 
 
 ScenarioFile = Annotated[Path, typer.Argument(metavar="SCENARIO")]

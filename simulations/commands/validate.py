@@ -36,7 +36,7 @@ def validate(scenario: ScenarioFile, changes: Changes = None, plugins: Plugins =
     prepared = prepare(loaded)
     checked, out = prepared.scenario, console()
     out.print(
-        f"{scenario}: valid. {amount(checked.fleet.devices, 'device')}, {amount(checked.stream.tasks, 'task')} x "
+        f"{'the standard input' if str(scenario) == '-' else scenario}: valid. {amount(checked.fleet.devices, 'device')}, {amount(checked.stream.tasks, 'task')} x "
         f"{amount(checked.stream.classes_per_task, 'class', 'classes')}, method {checked.method.name}.",
         highlight=False,
         markup=False,
