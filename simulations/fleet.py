@@ -72,5 +72,9 @@ def simulate_fleet(prepared: Prepared, folder: RunFolder, listener: Listener) ->
     coordinator = Coordinator(prepared.scenario, folder, run_id, listener, prepared.tasks, durable=False)
     try:
         simulate(make_app(coordinator), folder.path / "devices", prepared.scenario)
+    except KeyboardInterrupt:
+        coordinator.stop.set()
+        folder.interrupt(coordinator.ledger.dropped)  # also where workers that Ctrl-C ended were taken for dead ones
+        raise
     finally:
         coordinator.stop.set()  # the server runs in a thread of this process and must end with it

@@ -93,12 +93,20 @@ def command_line() -> str:
     return shlex.join(["lightcl", *sys.argv[1:]])
 
 
-def read_scenario(file: Path, changes: Sequence[str] | None, plugins: Sequence[Path] | None) -> Scenario:
-    """Loads the plugins, then the scenario with its changes. Raises RequestError."""
-    from lightcl.scenario import load_scenario
+def read_scenario(
+    file: Path, changes: Sequence[str] | None, plugins: Sequence[Path] | None, *, analyzed: bool = False
+) -> Scenario:
+    """Loads the plugins, then the scenario with its changes; warns of keys without effect. Raises RequestError.
+
+    `analyzed`: for `lightcl analyze`, which reads keys that nothing else does.
+    """
+    from lightcl.scenario import keys_without_effect, load_scenario
 
     use_plugins(plugins or [])
-    return load_scenario(file, changes or [])
+    loaded = load_scenario(file, changes or [])
+    for line in keys_without_effect(loaded, analyzed=analyzed):
+        console(stderr=True).print(f"warning: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    return loaded
 
 
 def use_plugins(files: Sequence[Path]) -> None:

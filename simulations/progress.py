@@ -30,7 +30,7 @@ from simulations.options import amount
 class LiveProgress(Listener):
     """A listener on a console; use it in a `with`."""
 
-    def __init__(self, console: Console, device_rounds: int) -> None:
+    def __init__(self, console: Console, device_rounds: int, starting: str = "starting Flower and Ray") -> None:
         self.console = console
         self._live = Progress(
             SpinnerColumn(),
@@ -42,7 +42,7 @@ class LiveProgress(Listener):
             disable=not console.is_terminal,
             transient=True,
         )
-        self._bar: TaskID = self._live.add_task("starting Flower and Ray", total=device_rounds * 2, note="")
+        self._bar: TaskID = self._live.add_task(starting, total=device_rounds * 2, note="")
         self._accuracy = self._phase = ""
         self._started: float | None = None
         self._done = self._phase_done = self._phase_total = self._round = self._rounds = 0

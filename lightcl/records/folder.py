@@ -30,6 +30,8 @@ from lightcl.storage.files import LOCK, exclusive, names_in, saving, writable, w
 
 ANALYSIS = "generalizability.json"
 ROUNDS, DEVICES, EVENTS = "rounds.jsonl", "devices.jsonl", "events.jsonl"
+INTERRUPTED = "interrupted; continue with --resume"
+"""The reason in the failure.json of a run that the user ended early."""
 OWN_IMAGES = "all images of the board"
 """What partition.json says of a device whose images are its own."""
 OWN = (
@@ -221,6 +223,11 @@ class RunFolder:
     def fail(self, failure: Failure) -> None:
         """Keeps why a run stopped; it is not completed, so it can be resumed."""
         write_atomically(self.path / "failure.json", json.dumps(failure.to_json(), indent=2))
+
+    def interrupt(self, dropped: Mapping[int, str] | None = None) -> None:
+        """Keeps that the user ended a run early, whatever else went wrong while it ended."""
+        if not self.completed:
+            self.fail(Failure(INTERRUPTED, dict(dropped or {})))
 
     def failure(self) -> Failure | None:
         """Why the run failed, or None. Raises RequestError for a broken file."""

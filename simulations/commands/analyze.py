@@ -53,7 +53,7 @@ def analyze(
     from simulations.progress import AnalysisProgress, block_table
 
     given = [] if threshold is None else [f"network.freeze_threshold={threshold}"]
-    loaded, out = read_scenario(scenario, [*(changes or []), *given], plugins), console()
+    loaded, out = read_scenario(scenario, [*(changes or []), *given], plugins, analyzed=True), console()
     check_device(device, loaded)
     required("matplotlib", "simulation", "for the picture of an analysis")
     path = out_folder or default_folder(loaded, f"-analysis-{device}")
