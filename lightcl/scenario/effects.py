@@ -118,7 +118,7 @@ def keys_without_effect(scenario: Scenario, *, analyzed: bool = False) -> list[s
     A default that is spelled out counts only where the key that decides is left to its default: a complete scenario,
     as every run folder has one, names all keys. `analyzed`: for `lightcl analyze`, which reads two keys of its own.
     """
-    lines = {}
+    lines: dict[str, str] = {}
     for condition in CONDITIONS:
         if condition.met(scenario):
             continue
