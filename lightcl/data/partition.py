@@ -69,6 +69,14 @@ class Shares(Sequence[Share]):
             _write(folder, source, fleet, seed)
             self._train, self._test = _read(folder, fleet.devices)
 
+    @classmethod
+    def tried(cls, source: Source, fleet: Fleet, seed: int) -> Shares:
+        """A partition that is computed and not kept in the cache. Raises RequestError as the partitioners do."""
+        shares = cls.__new__(cls)
+        shares._source, shares._fleet, shares._seed = source, fleet, seed
+        shares._train, shares._test = _layouts(source, fleet, seed)
+        return shares
+
     def __len__(self) -> int:
         return self._fleet.devices
 
@@ -214,19 +222,21 @@ def _read(folder: Path, devices: int) -> tuple[Layout, Layout]:
 
 def _write(folder: Path, source: Source, fleet: Fleet, seed: int) -> None:
     """Computes a partition and stores it; replaces an entry that cannot be read."""
-    owners = _train_owners(source, fleet, seed)
-    layouts = {
-        "train": Layout.of(owners, fleet.devices),
-        "test": Layout.of(_test_owners(source, owners, fleet, seed), fleet.devices),
-    }
     files: dict[str, np.ndarray | str] = {}
-    for split, layout in layouts.items():
+    for split, layout in zip(("train", "test"), _layouts(source, fleet, seed), strict=True):
         files |= {f"{split}-indices.npy": layout.indices, f"{split}-offsets.npy": layout.offsets}
     with suppress(*UNREADABLE):
         _read(folder, fleet.devices)
         return  # another process was first
     remove_entry(folder)
     write_entry(folder, files)
+
+
+def _layouts(source: Source, fleet: Fleet, seed: int) -> tuple[Layout, Layout]:
+    """The layouts of the training and the test split. Raises RequestError as the partitioners do."""
+    owners = _train_owners(source, fleet, seed)
+    tests = _test_owners(source, owners, fleet, seed)
+    return Layout.of(owners, fleet.devices), Layout.of(tests, fleet.devices)
 
 
 def _train_owners(source: Source, fleet: Fleet, seed: int) -> np.ndarray:

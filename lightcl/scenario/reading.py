@@ -194,7 +194,7 @@ def _with_absolute_paths(scenario: Scenario) -> Scenario:
 
 def _explain(problem: Mapping[str, Any], origin: Origin, method: object = None) -> str:
     """One line for one of pydantic's errors: file, line, key, what was given, what is allowed."""
-    location = [part for part in problem["loc"] if not (isinstance(part, str) and "[" in part)]  # a dictionary's [key]
+    location = [part for part in problem["loc"] if part != "[key]"] or [*problem["loc"]]  # pydantic's, in a dictionary
     kind, given = problem["type"], problem.get("input")
     if len(location) == 1 and location[0] in MAIN_KEYS and not isinstance(given, Mapping):
         return _not_a_section(location[0], given, origin)
@@ -212,6 +212,7 @@ def _explain(problem: Mapping[str, Any], origin: Origin, method: object = None) 
         return f"{where}: unknown key{nearest(str(location[-1]), known)} (allowed here: {', '.join(known)})"
     if kind in ("unknown_section", "unknown_name"):
         return f"{where}: {message}"
+    message = message.replace("Input is not a valid path for <class 'pathlib.Path'>", "Input should be a path")
     return f"{where}: {message[0].lower()}{message[1:]}, not {shown(given)}"
 
 

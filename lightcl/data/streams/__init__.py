@@ -9,13 +9,13 @@ tasks and their images for the entire fleet from label counts alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from lightcl.data.images import Source
-from lightcl.data.partition import Share, label_counts, train_counts
+from lightcl.data.partition import Share, Shares, label_counts, train_counts
 from lightcl.data.streams.class_incremental import class_groups, class_order, head_bounds, head_classes
 from lightcl.data.streams.plan import StreamPlan
 from lightcl.data.tasks import Samples, Skipped, Task, TaskStream
@@ -26,6 +26,9 @@ __all__ = [
     "StreamPlan", "TaskCounts", "check_stream", "class_order", "count_tasks", "cut_stream", "head_bounds", "head_of",
     "learnable", "learnable_tasks",
 ]  # fmt: skip
+
+SEEDS_TRIED = 5
+"""Other seeds that are tried before an error advises one."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +256,19 @@ def _nearest_to_learning(
     return device, number, class_groups(plan, device, train[device] > 0)[number]
 
 
+def _seed_that_helps(plan: StreamPlan, source: Source) -> int | None:
+    """The first of a few other seeds under which a device of the fleet can learn a task; None where none helps."""
+    for seed in range(plan.seed + 1, plan.seed + 1 + SEEDS_TRIED):
+        other = replace(plan, seed=seed)
+        try:
+            counts = Shares.tried(source, plan.fleet, seed).label_counts()
+        except RequestError:
+            continue
+        if _task_counts(other, *counts, range(plan.fleet.devices)).learned.any():
+            return seed
+    return None
+
+
 def _advice(plan: StreamPlan, source: Source, classes: Sequence[int], images: int) -> str:
     """How a task of `classes`, for which a device has `images` training images, can get enough of them."""
     available = np.unique(source.train.labels)
@@ -268,7 +284,9 @@ def _advice(plan: StreamPlan, source: Source, classes: Sequence[int], images: in
         return "raise stream.held_out"
     ways = ["use fewer devices"]
     if plan.fleet.partition in ("dirichlet", "inner-dirichlet"):
-        ways += ["a larger fleet.alpha", "another seed"]
+        ways += ["a larger fleet.alpha"]
+        if (seed := _seed_that_helps(plan, source)) is not None:
+            ways += [f"another seed (seed: {seed} works)"]
     if least > 2:
         ways += ["a lower stream.min_samples"]
     if plan.fleet.test_data == "share" and train >= least:  # test images are short

@@ -214,7 +214,7 @@ def test_unknown_keys_are_named_with_the_nearest_known_one(refused, text, where,
         ("method: {ratio: 2}", "line 1: method.ratio: input should be less than or equal to 1, not 2"),
         ("method: {name: sgdd}", r"line 1: method.name: unknown method \"sgdd\", did you mean 'sgd'\?"),
         ("method: {name: joint}\nstream: {settings: cil}", "line 2: stream.settings: input should be 'auto', 'til' or"),
-        ("method: sgd", "line 1: method is a section .*, not \"sgd\"; write method: {name: sgd}, or --set method.name=sgd"),
+        ("method: sgd", "line 1: method is a section .*, not \"sgd\"; write method: {name: sgd}, or --set method.nam"),
         ("network: {width: 3}", "line 1: network.width: input should be greater than or equal to 4, not 3"),
     ],
 )  # fmt: skip
