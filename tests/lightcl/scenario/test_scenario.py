@@ -150,7 +150,7 @@ def test_schema_knows_every_section_and_every_method():
     schema = scenario_schema()
     assert set(schema["properties"]) == set(Scenario.model_fields)
     assert {"LightCLParameters", "SGDParameters"} <= set(schema["$defs"])
-    assert "drift without a unit" in json.dumps(schema["$defs"]["LightCLParameters"])
+    assert "dimensionless drift" in json.dumps(schema["$defs"]["LightCLParameters"])
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------
