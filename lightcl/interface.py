@@ -94,8 +94,8 @@ class OpenDevice:
         Raises RequestError for a task that the device does not have, OutOfStep where it is not the turn of the task,
         TrainingFailure where the loss is no longer a number.
         """
-        position = self._position(task)
-        return self.edge.train(position, self.scenario.training.epochs if epochs is None else epochs, on_epoch)
+        number = self.edge.stream.ids[self._position(task)]
+        return self.edge.train(number, self.scenario.training.epochs if epochs is None else epochs, on_epoch)
 
     def evaluate(self) -> Tested:
         """Tests all tasks learned so far, keeps the row of the accuracy matrices, and saves the state."""
