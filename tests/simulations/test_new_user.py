@@ -102,6 +102,16 @@ def test_commands_warn_on_the_standard_error(scenario, monkeypatch, capfd) -> No
     assert "no effect" not in said.out
 
 
+def test_a_grid_over_a_key_without_effect_is_warned_of(scenario, monkeypatch, capfd) -> None:
+    grid = ["--grid", "fleet.alpha=0.1,0.3", "--out", "sweep", "--only-table"]
+    assert lightcl(monkeypatch, "sweep", scenario, *grid) == 2  # nothing has run that a table could be made of
+    said = capfd.readouterr().err
+    assert "fleet.alpha: 0.1 has no effect" in said
+    assert "fleet.alpha: 0.3 has no effect" in said
+    assert lightcl(monkeypatch, "sweep", "-", *grid) == 2
+    assert "give a file, not - (the standard input)" in capfd.readouterr().err
+
+
 # -- the scenario --------------------------------------------------------------------------------------------------
 
 
