@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from lightcl.scenario import Scenario
 
 ARGUMENTS = {
-    "scenario": "A YAML file, the name of a bundled scenario (`lightcl scenarios list`), or - for the standard input; "
-    "all keys: docs/reference/scenario-keys.md",
+    "scenario": "A YAML file, or the name of a bundled scenario (`lightcl scenarios list`), or - for the standard "
+    "input; all keys: docs/reference/scenario-keys.md",
     "run": "A run folder, as given to --out of simulate or train",
     "runs": "Run folders, or sweep folders (all their runs)",
     "name": "Name of a bundled scenario",

@@ -39,7 +39,7 @@ def ls() -> None:
         ])  # fmt: skip
     if stores:
         headings = ("key", "network", "source", "view", "outputs", "type", "MB", "last use")
-        print_table(out, headings, rows, left=(0, 1, 2, 3, 5, 7))
+        print_table(out, headings, rows, left=(0, 1, 2, 3, 5, 7), widest=40)
     size = sum(store.size for store in stores)
     noun = "store" if len(stores) == 1 else "stores"
     out.print(
