@@ -21,7 +21,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 from pydantic import ValidationError
 
-from lightcl.assembly import build_network, stream_plan
+from lightcl.assembly import build_network, fleet_head, stream_plan
 from lightcl.data.partition import Share
 from lightcl.data.sources import Source, SourceRequest, load_source
 from lightcl.data.streams import learnable
@@ -159,8 +159,9 @@ def _greet(instruction: Instruction, scenario: Scenario, local: Local, message: 
     tasks: list[int] = []
     if local.own_data:
         tasks = list(learnable(stream_plan(scenario), source, whole_share(source), local.partition))
+    head = _head(instruction.scenario, local.overrides, local.own_data)
     greeting = Greeting(
-        local.partition, local.partitions, local.name, source.channels, len(source.classes), source.labels,
+        local.partition, local.partitions, local.name, source.channels, len(head), source.names_digest(head),
         local.own_data, tasks,
     )  # fmt: skip
     return _reply(greeting.to_record())
@@ -180,11 +181,12 @@ def _with_device(
         raise ProtocolError(f"Instruction.run is {instruction.run!r}, expected letters and digits")
     run = local.state / instruction.run
     folder = run / f"device-{instruction.device:05d}"
+    head = _head(instruction.scenario, local.overrides, local.own_data)
     with _alone_in(folder):
         device = EdgeDevice(
-            scenario, instruction.device, folder, source=source, share=share, durable=local.durable,
+            scenario, instruction.device, folder, source=source, share=share, head=head, durable=local.durable,
             shared=None if local.durable else SharedVersions(run / "shared"),  # on a board there is one device
-            network=_fresh_network(instruction.scenario, local.overrides, source.channels, len(source.classes)),
+            network=_fresh_network(instruction.scenario, local.overrides, source.channels, len(head)),
         )  # fmt: skip
 
         def receive() -> None:
@@ -301,6 +303,13 @@ def local_settings(node: Mapping[str, object], state: Path | None) -> Local:
 def _scenario(text: str, overrides: Overrides) -> Scenario:
     """The scenario of an instruction, as this node changes it. Raises RequestError."""
     return overrides.apply(scenario_from_json(text))
+
+
+@lru_cache(maxsize=2)
+def _head(text: str, overrides: Overrides, own_data: bool) -> tuple[int, ...]:
+    """The classes of the head: the same on all nodes of a fleet. Raises RequestError."""
+    scenario = _scenario(text, overrides)
+    return fleet_head(scenario, _source(scenario.source_request()), own_data=own_data)
 
 
 @lru_cache(maxsize=1)

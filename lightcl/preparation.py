@@ -86,7 +86,7 @@ def prepare(scenario: Scenario) -> Prepared:
     shares = partition(source, scenario.fleet, scenario.seed)
     counts = count_fleet(scenario, source, shares)
     buildable = analyzed_scenario(scenario) if scenario.network.freeze == "auto" else scenario
-    network = build_network(buildable, in_channels=source.channels, classes=len(source.classes))
+    network = build_network(buildable, in_channels=source.channels, classes=len(counts.head))
     buildable.method.build(network)  # a method may refuse a network
     if scenario.server.aggregation != "none" and not outgoing(network, scenario.server.aggregation):
         raise RequestError(
@@ -122,7 +122,7 @@ def choose_freeze_point(prepared: Prepared, on_step: OnStep | None = None) -> Pr
     found = analyze(scenario, device, source, prepared.shares[device], on_step)
     analysis = found.record(scenario.network.freeze_threshold)
     scenario = _with_freeze(scenario, analysis["freeze"])
-    network = build_network(scenario, in_channels=source.channels, classes=len(source.classes))
+    network = build_network(scenario, in_channels=source.channels, classes=len(prepared.counts.head))
     scenario.method.build(network)  # raises RequestError if the method does not accept this point
     return replace(prepared, scenario=scenario, prefix=digest(network.prefix), analysis=analysis)
 
@@ -157,9 +157,10 @@ def open_run(
     if kind.startswith("device "):
         _check_learns(prepared, int(kind.removeprefix("device ")))
     prepared = choose_freeze_point(prepared, on_step)
-    facts = {"kind": kind, "images": prepared.images, "prefix": prepared.prefix}
+    facts: dict[str, str | int] = {"kind": kind, "images": prepared.images, "prefix": prepared.prefix}
+    facts["classes"] = len(prepared.counts.head)
     if resume:
-        _check_same(folder, scenario, facts)
+        _check_same(folder, scenario, facts, {"classes": len(prepared.source.classes)})
     folder.prepare(resume=resume, overwrite=overwrite)
     if not folder.exists:
         about = describe_run(command, uuid.uuid4().hex[:12]) | facts
@@ -206,9 +207,14 @@ def _as_chosen(folder: RunFolder, scenario: Scenario) -> Scenario:
     return _with_freeze(scenario, str(analysis["freeze"]))
 
 
-def _check_same(folder: RunFolder, scenario: Scenario, facts: Mapping[str, str]) -> None:
-    """Raises RequestError if the run in the folder is not the one that is to be continued."""
-    about = folder.read()
+def _check_same(
+    folder: RunFolder, scenario: Scenario, facts: Mapping[str, str | int], earlier: Mapping[str, int] | None = None
+) -> None:
+    """Raises RequestError if the run in the folder is not the one that is to be continued.
+
+    `earlier` are facts that earlier versions did not record, as they were then: a head had all classes of the source.
+    """
+    about: dict[str, Any] = {**(earlier or {}), **folder.read()}
     if is_old(about["scenario"]):
         raise RequestError(
             f"--resume: the run in {folder.path} was made by an earlier version; it can be read and reported, but not "

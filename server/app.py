@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from lightcl.data.sources import reads_own_files
 from lightcl.preparation import open_remote_run, open_run
 from lightcl.records.folder import RunFolder
-from lightcl.scenario import Scenario, load_scenario
+from lightcl.scenario import Scenario, keys_without_effect, load_scenario
 from server.aggregation import Aggregator
 from server.ledger import KnownImages
 from server.listeners import LogListener
@@ -48,6 +48,8 @@ def main(grid: Grid, context: Context) -> None:
     config = context.run_config
     wanted = Path(str(config.get("scenario", "quickstart")))
     scenario = load_scenario(wanted, shlex.split(str(config.get("set", ""))))
+    for line in keys_without_effect(scenario):
+        logger.warning("%s", line)
     Aggregator.check(scenario.server)
     folder = RunFolder(Path(str(config.get("out") or f"runs/{scenario.name}-{context.run_id}")).absolute())
     command, resume = f"flwr run ({wanted})", bool(config.get("resume", False))

@@ -126,9 +126,9 @@ class KnownImages:
     by_task: np.ndarray
     """Images that a device reports for a task, int `[devices, tasks]`."""
     by_class: np.ndarray
-    """All of a device's images, the held-out ones included, int `[devices, classes]`."""
+    """All of a device's images by class of the head, the held-out ones included, int `[devices, classes]`."""
     terms: tuple[int, int, str]
-    """The channels of the images, the number of classes and the digest of their names."""
+    """The channels of the images, the number of classes in the head and the digest of their names."""
 
     @classmethod
     def of(cls, prepared: Prepared) -> Self:
@@ -137,8 +137,8 @@ class KnownImages:
             by_task = np.broadcast_to(counts.train_used[:, None], counts.train.shape)
         else:
             by_task = counts.train
-        source = prepared.source
-        return cls(by_task, by_class, (source.channels, len(source.classes), source.labels))
+        source, head = prepared.source, list(counts.head)
+        return cls(by_task, by_class[:, head], (source.channels, len(head), source.names_digest(counts.head)))
 
 
 class Ledger:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from typing import Self
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
+from lightcl.assembly import stream_plan
+from lightcl.data.streams import head_bounds
+from lightcl.data.streams.class_incremental import MOST_CLASSES
 from lightcl.errors import one_line, shown
 from lightcl.exchange.messages import INSTRUCTION, Greeting, Instruction, ProtocolError
+from lightcl.scenario import Scenario
 from server.mailbox import ENDS_THE_RUN, LATE_SECONDS, Mailbox, record_of
 
 RETRY_SECONDS = 10.0
 TERMS = {"partitions": "num-partitions", "channels": "channels", "classes": "classes", "labels": "class names"}
 """The fields of a greeting that must be the same on all nodes of a fleet, with their names in errors."""
 
-LARGEST = {"channels": 1024, "classes": 100_000}
+MOST_CHANNELS = 1024
 """The server builds a network of this size, so a node may not name any."""
 
 MOST_NODES, LONGEST_NAME = 1_000_000, 100
@@ -25,14 +30,19 @@ MOST_NODES, LONGEST_NAME = 1_000_000, 100
 class Expected:
     """What decides between nodes that disagree, where neither side has the majority.
 
-    `classes` are those that the scenario's stream needs; `images` the channels, classes and class names (digest) of the
-    server's own images, where it has any.
+    `classes` are the least and the most classes that the fleet's head may have; `images` the channels of the server's
+    own images and the classes and class names (digest) of the head under them, where it has any.
     """
 
     devices: int
     tasks: int
-    classes: int
+    classes: tuple[int, int]
     images: tuple[int, int, str] | None = None
+
+    @classmethod
+    def of(cls, scenario: Scenario, images: tuple[int, int, str] | None) -> Self:
+        least, most = head_bounds(stream_plan(scenario))
+        return cls(scenario.fleet.devices, scenario.stream.tasks, (least, min(most, MOST_CLASSES)), images)
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,7 @@ class Nodes:
     def __init__(self, mailbox: Mailbox, expected: Expected, instruction: Instruction, timeout: float) -> None:
         self._mailbox, self._expected, self._timeout = mailbox, expected, timeout
         self._devices, self._tasks = expected.devices, expected.tasks
+        self._bounds = {"channels": (1, MOST_CHANNELS), "classes": expected.classes}
         self._instruction = instruction.to_record()
         self._asked: dict[int, Asked] = {}  # by node, as the next three
         self._replied: dict[int, float] = {}  # when
@@ -186,10 +197,11 @@ class Nodes:
                 f"node {greeting.name!r} has own-data, so it is one device, but partition-id {greeting.partition} of "
                 f"{greeting.partitions} is not one of {self._devices} devices"
             )
-        for name, most in LARGEST.items():
-            if not 1 <= getattr(greeting, name) <= most:
+        for name, (least, most) in self._bounds.items():
+            if not least <= getattr(greeting, name) <= most:
+                allowed = f"{least} to {most}" if least < most else f"{most}"
                 raise ProtocolError(
-                    f"node {greeting.name!r} has images with {getattr(greeting, name)} {name}, expected 1 to {most}"
+                    f"node {greeting.name!r} has images with {getattr(greeting, name)} {name}, expected {allowed}"
                 )
         return greeting
 
@@ -217,7 +229,7 @@ class Nodes:
         expected = self._expected
 
         def rank(terms: tuple[int, int, int, str]) -> tuple[object, ...]:
-            fits = (terms[1:] == expected.images, terms[0] == expected.devices, terms[2] >= expected.classes)
+            fits = (terms[1:] == expected.images, terms[0] == expected.devices, terms[2] >= expected.classes[0])
             return (-len(groups[terms]), *(not fit for fit in fits), terms)
 
         return next(iter(groups[min(groups, key=rank)].values()))

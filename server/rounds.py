@@ -122,9 +122,7 @@ class Coordinator:
         """Waits for the devices, then builds what the rounds need."""
         mailbox = Mailbox(grid, self.stop)
         greeting = Instruction(0, self.run_id, self.scenario.model_dump_json(), self.round, 0, 0, 0)
-        stream = self.scenario.stream
-        images = self._images.terms if self._images else None
-        expected = Expected(len(self.ledger), stream.tasks, stream.tasks * stream.classes_per_task, images)
+        expected = Expected.of(self.scenario, self._images.terms if self._images else None)
         self._nodes = Nodes(mailbox, expected, greeting, self.scenario.server.greeting_timeout)
         connections = Connections(self.scenario, mailbox, self._nodes, self.ledger, self.folder, self.listener)
         agreed = connections.connect()

@@ -36,7 +36,7 @@ def train_alone(prepared: Prepared, number: int, folder: RunFolder, progress: Li
     epochs = scenario.training.epochs
     device = EdgeDevice(
         scenario, number, folder.path / "devices" / f"device-{number:05d}", source=prepared.source,
-        share=prepared.shares[number],
+        share=prepared.shares[number], head=prepared.counts.head,
     )  # fmt: skip
     to_learn = device.stream.ids[device.stream.first :]
     done = _tasks_done(device, folder)

@@ -58,7 +58,7 @@ def disk_of_states(prepared: Prepared) -> DiskNeed:
     return disk_need(
         prepared.scenario,
         image=source.train.images.shape[1:],
-        classes=len(source.classes),
+        classes=len(prepared.counts.head),
         images=prepared.counts.train_used,
         tasks=[len(tasks) for tasks in prepared.tasks],
     )
@@ -77,5 +77,9 @@ def simulate_fleet(prepared: Prepared, folder: RunFolder, listener: Listener) ->
     )  # fmt: skip
     try:
         simulate(make_app(coordinator), folder.path / "devices", prepared.scenario)
+    except KeyboardInterrupt:
+        coordinator.stop.set()
+        folder.interrupt(coordinator.ledger.dropped)  # also where workers that Ctrl-C ended were taken for dead ones
+        raise
     finally:
         coordinator.stop.set()  # the server runs in a thread of this process and must end with it

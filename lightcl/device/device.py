@@ -15,7 +15,7 @@ import numpy as np
 import safetensors
 import torch
 
-from lightcl.assembly import build_network, build_stream
+from lightcl.assembly import build_network, build_stream, fleet_head
 from lightcl.data.partition import Share, share_of
 from lightcl.data.sources import Source, load_source
 from lightcl.data.tasks import Task, TaskContext, TaskStream
@@ -49,13 +49,15 @@ class EdgeDevice:
     `share` is the device's part of `source`; the default is its part under the scenario's partition. `folder` holds its
     state; `durable`: whether the state survives a power cut. `network` is the result of `build_network` for the
     scenario; the device takes it over. `shared` is where the devices of one machine keep the tensors that they all
-    receive. Raises RequestError for a scenario that cannot be carried out, StateError for unreadable state.
+    receive. `head` are the classes of the head (`fleet_head`); give them with a `share` where the fleet is known.
+
+    Raises RequestError for a scenario that cannot be carried out, StateError for unreadable state.
     """
 
     def __init__(
         self, scenario: Scenario, number: int, folder: Path, *, source: Source | None = None,
         share: Share | None = None, network: Backbone | None = None, durable: bool = True,
-        shared: SharedVersions | None = None,
+        shared: SharedVersions | None = None, head: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         hardware.reset_peak()  # a simulation's worker runs many devices, large and small ones
         self.scenario, self.number = scenario, number
@@ -63,7 +65,8 @@ class EdgeDevice:
             source = load_source(scenario.source_request())
         if share is None:
             share = share_of(source, scenario.fleet, scenario.seed, number)
-        self.stream: TaskStream = build_stream(scenario, source, share, number)
+            head = fleet_head(scenario, source) if head is None else head
+        self.stream: TaskStream = build_stream(scenario, source, share, number, head)
         self.accelerator = choose_accelerator(scenario.device.accelerator)
         set_up_torch(self.accelerator, scenario.device.threads)
         if network is None:
@@ -371,11 +374,11 @@ class EdgeDevice:
         )
 
     def _context(self, task: int) -> TaskContext:
-        seen = sorted({c for t in self._until(task) for c in t.classes})
+        seen = sorted({row for t in self._until(task) for row in t.rows})
         to_learn = self.stream.to_learn(self.stream.position_of(task))
         return TaskContext(
             to_learn,
-            torch.tensor(to_learn.classes, device=self.accelerator),
+            torch.tensor(to_learn.rows, device=self.accelerator),
             torch.tensor(seen, device=self.accelerator),
             self.scenario.training.batch_size,
             derive(self.scenario.seed, "device", self.number, "task", task),

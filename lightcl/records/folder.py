@@ -31,6 +31,8 @@ from lightcl.storage.files import LOCK, exclusive, names_in, saving, writable, w
 
 ANALYSIS = "generalizability.json"
 ROUNDS, DEVICES, EVENTS = "rounds.jsonl", "devices.jsonl", "events.jsonl"
+INTERRUPTED = "interrupted; continue with --resume"
+"""The reason in the failure.json of a run that the user ended early."""
 OWN_IMAGES = "all images of the board"
 """Entry in partition.json for a device with images of its own."""
 OWN = (
@@ -232,6 +234,11 @@ class RunFolder:
     def fail(self, failure: Failure) -> None:
         """Records why the run stopped; it is not complete, so it can be resumed."""
         write_atomically(self.path / "failure.json", json.dumps(failure.to_json(), indent=2))
+
+    def interrupt(self, dropped: Mapping[int, str] | None = None) -> None:
+        """Keeps that the user ended a run early, whatever else went wrong while it ended."""
+        if not self.completed:
+            self.fail(Failure(INTERRUPTED, dict(dropped or {})))
 
     def failure(self) -> Failure | None:
         """Why the run failed, or None. Raises RequestError for a broken file."""

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, JustifyMethod
-from rich.table import Table
+from rich.console import Console
 
 from lightcl.errors import RequestError
 from simulations.options import Plugins, command_line, console, use_plugins
+from simulations.tables import print_table
 
-WIDEST_CELL = 28
-"""Characters; longer cells, which are names, wrap."""
-PADDING = 2
-"""Characters between two columns."""
 MARKDOWN, RECORDS = "comparison.md", "comparison.json"
 
 
@@ -137,36 +131,6 @@ def print_comparison(comparison: Any, console: Console) -> None:
 
     for title, headings, rows in table_rows(comparison):
         console.print(title, style="italic", highlight=False, markup=False)
-        for columns in _fitting(headings, rows, console.width):
-            table = Table(box=SIMPLE_HEAD, padding=(0, PADDING - 1, 0, 0), show_edge=False)
-            for column in columns:
-                width = _width(column, headings, rows)
-                justify: JustifyMethod = "left" if column == 0 else "right"
-                table.add_column(headings[column], justify=justify, overflow="fold", min_width=width, max_width=width)
-            for row in rows:
-                table.add_row(*(row[column] for column in columns))
-            console.print(table)
-            console.print()
+        print_table(console, headings, rows)
     for line in comparison.warnings:
         console.print(f"warning: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-
-
-def _width(column: int, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
-    """Characters that a column needs: headings wrap between words only, cells beyond WIDEST_CELL wrap."""
-    cells = max((len(row[column]) for row in rows), default=0)
-    return max(min(cells, WIDEST_CELL), *(len(word) for word in headings[column].split()))
-
-
-def _fitting(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[list[int]]:
-    """The columns of each table: as many as the terminal has room for; every table begins with the names (column 0)."""
-    for_columns = width - _width(0, headings, rows) - PADDING
-    tables: list[list[int]] = []
-    room = 0
-    for column in range(1, len(headings)):
-        needed = _width(column, headings, rows) + PADDING
-        if not tables or room < needed:
-            tables.append([0])
-            room = for_columns
-        tables[-1].append(column)
-        room -= needed
-    return tables

@@ -302,7 +302,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
 def draw(comparison: Comparison) -> list[Picture]:
     """The pictures for which there is data."""
     groups, settings = comparison.groups, comparison.settings
-    chances = {tuple(sorted(chance(group.scenario).items())) for group in groups}
+    chances = {tuple(sorted(chance(group.scenario, group.runs[0].classes).items())) for group in groups}
     guessing = dict(next(iter(chances))) if len(chances) == 1 else {}
     curves = {s: {g.label: g.curve(s) for g in groups if g.observations(s, "average_accuracy")} for s in settings}
     bars = {

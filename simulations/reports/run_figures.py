@@ -41,6 +41,8 @@ class RunFigures:
     seconds: float
     process_mib: float | None
     """The highest resident memory of any process that trained a device, PyTorch and the images included."""
+    classes: int | None = None
+    """Rows of the head; None where the run did not record it."""
 
     @property
     def devices(self) -> list[int]:
@@ -98,4 +100,5 @@ def read_figures(path: Path) -> RunFigures:
         bytes_up=shown_run.bytes_up,
         seconds=shown_run.seconds,
         process_mib=max(peaks, default=0.0) or None,
+        classes=shown_run.classes,
     )

@@ -194,7 +194,7 @@ def test_any_greeting(tmp_path: Path, changes: list[dict[str, Any]]) -> None:
 
     instruction = Instruction(0, "r", SCENARIO.model_dump_json(), 0, 0, 0, 0)
     grid = InProcessGrid(tmp_path, 3, spoil)
-    nodes = Nodes(Mailbox(grid, threading.Event()), Expected(3, 2, 4), instruction, 60.0)
+    nodes = Nodes(Mailbox(grid, threading.Event()), Expected(3, 2, (4, 100_000)), instruction, 60.0)
     nodes.update()
     hosting = [node for device in range(3) if (node := nodes.node_of(device)) is not None]
     assert len(set(hosting)) + len(nodes.problems) >= 2

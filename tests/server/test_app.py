@@ -101,3 +101,29 @@ def test_a_run_is_not_continued_where_the_images_have_gone_or_come(tmp_path: Pat
             flwr_run(grid, out, set=now, resume=True)
         assert len(grid.sent) == sent
         assert {file: file.read_bytes() for file in out.rglob("*.json*")} == files
+
+
+def test_boards_with_more_classes_than_the_stream_share_a_head_of_its_size(tmp_path: Path) -> None:
+    """One task of two of the boards' four classes: messages and answers are about these two."""
+    out, grid = tmp_path / "run", boards(tmp_path)
+    flwr_run(grid, out, set="'stream.tasks=1' 'stream.class_order=[1, 3]' 'server.aggregation=suffix+head'")
+    run = load_run(out)
+    assert run.results is not None
+    assert run.results.devices_finished == 2
+    heads = [record["fc.weight"].numpy() for m in grid.received for record in m.content.array_records.values()]
+    assert {head.shape[0] for head in heads} == {2}
+    assert len(heads) == 2
+    assert run.results.til == run.results.cil, "with one task the head has that task's classes alone"
+
+
+def test_boards_that_cut_tasks_from_their_own_classes_have_all_classes_in_the_head(tmp_path: Path) -> None:
+    out, grid = tmp_path / "run", boards(tmp_path)
+    flwr_run(grid, out, set="stream.tasks=1 stream.cut=own server.aggregation=suffix+head")
+    heads = [record["fc.weight"].numpy() for m in grid.received for record in m.content.array_records.values()]
+    assert {head.shape[0] for head in heads} == {4}
+
+
+def test_a_key_without_effect_is_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        flwr_run(boards(tmp_path), tmp_path / "run", set="fleet.alpha=0.1")
+    assert "fleet.alpha: 0.1 has no effect" in caplog.text

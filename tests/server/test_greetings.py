@@ -21,7 +21,9 @@ from tests.inprocess import InProcessGrid, Silent, small
 
 def nodes_of(grid: InProcessGrid, timeout: float, **expected: Any) -> Nodes:
     greeting = Instruction(0, "r", small().model_dump_json(), 0, 0, 0, 0)
-    return Nodes(Mailbox(grid, threading.Event()), Expected(len(grid.nodes), 2, 4, **expected), greeting, timeout)
+    return Nodes(
+        Mailbox(grid, threading.Event()), Expected(len(grid.nodes), 2, (4, 100_000), **expected), greeting, timeout
+    )
 
 
 def losing(node: int, times: int) -> Any:

@@ -21,7 +21,10 @@ def nodes_of(
 ) -> Nodes:
     greeting = Instruction(0, "r", small().model_dump_json(), 0, 0, 0, 0)
     return Nodes(
-        Mailbox(grid, threading.Event()), Expected(devices, small().stream.tasks, 4, images), greeting, timeout
+        Mailbox(grid, threading.Event()),
+        Expected(devices, small().stream.tasks, (4, 100_000), images),
+        greeting,
+        timeout,
     )
 
 
@@ -184,6 +187,22 @@ def test_terms_for_which_no_network_can_be_built(tmp_path: Path, field: str, val
     nodes.update()
     assert hosts(nodes) == [100, 101, None]
     assert said in nodes.problems[0]
+
+
+def test_a_head_of_another_size_than_the_scenarios_is_refused(tmp_path: Path) -> None:
+    """Two tasks of two classes, the same on all devices: a head of four rows, whatever a node says."""
+
+    def spoil(message: Message, reply: Message) -> Message:
+        if message.metadata.dst_node_id == 102:
+            reply.content["reply"]["classes"] = 10
+        return reply
+
+    greeting = Instruction(0, "r", small().model_dump_json(), 0, 0, 0, 0)
+    mailbox = Mailbox(named(InProcessGrid(tmp_path, 3, spoil)), threading.Event())
+    nodes = Nodes(mailbox, Expected.of(small(), None), greeting, 60.0)
+    nodes.update()
+    assert hosts(nodes) == [100, 101, None]
+    assert nodes.problems == ["node 'board-2' has images with 10 classes, expected 4"]
 
 
 @pytest.mark.parametrize(("partition", "partitions"), [(3, 4), (1, 2)])
