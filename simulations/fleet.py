@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-
 from lightcl.errors import required
 from lightcl.preparation import Prepared, open_run
 from lightcl.records import Run, load_run
@@ -57,10 +55,13 @@ def check_simulation(scenario: Scenario) -> None:
 def disk_of_states(prepared: Prepared) -> DiskNeed:
     """The maximum disk space of the fleet's states while the run is in progress."""
     source = prepared.source
-    image_bytes = int(np.prod(source.train.images.shape[1:]))
     return disk_need(
-        prepared.scenario, channels=source.channels, classes=len(source.classes), image_bytes=image_bytes
-    )  # fmt: skip
+        prepared.scenario,
+        image=source.train.images.shape[1:],
+        classes=len(source.classes),
+        images=prepared.counts.train_used,
+        tasks=[len(tasks) for tasks in prepared.tasks],
+    )
 
 
 def simulate_fleet(prepared: Prepared, folder: RunFolder, listener: Listener) -> None:

@@ -102,9 +102,14 @@ class Server(Section):
     round_timeout: float = Field(default=86_400.0, gt=0, le=1e8)
     """Time limit of a round in seconds, queueing included."""
     connect_timeout: float = Field(default=600.0, gt=0, le=1e8)
-    """Seconds to wait for all devices to connect; up to `round_timeout` while none has, because boards may be busy."""
+    """Seconds to wait for all devices to connect; up to `round_timeout` while none has, because boards may be busy.
+    A simulation waits for all of its devices, without this limit."""
+    greeting_timeout: float = Field(default=120.0, gt=0, le=1e8)
+    """Seconds that a board may take to introduce itself before it is asked again; starting PyTorch is included."""
     max_failures: int = Field(default=3, ge=1, le=1_000_000)
     """Consecutive failures after which a device is dropped from the run."""
+    max_failures_in_run: int = Field(default=20, ge=1, le=1_000_000)
+    """Failures in all after which a device is dropped from the run; `--resume` counts anew."""
 
     @field_validator("guard", mode="before")
     @classmethod
