@@ -236,9 +236,10 @@ def sums(factor: float, *, permuted: bool = False, counts: bool = False) -> Chan
         if permuted:
             own = np.flatnonzero(count)
             count[own], total[own] = count[np.roll(own, 1)], total[np.roll(own, 1)]
-        total *= factor
-        gram *= factor if counts else factor**2
-        count *= factor if counts else 1.0
+        with np.errstate(over="ignore", invalid="ignore"):
+            total *= factor
+            gram *= factor if counts else np.float64(factor) ** 2
+            count *= factor if counts else 1.0
         return arrays
 
     return change

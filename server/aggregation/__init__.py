@@ -10,6 +10,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from lightcl.exchange.compression import codec_named
+from lightcl.exchange.messages import ARRAYS
 from lightcl.exchange.tensors import Arrays, outgoing, size_in_bytes
 from lightcl.methods import Method
 from lightcl.scenario import Scenario, Server
@@ -96,6 +97,9 @@ class Aggregator:
         summed, unsolved = self._sums.update_(_sums_of(left), round_number)
         moved = self._weights.update_(_without(left, unsolved), round_number, grid)
         self.version += bool(summed) or moved
+        for item in contributions:  # those of refused replies, too
+            if item.reply:
+                item.reply.content.array_records[ARRAYS].clear()
         return Outcome(refused | too_far | unsolved, summed)
 
     def state(self) -> dict[str, Tensor]:

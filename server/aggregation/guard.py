@@ -7,7 +7,8 @@ updates with shares p_i of the examples and s_i = ⌈examples_i / batch⌉ steps
 
 A median is that of honest devices as long as they are the majority. The second term lets a device with more steps move
 further, the third one whose share in the average is small. An update longer than F m_i is out of range and is clipped
-to m_i. With one or two devices in a round the medians are over the last updates of the run, too, and F is larger.
+to m_i; beyond 30 m_i it is left out. With one or two devices in a round the medians are over the last updates of the
+run, too, and F is larger.
 
 In a round of a few devices, an update against all others is left out, if those agree with each other: cos(u_j, u_k) > c
 for all others, and cos(u_i, u_j) < -c for all j. Where the server knows that device i has the classes of the others in
@@ -39,6 +40,9 @@ FACTOR, FACTOR_OF_FEW = 2.0, 4.0
 
 COSINE, MOST_COMPARED = 0.3, 16
 """c, and the most devices of a round whose directions are compared: each pair is."""
+
+FAR = 30.0
+"""Times the usual norm: what is longer is not an update that was learned, and its direction says nothing."""
 
 SMALLEST = 1e-3
 """An update of this share of the model's norm is never too large: where most devices hardly move."""
@@ -97,24 +101,27 @@ class UpdateGuard:
         norms, cosines = _norms_and_cosines(items, current)
         usual = self._usual_norms(items, norms, current)
         factor = FACTOR if len(items) >= FEW else FACTOR_OF_FEW
-        ranges = zip(items, norms, usual, strict=True)
-        too_long = {item.device: (n, m) for item, n, m in ranges if n > max(factor * m, SMALLEST * _norm(current))}
+        least = SMALLEST * _norm(current)
+        ranges = {item.device: (norm, most) for item, norm, most in zip(items, norms, usual, strict=True)}
+        too_long = {device: (norm, most) for device, (norm, most) in ranges.items() if norm > max(factor * most, least)}
+        absurd = {device for device, (norm, most) in too_long.items() if norm > FAR * max(most, least)}
         strange = _strange_batch_norm(items, current)
         opposed = _opposed(items, cosines) if cosines is not None else set()
+        out = opposed | absurd
         said = strange | {d: f"its update has norm {n:.3g}, the usual is {m:.3g}" for d, (n, m) in too_long.items()}
         said |= dict.fromkeys(opposed, "its update is against those of all others, which agree")
         refused = said if self.mode == "refuse" else {}
         kept = [item for item in contributions if item.device not in refused]
         if self.mode == "clip":
             for item in items:
-                if item.reply and item.device in too_long:
+                if item.reply and item.device in too_long.keys() - out:
                     norm, most = too_long[item.device]
                     _shorten_(item.reply, current, most / norm)
             kept = [replace(item, batch_norm={}) if item.device in strange else item for item in kept]
-            kept = [replace(item, reply=None, batch_norm={}) if item.device in opposed else item for item in kept]
-            self._warn(round_number, {d: f"{t}; {'left out' if d in opposed else 'clipped'}" for d, t in said.items()})
+            kept = [replace(item, reply=None, batch_norm={}) if item.device in out else item for item in kept]
+            self._warn(round_number, {d: f"{t}; {'left out' if d in out else 'clipped'}" for d, t in said.items()})
         for item, norm in zip(items, norms, strict=True):
-            if item.device not in refused and item.device not in opposed:
+            if item.device not in refused and item.device not in out:
                 length = too_long[item.device][1] if item.device in too_long else norm
                 self._history.append((length, length / self._steps(item), item.examples))
         del self._history[:-REMEMBERED]
