@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,15 @@ WIDEST_CELL = 28
 """Characters; longer cells, which are names, wrap."""
 PADDING = 2
 """Characters between two columns."""
+
+
+class By(StrEnum):
+    """What sets devices apart (simulations/reports/breakdown.py)."""
+
+    images = "images"
+    tasks = "tasks"
+
+
 MARKDOWN, RECORDS = "comparison.md", "comparison.json"
 
 
@@ -35,6 +45,9 @@ def compare(
     baseline: Annotated[
         str | None, typer.Option("--baseline", metavar="NAME", help="Compare with this one; default: the first")
     ] = None,
+    by: Annotated[
+        By | None, typer.Option("--by", help="Break figures and differences down by the devices' images or tasks")
+    ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure the memory of a training step in fresh processes")
     ] = False,
@@ -44,11 +57,12 @@ def compare(
     use_plugins(plugins or [])
     from lightcl.errors import nearest
     from lightcl.storage.files import names_in, writable, write_atomically
+    from simulations.reports.breakdown import break_down, breakdown_drawings, breakdown_json, breakdown_tables
     from simulations.reports.comparison import PAGE, Group, markdown, to_json, write_page
     from simulations.reports.comparison import compare as compare_groups
 
     console = Console(emoji=False)
-    groups, baselines = collect(runs), {}
+    groups, baselines = collect(runs), sweep_baselines(runs)
     if len(groups) < 2:
         raise RequestError(
             f"compare: {len(groups)} scenario to compare (runs that differ only in seed or device count as one); "
@@ -67,12 +81,16 @@ def compare(
     title = groups[0].scenario.name if len({g.scenario.name for g in groups}) == 1 else "Comparison of runs"
     command = shlex.join(["lightcl", *sys.argv[1:]])
     comparison = compare_groups(groups, title=title, baselines=baselines, command=command)
+    found = break_down(comparison, by.value) if by else None
+    tables = breakdown_tables(comparison, found) if found else []
+    drawings = breakdown_drawings(comparison, found) if found else []
+    values = to_json(comparison) | ({f"by_{found.by}": breakdown_json(found)} if found else {})
     with writable(out_folder):
         out_folder.mkdir(parents=True, exist_ok=True)
-        page = write_page(comparison, out_folder)
-        write_atomically(out_folder / MARKDOWN, markdown(comparison))
-        write_atomically(out_folder / RECORDS, json.dumps(to_json(comparison), indent=2))
-    print_comparison(comparison, console)
+        page = write_page(comparison, out_folder, tables, drawings)
+        write_atomically(out_folder / MARKDOWN, markdown(comparison, tables))
+        write_atomically(out_folder / RECORDS, json.dumps(values, indent=2))
+    print_comparison(comparison, console, tables)
     console.print(f"page: {os.path.relpath(page)}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -97,6 +115,14 @@ def collect(paths: list[Path]) -> list[Any]:
             for group in groups
         ]
     return groups
+
+
+def sweep_baselines(paths: list[Path]) -> dict[str, str]:
+    """The baseline that a sweep has for each of its points, by label; none for several folders, or an older sweep."""
+    if len(paths) != 1 or not (paths[0] / "sweep.json").exists():
+        return {}
+    points = json.loads((paths[0] / "sweep.json").read_text(encoding="utf-8"))["points"]
+    return {point["label"]: point["baseline"] for point in points if "baseline" in point}
 
 
 def _sweep_groups(folder: Path) -> list[Any]:
@@ -133,11 +159,11 @@ def _step_bytes(group: Any, console: Console) -> int | None:
     return found.measured.training if found.measured else None
 
 
-def print_comparison(comparison: Any, console: Console) -> None:
-    """The comparison as tables in the terminal."""
+def print_comparison(comparison: Any, console: Console, more: Sequence[Any] = ()) -> None:
+    """The comparison, and more tables, in the terminal."""
     from simulations.reports.comparison import table_rows
 
-    for title, headings, rows in table_rows(comparison):
+    for title, headings, rows in [*table_rows(comparison), *more]:
         console.print(title, style="italic", highlight=False, markup=False)
         for columns in _fitting(headings, rows, console.width):
             table = Table(box=SIMPLE_HEAD, padding=(0, PADDING - 1, 0, 0), show_edge=False)
