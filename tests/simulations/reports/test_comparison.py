@@ -42,7 +42,7 @@ def make_run(path: Path, method: str, *, seed: int = 0, alpha: float | None = No
             "fleet": fleet,
             "method": {"name": method},
             "server": {"aggregation": aggregation},
-        }  # fmt: skip
+        }
     )
     folder = RunFolder(path)
     partition = [{"device": d, "train": [train, d], "test": [9]} for d in range(2)]
