@@ -126,7 +126,7 @@ def sweep_baselines(paths: list[Path]) -> dict[str, str]:
 
 
 def _sweep_groups(folder: Path) -> list[Any]:
-    """A group for every point of a sweep that has a run."""
+    """A group for every point of a sweep that has a run: its complete runs or, while there are none, those begun."""
     from simulations.reports.comparison import Group
     from simulations.reports.run_figures import read_figures
 
@@ -139,7 +139,8 @@ def _sweep_groups(folder: Path) -> list[Any]:
         raise RequestError(f"{folder}: its sweep.json cannot be read ({error!r})") from error
     groups = []
     for label, paths in runs.items():
-        found = tuple(read_figures(path) for path in paths if (path / "run.json").exists())
+        begun = tuple(read_figures(path) for path in paths if (path / "run.json").exists())
+        found = tuple(run for run in begun if run.complete) or begun
         if found:
             footprint = footprints.get(label)
             groups.append(Group(label, found, footprint["measured"]["training"] if footprint else None))

@@ -149,7 +149,7 @@ def pairing_problems(first: Group, second: Group) -> list[str]:
             # The settings of the test do not change the training data.
             if (keys is None or key in keys) and key != "settings" and left[key] != right[key]:
                 problems.append(f"{section}.{key} is {left[key]} and {right[key]}")
-    if first.seeds != second.seeds:
+    if not set(first.seeds) & set(second.seeds):
         problems.append(f"the seeds are {number_ranges(first.seeds)} and {number_ranges(second.seeds)}")
     if _scope(first) != _scope(second):
         problems.append(f"one has {_scope(first)}, the other {_scope(second)}")
@@ -187,14 +187,16 @@ def difference_over_seeds(first: Group, second: Group, setting: str, key: str) -
     Devices that share weights are not independent of each other, runs of different seeds are. None where there are no
     pairs, where there is one seed, and where neither group shares anything.
     """
-    if not (first.shares or second.shares) or pairing_problems(first, second) or len(first.seeds) < 2:
+    if not (first.shares or second.shares) or pairing_problems(first, second):
         return None
     one, other = first.observations(setting, key), second.observations(setting, key)
-    common = one.keys() & other.keys()
+    common = sorted(one.keys() & other.keys())
+    seeds = sorted({seed for seed, _ in common})
+    if len(seeds) < 2:
+        return None
 
     def by_seed(values: Mapping[tuple[int, int], float]) -> dict[int, float]:
-        seeds = sorted({seed for seed, _ in common})
-        return {seed: fmean([values[at] for at in sorted(common) if at[0] == seed]) for seed in seeds}
+        return {seed: fmean([values[at] for at in common if at[0] == seed]) for seed in seeds}
 
     return paired_difference(by_seed(one), by_seed(other))
 
@@ -215,8 +217,8 @@ def warnings_of(groups: Sequence[Group], baselines: Mapping[str, str]) -> list[s
             one, other = (g.observations("til", "average_accuracy").keys() for g in (group, base))
             if one != other:
                 lines.append(
-                    f"{group.label} and {base.label}: {len(one ^ other)} results have no partner (a device that did "
-                    f"not finish); {len(one & other)} pairs are left"
+                    f"{group.label} and {base.label}: {len(one ^ other)} results have no partner (a device or a seed "
+                    f"that did not finish); {len(one & other)} pairs are left"
                 )
         for run in group.runs:
             if not run.complete:

@@ -146,7 +146,7 @@ def test_a_lost_device_leaves_the_pairs_that_there_are(tmp_path):
     assert found is not None
     assert (found.count, found.paired) == (1, True)
     assert comparison.warnings == [
-        "lightcl and sgd: 1 results have no partner (a device that did not finish); 1 pairs are left",
+        "lightcl and sgd: 1 results have no partner (a device or a seed that did not finish); 1 pairs are left",
         "lightcl: b dropped device 1",
     ]
 
@@ -224,6 +224,16 @@ def test_differences_are_drawn_over_pairs_and_over_seeds():
     assert colors[1] == colors[2] != LIGHT.muted
     figure = gains_by_class({"A": {"x": [pairs, None], "y": [None, seeds]}}, ["1–9", "10+"], "images", "gain", DARK)
     assert png(figure)
+
+
+def test_a_seed_that_one_side_lacks_leaves_the_pairs_of_the_others(tmp_path):
+    sgd = group(*(make_run(tmp_path / f"a{s}", "sgd", seed=s) for s in (0, 1)), label="sgd")
+    other = group(make_run(tmp_path / "b", "lightcl", seed=1), label="lightcl")
+    comparison = build_comparison([sgd, other], tmp_path / "out", title="t")
+    found = comparison.differences["lightcl"]["til average_accuracy"]
+    assert found is not None
+    assert (found.paired, found.count) == (True, 2)
+    assert "2 results have no partner" in comparison.warnings[0]
 
 
 def test_the_page_and_its_numbers(tmp_path):
