@@ -19,6 +19,7 @@ from lightcl.records.folder import DEVICES, ROUNDS, RunFolder
 from lightcl.scenario import Scenario
 from simulations.commands.compare import By, collect, compare, print_comparison
 from simulations.reports.comparison import Group, build_comparison, difference, group_runs, pairing_problems, to_json
+from simulations.reports.comparison import compare as compare_groups
 from simulations.reports.run_figures import read_figures
 from simulations.reports.statistics import Difference
 
@@ -178,14 +179,14 @@ def test_where_devices_share_weights_the_seeds_are_compared_too(tmp_path):
     assert (pairs.count, pairs.clear, found.clear) == (4, True, False)
     assert "SGD, suffix SGD, isolated 2 +25.0 −38.5 … +88.5" in text_of(tmp_path / "out" / "comparison.html")
     assert comparison.short_label("SGD, suffix") == "suffix"
-    nothing_shared = build_comparison([alone, group(make_run(tmp_path / "c", "lightcl"))], tmp_path / "two", title="t")
+    nothing_shared = compare_groups([alone, group(make_run(tmp_path / "c", "lightcl"))], title="t")
     assert nothing_shared.over_seeds == {}
 
 
 def test_a_breakdown_by_images_by_hand(tmp_path):
     from simulations.reports.breakdown import break_down, breakdown_tables
 
-    comparison = build_comparison(list(sharing(tmp_path)), tmp_path / "out", title="t")
+    comparison = compare_groups(list(sharing(tmp_path)), title="t")
     found = break_down(comparison, "images")
     assert [c.name for c in found.classes] == ["10–19", "50–99"]
     few, many = found.levels["til average_accuracy"]["SGD, suffix"]
@@ -229,7 +230,7 @@ def test_differences_are_drawn_over_pairs_and_over_seeds():
 def test_a_seed_that_one_side_lacks_leaves_the_pairs_of_the_others(tmp_path):
     sgd = group(*(make_run(tmp_path / f"a{s}", "sgd", seed=s) for s in (0, 1)), label="sgd")
     other = group(make_run(tmp_path / "b", "lightcl", seed=1), label="lightcl")
-    comparison = build_comparison([sgd, other], tmp_path / "out", title="t")
+    comparison = compare_groups([sgd, other], title="t")
     found = comparison.differences["lightcl"]["til average_accuracy"]
     assert found is not None
     assert (found.paired, found.count) == (True, 2)
