@@ -320,13 +320,13 @@ def number(value: float) -> float | None:
 
 
 def mean_json(mean: Mean | None) -> dict[str, Any] | None:
-    return mean and {
+    return None if mean is None else {
         "mean": mean.mean, "standard_error": number(mean.error), "margin": number(mean.margin), "count": mean.count,
     }  # fmt: skip
 
 
 def difference_json(found: Difference | None) -> dict[str, Any] | None:
-    return found and {
+    return None if found is None else {
         "mean": found.mean, "standard_error": number(found.error), "low": number(found.low),
         "high": number(found.high), "count": found.count, "paired": found.paired,
     }  # fmt: skip

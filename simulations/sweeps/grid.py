@@ -243,8 +243,8 @@ def _check_axes(description: SweepDescription, axes: Axes) -> None:
     """Raises RequestError for an axis without values, and for names in `skip` and `baseline` that do not exist."""
     if VARIANT in description.axes:
         raise RequestError(f"sweep.axes.{VARIANT}: the values of this axis stand under sweep.variants")
-    for axis, values in description.axes.items():
-        if not values:
+    for axis, named_sets in description.axes.items():
+        if not named_sets:
             raise RequestError(f"sweep.axes.{axis}: no values")
     named = [(f"sweep.skip[{i}].where", rule.where) for i, rule in enumerate(description.skip)]
     if isinstance(description.baseline, dict):
