@@ -139,6 +139,15 @@ def test_the_standard_deviation_where_the_description_asks_for_it(tmp_path):
     assert "mean ± standard deviation over the seeds" in text
 
 
+def test_the_interval_where_the_description_asks_for_it(tmp_path):
+    made(tmp_path / "out")
+    run(plan(tmp_path / "out", spread="interval"), only_table=True)
+    # TIL: standard error 10, t(0.975, 1) = 12.7062.
+    text = (tmp_path / "out" / "summary.md").read_text()
+    assert "| sgd | 2 | 30.00 ± 63.53 | 60.00 ± 127.06 |" in text
+    assert "mean ± half of the 95 % interval (Student's t) over the seeds" in text
+
+
 def test_runs_that_lost_devices_are_named_in_the_summary_and_tried_again(tmp_path, monkeypatch):
     sweep = made(tmp_path / "out")
     file = tmp_path / "out" / "runs" / "sgd-seed-1-device-0" / "results.json"
