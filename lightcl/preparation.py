@@ -142,6 +142,13 @@ def open_run(
     The scenario that it returns has a freeze point, never "auto"; `on_step` watches the analysis that chooses it.
     """
     if resume and folder.exists:
+        about = folder.read()
+        if about.get("kind") == kind and "images" not in about and not is_old(about["scenario"]):
+            raise RequestError(
+                f"--resume: the run in {folder.path} began without images on the server, but now there are some at "
+                f"{scenario.data.path or scenario.data.source!r} (data.path, data.source); name the scenario that it "
+                "began with, or another --out"
+            )
         scenario = _as_chosen(folder, scenario)
         _check_same(folder, scenario, {"kind": kind})
     elif not (overwrite and folder.exists):
@@ -173,6 +180,14 @@ def open_remote_run(folder: RunFolder, scenario: Scenario, command: str, *, resu
             "`lightcl analyze` on a machine that has images, and write the block that it names into network.freeze"
         )
     if resume and folder.exists:
+        about = folder.read()
+        if "images" in about:
+            before = about["scenario"].get("data", {}).get("path")
+            raise RequestError(
+                f"--resume: the run in {folder.path} began with images on the server (data.path was {before!r}), and "
+                f"data.path is {str(scenario.data.path) if scenario.data.path else None!r} now, where there are none; "
+                "set data.path to where they are"
+            )
         _check_same(folder, scenario, {"kind": "fleet"})
     folder.prepare(resume=resume, overwrite=False)
     if not folder.exists:
@@ -184,7 +199,7 @@ def _with_freeze(scenario: Scenario, point: str) -> Scenario:
 
 
 def _as_chosen(folder: RunFolder, scenario: Scenario) -> Scenario:
-    """`network.freeze: auto` as it was resolved when the run in the folder began; nothing is analysed again."""
+    """`network.freeze: auto` as it was resolved when the run in the folder began; nothing is analyzed again."""
     analysis = folder.analysis()
     if scenario.network.freeze != "auto" or analysis is None:
         return scenario

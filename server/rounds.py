@@ -5,27 +5,28 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from typing import NoReturn
+from contextlib import suppress
 
 from flwr.serverapp import Grid
-from torch import Tensor
 
 from lightcl import errors
 from lightcl.assembly import build_network
-from lightcl.exchange.messages import Greeting, Instruction
+from lightcl.errors import RequestError
+from lightcl.exchange.messages import Instruction
 from lightcl.networks.pruning import channel_digest
 from lightcl.networks.weights import digest
-from lightcl.records.folder import DEVICES, EVENTS, ROUNDS, RunFolder
-from lightcl.records.rows import DeviceRow, Failure, Results, RoundRow
+from lightcl.records.folder import EVENTS, RunFolder
+from lightcl.records.rows import DeviceRow, Failure, Results
 from lightcl.scenario import Scenario
 from server.aggregation import Aggregator
-from server.checkpoint import Checkpoint, PendingRound
+from server.checkpoint import Checkpoint, PendingRound, Saved
 from server.connecting import Connections, NobodyConnected
 from server.dispatch import Dispatch
-from server.ledger import Entry, Ledger
+from server.journal import Journal
+from server.ledger import Entry, KnownImages, Ledger
 from server.listeners import EventLog, Listener, Listeners, WarningLog
 from server.mailbox import Mailbox, WorkerDied
-from server.nodes import Nodes
+from server.nodes import Expected, Nodes
 from server.phases import Phases
 from server.replies import ReplyCheck
 from server.selection import Selection
@@ -39,9 +40,10 @@ class Coordinator:
     """Runs a scenario over the devices behind a grid and writes the run folder.
 
     Every device has its own place in its stream: each round trains the least advanced devices. A device that failed is
-    only behind and is tried again, until `max_failures` failures in a row drop it from the run.
+    only behind and is tried again, until too many failures drop it from the run (`Ledger.count_failures_`).
 
     `tasks[d]` are the tasks that device d learns, by the scenario's numbers (`Prepared.tasks`); None: all of them.
+    `images`: those that the server knows its devices to have; None: it does not know.
     `durable`: whether the server's state survives a power cut (see Checkpoint).
     """
 
@@ -53,85 +55,96 @@ class Coordinator:
         listener: Listener,
         tasks: Sequence[tuple[int, ...]] | None = None,
         *,
+        images: KnownImages | None = None,
         durable: bool = True,
     ) -> None:
         self.scenario, self.folder, self.run_id = scenario, folder, run_id
         self.listener = Listeners([WarningLog(), EventLog(folder.path / EVENTS), listener])
-        self.ledger, self.selection = Ledger(scenario, tasks), Selection(scenario)
+        self.ledger, self.selection = Ledger(scenario, tasks, images), Selection(scenario)
+        self._images = images
         self.round = 0
         self.aggregator: Aggregator | None = None
         self.stop = threading.Event()
         """Set from another thread, it ends the run the next time the server waits."""
-        self._checkpoint = Checkpoint(folder.path / "server", durable=durable)
-        self._restored: tuple[dict[str, Tensor], int] | None = None
+        self._journal = Journal(folder, Checkpoint(folder.path / "server", durable=durable), self.ledger)
 
     # -- the run -----------------------------------------------------------------------------------------------
 
     def run(self, grid: Grid) -> Results:
-        """All rounds that are left. Raises RunFailure where no device can be reached, or a simulation lost a worker."""
-        self.folder.reopen()
+        """All rounds that are left.
+
+        Raises RunFailure where no device can be reached, or a simulation lost a worker, and anything else as it came;
+        failure.json says why, unless the user stopped the run.
+        """
         try:
             return self._run(grid)
         except (NobodyConnected, WorkerDied) as error:  # no device's fault: the round is not recorded, and begins again
-            self._fail(str(error))
+            self._note_failure(str(error))
+            raise RunFailure(str(error)) from error
+        except errors.Stopped:
+            raise
+        except Exception as error:
+            expected = isinstance(error, (errors.Failure, errors.RequestError))
+            self._note_failure(str(error) if expected else f"{type(error).__name__}: {error}")
+            raise
         finally:
-            self._checkpoint.close()
+            self._journal.checkpoint.close()
 
     def _run(self, grid: Grid) -> Results:
-        pending = self._restore()
-        connections = self._connect(grid)
-        if pending:  # the one round whose training is over, so `rounds_left` does not include it
+        saved = self._journal.restore(self.listener)
+        self.folder.reopen()
+        self.round = saved.round if saved else 0
+        pending = saved.pending if saved else None
+        # A run that is over and has only to be written waits for no node.
+        connections = None
+        if self.ledger.active or (pending and self._untested(pending)):
+            connections = self._connect(grid, saved)
+        elif saved and self._lacks_last_version(saved.version):
+            with suppress(NobodyConnected):  # these devices have finished
+                connections = self._connect(grid, saved)
+        if pending:  # its training is over, so `rounds_left` does not include it
             self.listener.round_started(self.round, self.ledger.rounds_left + 1, len(pending.rows))
             self._finish_round(pending, time.monotonic() - pending.training_seconds)
-        while self.ledger.active:
+        while connections and self.ledger.active:
             reachable = connections.reachable()
             if reachable:
                 self.round += 1
                 self._run_round(self.selection.choose(reachable, self.round))
         self._send_last_version()
-        return self._conclude()
+        if not self.ledger.finished:
+            reasons = "; ".join(sorted(set(self.ledger.dropped.values()))[:3]) or "none has images enough for a task"
+            raise RunFailure(f"no device finished its stream: {reasons}")
+        results = self.ledger.results(self.folder.rounds())
+        self.folder.finish(results)
+        return results
 
-    def _connect(self, grid: Grid) -> Connections:
+    def _connect(self, grid: Grid, saved: Saved | None) -> Connections:
         """Waits for the devices, then builds what the rounds need."""
         mailbox = Mailbox(grid, self.stop)
         greeting = Instruction(0, self.run_id, self.scenario.model_dump_json(), self.round, 0, 0, 0)
-        self._nodes = Nodes(mailbox, len(self.ledger), self.scenario.stream.tasks, greeting)
+        stream = self.scenario.stream
+        images = self._images.terms if self._images else None
+        expected = Expected(len(self.ledger), stream.tasks, stream.tasks * stream.classes_per_task, images)
+        self._nodes = Nodes(mailbox, expected, greeting, self.scenario.server.greeting_timeout)
         connections = Connections(self.scenario, mailbox, self._nodes, self.ledger, self.folder, self.listener)
-        connections.connect()
-        assert self._nodes.agreed is not None
-        check = self._build_check(self._nodes.agreed)
+        agreed = connections.connect()
+        network = build_network(self.scenario, in_channels=agreed.channels, classes=agreed.classes)
+        aggregator = Aggregator(self.scenario, self.scenario.method.build(network), self.listener.warned)
+        if aggregator.shares:
+            self.aggregator = self._journal.aggregator = aggregator
+            if saved:
+                aggregator.restore(saved.tensors, saved.version)
+        check = ReplyCheck(self.scenario, digest(network.prefix), channel_digest(network), self.aggregator)
         dispatch = Dispatch(
             self.scenario, self.run_id, mailbox, self._nodes, self.ledger, self.listener, self.aggregator
         )
         self._phases = Phases(self.scenario, dispatch, check)
         return connections
 
-    def _build_check(self, greeting: Greeting) -> ReplyCheck:
-        """The check of replies, and `aggregator` where devices share something."""
-        network = build_network(self.scenario, in_channels=greeting.channels, classes=greeting.classes)
-        aggregator = Aggregator(self.scenario.server, self.scenario.method.build(network))
-        if aggregator.shares:
-            self.aggregator = aggregator
-            if self._restored:
-                self.aggregator.restore(*self._restored)
-        return ReplyCheck(self.scenario, digest(network.prefix), channel_digest(network), self.aggregator)
-
-    def _conclude(self) -> Results:
-        finished = self.ledger.finished
-        if not finished:
-            reasons = "; ".join(sorted(set(self.ledger.dropped.values()))[:3]) or "none has images enough for a task"
-            self._fail(f"no device finished its stream: {reasons}")
-        results = Results.of(
-            [entry.rows for entry in finished], self.scenario.stream.tasks, devices=len(self.ledger),
-            dropped=self.ledger.dropped, rounds=self.folder.rounds(), ids=[entry.tasks for entry in finished],
-            without_tasks=self.ledger.without_tasks,
-        )  # fmt: skip
-        self.folder.finish(results)
-        return results
-
-    def _fail(self, reason: str) -> NoReturn:
-        self.folder.fail(Failure(reason, self.ledger.dropped))
-        raise RunFailure(reason)
+    def _note_failure(self, reason: str) -> None:
+        with suppress(OSError, RequestError):  # the disk may be the reason
+            if self.folder.results() is None:  # a run that could not be reopened has the results that it had
+                self.folder.fail(Failure(reason, self.ledger.dropped))
 
     # -- a round -----------------------------------------------------------------------------------------------
 
@@ -143,15 +156,25 @@ class Coordinator:
         # Devices adopt the new average when they are tested. If it were not safe on disk by then, a server killed in
         # between would ask them again for tensors that they no longer have.
         pending = PendingRound(rows, time.monotonic() - start)
-        self._save(pending)
+        self._journal.note_trained(self.round, pending)
         self._finish_round(pending, start)
 
     def _finish_round(self, pending: PendingRound, start: float) -> None:
         rows = pending.rows
-        entries = [self.ledger[number] for number in sorted(rows)]
-        self._phases.test_([e for e in entries if not rows[e.number].error and e.only_untested(self.scenario)], rows)
+        if untested := self._untested(pending):
+            self._phases.test_(untested, rows)
         self.ledger.count_failures_(rows)
-        self._record(pending, start)
+        self.listener.round_finished(self._journal.note_finished(self.round, pending, start))
+
+    def _untested(self, pending: PendingRound) -> list[Entry]:
+        """The devices of a round that have learned their task and are still to be tested on it."""
+        entries = [self.ledger[number] for number, row in sorted(pending.rows.items()) if not row.error]
+        return [entry for entry in entries if entry.only_untested(self.scenario)]
+
+    def _lacks_last_version(self, version: int) -> bool:
+        """Whether a device finished before the fleet's head had all sums in it."""
+        sums = self.scenario.method.sums_statistics
+        return sums and any(entry.version < version for entry in self.ledger.finished)
 
     def _send_last_version(self) -> None:
         """Tests devices again that finished before the fleet's head had all sums in it: it is their head, too."""
@@ -164,41 +187,9 @@ class Coordinator:
             self.listener.round_started(self.round, 1, len(late))
             rows = self._new_rows(late)
             self._phases.test_(late, rows)
-            self._record(PendingRound(rows, 0.0), start)
+            self.listener.round_finished(self._journal.note_finished(self.round, PendingRound(rows, 0.0), start))
 
     def _new_rows(self, entries: Sequence[Entry]) -> dict[int, DeviceRow]:
         return {
             e.number: DeviceRow(self.round, e.number, self._nodes.name_of(e.number), e.task, e.epochs) for e in entries
         }
-
-    # -- records -----------------------------------------------------------------------------------------------
-
-    def _record(self, finished: PendingRound, start: float) -> None:
-        """Writes the rows of a finished round, then the state after it."""
-        rows = [finished.rows[number] for number in sorted(finished.rows)]
-        row = RoundRow.of(rows, len(self.ledger.finished), finished.training_seconds, time.monotonic() - start)
-        self.folder.append(DEVICES, rows)
-        self.folder.append(ROUNDS, [row])
-        self.ledger.changed.update(finished.rows)
-        self._save(None)
-        self.listener.round_finished(row)
-
-    def _save(self, pending: PendingRound | None) -> None:
-        """A round changes the entries of its devices; the shared tensors change in its training alone."""
-        if pending:
-            self.ledger.changed.update(pending.rows)
-        version = self.aggregator.version if self.aggregator else 0
-        tensors = (self.aggregator.state() if self.aggregator else {}) if pending else None
-        self._checkpoint.save(self.round, pending, version, tensors, self.ledger.take_changed_())
-
-    def _restore(self) -> PendingRound | None:
-        """Returns to the last saved point; a round whose training was over by then is returned as pending."""
-        saved = self._checkpoint.load()
-        if saved is None:
-            self.folder.forget_after(0)
-            return None
-        self.round = saved.round
-        self.folder.forget_after(self.round - 1 if saved.pending else self.round)
-        self.ledger.restore_(saved.entries)
-        self._restored = (saved.tensors, saved.version)
-        return saved.pending

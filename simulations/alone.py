@@ -74,4 +74,9 @@ def _tasks_done(device: EdgeDevice, folder: RunFolder) -> int:
             f"--resume: {folder.path / 'rounds.jsonl'} has rows of {reported} tasks, but the device has learned "
             f"{learned}; restore its rows, or start again with --overwrite"
         )
+    if reported > learned + 1:
+        raise RequestError(
+            f"--resume: {folder.path / 'rounds.jsonl'} has rows of {reported} tasks, but the device's state only of "
+            f"{learned}; restore the state, or start again with --overwrite"
+        )
     return min(learned, reported)

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-
 from lightcl.errors import required
 from lightcl.preparation import Prepared, open_run
 from lightcl.records import Run, load_run
@@ -16,6 +14,7 @@ from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario
 from server.aggregation import Aggregator
 from server.app import make_app
+from server.ledger import KnownImages
 from server.listeners import Listener, Listeners
 from server.rounds import Coordinator
 from simulations.runtime import check_cluster, simulate
@@ -32,7 +31,7 @@ def run_fleet(
 ) -> Run:
     """Simulates the scenario's fleet as `lightcl simulate` does, writes the run folder `out` and reads it back.
 
-    `resume` continues the run in `out`, `overwrite` replaces it; `listeners` are told what happens
+    `resume` continues the run in `out`, `overwrite` replaces it; `listeners` are called when something happens
     (server/listeners.py). Methods, networks and data sources of your own must be in a plugin file
     (`lightcl.load_plugins`), since workers are other processes. Raises RequestError before anything is written,
     RunFailure where the run cannot continue.
@@ -54,12 +53,15 @@ def check_simulation(scenario: Scenario) -> None:
 
 
 def disk_of_states(prepared: Prepared) -> DiskNeed:
-    """The disk that the states of the fleet take at most while the run is in progress."""
+    """The maximum disk space of the fleet's states while the run is in progress."""
     source = prepared.source
-    image_bytes = int(np.prod(source.train.images.shape[1:]))
     return disk_need(
-        prepared.scenario, channels=source.channels, classes=len(source.classes), image_bytes=image_bytes
-    )  # fmt: skip
+        prepared.scenario,
+        image=source.train.images.shape[1:],
+        classes=len(source.classes),
+        images=prepared.counts.train_used,
+        tasks=[len(tasks) for tasks in prepared.tasks],
+    )
 
 
 def simulate_fleet(prepared: Prepared, folder: RunFolder, listener: Listener) -> None:
@@ -69,7 +71,10 @@ def simulate_fleet(prepared: Prepared, folder: RunFolder, listener: Listener) ->
     """
     check_disk(disk_of_states(prepared), folder.path / "devices")
     run_id = str(folder.read()["run"])
-    coordinator = Coordinator(prepared.scenario, folder, run_id, listener, prepared.tasks, durable=False)
+    images = KnownImages.of(prepared)
+    coordinator = Coordinator(
+        prepared.scenario, folder, run_id, listener, prepared.tasks, images=images, durable=False
+    )  # fmt: skip
     try:
         simulate(make_app(coordinator), folder.path / "devices", prepared.scenario)
     finally:

@@ -1,4 +1,4 @@
-"""A grid that hands messages to the real ClientApp in this process: server and devices are real, the wire is not."""
+"""A grid that hands messages to the real ClientApp in this process: server and devices are real, the network is not."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ SMALL: dict[str, Any] = {
 
 
 def small(**sections: dict[str, Any]) -> Scenario:
-    """A scenario of seconds: 3 devices, 2 tasks of 8x8 digits, an untrained network of width 4."""
+    """A scenario that takes seconds: 3 devices, 2 tasks of 8x8 digits, an untrained network of width 4."""
     merged = {key: {**SMALL.get(key, {}), **sections.get(key, {})} for key in SMALL.keys() | sections.keys()}
     return Scenario.model_validate(merged)
 
 
 class InProcessGrid:
-    """`tamper(message, reply)` may change, drop (None) or replace a reply; it stands for a bad network or device."""
+    """`simulated`: whether it stands for a simulation's grid, not for one of boards.
+
+    `tamper(message, reply)` may change, drop (None) or replace a reply; it stands for a bad network or device."""
 
     def __init__(
         self, state: Path, nodes: int, tamper: Callable[[Message, Message], Message | None] | None = None
@@ -42,15 +44,18 @@ class InProcessGrid:
             100 + i: Context(1, 100 + i, {"partition-id": i, "num-partitions": nodes}, RecordDict(), {})
             for i in range(nodes)
         }
-        self.tamper = tamper
+        self.tamper, self.simulated = tamper, False
+        self.raises: dict[str, Exception] = {}
+        """What Flower raises where it cannot read a reply, by the id of the message; others asked for with it are
+        lost."""
         self.sent: list[Message] = []
         self.received: list[Message] = []
         self._replies: dict[str, Message] = {}
         self.waiting: dict[str, Message] = {}
         self.busy: set[int] = set()
-        """Nodes at work on something else: what they are sent waits."""
+        """Busy nodes: their messages wait."""
         self.away: set[int] = set()
-        """Nodes that have lost their connection: Flower answers in their place and takes back what they were sent."""
+        """Nodes that have lost their connection: Flower replies in their place and withdraws their messages."""
 
     def get_node_ids(self) -> list[int]:
         return [node for node in self.nodes if node not in self.away]
@@ -86,7 +91,11 @@ class InProcessGrid:
         for message_id in ids:
             if message_id in self.waiting:
                 self._handle(message_id)
-        return [self._replies.pop(i) for i in ids if i in self._replies]
+        found = [self._replies.pop(i) for i in ids if i in self._replies]
+        for message_id in ids:
+            if error := self.raises.pop(message_id, None):
+                raise error
+        return found
 
 
 class Silent(Listener):

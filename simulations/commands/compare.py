@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
-import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -17,7 +15,7 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from lightcl.errors import RequestError
-from simulations.options import Plugins, use_plugins
+from simulations.options import Plugins, command_line, console, use_plugins
 
 WIDEST_CELL = 28
 """Characters; longer cells, which are names, wrap."""
@@ -43,7 +41,8 @@ def compare(
         Path, typer.Option("--out", help="Folder for the page, the table and the pictures; replaced if it holds those")
     ] = Path("runs/comparison"),
     baseline: Annotated[
-        str | None, typer.Option("--baseline", metavar="NAME", help="Compare with this one; default: the first")
+        str | None,
+        typer.Option("--baseline", metavar="NAME", help="Run that the others are compared with; default: the first"),
     ] = None,
     by: Annotated[
         By | None, typer.Option("--by", help="Break figures and differences down by the devices' images or tasks")
@@ -61,12 +60,12 @@ def compare(
     from simulations.reports.comparison import PAGE, Group, markdown, to_json, write_page
     from simulations.reports.comparison import compare as compare_groups
 
-    console = Console(emoji=False)
+    out = console()
     groups, baselines = collect(runs), sweep_baselines(runs)
     if len(groups) < 2:
         raise RequestError(
-            f"compare: {len(groups)} scenario to compare (runs that differ only in seed or device count as one); "
-            "name at least two"
+            f"compare: needs at least two scenarios, found {len(groups)} (runs that differ only in seed or device "
+            "count as one)"
         )
     if baseline is not None:
         labels = [group.label for group in groups]
@@ -77,10 +76,9 @@ def compare(
         baselines = dict.fromkeys(labels, baseline)
     names_in(out_folder, (PAGE, MARKDOWN, RECORDS, "plots"))
     if measure:
-        groups = [Group(g.label, g.runs, g.step_bytes or _step_bytes(g, console)) for g in groups]
+        groups = [Group(g.label, g.runs, g.step_bytes or _step_bytes(g, out)) for g in groups]
     title = groups[0].scenario.name if len({g.scenario.name for g in groups}) == 1 else "Comparison of runs"
-    command = shlex.join(["lightcl", *sys.argv[1:]])
-    comparison = compare_groups(groups, title=title, baselines=baselines, command=command)
+    comparison = compare_groups(groups, title=title, baselines=baselines, command=command_line())
     found = break_down(comparison, by.value) if by else None
     tables = breakdown_tables(comparison, found) if found else []
     drawings = breakdown_drawings(comparison, found) if found else []
@@ -90,12 +88,12 @@ def compare(
         page = write_page(comparison, out_folder, tables, drawings)
         write_atomically(out_folder / MARKDOWN, markdown(comparison, tables))
         write_atomically(out_folder / RECORDS, json.dumps(values, indent=2))
-    print_comparison(comparison, console, tables)
-    console.print(f"page: {os.path.relpath(page)}", highlight=False, markup=False, soft_wrap=True)
+    print_comparison(comparison, out, tables)
+    out.print(f"page: {os.path.relpath(page)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def collect(paths: list[Path]) -> list[Any]:
-    """The groups behind run and sweep folders. Raises RequestError."""
+    """The groups of runs in these run and sweep folders. Raises RequestError."""
     from simulations.reports.comparison import Group, group_runs
     from simulations.reports.run_figures import read_figures
 
@@ -126,7 +124,7 @@ def sweep_baselines(paths: list[Path]) -> dict[str, str]:
 
 
 def _sweep_groups(folder: Path) -> list[Any]:
-    """A group for every point of a sweep that has a run: its complete runs or, while there are none, those begun."""
+    """One group for each point of a sweep that has a run: its complete runs or, while there are none, those begun."""
     from simulations.reports.comparison import Group
     from simulations.reports.run_figures import read_figures
 
@@ -136,7 +134,7 @@ def _sweep_groups(folder: Path) -> list[Any]:
         footprints = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         runs = {point["label"]: [folder / str(run) for run in point["runs"]] for point in points}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"{folder}: its sweep.json cannot be read ({error!r})") from error
+        raise RequestError(f"{folder / 'sweep.json'}: cannot be read ({error!r})") from error
     groups = []
     for label, paths in runs.items():
         begun = tuple(read_figures(path) for path in paths if (path / "run.json").exists())
@@ -161,7 +159,7 @@ def _step_bytes(group: Any, console: Console) -> int | None:
 
 
 def print_comparison(comparison: Any, console: Console, more: Sequence[Any] = ()) -> None:
-    """The comparison, and more tables, in the terminal."""
+    """Prints the comparison, and more tables, as tables."""
     from simulations.reports.comparison import table_rows
 
     for title, headings, rows in [*table_rows(comparison), *more]:

@@ -1,4 +1,4 @@
-"""How pages and tables word numbers. The only place that formats accuracies, differences, times and sizes."""
+"""How pages and tables show numbers. The only place that formats accuracies, differences, times and sizes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from math import isnan
 from simulations.reports.statistics import Difference
 
 DASH = "–"
-"""Stands where a figure does not exist."""
+"""Shown where there is no figure."""
 
 
 def percent(value: float) -> str:

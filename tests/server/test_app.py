@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def test_images_may_be_on_the_boards_alone_and_what_is_whole_is_not_run_again(
     sent = len(grid.sent)
     with caplog.at_level(logging.INFO, logger="flwr"):
         flwr_run(grid, out, resume=True)
-    assert "complete already" in caplog.text
+    assert "already complete" in caplog.text
     assert len(grid.sent) == sent
     assert (out / "results.json").read_text() == results
 
@@ -79,3 +80,24 @@ def test_who_holds_what_is_told_for_boards_with_and_without_images_of_their_own(
 def test_a_freeze_point_is_not_chosen_from_images_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"network\.freeze is 'auto', .*\(data\.path is not set\)"):
         flwr_run(InProcessGrid(tmp_path / "s", 2), tmp_path / "run", set="network.freeze=auto")
+
+
+def test_a_run_is_not_continued_where_the_images_have_gone_or_come(tmp_path: Path) -> None:
+    """Refused before anything is sent or written."""
+    grid = boards(tmp_path)
+    path = str(grid.nodes[100].node_config["data-path"])
+    here = f"data.path={path}"
+    for name, before, now, said in (
+        ("moved", here, f"data.path={tmp_path}/gone", f"began with images on the server (data.path was '{path}')"),
+        ("gone", here, "", "data.path is None now, where there are none; set data.path"),
+        ("come", "", here, "began without images on the server, but now there are some at"),
+    ):
+        out = tmp_path / name
+        flwr_run(grid, out, set=before)
+        (out / "results.json").unlink()
+        files = {file: file.read_bytes() for file in out.rglob("*.json*")}
+        sent = len(grid.sent)
+        with pytest.raises(RequestError, match=re.escape(said)):
+            flwr_run(grid, out, set=now, resume=True)
+        assert len(grid.sent) == sent
+        assert {file: file.read_bytes() for file in out.rglob("*.json*")} == files
