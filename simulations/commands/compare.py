@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +15,14 @@ from rich.console import Console
 from lightcl.errors import RequestError
 from simulations.options import Plugins, command_line, console, use_plugins
 from simulations.tables import print_table
+
+
+class By(StrEnum):
+    """What sets devices apart (simulations/reports/breakdown.py)."""
+
+    images = "images"
+    tasks = "tasks"
+
 
 MARKDOWN, RECORDS = "comparison.md", "comparison.json"
 
@@ -28,6 +38,9 @@ def compare(
         str | None,
         typer.Option("--baseline", metavar="NAME", help="Run that the others are compared with; default: the first"),
     ] = None,
+    by: Annotated[
+        By | None, typer.Option("--by", help="Break figures and differences down by the devices' images or tasks")
+    ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure the memory of a training step in fresh processes")
     ] = False,
@@ -37,11 +50,12 @@ def compare(
     use_plugins(plugins or [])
     from lightcl.errors import nearest
     from lightcl.storage.files import names_in, writable, write_atomically
+    from simulations.reports.breakdown import break_down, breakdown_drawings, breakdown_json, breakdown_tables
     from simulations.reports.comparison import PAGE, Group, markdown, to_json, write_page
     from simulations.reports.comparison import compare as compare_groups
 
     out = console()
-    groups, baselines = collect(runs), {}
+    groups, baselines = collect(runs), sweep_baselines(runs)
     if len(groups) < 2:
         raise RequestError(
             f"compare: needs at least two scenarios, found {len(groups)} (runs that differ only in seed or device "
@@ -59,12 +73,16 @@ def compare(
         groups = [Group(g.label, g.runs, g.step_bytes or _step_bytes(g, out)) for g in groups]
     title = groups[0].scenario.name if len({g.scenario.name for g in groups}) == 1 else "Comparison of runs"
     comparison = compare_groups(groups, title=title, baselines=baselines, command=command_line())
+    found = break_down(comparison, by.value) if by else None
+    tables = breakdown_tables(comparison, found) if found else []
+    drawings = breakdown_drawings(comparison, found) if found else []
+    values = to_json(comparison) | ({f"by_{found.by}": breakdown_json(found)} if found else {})
     with writable(out_folder):
         out_folder.mkdir(parents=True, exist_ok=True)
-        page = write_page(comparison, out_folder)
-        write_atomically(out_folder / MARKDOWN, markdown(comparison))
-        write_atomically(out_folder / RECORDS, json.dumps(to_json(comparison), indent=2))
-    print_comparison(comparison, out)
+        page = write_page(comparison, out_folder, tables, drawings)
+        write_atomically(out_folder / MARKDOWN, markdown(comparison, tables))
+        write_atomically(out_folder / RECORDS, json.dumps(values, indent=2))
+    print_comparison(comparison, out, tables)
     out.print(f"page: {os.path.relpath(page)}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -91,8 +109,16 @@ def collect(paths: list[Path]) -> list[Any]:
     return groups
 
 
+def sweep_baselines(paths: list[Path]) -> dict[str, str]:
+    """The baseline that a sweep has for each of its points, by label; none for several folders, or an older sweep."""
+    if len(paths) != 1 or not (paths[0] / "sweep.json").exists():
+        return {}
+    points = json.loads((paths[0] / "sweep.json").read_text(encoding="utf-8"))["points"]
+    return {point["label"]: point["baseline"] for point in points if "baseline" in point}
+
+
 def _sweep_groups(folder: Path) -> list[Any]:
-    """One group for each point of a sweep that has a run."""
+    """One group for each point of a sweep that has a run: its complete runs or, while there are none, those begun."""
     from simulations.reports.comparison import Group
     from simulations.reports.run_figures import read_figures
 
@@ -105,7 +131,8 @@ def _sweep_groups(folder: Path) -> list[Any]:
         raise RequestError(f"{folder / 'sweep.json'}: cannot be read ({error!r})") from error
     groups = []
     for label, paths in runs.items():
-        found = tuple(read_figures(path) for path in paths if (path / "run.json").exists())
+        begun = tuple(read_figures(path) for path in paths if (path / "run.json").exists())
+        found = tuple(run for run in begun if run.complete) or begun
         if found:
             footprint = footprints.get(label)
             groups.append(Group(label, found, footprint["measured"]["training"] if footprint else None))
@@ -125,11 +152,11 @@ def _step_bytes(group: Any, console: Console) -> int | None:
     return found.measured.training if found.measured else None
 
 
-def print_comparison(comparison: Any, console: Console) -> None:
-    """Prints the comparison as tables."""
+def print_comparison(comparison: Any, console: Console, more: Sequence[Any] = ()) -> None:
+    """Prints the comparison, and more tables, as tables."""
     from simulations.reports.comparison import table_rows
 
-    for title, headings, rows in table_rows(comparison):
+    for title, headings, rows in [*table_rows(comparison), *more]:
         console.print(title, style="italic", highlight=False, markup=False)
         print_table(console, headings, rows)
     for line in comparison.warnings:

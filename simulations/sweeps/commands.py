@@ -23,10 +23,12 @@ def sweep(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key in every run; repeatable")
     ] = None,
     preset: Annotated[
-        str | None, typer.Option("--preset", metavar="NAME|FILE", help="table1, methods, demo, or a sweep file")
+        str | None,
+        typer.Option("--preset", metavar="NAME|FILE", help="aggregation, table1, methods, demo, or a sweep file"),
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option("--only", metavar="VARIANT", help="Run only this variant; repeatable")
+        list[str] | None,
+        typer.Option("--only", metavar="VARIANT", help="Run only this variant or value of an axis; repeatable"),
     ] = None,
     seeds: Annotated[
         str | None, typer.Option("--seeds", metavar="N|LIST", help="How many seeds (5), or which ones (0,1,2)")
