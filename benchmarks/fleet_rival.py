@@ -11,7 +11,8 @@ Ours is `lightcl simulate`: LightCL, a frozen prefix, a shared suffix, the proje
 fresh augmentation, with views and an empty prefix cache, and with a prefix cache that an earlier run has filled.
 
 A device-round is one device's training on the images of its first task and one test on its test images. The kinds
-take turns, each run is a process of its own, and the first round, in which workers start, does not count.
+take turns, each run is a process of its own, and the first round, in which workers start, does not count. Beside the
+rate stands the processor time of all processes of a run, which depends less on what else the machine does.
 `--images` is a folder of train.parquet and test.parquet (CIFAR-10); without it the images are noise of the same size.
 """
 
@@ -39,7 +40,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.fleet_scale import ENVIRONMENT, Measured, in_a_process
+from benchmarks.fleet_scale import ENVIRONMENT, Measured, in_a_process, processor_seconds
 from lightcl.assembly import build_network, build_stream
 from lightcl.data.partition import partition
 from lightcl.data.sources import load_source
@@ -144,14 +145,14 @@ def make_client(scenario: Scenario, folder: Path) -> ClientApp:
     return app
 
 
-def make_server(scenario: Scenario, rounds: int, ends: list[float]) -> ServerApp:
+def make_server(scenario: Scenario, rounds: int, ends: list[tuple[float, float]]) -> ServerApp:
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         def note(round_number: int, arrays: ArrayRecord) -> None:
             """Flower calls it before the first round and after each."""
-            ends.append(time.perf_counter())
+            ends.append((time.perf_counter(), processor_seconds()))
 
         fraction = scenario.server.fraction
         strategy = FedAvg(
@@ -166,7 +167,7 @@ def make_server(scenario: Scenario, rounds: int, ends: list[float]) -> ServerApp
 def plain_child(changes: list[str], rounds: int, folder: str) -> None:
     from flwr.simulation import run_simulation
 
-    scenario, ends = load_scenario("quickstart", changes), list[float]()
+    scenario, ends = load_scenario("quickstart", changes), list[tuple[float, float]]()
     workers = scenario.simulation.workers
     run_simulation(
         server_app=make_server(scenario, rounds, ends),
@@ -177,29 +178,37 @@ def plain_child(changes: list[str], rounds: int, folder: str) -> None:
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
         },
     )
-    print(json.dumps([later - earlier for earlier, later in itertools.pairwise(ends)]), flush=True)
+    print(json.dumps([(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(ends)]), flush=True)
     os._exit(0)
 
 
-def plain_rates(changes: list[str], chosen: argparse.Namespace, folder: str) -> float:
-    """Device-rounds per second of one run of the plain app: the median of the rounds after the first."""
+def plain_cost(changes: list[str], chosen: argparse.Namespace, folder: str) -> tuple[float, float]:
+    """Wall and processor seconds per device-round of one run of the plain app: medians of the rounds after the first.
+
+    The wall seconds are those of a round over its devices, which several workers share.
+    """
     words = ["--child", json.dumps([changes, chosen.rounds + 1, folder])]
     done = subprocess.run(
         [sys.executable, __file__, *words], capture_output=True, text=True, check=False, env=os.environ | ENVIRONMENT
     )
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
-    seconds: list[float] = json.loads(done.stdout.splitlines()[-1])
-    return chosen.per_round / median(seconds[1:])
+    seconds = json.loads(done.stdout.splitlines()[-1])[1:]
+    return median(wall for wall, _ in seconds) / chosen.per_round, median(p for _, p in seconds) / chosen.per_round
 
 
 # -- the table -----------------------------------------------------------------------------------------------------
 
 
-def our_rate(found: Measured) -> float:
+def our_cost(found: Measured) -> tuple[float, float]:
+    """As `plain_cost`."""
     if found.failed:
         raise SystemExit(f"{found.failed} device-rounds failed")
-    return median(count / seconds for count, seconds in zip(found.messages[1:], found.ends[1:], strict=True))
+    wall, processor = (
+        median(seconds / count for seconds, count in zip(values[1:], found.messages[1:], strict=True))
+        for values in (found.ends, found.processor)
+    )
+    return wall, processor
 
 
 def main() -> None:
@@ -247,33 +256,43 @@ def write_noise(folder: Path, train: int, test: int, side: int) -> None:
 
 def print_rates(chosen: argparse.Namespace, kinds: dict[str, tuple[int, str, bool]], images: str, folder: str) -> None:
     plain = "plain Flower app, fp32"
-    rates: dict[str, list[float]] = {plain: []} | {name: [] for name in kinds}
+    costs: dict[str, list[tuple[float, float]]] = {plain: []} | {name: [] for name in kinds}
     efficiency: dict[str, list[float]] = {name: [] for name in kinds}
     plain_changes = changes_for(chosen, images, 0, "fp32")
     shares = Path(folder, "shares")
     shares.mkdir()
     write_shares(load_scenario("quickstart", plain_changes), shares)
     for _ in range(chosen.repeats):
-        rates[plain].append(plain_rates(plain_changes, chosen, str(shares)))
+        costs[plain].append(plain_cost(plain_changes, chosen, str(shares)))
         for name, (views, precision, filled) in kinds.items():
             changes = changes_for(chosen, images, views, precision)
             if not filled:  # a run with the same views and the same precision comes first
                 empty_cache()
             found = in_a_process("quickstart", changes, chosen.rounds + 1)
-            rates[name].append(our_rate(found))
+            costs[name].append(our_cost(found))
             efficiency[name].append(found.efficiency() if len(found.ends) > 2 else float("nan"))
     print(
         f"\n{chosen.devices} devices, {chosen.per_round} per round, {chosen.epochs} epochs, batches of "
         f"{chosen.batch}, ResNet-18 width {chosen.width}, {chosen.workers} workers, torch {torch.__version__}, median "
         f"of {chosen.repeats} runs of {chosen.rounds} rounds; load {os.getloadavg()[0]:.1f}\n"
     )
-    print("| kind | device-rounds per second | ratio | lowest and highest ratio | efficiency |\n|---|---|---|---|---|")
-    for name, values in rates.items():
-        single = [value / base for value, base in zip(values, rates[plain], strict=True)]
+    print(
+        "| kind | device-rounds per second | ratio, lowest and highest | processor ms per device-round "
+        "| ratio, lowest and highest | efficiency |\n|---|---|---|---|---|---|"
+    )
+    for name, values in costs.items():
+        wall, processor = ([pair[part] for pair in values] for part in (0, 1))
         own = f"{median(efficiency[name]):.2f}" if name in efficiency else "not measured"
         print(
-            f"| {name} | {median(values):.2f} | {median(single):.1f} | {min(single):.1f} to {max(single):.1f} | {own} |"
+            f"| {name} | {1 / median(wall):.2f} | {_ratios(costs[plain], values, 0)} "
+            f"| {1000 * median(processor):.0f} | {_ratios(costs[plain], values, 1)} | {own} |"
         )
+
+
+def _ratios(plain: list[tuple[float, float]], own: list[tuple[float, float]], part: int) -> str:
+    """The plain app's cost over ours, in the same turn."""
+    single = [base[part] / value[part] for base, value in zip(plain, own, strict=True)]
+    return f"{median(single):.1f}, {min(single):.1f} to {max(single):.1f}"
 
 
 def empty_cache() -> None:

@@ -11,7 +11,8 @@ in which workers start and PyTorch warms up, do not count. `start` is from the c
 With a scenario, a bundled one or a file: its first `--rounds` rounds, with the memory after each of ten parts of them.
 
 The cost of a device-round is wall time between the ends of rounds over the devices of a round, so it includes all that
-the server does. `efficiency` is the devices' own seconds of training and testing over wall time and workers. Memory is
+the server does; and the processor time of all processes of the run, which depends less on what else the machine does.
+`efficiency` is the devices' own seconds of training and testing over wall time and workers. Memory is
 that of driver and workers: the proportional set size, which counts a page that several processes share once, and the
 resident sets, which count it in each. Ray's own processes (raylet, GCS, agents) are counted apart.
 """
@@ -25,6 +26,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -68,6 +71,8 @@ class Measured:
     messages: list[int] = field(default_factory=list)
     """Devices per round."""
     failed: int = 0
+    processor: list[float] = field(default_factory=list)
+    """Processor seconds between the ends of rounds, of driver, workers and Ray together."""
     device_seconds: list[float] = field(default_factory=list)
     """Training and testing on all devices of a round."""
     memory: list[Memory] = field(default_factory=list)
@@ -85,6 +90,11 @@ class Measured:
         pairs = zip(self.ends[WARM_UP:], self.messages[WARM_UP:], strict=True)
         return median(seconds / count for seconds, count in pairs)
 
+    def processor_per_device_round(self) -> float:
+        """Median seconds of processor time."""
+        pairs = zip(self.processor[WARM_UP:], self.messages[WARM_UP:], strict=True)
+        return median(seconds / count for seconds, count in pairs)
+
     def efficiency(self) -> float:
         return sum(self.device_seconds[WARM_UP:]) / self.workers / sum(self.ends[WARM_UP:])
 
@@ -94,21 +104,33 @@ class Watch(Listener):
 
     def __init__(self, begun: float, rounds: int, stop: Any) -> None:
         self.found, self._begun, self._rounds, self._stop = Measured(0.0), begun, rounds, stop
-        self._last = 0.0
+        self._last, self._processor = 0.0, 0.0
 
     def round_started(self, number: int, rounds_left: int, devices: int) -> None:
         if not self._last:
             self.found.start = time.time() - self._begun
-            self._last = time.perf_counter()
+            self._last, self._processor = time.perf_counter(), processor_seconds()
 
     def round_finished(self, row: RoundRow) -> None:
         self.found.ends.append(time.perf_counter() - self._last)
+        self.found.processor.append(processor_seconds() - self._processor)
         self.found.messages.append(row.devices)
         self.found.failed += row.failed
         self.found.memory.append(memory_now())
         if len(self.found.ends) == self._rounds:
             self._stop.set()
-        self._last = time.perf_counter()  # the look at the memory does not count
+        self._last, self._processor = time.perf_counter(), processor_seconds()  # looking at the memory does not count
+
+
+def processor_seconds() -> float:
+    """Processor time so far of this process and all below it."""
+    total = 0.0
+    driver = psutil.Process()
+    for process in (driver, *driver.children(recursive=True)):
+        with suppress(psutil.Error):  # it has just ended
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 def memory_now() -> Memory:
@@ -232,22 +254,28 @@ def compare_sizes(chosen: argparse.Namespace) -> None:
         f"{chosen.precision}, {chosen.workers} workers, median of {chosen.repeats} runs\n"
     )
     print(
-        "| devices | start | ms per device-round | lowest and highest | ratio | efficiency | driver + workers, PSS "
-        "| RSS | Ray itself, PSS | load |\n|---|---|---|---|---|---|---|---|---|---|"
+        "| devices | start | ms per device-round | ratio, lowest and highest | processor ms "
+        "| ratio, lowest and highest | efficiency | driver + workers, PSS | RSS | Ray itself, PSS | load |\n"
+        "|---|---|---|---|---|---|---|---|---|---|---|"
     )
-    base = [1000 * run.per_device_round() for run in runs[chosen.devices[0]]]
     for devices, measured in runs.items():
-        each = [1000 * run.per_device_round() for run in measured]
         memory = [run.memory[-1] for run in measured]
-        ratios = [own / first for own, first in zip(each, base, strict=True)]
         print(
-            f"| {devices} | {median(run.start for run in measured):.1f} s | {median(each):.0f} "
-            f"| {min(each):.0f} to {max(each):.0f} | {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
+            f"| {devices} | {median(run.start for run in measured):.1f} s "
+            f"| {_with_ratio(runs, devices, Measured.per_device_round)} "
+            f"| {_with_ratio(runs, devices, Measured.processor_per_device_round)} "
             f"| {median(run.efficiency() for run in measured):.2f} "
             f"| {median(m.pss for m in memory):.0f} MiB "
             f"| {median(m.driver_rss + sum(m.workers_rss) for m in memory):.0f} MiB "
             f"| {median(m.ray_pss for m in memory):.0f} MiB | {median(run.load for run in measured):.1f} |"
         )
+
+
+def _with_ratio(runs: dict[int, list[Measured]], devices: int, seconds: Callable[[Measured], float]) -> str:
+    """Two cells: milliseconds, and their ratio to those of the first size in the same turn."""
+    own, first = ([seconds(run) for run in measured] for measured in (runs[devices], next(iter(runs.values()))))
+    ratios = [one / base for one, base in zip(own, first, strict=True)]
+    return f"{1000 * median(own):.0f} | {median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}"
 
 
 # -- a scenario ----------------------------------------------------------------------------------------------------
@@ -260,7 +288,8 @@ def show_scenario(chosen: argparse.Namespace) -> None:
     rate = 1 / found.per_device_round()
     print(
         f"\n{chosen.scenario} {' '.join(changes)}\n{len(found.ends)} rounds of {found.messages[-1]} devices, "
-        f"{found.failed} failed; start {found.start:.1f} s; {rate:.1f} device-rounds per second; efficiency "
+        f"{found.failed} failed; start {found.start:.1f} s; {rate:.1f} device-rounds per second, "
+        f"{1000 * found.processor_per_device_round():.0f} ms of processor time each; efficiency "
         f"{found.efficiency():.2f} on {found.workers} workers; load {found.load:.1f}\n"
     )
     print(
