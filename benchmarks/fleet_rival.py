@@ -174,7 +174,7 @@ def plain_child(changes: list[str], rounds: int, folder: str) -> None:
         client_app=make_client(scenario, Path(folder)),
         num_supernodes=scenario.fleet.devices,
         backend_config={
-            "init_args": {"num_cpus": workers, "include_dashboard": False},
+            "init_args": {"address": "local", "num_cpus": workers, "include_dashboard": False},
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
         },
     )
@@ -221,12 +221,16 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="of ours, only the kinds that have this in their name"
+    )
     parser.add_argument("--toy", action="store_true", help="a small fleet, for a smoke test")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.child:
         plain_child(*json.loads(chosen.child))
-    chosen.width, chosen.weights, kinds = 20, "builtin", OURS
+    kinds = {name: kind for name, kind in OURS.items() if chosen.only in name}
+    chosen.width, chosen.weights = 20, "builtin"
     if chosen.toy:
         chosen.devices, chosen.per_round, chosen.rounds, chosen.repeats, chosen.epochs = 6, 3, 1, 1, 1
         chosen.width, chosen.weights, chosen.workers = 4, "none", 1
