@@ -38,6 +38,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from lightcl.data.sources import load_source
 from lightcl.errors import Stopped
 from lightcl.records.rows import RoundRow
 from lightcl.scenario import Scenario, load_scenario
@@ -117,6 +118,10 @@ class Watch(Listener):
         self.found.messages.append(row.devices)
         self.found.failed += row.failed
         self.found.memory.append(memory_now())
+        print(
+            f"round {len(self.found.ends)}: {self.found.ends[-1]:.1f} s, {self.found.memory[-1].pss:.0f} MiB",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
         if len(self.found.ends) == self._rounds:
             self._stop.set()
         self._last, self._processor = time.perf_counter(), processor_seconds()  # looking at the memory does not count
@@ -189,14 +194,19 @@ def measure(scenario: Scenario, rounds: int, begun: float, out: Path) -> Measure
     return found
 
 
-def in_a_process(scenario: str, changes: list[str], rounds: int) -> Measured:
-    """`measure` in a process of its own, which leaves nothing behind. `scenario` is a bundled one's name or a file."""
+def in_a_process(scenario: str, changes: list[str], rounds: int, *, show: bool = False) -> Measured:
+    """`measure` in a process of its own, which leaves nothing behind. `scenario` is a bundled one's name or a file.
+
+    `show`: each round is printed to standard error when it is over.
+    """
     words = ["--child", json.dumps([time.time(), scenario, changes, rounds])]
     done = subprocess.run(
-        [sys.executable, __file__, *words], capture_output=True, text=True, check=False, env=os.environ | ENVIRONMENT
-    )
+        [sys.executable, __file__, *words],
+        stdout=subprocess.PIPE, stderr=None if show else subprocess.PIPE, text=True, check=False,
+        env=os.environ | ENVIRONMENT,
+    )  # fmt: skip
     if done.returncode:
-        raise SystemExit(done.stdout + done.stderr)
+        raise SystemExit(done.stdout + (done.stderr or ""))
     return Measured.from_json(done.stdout.splitlines()[-1])
 
 
@@ -244,7 +254,7 @@ def compare_sizes(chosen: argparse.Namespace) -> None:
             images = Path(folder, str(devices))
             images.mkdir()
             write_noise(images, chosen.images * devices, 8 if chosen.toy else 32)
-            in_a_process("quickstart", changes_for(devices, images, chosen), 1)  # decodes the images, partitions them
+            load_source(load_scenario("quickstart", changes_for(devices, images, chosen)).source_request())  # decodes
         for _ in range(chosen.repeats):
             for devices in runs:
                 changes = changes_for(devices, Path(folder, str(devices)), chosen)
@@ -283,8 +293,8 @@ def _with_ratio(runs: dict[int, list[Measured]], devices: int, seconds: Callable
 
 def show_scenario(chosen: argparse.Namespace) -> None:
     changes = list(chosen.set)
-    in_a_process(chosen.scenario, changes, 1)  # decodes the images, so that the start below is without it
-    found = in_a_process(chosen.scenario, changes, chosen.rounds)
+    load_source(load_scenario(Path(chosen.scenario), changes).source_request())  # decoded before the start
+    found = in_a_process(chosen.scenario, changes, chosen.rounds, show=True)
     rate = 1 / found.per_device_round()
     print(
         f"\n{chosen.scenario} {' '.join(changes)}\n{len(found.ends)} rounds of {found.messages[-1]} devices, "
