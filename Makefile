@@ -38,10 +38,12 @@ lint: $(READY) ## Check style, types and the direction of imports
 typecheck: $(READY) ## Check types only
 	@$(BIN)/mypy
 
-bench: $(READY) ## Measure the training step, its ratio to the paper's, and the fleet runtime
+bench: $(READY) ## Measure the training step, its ratio to the paper's, and fleets of devices
 	@$(BIN)/python benchmarks/training_step.py
 	@$(BIN)/python benchmarks/learning_step.py
 	@$(BIN)/python benchmarks/fleet_runtime.py
+	@$(BIN)/python benchmarks/fleet_scale.py
+	@$(BIN)/python benchmarks/fleet_rival.py
 
 docs: $(READY) ## Build the documentation site in site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir site

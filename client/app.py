@@ -22,7 +22,7 @@ from flwr.clientapp import ClientApp
 from pydantic import ValidationError
 
 from lightcl.assembly import build_network, fleet_head, stream_plan
-from lightcl.data.partition import Share
+from lightcl.data.partition import Share, Shares
 from lightcl.data.sources import Source, SourceRequest, load_source
 from lightcl.data.streams import learnable
 from lightcl.device.device import EdgeDevice, OutOfStep
@@ -176,7 +176,9 @@ def _with_device(
 ) -> RecordDict:
     """Opens the device from its state on disk and lets it work; `receive` gives it what the server shares."""
     source = _source(scenario.source_request())
-    share = whole_share(source) if local.own_data else None
+    share = (
+        whole_share(source) if local.own_data else _shares(instruction.scenario, local.overrides)[instruction.device]
+    )
     if not instruction.run.isalnum():  # it becomes a folder's name
         raise ProtocolError(f"Instruction.run is {instruction.run!r}, expected letters and digits")
     run = local.state / instruction.run
@@ -186,7 +188,9 @@ def _with_device(
         device = EdgeDevice(
             scenario, instruction.device, folder, source=source, share=share, head=head, durable=local.durable,
             shared=None if local.durable else SharedVersions(run / "shared"),  # on a board there is one device
-            network=_fresh_network(instruction.scenario, local.overrides, source.channels, len(head)),
+            network=_fresh_network(
+                instruction.scenario, local.overrides, source.channels, len(head), many=not local.durable
+            ),
         )  # fmt: skip
 
         def receive() -> None:
@@ -318,14 +322,23 @@ def _template(text: str, overrides: Overrides, channels: int, classes: int) -> B
     return build_network(_scenario(text, overrides), in_channels=channels, classes=classes)
 
 
-def _fresh_network(text: str, overrides: Overrides, channels: int, classes: int) -> Backbone:
+def _fresh_network(text: str, overrides: Overrides, channels: int, classes: int, *, many: bool) -> Backbone:
     """A network before the first task: a copy, which takes a fraction of building and initializing one.
 
-    The copies share the modules of the frozen prefix, unless its running statistics change (`frozen_batch_norm`).
+    The copies share the modules of the frozen prefix, unless its running statistics change (`frozen_batch_norm`); and
+    where a process serves `many` devices, what is computed from the prefix stays in memory.
     """
     template = _template(text, overrides, channels, classes)
     shared = template.prefix.modules() if template.frozen_batch_norm == "eval" else ()
+    if many and shared and template.prefix.derived is None:
+        template.prefix.derived = {}
     return copy.deepcopy(template, {id(module): module for module in shared})
+
+
+@lru_cache(maxsize=1)
+def _shares(text: str, overrides: Overrides) -> Shares:
+    scenario = _scenario(text, overrides)
+    return Shares(_source(scenario.source_request()), scenario.fleet, scenario.seed)
 
 
 @lru_cache(maxsize=2)

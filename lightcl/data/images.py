@@ -49,17 +49,23 @@ class ImageSet:
 
     @cached_property
     def images_digest(self) -> str:
-        """SHA-256 of the images' shape and values. A memory-mapped file is read in blocks instead."""
+        """SHA-256 of the images' shape and values."""
         total = hashlib.sha256(str(self.images.shape).encode())
-        if isinstance(self.images, np.memmap) and self.images.flags.c_contiguous and self.images.filename is not None:
-            with Path(self.images.filename).open("rb") as file:
-                file.seek(self.images.offset)
+        for block in self.blocks():
+            total.update(block)
+        return total.hexdigest()
+
+    def blocks(self) -> Iterator[bytes]:
+        """The images' values in blocks. A memory-mapped file is read instead: its pages would stay in memory."""
+        images = self.images
+        if isinstance(images, np.memmap) and images.flags.c_contiguous and images.filename is not None:
+            with Path(images.filename).open("rb") as file:
+                file.seek(images.offset)
                 while block := file.read(1 << 20):
-                    total.update(block)
+                    yield block
         else:
             for start in range(0, len(self), 1024):
-                total.update(np.ascontiguousarray(self.images[start : start + 1024]).tobytes())
-        return total.hexdigest()
+                yield np.ascontiguousarray(images[start : start + 1024]).tobytes()
 
     def only(self, chosen: np.ndarray) -> ImageSet:
         """A new set of the chosen images (a mask `[N]` or indices)."""

@@ -130,7 +130,7 @@ class FixedPrefix(PrefixFeatures):
     def _compute(self, images: Tensor) -> Tensor:
         """Outputs `[N, C, H, W]` (channels-last) for uint8 images `[N, C, H, W]`."""
         if self._folded is None:
-            self._folded = folded(self.network)
+            self._folded = self.network.prefix.derive("folded", lambda: folded(self.network))
         parts = []
         for start in range(0, len(images), CHUNK):
             chunk = images[start : start + CHUNK]
@@ -157,11 +157,15 @@ class FixedPrefix(PrefixFeatures):
     def _shape(self, image: tuple[int, ...]) -> tuple[int, int, int]:
         """(C, H, W) of the prefix's output for one image (H, W, C)."""
         if image not in self._shapes:
-            height, width, channels = image
-            blank = torch.zeros(1, channels, height, width, dtype=torch.uint8, device=self._device)
-            _, c, h, w = self.network.features(blank).shape
-            self._shapes[image] = (c, h, w)
+            name = f"shape of {image}"
+            self._shapes[image] = self.network.prefix.derive(name, lambda: self._shape_of(image))
         return self._shapes[image]
+
+    def _shape_of(self, image: tuple[int, ...]) -> tuple[int, int, int]:
+        height, width, channels = image
+        blank = torch.zeros(1, channels, height, width, dtype=torch.uint8, device=self._device)
+        _, c, h, w = self.network.features(blank).shape
+        return c, h, w
 
     def _switch_off(self, error: Exception) -> None:
         self.stores = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightcl.errors import RequestError, nearest
 
 FeatureMaps = dict[str, Tensor]
+Derived = TypeVar("Derived")
 OnMap = Callable[[str, Tensor], None]
 """Called with the name and the value `[N, C, H, W]` of each feature map, block by block, in the order of the forward
 pass. `maps.__setitem__` of a dictionary collects them."""
@@ -50,6 +51,9 @@ class Stage(nn.Module):
         self.blocks = tuple(blocks)
         self.map_names = map_names
         """Names of the feature maps, in order."""
+        self.derived: dict[str, Any] | None = None
+        """Where many networks share this stage and nobody changes it: what was computed from it. None: nothing is
+        kept."""
         self._run = tuple(blocks.values())  # a tuple is not registered: `modules` gives the names
         for name, module in modules.items():
             *path, last = name.split(".")
@@ -64,6 +68,15 @@ class Stage(nn.Module):
     def block_modules(self) -> tuple[nn.Module, ...]:
         """The modules of `blocks`, in order."""
         return self._run
+
+    def derive(self, name: str, compute: Callable[[], Derived]) -> Derived:
+        """`compute()`, once for all networks that share this stage where `derived` is a dictionary."""
+        if self.derived is None:
+            return compute()
+        if name not in self.derived:
+            self.derived[name] = compute()
+        value: Derived = self.derived[name]
+        return value
 
     def forward(self, x: Tensor, on_map: OnMap | None = None) -> Tensor:
         """Runs `[N, C, H, W]` through the blocks; calls `on_map` with every feature map where it is given."""

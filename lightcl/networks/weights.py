@@ -127,6 +127,10 @@ def save_weights(network: Backbone, file: Path, metadata: Mapping[str, str]) -> 
 
 def digest(stage: Stage) -> str:
     """Digest of a stage's parameters and buffers: equal on two devices exactly if their prefixes are equal."""
+    return stage.derive("digest", lambda: _digest(stage))
+
+
+def _digest(stage: Stage) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(stage.state_dict().items()):
         if tensor.is_floating_point():

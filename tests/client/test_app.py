@@ -13,8 +13,10 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from safetensors.torch import load_file
 
 import client.app
+import lightcl.device.prefix
 from client.app import make_app
 from lightcl.exchange.messages import Instruction
+from lightcl.networks.staged import Backbone, Stage
 from tests.inprocess import InProcessGrid, small
 
 
@@ -111,6 +113,31 @@ def test_devices_of_one_process_get_networks_that_do_not_share_what_they_train(t
     states = [load_file(next((tmp_path / name / "run" / "device-00002").glob("*.safetensors"))) for name in ("a", "b")]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_devices_of_one_simulation_fold_and_hash_their_prefix_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenario = small(data={"views": 2, "augmentation": "crop"}).model_dump_json()
+    folds: list[str] = []
+    original = lightcl.device.prefix.folded
+
+    def counted(network: Backbone) -> Stage:
+        folds.append(place)
+        return original(network)
+
+    monkeypatch.setattr(lightcl.device.prefix, "folded", counted)
+    replies = {}
+    for place, durable in (("simulation", False), ("board", True)):
+        monkeypatch.setenv("LIGHTCL_CACHE", str(tmp_path / f"cache-{place}"))
+        client.app._template.cache_clear()  # as in a new process
+        grid = InProcessGrid(tmp_path / place, 3)
+        grid.app = client.app.make_app(tmp_path / place, durable=durable)
+        replies[place] = [ask(grid, "train", device=d, node=100 + d, scenario=scenario) for d in range(3)]
+    assert folds.count("simulation") == 1
+    assert folds.count("board") >= 3
+    timeless = [[{**r, "seconds": 0, "peak_memory_mib": 0} for r in replies[place]] for place in replies]
+    assert timeless[0] == timeless[1]
 
 
 def test_a_training_with_its_test_asked_twice_trains_once_and_answers_the_same(tmp_path: Path) -> None:
