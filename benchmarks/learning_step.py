@@ -76,9 +76,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24, help="steps of an epoch, the unit that is timed")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--clock", choices=list(CLOCKS), default="wall", help="cpu: the process's own time, for a busy machine; 1 thread"
-    )
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: processor time, for a busy machine")
     parser.add_argument("--only", help="names of the variants of ours, by their beginnings, separated by |")
     parser.add_argument("--errors", action="store_true", help="measure rounding instead of time")
     parser.add_argument("--toy", action="store_true", help="smallest size; the figures mean nothing")
@@ -107,7 +105,8 @@ def print_rates(width: int, chosen: argparse.Namespace) -> None:
             "the paper's step, channels-last": paper(width, chosen, torch.channels_last),
             "floor, fp32": floor(width, chosen),
         } | {
-            name: ours(width, sections, chosen, Path(folder, str(i))) for i, (name, sections) in enumerate(named.items())
+            name: ours(width, sections, chosen, Path(folder, str(number)))
+            for number, (name, sections) in enumerate(named.items())
         }
         for run in variants.values():  # warms up; fills the cache: an epoch for each view
             run()

@@ -14,7 +14,6 @@ import torch
 
 from lightcl.errors import RequestError
 
-
 KEPT = 128 * 2**20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGEST_THRESHOLD = 32 * 2**20

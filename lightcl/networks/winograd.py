@@ -59,7 +59,7 @@ class WinogradConv2d(nn.Conv2d):
             or torch.is_autocast_enabled("cpu")
         ):
             return super().forward(input)
-        result: Tensor = _Winograd.apply(input, self.weight)  # type: ignore[no-untyped-call]
+        result: Tensor = _Winograd.apply(input, self.weight)
         return result
 
 
@@ -173,7 +173,9 @@ class _Winograd(torch.autograd.Function):
                 of_transformed = torch.bmm(products.permute(1, 2, 0), inputs)  # [36, C', C]
                 torch.matmul(_transform("weights", True), of_transformed.permute(1, 0, 2), out=of_weight[block])
         of_x = None if of_inputs is None else _tiles_in_backward(of_inputs.permute(1, 0, 2), x.shape)
-        return of_x, None if of_weight is None else of_weight.unflatten(1, (3, 3)).permute(0, 3, 1, 2)
+        if of_weight is None:
+            return of_x, None
+        return of_x, of_weight.view(len(flat), 3, 3, -1).permute(0, 3, 1, 2)
 
 
 def _flat(weight: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def split_statistics(stage: nn.Module, count: int, memory_batch_norm: Literal["e
     """
     norms = [module for module in stage.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
-        norm.forward = partial(_split, norm, count, memory_batch_norm == "train")  # type: ignore[method-assign]
+        norm.forward = partial(_split, norm, count, norm.training and memory_batch_norm == "train")  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -63,9 +63,7 @@ class Drift:
     Because they are computed while the maps arrive, only one exists at a time.
     """
 
-    def __init__(
-        self, stored: FeatureMaps, vital: Mapping[str, Tensor], reduction: Reduction, first: int = 0
-    ) -> None:
+    def __init__(self, stored: FeatureMaps, vital: Mapping[str, Tensor], reduction: Reduction, first: int = 0) -> None:
         self.stored, self.vital, self.reduction, self.first = stored, vital, reduction, first
         self.terms: list[Tensor] = []
 
@@ -73,7 +71,7 @@ class Drift:
         """Adds the term of a map; the memory samples are those from `first` on."""
         if name in self.vital:
             then = self.stored[name]
-            term: Tensor = _SquaredDrift.apply(feature_map, self.vital[name], then, self.first)  # type: ignore[no-untyped-call]
+            term: Tensor = _SquaredDrift.apply(feature_map, self.vital[name], then, self.first)
             if self.reduction == "relative":
                 term = term / then.square().sum().clamp_min(1e-12)
             self.terms.append(term)
