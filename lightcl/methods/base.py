@@ -33,6 +33,8 @@ class StepCost:
     """Additional samples per step that pass forward and backward through the trained part of the network."""
     suffix_samples: int = 0
     """Additional samples per step that pass only the suffix and the head, from stored prefix outputs."""
+    joint_pass: bool = False
+    """Whether those pass together with the batch, so that every weight is used once in a step."""
     weight_copies: int = 0
     """Stored tensors as large as the trained parameters."""
     stored_images: int = 0

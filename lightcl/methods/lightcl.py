@@ -107,7 +107,10 @@ class LightCLParameters(MethodParameters):
     def cost(self) -> StepCost:
         if self.beta == 0:
             return StepCost()
-        return StepCost(suffix_samples=self.memory_size, pattern_samples=self.memory_size, vital_ratio=self.ratio)
+        return StepCost(
+            suffix_samples=self.memory_size, joint_pass=self.memory_pass == "joint", pattern_samples=self.memory_size,
+            vital_ratio=self.ratio,
+        )  # fmt: skip
 
 
 @register(LightCLParameters)

@@ -68,13 +68,14 @@ def use_winograd_(stage: nn.Module) -> int:
 
     Those are 3x3 with stride 1 and padding 1, without groups, dilation or bias.
     """
-    found = [module for module in stage.modules() if type(module) is nn.Conv2d and _suits(module)]
+    found = [module for module in stage.modules() if type(module) is nn.Conv2d and suits(module)]
     for module in found:
         module.__class__ = WinogradConv2d  # the parameters stay the same objects
     return len(found)
 
 
-def _suits(convolution: nn.Conv2d) -> bool:
+def suits(convolution: nn.Conv2d) -> bool:
+    """Whether Winograd's algorithm can compute it, on maps whose sides are multiples of 4."""
     return (
         convolution.kernel_size == (3, 3)
         and convolution.stride == (1, 1)
@@ -87,39 +88,41 @@ def _suits(convolution: nn.Conv2d) -> bool:
 
 
 @cache
-def _transform(kind: str, transposed: bool) -> Tensor:
-    """The Kronecker product of a transform with itself: of the input `[36, 36]`, or `[36, 16]` for a map that is one
-    tile, whose border is zero; of the weights `[36, 9]`; of the output `[16, 36]`."""
-    table = {"input": INPUT, "tile": INPUT, "weights": WEIGHTS, "output": OUTPUT}[kind]
+def _transform(kind: str, places: range, transposed: bool) -> Tensor:
+    """The rows `places` of the Kronecker product of a transform with itself.
+
+    Of the input `[36, 36]`, or `[36, 16]` for a map that is one tile, whose border is zero; of the weights `[36, 9]`;
+    of the output's transposed `[36, 16]`.
+    """
+    table = {"input": INPUT, "tile": INPUT, "weights": WEIGHTS, "output": tuple(zip(*OUTPUT, strict=True))}[kind]
     matrix = torch.tensor(table, dtype=torch.float64)
     product = torch.kron(matrix, matrix)
     if kind == "tile":
         product = product.view(-1, REACH, REACH)[:, 1:-1, 1:-1].reshape(-1, TILE * TILE)
+    product = product[places.start : places.stop]
     return (product.T if transposed else product).float().contiguous()
 
 
-def _tiles_in(x: Tensor) -> Tensor:
-    """Bᵀ d B of every tile: maps `[N, C, H, W]` -> `[N·tiles, 36, C]`."""
+def _cut(x: Tensor) -> tuple[str, Tensor]:
+    """Maps `[N, C, H, W]` as overlapping tiles `[N·tiles, 36, C]`, and the name of their transform; a map of one tile
+    as it is, `[N, 16, C]`."""
     n, channels, height, width = x.shape
     if height == width == TILE:
-        return torch.matmul(_transform("tile", False), x.permute(0, 2, 3, 1).reshape(n, TILE * TILE, channels))
+        return "tile", x.permute(0, 2, 3, 1).reshape(n, TILE * TILE, channels)
     padded = x.new_zeros(n, height + 2, width + 2, channels)
     padded[:, 1:-1, 1:-1] = x.permute(0, 2, 3, 1)
-    tiles = (
-        padded.unfold(1, REACH, TILE).unfold(2, REACH, TILE).permute(0, 1, 2, 4, 5, 3)
-    )  # [N, rows, columns, 6, 6, C]
-    return torch.matmul(_transform("input", False), tiles.reshape(-1, REACH * REACH, channels))
+    tiles = padded.unfold(1, REACH, TILE).unfold(2, REACH, TILE)  # [N, rows, columns, C, 6, 6]
+    return "input", tiles.permute(0, 1, 2, 4, 5, 3).reshape(-1, REACH * REACH, channels)
 
 
-def _tiles_in_backward(gradient: Tensor, shape: torch.Size) -> Tensor:
-    """The transposed of `_tiles_in`: `[N·tiles, 36, C]` -> `[N, C, H, W]`, channels-last."""
+def _uncut(tiles: Tensor, shape: torch.Size) -> Tensor:
+    """The transposed of `_cut`: overlapping tiles are added up to maps `[N, C, H, W]`, channels-last."""
     n, channels, height, width = shape
     if height == width == TILE:
-        maps = torch.matmul(_transform("tile", True), gradient)
-        return maps.view(n, TILE, TILE, channels).permute(0, 3, 1, 2)
+        return tiles.view(n, TILE, TILE, channels).permute(0, 3, 1, 2)
     rows, columns = height // TILE, width // TILE
-    tiles = torch.matmul(_transform("input", True), gradient).view(n, rows, columns, REACH, REACH, channels)
-    padded = gradient.new_zeros(n, height + 2, width + 2, channels)
+    tiles = tiles.view(n, rows, columns, REACH, REACH, channels)
+    padded = tiles.new_zeros(n, height + 2, width + 2, channels)
     for row in range(rows):
         for column in range(columns):
             top, left = row * TILE, column * TILE
@@ -128,7 +131,7 @@ def _tiles_in_backward(gradient: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _to_tiles(maps: Tensor) -> Tensor:
-    """Maps `[N, C, H, W]` cut into tiles `[N·tiles, 16, C]`."""
+    """Maps `[N, C, H, W]` cut into tiles `[N·tiles, 16, C]` without overlap."""
     n, channels, height, width = maps.shape
     parts = maps.permute(0, 2, 3, 1).reshape(n, height // TILE, TILE, width // TILE, TILE, channels)
     return parts.permute(0, 1, 3, 2, 4, 5).reshape(-1, TILE * TILE, channels)
@@ -144,38 +147,48 @@ class _Winograd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        n, channels, height, width = x.shape
-        inputs = _tiles_in(x).permute(1, 0, 2)  # [36, tiles, C]
-        flat = _flat(weight)
-        outputs = x.new_empty(inputs.shape[1], TILE * TILE, len(flat))
-        for block in _blocks(len(flat), channels):
-            products = torch.bmm(inputs, _weights(flat[block]).permute(1, 2, 0))  # [36, tiles, C']
-            outputs[:, :, block] = torch.matmul(_transform("output", False), products.permute(1, 0, 2))
+        n, _, height, width = x.shape
+        (kind, cut), flat = _cut(x), _flat(weight)
+        outputs = x.new_empty(len(cut), TILE * TILE, len(flat))
+        for places, blocks in parts(*flat.shape[::2]):
+            inputs = _at_places(kind, places, cut)
+            for block in blocks:
+                weights = _at_places("weights", places, flat[block])
+                products = torch.bmm(inputs.permute(1, 0, 2), weights.permute(1, 2, 0))  # [places, tiles, C']
+                _add_(outputs[:, :, block], _transform("output", places, True), products, places)
         return _from_tiles(outputs, n, height, width)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         for_x, for_weight = ctx.needs_input_grad
-        flat, inputs = _flat(weight), _tiles_in(x).permute(1, 0, 2) if for_weight else None
-        outputs = _to_tiles(gradients[0])
-        of_inputs: Tensor | None = None  # [36, tiles, C]
-        of_weight = torch.empty_like(flat) if for_weight else None  # [C', 9, C]
-        for block in _blocks(*flat.shape[::2]):
-            products = torch.matmul(_transform("output", True), outputs[:, :, block])  # [tiles, 36, C']
-            if for_x:
-                transformed = _weights(flat[block]).permute(1, 0, 2)
-                if of_inputs is None:
-                    of_inputs = torch.bmm(products.permute(1, 0, 2), transformed)
-                else:
-                    of_inputs.baddbmm_(products.permute(1, 0, 2), transformed)
-            if of_weight is not None and inputs is not None:
-                of_transformed = torch.bmm(products.permute(1, 2, 0), inputs)  # [36, C', C]
-                torch.matmul(_transform("weights", True), of_transformed.permute(1, 0, 2), out=of_weight[block])
-        of_x = None if of_inputs is None else _tiles_in_backward(of_inputs.permute(1, 0, 2), x.shape)
-        if of_weight is None:
-            return of_x, None
-        return of_x, of_weight.view(len(flat), 3, 3, -1).permute(0, 3, 1, 2)
+        (kind, cut), flat, outputs = _cut(x), _flat(weight), _to_tiles(gradients[0])
+        of_x = of_weight = None
+        if for_x:
+            of_cut = torch.empty_like(cut)
+            for places, blocks in parts(*flat.shape[::2]):
+                of_inputs: Tensor | None = None  # [places, tiles, C]
+                for block in blocks:
+                    products = _at_places("output", places, outputs[:, :, block]).permute(1, 0, 2)
+                    weights = _at_places("weights", places, flat[block]).permute(1, 0, 2)
+                    if of_inputs is None:
+                        of_inputs = torch.bmm(products, weights)
+                    else:
+                        of_inputs.baddbmm_(products, weights)
+                assert of_inputs is not None
+                _add_(of_cut, _transform(kind, places, True), of_inputs, places)
+            of_x = _uncut(of_cut, x.shape)
+            del of_inputs, products, weights
+        if for_weight:
+            of_flat = torch.empty_like(flat)
+            for places, blocks in parts(*flat.shape[::2]):
+                inputs = _at_places(kind, places, cut).permute(1, 0, 2)
+                for block in blocks:
+                    products = _at_places("output", places, outputs[:, :, block])
+                    of_weights = torch.bmm(products.permute(1, 2, 0), inputs)  # [places, C', C]
+                    _add_(of_flat[block], _transform("weights", places, True), of_weights, places)
+            of_weight = of_flat.view(len(flat), 3, 3, -1).permute(0, 3, 1, 2)
+        return of_x, of_weight
 
 
 def _flat(weight: Tensor) -> Tensor:
@@ -183,12 +196,28 @@ def _flat(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).reshape(len(weight), 9, -1)
 
 
-def _weights(flat: Tensor) -> Tensor:
-    """G g Gᵀ of weights `[C', 9, C]`: `[C', 36, C]`."""
-    return torch.matmul(_transform("weights", False), flat)
+def _at_places(kind: str, places: range, values: Tensor) -> Tensor:
+    """A transform of `[N, k, C]`, at some places of a tile: `[N, places, C]`."""
+    return torch.matmul(_transform(kind, places, False), values)
 
 
-def _blocks(outputs: int, inputs: int) -> list[slice]:
-    """Blocks of output channels."""
-    size = max(16, BLOCK // (REACH * REACH * inputs) // 16 * 16)
-    return [slice(start, min(start + size, outputs)) for start in range(0, outputs, size)]
+def _add_(total: Tensor, transform: Tensor, values: Tensor, places: range) -> None:
+    """Adds `transform` `[k, places]` of `values` `[places, N, C]` to `total` `[N, k, C]`, whose first places set it."""
+    added = values.permute(1, 0, 2)
+    if places.start == 0 and total.is_contiguous():
+        torch.matmul(transform, added, out=total)
+    elif places.start == 0:
+        total.copy_(torch.matmul(transform, added))
+    else:
+        total.baddbmm_(transform.expand(len(added), -1, -1), added)
+
+
+def parts(outputs: int, inputs: int) -> list[tuple[range, list[slice]]]:
+    """What is computed at a time: some of the 36 places of a tile, and for these blocks of output channels.
+
+    All places for weights that are small enough when transformed, else a third of them.
+    """
+    count = REACH * REACH if REACH * REACH * inputs * outputs <= BLOCK else REACH * REACH // 3
+    size = max(16, BLOCK // (count * inputs) // 16 * 16)
+    blocks = [slice(start, min(start + size, outputs)) for start in range(0, outputs, size)]
+    return [(range(start, start + count), blocks) for start in range(0, REACH * REACH, count)]

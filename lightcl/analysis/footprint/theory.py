@@ -20,8 +20,10 @@ from typing import Any, Literal, get_args
 
 from lightcl.analysis.footprint.shapes import Block, Convolution, Image, NetworkShape, shape_of
 from lightcl.data.tasks import TaskStream
+from lightcl.device.prefix import CHUNK
 from lightcl.methods.base import StepCost
 from lightcl.networks.staged import Backbone
+from lightcl.networks.winograd import parts
 from lightcl.scenario import Scenario
 
 Category = Literal[
@@ -64,6 +66,11 @@ class Workload:
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     at_once: bool = False
     """`training.update: at-once`: a gradient goes as soon as it is complete."""
+    prefix: Literal["batch", "fixed", "cached"] = "batch"
+    """How the prefix is computed. batch: batch by batch; fixed: a few images at a time, with batch-norm folded into a
+    copy; cached: the same, and kept on disk: prefix and copy are in memory only while something is computed."""
+    winograd: bool = False
+    """`device.convolutions: winograd`."""
 
     @property
     def optimizer_copies(self) -> int:
@@ -106,6 +113,8 @@ def workload_of(scenario: Scenario, stream: TaskStream, image: Image, accelerato
         accelerator,
         training.optimizer,
         training.update == "at-once",
+        ("cached" if scenario.caches_prefix else "fixed") if scenario.fixed_prefix else "batch",
+        scenario.device.convolutions == "winograd" and scenario.device.precision == "fp32" and accelerator == "cpu",
     )
 
 
@@ -192,7 +201,13 @@ class _Step:
         samples = workload.batch + cost.replayed
         self._hold_for_good()
         # Before the first step of a task the memory samples pass the prefix, and there may be more of them.
-        self._prefix(max(samples, cost.pattern_samples))
+        if workload.prefix == "batch" or not shape.frozen:
+            self._prefix(max(samples, cost.pattern_samples))
+        else:
+            self._fixed_prefix(max(samples, cost.pattern_samples))
+        if cost.joint_pass:
+            self._play_joint(samples + cost.suffix_samples)
+            return
         if shape.frozen:
             self.hold("kept activations", samples * shape.features * self.size)
         self._forward(samples)
@@ -204,6 +219,23 @@ class _Step:
             self._backward(cost.suffix_samples, last=False)
             self.hold("kept activations", -drifts)
         self._backward(samples, last=True)
+        self._end()
+
+    def _play_joint(self, samples: int) -> None:
+        """One pass of the batch and the memory samples."""
+        shape, cost = self.shape, self.cost
+        if shape.frozen:
+            self.note("joined features", "temporaries", 2 * samples * shape.features * self.size)
+            self.hold("kept activations", samples * shape.features * self.size)
+        self._forward(samples)
+        drifts = int(self._vital_share * sum(b.maps for b in shape.trained) * cost.suffix_samples * FP32)
+        self.hold("kept activations", drifts)
+        self.note("regularization", "temporaries", drifts)
+        self._backward(samples, last=True)
+        self.hold("kept activations", -drifts)
+        self._end()
+
+    def _end(self) -> None:
         if temporaries := self._optimizer_temporaries:
             self.note("optimizer's step", "temporaries", temporaries)
         self.hold("gradients", -self.live["gradients"])
@@ -255,9 +287,13 @@ class _Step:
     def _hold_for_good(self) -> None:
         shape, cost, workload = self.shape, self.cost, self.workload
         trained = shape.trained_parameters * FP32
-        norms = sum(c.norm for b in shape.blocks for c in b.convolutions)  # as many statistics as affine parameters
+        present = shape.trained if workload.prefix == "cached" else shape.blocks
+        norms = sum(c.norm for b in present for c in b.convolutions)  # as many statistics as affine parameters
+        weights = sum(b.parameters for b in present) + shape.head_parameters
         adapters = sum(_adapter(b, k) for b in self._boundaries for k in range(1, self._columns + 1))
-        self.hold("parameters", (shape.parameters + norms + adapters) * FP32 + self._columns * trained)
+        self.hold("parameters", (weights + norms + adapters) * FP32 + self._columns * trained)
+        if workload.prefix == "fixed":
+            self.hold("frozen part", self._folded_bytes)
         self.hold("optimizer state", trained * workload.optimizer_copies)
         self.hold("weight copies", (cost.weight_copies + cost.columns) * trained)
         image = workload.image[0] * workload.image[1] * workload.image[2]
@@ -271,6 +307,27 @@ class _Step:
         masked = sum(c.weights for b in shape.trained for c in b.convolutions if c.kernel == 3 and b.second)
         vital = sum(b.maps // _positions(c) for b in shape.trained if b.second for c in (b.first,))
         self.hold("masks", 2 * masked * (cost.weight_sparsity > 0) + vital * (cost.pattern_samples > 0))
+
+    @property
+    def _folded_bytes(self) -> int:
+        """The copy of the prefix whose batch-norm is folded into its convolutions: a bias per channel."""
+        return sum(c.weights + c.norm // 2 for b in self.shape.frozen for c in b.convolutions) * FP32
+
+    def _fixed_prefix(self, samples: int) -> None:
+        """Images pass in chunks (lightcl/device/prefix.py); the outputs of all are put together at the end."""
+        unit = CHUNK * self.size
+        copy = self._folded_bytes if self.workload.prefix == "cached" else 0
+        outputs = samples * self.shape.features * self.size
+        x = CHUNK * self.workload.image[0] * self.workload.image[1] * self.workload.image[2] * FP32
+        for block in self.shape.frozen:
+            first, second, shortcut = block.first, block.second, block.shortcut
+            beside = shortcut.outputs if shortcut else 0
+            for convolution, others in ((first, first.outputs), (second, first.outputs + beside + block.outputs)):
+                if convolution is not None:
+                    amount = copy + outputs + x + unit * others + self._layout(convolution, 0)
+                    self.note(f"forward {convolution.name}", "frozen part", amount)
+            x = unit * block.outputs
+        self.note("prefix outputs", "frozen part", copy + 2 * outputs)
 
     def _prefix(self, samples: int) -> None:
         """No graph is kept, so only the worst of its moments counts."""
@@ -295,12 +352,13 @@ class _Step:
                 if self.size != FP32 and convolution.name not in self.cast:  # one copy for all passes of the step
                     self.cast.add(convolution.name)
                     self.hold("temporaries", convolution.weights * self.size)
-                self.note(f"forward {convolution.name}", "temporaries", self._layout(convolution, 0))
+                self.note(f"forward {convolution.name}", "temporaries", self._working(convolution, 0, samples))
                 if convolution is block.shortcut:
                     self.hold("temporaries", unit * convolution.outputs)
                 else:
                     self.hold("kept activations", unit * convolution.outputs)
-                self.note(f"forward {convolution.name}, batch-norm")
+                parts = unit * convolution.outputs * self.cost.joint_pass  # of batch and memory samples, put together
+                self.note(f"forward {convolution.name}, batch-norm", "temporaries", parts)
             if block.shortcut:
                 self.hold("temporaries", -unit * block.shortcut.outputs)
             if block.pooled is not None:
@@ -343,10 +401,10 @@ class _Step:
         self.hold("kept activations", -out)
         if block.second:
             inner = unit * block.first.outputs
-            self._backward_convolution(block.second, shortcut + out + inner, last)
+            self._backward_convolution(block.second, shortcut + out + inner, samples, last)
             if block.shortcut:
                 self.note(f"backward {block.shortcut.name}, batch-norm", "temporaries", 2 * out + inner)
-                self._backward_convolution(block.shortcut, inner + 2 * out, last)
+                self._backward_convolution(block.shortcut, inner + 2 * out, samples, last)
                 self.hold("kept activations", -out)
                 shortcut = unit * block.shortcut.inputs * entered
             self.note(f"backward {block.first.name}, ReLU", "temporaries", shortcut + 2 * inner)
@@ -354,12 +412,12 @@ class _Step:
             self.note(f"backward {block.first.name}, batch-norm", "temporaries", shortcut + 3 * inner)
             self.hold("kept activations", -inner)
             out = inner
-        self._backward_convolution(block.first, shortcut + out + unit * block.first.inputs * entered, last)
+        self._backward_convolution(block.first, shortcut + out + unit * block.first.inputs * entered, samples, last)
         if block.second is None:
             self.hold("kept activations", -unit * self.shape.features)
 
-    def _backward_convolution(self, convolution: Convolution, activations: float, last: bool) -> None:
-        gradient = self._layout(convolution, 1)
+    def _backward_convolution(self, convolution: Convolution, activations: float, samples: int, last: bool) -> None:
+        gradient = self._working(convolution, 1, samples)
         self.note(f"backward {convolution.name}", "temporaries", activations + gradient)
         self._gradient(convolution.name, last, convolution.weights, convolution.norm)
 
@@ -380,6 +438,18 @@ class _Step:
             # its weight.
             self.note(f"update of {name}")
             self.hold("gradients", -(weights + plain) * FP32)
+
+    def _working(self, convolution: Convolution, direction: int, samples: int) -> int:
+        """Bytes that a convolution of the suffix takes while it runs, forward (0) or backward (1)."""
+        if not (self.workload.winograd and convolution.tiles):
+            return self._layout(convolution, direction)
+        positions = _positions(convolution)
+        inputs, outputs = convolution.inputs // positions, convolution.outputs // positions
+        places, blocks = parts(outputs, inputs)[0]
+        tiles, block = samples * convolution.tiles, blocks[0].stop
+        products = len(places) * (block * inputs + tiles * (inputs + block))  # of weights, inputs and outputs
+        gradients = (convolution.weights + samples * convolution.inputs) * direction
+        return int((products + gradients) * FP32)
 
     def _layout(self, convolution: Convolution | None, direction: int) -> int:
         """Bytes of the copies of a convolution's weights while it runs: forward (0) or backward (1)."""
