@@ -45,6 +45,9 @@ MEANINGS: dict[Category, str] = {
     "masks": "vital channels, or masked weights",
 }
 
+Disk = Literal["state", "prefix cache"]
+"""state: trained weights, the optimizer's numbers and all that the method keeps, with its replay buffer."""
+
 FP32, BF16 = 4, 2
 LAYOUTS = {"cpu": (1, 3), "cuda": (0, 1)}
 """Copies of a convolution's weights that are alive while it runs, forward and backward. On the CPU oneDNN works on a
@@ -71,6 +74,11 @@ class Workload:
     copy; cached: the same, and kept on disk: prefix and copy are in memory only while something is computed."""
     winograd: bool = False
     """`device.convolutions: winograd`."""
+    cached_outputs: int = 0
+    """Prefix outputs in the cache when all tasks are learned: of every view of the device's training images, and of its
+    test images."""
+    cache_bytes: int = FP32
+    """Bytes per number in the cache."""
 
     @property
     def optimizer_copies(self) -> int:
@@ -87,6 +95,8 @@ class Footprint:
     """One device: bytes by category at the peak of a training step, and FLOPs of all its training (1 MAC = 2 FLOPs)."""
 
     memory: dict[Category, int]
+    disk: dict[Disk, int]
+    """Bytes on the device's disk after the last task."""
     moment: str
     """Where in the step the peak is, for instance "backward layer4.0.conv2"."""
     step_flops: int
@@ -102,6 +112,9 @@ class Footprint:
 
 def workload_of(scenario: Scenario, stream: TaskStream, image: Image, accelerator: str = "cpu") -> Workload:
     training = scenario.training
+    train, test = sum(len(task.train) for task in stream), sum(len(task.test) for task in stream)
+    views = 1 if scenario.augmentation == "none" else scenario.data.views
+    half = scenario.device.precision == "bf16" or scenario.device.prefix_cache_dtype != "exact"
     return Workload(
         image,
         training.batch_size,
@@ -115,6 +128,8 @@ def workload_of(scenario: Scenario, stream: TaskStream, image: Image, accelerato
         training.update == "at-once",
         ("cached" if scenario.caches_prefix else "fixed") if scenario.fixed_prefix else "batch",
         scenario.device.convolutions == "winograd" and scenario.device.precision == "fp32" and accelerator == "cpu",
+        (views * train + test) * scenario.caches_prefix,
+        BF16 if half else FP32,
     )
 
 
@@ -123,7 +138,13 @@ def footprint(network: Backbone, cost: StepCost, workload: Workload) -> Footprin
     shape = shape_of(network, workload.image)
     step = _Step(shape, cost, workload)
     step.play()
-    return Footprint(step.worst, step.moment, step_flops(shape, cost, workload), training_flops(shape, cost, workload))
+    disk: dict[Disk, int] = {
+        "state": step.saved,
+        "prefix cache": workload.cached_outputs * shape.features * workload.cache_bytes,
+    }
+    return Footprint(
+        step.worst, disk, step.moment, step_flops(shape, cost, workload), training_flops(shape, cost, workload)
+    )
 
 
 # -- FLOPs ---------------------------------------------------------------------------------------------------------
@@ -242,6 +263,20 @@ class _Step:
         self.note("saved state", "temporaries", self._saved_copies)
 
     @property
+    def saved(self) -> int:
+        """Bytes of the saved state."""
+        fresh = _Step(self.shape, self.cost, self.workload)
+        fresh._hold_for_good()
+        frozen = sum(b.parameters + sum(c.norm for c in b.convolutions) for b in fresh._present if b.frozen) * FP32
+        batch = (self.workload.batch + self.cost.replayed) * _pixels(self.workload.image)
+        return sum(fresh.live.values()) - fresh.live["frozen part"] - frozen - batch
+
+    @property
+    def _present(self) -> Sequence[Block]:
+        """The blocks whose weights are in memory while training."""
+        return self.shape.trained if self.workload.prefix == "cached" else self.shape.blocks
+
+    @property
     def _saved_copies(self) -> int:
         """Bytes that are copied while the state is saved: files hold tensors in the order of their indices, and the
         weights of larger kernels lie channels-last in memory. From a GPU the copies go to the host's memory."""
@@ -287,17 +322,15 @@ class _Step:
     def _hold_for_good(self) -> None:
         shape, cost, workload = self.shape, self.cost, self.workload
         trained = shape.trained_parameters * FP32
-        present = shape.trained if workload.prefix == "cached" else shape.blocks
-        norms = sum(c.norm for b in present for c in b.convolutions)  # as many statistics as affine parameters
-        weights = sum(b.parameters for b in present) + shape.head_parameters
+        norms = sum(c.norm for b in self._present for c in b.convolutions)  # as many statistics as affine parameters
+        weights = sum(b.parameters for b in self._present) + shape.head_parameters
         adapters = sum(_adapter(b, k) for b in self._boundaries for k in range(1, self._columns + 1))
         self.hold("parameters", (weights + norms + adapters) * FP32 + self._columns * trained)
         if workload.prefix == "fixed":
             self.hold("frozen part", self._folded_bytes)
         self.hold("optimizer state", trained * workload.optimizer_copies)
         self.hold("weight copies", (cost.weight_copies + cost.columns) * trained)
-        image = workload.image[0] * workload.image[1] * workload.image[2]
-        pixels = (workload.batch + cost.replayed + cost.stored_images) * image
+        pixels = (workload.batch + cost.replayed + cost.stored_images) * _pixels(workload.image)
         self.hold("buffer", pixels + cost.stored_logits * shape.classes * FP32)
         maps = sum(b.maps for b in shape.trained)
         memory = shape.features * (self.size if shape.frozen else 1)
@@ -318,7 +351,7 @@ class _Step:
         unit = CHUNK * self.size
         copy = self._folded_bytes if self.workload.prefix == "cached" else 0
         outputs = samples * self.shape.features * self.size
-        x = CHUNK * self.workload.image[0] * self.workload.image[1] * self.workload.image[2] * FP32
+        x = CHUNK * _pixels(self.workload.image) * FP32
         for block in self.shape.frozen:
             first, second, shortcut = block.first, block.second, block.shortcut
             beside = shortcut.outputs if shortcut else 0
@@ -332,7 +365,7 @@ class _Step:
     def _prefix(self, samples: int) -> None:
         """No graph is kept, so only the worst of its moments counts."""
         unit = samples * self.size
-        image = samples * self.workload.image[0] * self.workload.image[1] * self.workload.image[2] * FP32
+        image = samples * _pixels(self.workload.image) * FP32
         before = 0
         for block in self.shape.frozen:
             x = image if block.second is None else unit * before
@@ -460,6 +493,11 @@ def _adapter(block: Block, earlier: int) -> int:
     """Parameters and statistics of an adapter to `earlier` columns after this block: V, U with bias, batch-norm."""
     channels = block.outputs // _positions(block.second or block.first)
     return channels * channels * (earlier + 1) + 5 * channels
+
+
+def _pixels(image: Image) -> int:
+    channels, height, width = image
+    return channels * height * width
 
 
 def _positions(convolution: Convolution) -> int:
