@@ -143,6 +143,7 @@ class EdgeDevice:
                 self._save()
             if on_epoch:
                 on_epoch(task, epoch + 1, loss)
+        self.method.prefix_features.release()  # the saved state is a copy of the weights
         peak = hardware.peak() / 2**20
         self.last_report = Trained(
             device=self.number,

@@ -120,7 +120,7 @@ class FixedPrefix(PrefixFeatures):
         found, present = store.read(rows)
         features = found.to(self._device, self._dtype)
         if present.all():
-            self._release()
+            self.release()
             return features
         missing = np.flatnonzero(~present)
         computed = self._compute(batch.images[torch.from_numpy(missing)])
@@ -131,9 +131,9 @@ class FixedPrefix(PrefixFeatures):
             self._switch_off(error)
         return features
 
-    def _release(self) -> None:
-        """The suffix alone stays in memory."""
-        if self._folded is not None:
+    def release(self) -> None:
+        """With a cache, the suffix alone stays in memory."""
+        if self.stores is not None and self._folded is not None:
             self._folded = None
             if self._weights is not None:
                 self._weights.release()

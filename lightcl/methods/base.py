@@ -172,6 +172,9 @@ class PrefixFeatures:
         images = batches[0].images if len(batches) == 1 else torch.cat([batch.images for batch in batches])
         return self.network.features(images, on_map)
 
+    def release(self) -> None:
+        """Lets go of what the next call can make again; called where a task's training begins and ends."""
+
 
 class Method:
     """One method on one device. Subclasses override what their paper adds to plain cross-entropy."""

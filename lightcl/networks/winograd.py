@@ -25,7 +25,7 @@ from torch import Tensor, nn
 TILE, REACH = 4, 6
 """Outputs and inputs of a tile along one side."""
 BLOCK = 2**20
-"""Transformed weights that exist at a time, in numbers; a block stays in a processor's cache."""
+"""Transformed weights in numbers: as many may exist together; where there are more, a quarter of it at a time."""
 
 INPUT = (
     (4, 0, -5, 0, 1, 0), (0, -4, -4, 1, 1, 0), (0, 4, -4, -1, 1, 0),
@@ -217,7 +217,9 @@ def parts(outputs: int, inputs: int) -> list[tuple[range, list[slice]]]:
 
     All places for weights that are small enough when transformed, else a third of them.
     """
-    count = REACH * REACH if REACH * REACH * inputs * outputs <= BLOCK else REACH * REACH // 3
-    size = max(16, BLOCK // (count * inputs) // 16 * 16)
+    if REACH * REACH * inputs * outputs <= BLOCK:
+        return [(range(REACH * REACH), [slice(0, outputs)])]
+    count = REACH * REACH // 3
+    size = max(16, BLOCK // 4 // (count * inputs) // 16 * 16)
     blocks = [slice(start, min(start + size, outputs)) for start in range(0, outputs, size)]
     return [(range(start, start + count), blocks) for start in range(0, REACH * REACH, count)]
