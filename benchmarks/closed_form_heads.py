@@ -1,11 +1,11 @@
-"""What the closed-form classifier of lightcl-plus owes to what: heads and features, on the networks of finished runs.
+"""Heads and features of lightcl-plus's closed-form classifier compared, on the networks of finished runs.
 
     lightcl simulate cifar10-10-devices --set method.name=lightcl-plus --out RUN ...
     python benchmarks/closed_form_heads.py RUN [RUN ...]
 
-For every device of the runs (one a seed) the final network is opened, the statistics are collected anew in the order of
-its stream, and each head answers the device's test images. Figures: mean over the devices, then mean ± standard error
-over the runs, in percent; bytes of what a device keeps for the head.
+For every device of the runs (one run per seed) the final network is opened, the statistics are collected again in the
+order of its stream, and each head classifies the device's test images. Figures: mean over the devices, then mean ±
+standard error over the runs, in percent; bytes that a device keeps for the head.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def nearest_mean(statistics: Statistics, shrinkage: float) -> LinearHead:
 def ridge_regression(statistics: Statistics, shrinkage: float) -> LinearHead:
     """Least squares on one-hot targets, centered; the penalty is a share of the features' mean variance."""
     count = statistics.count.sum()
-    centre, prior = statistics.total.sum(0) / count, statistics.count / count
-    gram = from_upper_triangle(statistics.gram, len(centre)) / count - torch.outer(centre, centre)
+    center, prior = statistics.total.sum(0) / count, statistics.count / count
+    gram = from_upper_triangle(statistics.gram, len(center)) / count - torch.outer(center, center)
     gram.diagonal().add_(shrinkage * gram.diagonal().mean())
-    weight = torch.linalg.solve(gram, (statistics.total / count - torch.outer(prior, centre)).T).T
-    return LinearHead(weight.float(), (prior - weight @ centre).float(), (statistics.count > 0).float())
+    weight = torch.linalg.solve(gram, (statistics.total / count - torch.outer(prior, center)).T).T
+    return LinearHead(weight.float(), (prior - weight @ center).float(), (statistics.count > 0).float())
 
 
 HEADS: dict[str, Solve] = {"LDA": discriminant_head, "nearest class mean": nearest_mean, "ridge": ridge_regression}
@@ -88,13 +88,13 @@ method: {name: lightcl-plus}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="*", metavar="RUN")
-    parser.add_argument("--toy", action="store_true", help="on one tiny run of its own; the figures mean nothing")
+    parser.add_argument("--toy", action="store_true", help="on one tiny run; the figures are meaningless")
     chosen = parser.parse_args()
     if not chosen.runs and not chosen.toy:
         parser.error("name the RUN folders, or --toy")
     with tempfile.TemporaryDirectory() as folder:
         runs = [compare(path) for path in ([toy_run(Path(folder))] if chosen.toy else chosen.runs)]
-    print("| head | TIL | CIL | kept by a device |\n|---|---|---|---|")
+    print("| head | TIL | CIL | kept per device |\n|---|---|---|---|")
     for name, (_, size) in runs[0].items():
         cells = [spread([fmean(figures[i] for figures in run[name][0]) for run in runs]) for i in (0, 1)]
         print(f"| {name} | {' | '.join(cells)} | {f'{size / 1e6:.2f} MB' if size else '–'} |")
@@ -191,7 +191,7 @@ def _width(device: EdgeDevice, count: int, grid: bool) -> int:
 
 
 def _describe(maps: dict[str, Tensor], count: int, grid: bool) -> Tensor:
-    """As LightCLPlus.described, for any choice of maps."""
+    """As LightCLPlus.outputs_and_phi, for any choice of maps."""
     chosen = list(maps.values())[-count:]
     parts = [feature_map.float().mean((2, 3)) for feature_map in chosen[:-1]]
     return torch.cat([*parts, F.adaptive_avg_pool2d(chosen[-1].float(), 2 if grid else 1).flatten(1)], 1)

@@ -3,8 +3,8 @@
     python benchmarks/digits_methods.py --seeds 3                 # width 8 from random weights, 8 epochs at 0.03
     python benchmarks/digits_methods.py --seeds 3 --pretrained    # the built-in weights (width 20), 5 epochs at 0.01
 
-One of three devices (about 85 training images a task), batch 16, one thread. A sanity check of the methods in minutes,
-not a benchmark of them: the paper's comparison is another matter. Learning rates are not tuned method by method.
+One of three devices (about 85 training images per task), batch 16, one thread. A sanity check that takes minutes, not a
+replacement for the paper's comparison. Learning rates are not tuned per method.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pretrained", action="store_true")
-    parser.add_argument("--toy", action="store_true", help="smallest size; the figures mean nothing")
+    parser.add_argument("--toy", action="store_true", help="smallest size; the figures are meaningless")
     options = parser.parse_args()
     if options.toy:
         options.seeds = 1

@@ -1,13 +1,13 @@
-"""What the simulation engine itself costs: device-rounds per second by size of the fleet, own engine against Flower's.
+"""Cost of the simulation engine itself: device-rounds per second by fleet size, for our engine and Flower's.
 
     python benchmarks/fleet_runtime.py [--devices 100 1000 10000] [--per-round 50] [--rounds 5] [--app echo|real]
                                        [--engines ray flower] [--workers 2] [--toy]
 
-`echo` is a ClientApp that returns what it was sent (100 kB of tensors), so that all the time is the engine's; `real` is
-the project's own ClientApp on synthetic 8x8 images (width 4, one epoch). Each round sends one message to each of
+`echo` is a ClientApp that returns its input (100 kB of tensors), so that all time is spent in the engine; `real` is the
+project's own ClientApp on synthetic 8x8 images (width 4, one epoch). Each round sends one message to each of
 `--per-round` devices and waits for all replies. The first round, in which workers start and load PyTorch, is reported
-apart; of the others the median counts. Flower's engine gets one node per device; give it no more than a thousand.
-Every size and engine runs in a process of its own; memory is the resident set of the driver after the last round.
+separately; for the later rounds, the median. Flower's engine gets one node per device; use at most a thousand. Every
+size and engine runs in a separate process; memory is the resident set of the driver after the last round.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def write_images(folder: Path, train: int, test: int = 20) -> None:
 
 
 def make_server(chosen: argparse.Namespace, real: Scenario | None, found: dict[str, object]) -> ServerApp:
-    """Greets nobody: it sends `rounds` rounds of messages and notes the seconds of each."""
+    """Sends `rounds` rounds of messages, without greetings, and records the seconds of each."""
     app, devices = ServerApp(), chosen.devices[0]
     record = ArrayRecord({"weights": Array(np.zeros(25_000, dtype=np.float32))})
 
@@ -128,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, nargs="+", default=[100, 1_000, 10_000])
     parser.add_argument("--per-round", type=int, default=50)
-    parser.add_argument("--rounds", type=int, default=5, help="beside the first")
+    parser.add_argument("--rounds", type=int, default=5, help="after the first")
     parser.add_argument("--app", choices=["echo", "real"], default="echo")
     parser.add_argument("--engines", choices=["ray", "flower"], nargs="+", default=["ray", "flower"])
     parser.add_argument("--flower-most", type=int, default=1_000, help="largest fleet for Flower's engine")
@@ -142,7 +142,7 @@ def main() -> None:
         measure(chosen)
         return
     environment = os.environ | {"OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-    print("| devices | engine | first round | a later round | device-rounds/s | ms per device-round | driver |")
+    print("| devices | engine | first round | later rounds | device-rounds/s | ms per device-round | driver |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder), 2 * 10 * max(chosen.devices) if chosen.app == "real" else 40)

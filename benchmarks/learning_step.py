@@ -1,13 +1,13 @@
-"""Speed of a LightCL training step against a literal twin of the paper's, on the same images, in one run.
+"""Speed of a LightCL training step, compared with a literal twin of the paper's on the same images in one run.
 
     python benchmarks/learning_step.py [--widths 20,64] [--steps 24] [--repeats 5] [--threads 2] [--errors] [--toy]
 
-The twin (tests/reference/paper_step.py) computes the whole network in training mode, for the batch and again for the
-memory samples, on the images of the same augmentation. Ours is the device's own training loop, over whole epochs of
-the second task, so it counts drawing, augmenting, reading and updating. The variants take turns, and the median of
-their rates counts. On a machine with other work the fastest of each, in the last column, is the steadier figure.
-`floor` is the arithmetic of suffix and head alone: forward and backward of the two passes on fixed features, without
-loss terms, updates or reading.
+The twin (tests/reference/paper_step.py) computes the entire network in training mode, for the batch and again for the
+memory samples, on images with the same augmentation. Ours is the device's own training loop over entire epochs of the
+second task, so it includes drawing, augmenting, reading and updating. The variants take turns, and the median of their
+rates is reported. On a busy machine the fastest rate of each, in the last column, is the more stable figure. `floor` is
+the arithmetic of suffix and head only: forward and backward of the two passes on fixed features, without loss terms,
+updates or reading.
 
 `--errors` prints the largest error of a logit under a rounded prefix cache, relative to the image's largest logit.
 """
@@ -66,7 +66,7 @@ OURS: dict[str, dict[str, dict[str, object]]] = {
 MEMORY = 15
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 RATE = 1e-6
-"""Learning rate: so small that random weights stay as they are, and the time of a step with them."""
+"""Learning rate: so small that the random weights, and with them the time of a step, hardly change."""
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: processor time, for a busy machine")
     parser.add_argument("--only", help="names of the variants of ours, by their beginnings, separated by |")
     parser.add_argument("--errors", action="store_true", help="measure rounding instead of time")
-    parser.add_argument("--toy", action="store_true", help="smallest size; the figures mean nothing")
+    parser.add_argument("--toy", action="store_true", help="smallest size; the figures are meaningless")
     chosen = parser.parse_args()
     if chosen.toy:
         chosen.widths, chosen.batch, chosen.steps, chosen.repeats, chosen.threads = "4", 4, 2, 1, 1
@@ -181,7 +181,7 @@ def ours(
 
 
 def paper(width: int, chosen: argparse.Namespace, layout: torch.memory_format) -> Callable[[], int]:
-    """The twin, on freshly augmented batches of the same images."""
+    """The twin, on newly augmented batches of the same images."""
     images = images_of(chosen)
     members = np.flatnonzero(images.labels >= 2)
     pixels = torch.from_numpy(images.images[members]).permute(0, 3, 1, 2).contiguous(memory_format=layout)

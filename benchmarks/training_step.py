@@ -1,9 +1,9 @@
-"""Training speed of one device, per method and precision: images per second over full steps, on one thread; and the
-size of its network and of a message with its suffix.
+"""Training speed of one device by method and precision, in images per second on one thread; the size of its
+network and of a message with its suffix.
 
     python benchmarks/training_step.py [--width 20] [--batch 32] [--epochs 3] [--toy]
 
-Ratios hold within one run only; the variants are measured in turn, several times, and the median counts.
+Ratios are valid only within one run. The variants are measured in turn, several times, and the median is reported.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=3, help="of 8 steps each")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--toy", action="store_true", help="smallest size; the figures mean nothing")
+    parser.add_argument("--toy", action="store_true", help="smallest size; the figures are meaningless")
     chosen = parser.parse_args()
     if chosen.toy:
         chosen.width, chosen.batch, chosen.epochs, chosen.repeats = 4, 4, 2, 1

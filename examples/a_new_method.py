@@ -57,14 +57,14 @@ class HoldHead(lightcl.Method):
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    options.add_argument("--tasks", type=int, default=5, help="tasks of two digits each (default: %(default)s)")
-    options.add_argument("--epochs", type=int, default=5, help="epochs per task (default: %(default)s)")
-    options.add_argument("--strength", type=float, default=10.0, help="weight of the penalty (default: %(default)s)")
-    asked = options.parse_args()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tasks", type=int, default=5, help="tasks of two digits each (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=5, help="epochs per task (default: %(default)s)")
+    parser.add_argument("--strength", type=float, default=10.0, help="weight of the penalty (default: %(default)s)")
+    args = parser.parse_args()
 
-    sizes = {"stream.tasks": asked.tasks, "training.epochs": asked.epochs}
-    for method in ({"name": "sgd"}, {"name": "hold-head", "strength": asked.strength}):
+    sizes = {"stream.tasks": args.tasks, "training.epochs": args.epochs}
+    for method in ({"name": "sgd"}, {"name": "hold-head", "strength": args.strength}):
         scenario = lightcl.load_scenario("quickstart", sizes, method=method)
         with lightcl.open_device(scenario) as device:
             for task in device.tasks:

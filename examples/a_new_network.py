@@ -9,8 +9,8 @@ Or use the same file as a plugin of the command line:
     lightcl train quickstart --plugin examples/a_new_network.py --set network.name=small-cnn \\
         --set network.width=16 --set network.weights=none --set method.name=er
 
-A backbone names its blocks in the order of the forward pass. The base class makes the frozen prefix, the trained suffix
-and the head of them (lightcl/networks/staged.py).
+A backbone names its blocks in the order of the forward pass. The base class builds the frozen prefix, the trained
+suffix and the head from them (lightcl/networks/staged.py).
 """
 
 import argparse
@@ -78,7 +78,7 @@ class SmallCNN(lightcl.Backbone):
         return self.block_channels(name.removesuffix(".relu"))
 
     def channel_sets(self) -> tuple[ChannelSet, ...]:
-        """Each block's channels are written by its convolution and read by the next one, at last by the head."""
+        """Each block's channels are written by its convolution and read by the next one, the last by the head."""
         readers = ("block2.conv", "block3.conv", "fc")
         return tuple(
             ChannelSet(name, name, (f"{name}.conv",), (f"{name}.norm",), (reader,))
@@ -91,16 +91,16 @@ class SmallCNN(lightcl.Backbone):
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    options.add_argument("--tasks", type=int, default=5, help="tasks of two digits each (default: %(default)s)")
-    options.add_argument("--epochs", type=int, default=20, help="epochs per task (default: %(default)s)")
-    asked = options.parse_args()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tasks", type=int, default=5, help="tasks of two digits each (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=20, help="epochs per task (default: %(default)s)")
+    args = parser.parse_args()
 
     scenario = lightcl.load_scenario(
         "quickstart",
-        {"stream.tasks": asked.tasks, "training.epochs": asked.epochs},
+        {"stream.tasks": args.tasks, "training.epochs": args.epochs},
         network={"name": "small-cnn", "width": 16, "weights": "none"},
-        method={"name": "er"},  # its default freezes nothing, as weights that nobody trained should be trained
+        method={"name": "er"},  # freezes nothing by default: these weights are not pre-trained
     )
     with lightcl.open_device(scenario) as device:
         for task in device.tasks:

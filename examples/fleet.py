@@ -17,7 +17,7 @@ from simulations import run_fleet
 
 
 class PrintRounds(Listener):
-    """Is told what happens in the run; all methods of `Listener` do nothing unless they are overridden."""
+    """Receives the events of the run; override the methods of `Listener` for the events that you need."""
 
     def round_finished(self, row: RoundRow) -> None:
         accuracy = "" if row.til is None else f", accuracy {row.til.mean:.2f} (task known, mean over devices)"
@@ -25,22 +25,22 @@ class PrintRounds(Listener):
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    options.add_argument("--devices", type=int, default=4, help="devices of the fleet (default: %(default)s)")
-    options.add_argument("--tasks", type=int, default=3, help="tasks of two digits each (default: %(default)s)")
-    options.add_argument("--epochs", type=int, default=2, help="epochs per task (default: %(default)s)")
-    options.add_argument("--out", type=Path, help="run folder; default: a temporary one")
-    asked = options.parse_args()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--devices", type=int, default=4, help="devices of the fleet (default: %(default)s)")
+    parser.add_argument("--tasks", type=int, default=3, help="tasks of two digits each (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs per task (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="run folder; default: a temporary one")
+    args = parser.parse_args()
 
     scenario = lightcl.load_scenario(
         "quickstart",
-        stream={"tasks": asked.tasks},
-        fleet={"devices": asked.devices, "partition": "inner-dirichlet", "alpha": 1.0},
-        training={"epochs": asked.epochs},
+        stream={"tasks": args.tasks},
+        fleet={"devices": args.devices, "partition": "inner-dirichlet", "alpha": 1.0},
+        training={"epochs": args.epochs},
         server={"aggregation": "suffix"},
     )
     with tempfile.TemporaryDirectory() as folder:
-        run = run_fleet(scenario, asked.out or Path(folder) / "run", listeners=[PrintRounds()])
+        run = run_fleet(scenario, args.out or Path(folder) / "run", listeners=[PrintRounds()])
 
     print("\naverage accuracy per device, task known:")
     for number, matrix in run.matrices("til").items():

@@ -3,7 +3,7 @@
     python examples/one_device.py
     python examples/one_device.py --method lightcl-plus --epochs 10
 
-Needs the extra `data` (scikit-learn has the digits): pip install -e '.[data]'
+Needs the extra `data` (the digits come with scikit-learn): pip install -e '.[data]'
 """
 
 import argparse
@@ -12,16 +12,16 @@ import lightcl
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    options.add_argument("--method", default="lightcl", help="a continual-learning method (default: %(default)s)")
-    options.add_argument("--tasks", type=int, default=5, help="tasks of two digits each (default: %(default)s)")
-    options.add_argument("--epochs", type=int, default=5, help="epochs per task (default: %(default)s)")
-    asked = options.parse_args()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--method", default="lightcl", help="a continual-learning method (default: %(default)s)")
+    parser.add_argument("--tasks", type=int, default=5, help="tasks of two digits each (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=5, help="epochs per task (default: %(default)s)")
+    args = parser.parse_args()
 
     # A bundled scenario with changes. A path or a dictionary works too; a wrong key is an error that names it.
     scenario = lightcl.load_scenario(
         "quickstart",
-        {"method.name": asked.method, "stream.tasks": asked.tasks, "training.epochs": asked.epochs},
+        {"method.name": args.method, "stream.tasks": args.tasks, "training.epochs": args.epochs},
     )
 
     with lightcl.open_device(scenario, number=0) as device:
@@ -35,7 +35,7 @@ def main() -> None:
 
         for setting, meaning in (("til", "task known"), ("cil", "task not known")):
             matrix = device.matrix(setting)
-            if matrix.last >= 0:  # some methods answer only where the task is known
+            if matrix.last >= 0:  # some methods are only tested with the task known
                 print(f"\naccuracy, {meaning}; row t is after task t, column k is task k:")
                 print(matrix.values.round(2))
                 print(f"average accuracy {matrix.average_accuracy():.2f}")

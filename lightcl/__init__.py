@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightcl.data.images import ImageSet, Source, SourceRequest
     from lightcl.data.partition import Share
+    from lightcl.data.partitioners import register_partitioner
     from lightcl.data.sources import register_source
     from lightcl.errors import RequestError
     from lightcl.interface import OpenDevice, open_device, source_from_arrays
@@ -40,6 +41,7 @@ __all__ = [
     "open_device",
     "register",
     "register_backbone",
+    "register_partitioner",
     "register_source",
     "source_from_arrays",
 ]
@@ -47,6 +49,7 @@ __all__ = [
 _MODULES = {
     "lightcl.data.images": ("ImageSet", "Source", "SourceRequest"),
     "lightcl.data.partition": ("Share",),
+    "lightcl.data.partitioners": ("register_partitioner",),
     "lightcl.data.sources": ("register_source",),
     "lightcl.errors": ("RequestError",),
     "lightcl.interface": ("OpenDevice", "open_device", "source_from_arrays"),

@@ -1,11 +1,11 @@
-"""Accuracy matrix -> average accuracy, forgetting, backward transfer; and their spread over a fleet.
+"""Average accuracy, forgetting and backward transfer from an accuracy matrix, and their spread over a fleet.
 
 A device need not learn every task of the scenario: it skips the tasks for which it has too few images. The matrix has
 the scenario's tasks as rows and columns; the row and the column of a skipped task are holes (NaN), and every figure is
 defined over the tasks that the device has learned. With L tasks learned, the figures are those of the L x L matrix
 without the holes.
 
-There is no forward transfer: the head's rows of a task are untrained until it is learned, so that accuracy on it before
+There is no forward transfer: the head's rows for a task are untrained until it is learned, so the accuracy on it before
 is chance.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 NAN = float("nan")
 
 FEW_TEST_IMAGES = 50
-"""A device that is tested on fewer images than this has a coarse accuracy: one image is more than two points."""
+"""With fewer test images than this, the accuracy of a device is coarse: one image is more than two points."""
 
 
 class AccuracyMatrix:
@@ -34,8 +34,7 @@ class AccuracyMatrix:
     ) -> AccuracyMatrix:
         """`rows[t][i]` is the accuracy on task `ids[i]` after task t; all numbers are the scenario's.
 
-        `ids` are the tasks that the device learns, ascending; the default is all. A row ends with the task that it is
-        about or earlier.
+        `ids` are the tasks that the device learns, ascending; by default all. A row ends with its own task or earlier.
         """
         columns = np.arange(tasks) if ids is None else np.asarray(ids, dtype=np.int64)
         matrix = cls(tasks)
@@ -107,7 +106,7 @@ class AccuracyMatrix:
 
 
 def _mean(values: np.ndarray) -> float:
-    """Mean over the values that are there; NaN for none."""
+    """Mean over the values that are not NaN; NaN if there are none."""
     values = values[~np.isnan(values)]
     return float(values.mean()) if len(values) else NAN
 
@@ -138,7 +137,7 @@ class Spread:
 def fleet_summary(matrices: Sequence[AccuracyMatrix]) -> dict[str, Spread]:
     """Average accuracy, forgetting and backward transfer of every device, as their spread over the fleet.
 
-    Devices without a test count for nothing; a device that learned one task counts for average accuracy alone.
+    Devices without a test are ignored; a device that learned one task counts only for average accuracy.
     """
     rows = [matrix.summary() for matrix in matrices if matrix.last >= 0]
     return {key: Spread.of([row[key] for row in rows]) for key in AccuracyMatrix(1).summary()}

@@ -1,4 +1,4 @@
-"""Plugins: Python files and installed packages of a user that register methods, backbones or data sources.
+"""Plugins: a user's Python files and installed packages that register methods, networks, data sources or partitioners.
 
 Files are named in the environment variable LIGHTCL_PLUGINS (separated as in PATH), installed packages by the
 entry-point group `lightcl.plugins`. Every registry loads both before a lookup (lightcl/registry.py). Child processes

@@ -184,7 +184,7 @@ def _with_freeze(scenario: Scenario, point: str) -> Scenario:
 
 
 def _as_chosen(folder: RunFolder, scenario: Scenario) -> Scenario:
-    """`network.freeze: auto` as it was resolved when the run in the folder began; nothing is analysed again."""
+    """`network.freeze: auto` as it was resolved when the run in the folder began; nothing is analyzed again."""
     analysis = folder.analysis()
     if scenario.network.freeze != "auto" or analysis is None:
         return scenario

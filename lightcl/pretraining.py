@@ -1,4 +1,4 @@
-"""Trains a network on a labelled image source, to be used as the frozen prefix and the suffix's start."""
+"""Trains a network on a labeled image source: the frozen prefix, and the initial weights of the suffix."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def pretrain(
 ) -> float:
     """Trains on `source.train`, writes `file` (fp16 safetensors) and its model card; returns the test accuracy in 0..1.
 
-    `data` and `command` go into the card. A killed run goes on from the last finished epoch. Raises RequestError,
-    before anything is learned, for a recipe that cannot be carried out and a place that cannot be written to.
+    `data` and `command` go into the card. A killed run continues from the last finished epoch. Raises RequestError
+    before training for a recipe that cannot be carried out and a file that cannot be written.
     """
     if file.suffix != ".safetensors":
         raise RequestError(f"--out: {file} should end in .safetensors")
@@ -92,7 +92,7 @@ def pretrain(
                 before = stored.metadata()
         except (OSError, SafetensorError) as error:
             raise RequestError(
-                f"{checkpoint}: not what a killed run leaves ({error}); remove it or name another --out"
+                f"{checkpoint}: not the checkpoint of a killed run ({error}); remove it or name another --out"
             ) from error
         if before != facts:
             raise RequestError(f"{checkpoint}: left by a run with another recipe; remove it or name another --out")
@@ -128,7 +128,7 @@ def pretrain(
         report(EpochReport(epoch + 1, recipe.epochs, total / steps, accuracy, time.monotonic() - start))
 
     save_weights(network, file, facts | {"command": command})
-    load_weights(network, file, head=True)  # what was stored, rounded to fp16, is what the card speaks of
+    load_weights(network, file, head=True)  # the card reports the accuracy of the stored weights, rounded to fp16
     accuracy = top1(network, source.test, bf16=False)
     file.with_suffix(".md").write_text(_card(file, recipe, source, data, command, accuracy))
     checkpoint.unlink(missing_ok=True)
@@ -149,7 +149,7 @@ def top1(network: StagedResNet, images: ImageSet, bf16: bool) -> float:
 
 
 def _check_place(file: Path) -> None:
-    """Makes the folder and tries it out: hours of training should not be lost to it."""
+    """Creates the folder and checks that it is writable, before hours of training."""
     if file.is_dir():
         raise RequestError(f"--out: {file} is a folder, not a file")
     try:
@@ -157,7 +157,7 @@ def _check_place(file: Path) -> None:
         with tempfile.TemporaryFile(dir=file.parent):
             pass
     except OSError as error:
-        raise RequestError(f"--out: {file} cannot be written to ({error.strerror}); name another place") from error
+        raise RequestError(f"--out: {file} cannot be written to ({error.strerror}); name another file") from error
 
 
 def _save_checkpoint(
@@ -184,7 +184,7 @@ def _resume(
     for name, parameter in network.named_parameters():
         optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum.{name}"].to(parameter.device)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the optimizer took its steps in the process that was killed
+        warnings.simplefilter("ignore", UserWarning)  # the steps were taken in the process that was killed
         for _ in range(epoch * steps):
             schedule.step()
     return epoch

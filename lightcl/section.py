@@ -1,4 +1,4 @@
-"""What every section of a scenario is: typed, strict, frozen, and refusing unknown keys."""
+"""Base class of all sections of a scenario: typed, strict, frozen, without unknown keys."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    # strict: neither true nor '2' nor 2.0 is the integer 2 (an integer is a float all the same).
+    # strict: neither true nor '2' nor 2.0 is the integer 2 (an integer is accepted as a float).
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )

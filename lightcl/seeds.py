@@ -1,4 +1,4 @@
-"""Randomness is derived from what it is for, never from the order in which things happen to run."""
+"""Seeds are derived from their purpose, never from the order in which things run."""
 
 import hashlib
 

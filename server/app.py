@@ -62,7 +62,7 @@ def main(grid: Grid, context: Context) -> None:
     else:
         open_remote_run(folder, scenario, command, resume=resume)
     if folder.completed:
-        logger.info("the run in %s was complete already", folder.path)
+        logger.info("the run in %s is already complete", folder.path)
         return
     run = str(folder.read()["run"])
     with folder.locked():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from lightcl.exchange.messages import Greeting
 from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario
 from server.ledger import Entry, Ledger
@@ -30,10 +31,10 @@ class Connections:
     _warned: set[str] = field(default_factory=set)
     _own_data: set[int] = field(default_factory=set)
 
-    def connect(self) -> None:
+    def connect(self) -> Greeting:
         """Waits for the nodes of all devices that still have to learn, `server.connect_timeout` at most.
 
-        Raises NobodyConnected where none has come by then.
+        Returns what they agree on. Raises NobodyConnected where none has come by then.
         """
         limit, start = self.scenario.server.connect_timeout, time.monotonic()
         wanted, shown = self.ledger.active, -1
@@ -56,6 +57,7 @@ class Connections:
         for entry in missing:  # they take part as soon as they are connected
             self.listener.refused(entry.number, f"not connected {waited}")
         self.nodes.settle()
+        return self.nodes.agreed
 
     def reachable(self) -> list[Entry]:
         """The connected devices that still have to learn; waits for one, and drops those that stay away."""

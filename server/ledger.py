@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from lightcl.exchange.messages import Refusal, Tested, Trained
-from lightcl.records.rows import DeviceRow
+from lightcl.records.rows import DeviceRow, Results, RoundRow
 from lightcl.scenario import Scenario
 
 
@@ -156,6 +156,14 @@ class Ledger:
         """An estimate: device-rounds still to come over devices per round."""
         per_round = max(1, round(self._scenario.server.fraction * len(self.entries)))
         return -(-sum(entry.rounds_left(self._scenario) for entry in self.entries) // per_round)
+
+    def results(self, rounds: Sequence[RoundRow]) -> Results:
+        """How the run ended after these rounds, over the devices that finished their streams."""
+        finished = self.finished
+        return Results.of(
+            [entry.rows for entry in finished], self._scenario.stream.tasks, devices=len(self), dropped=self.dropped,
+            rounds=rounds, ids=[entry.tasks for entry in finished], without_tasks=self.without_tasks,
+        )  # fmt: skip
 
     def set_tasks_(self, number: int, tasks: Sequence[int]) -> None:
         """What a board with images of its own says that it can learn. A board that has begun keeps its tasks."""

@@ -8,20 +8,20 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from flwr.serverapp import Grid
-from torch import Tensor
 
 from lightcl import errors
 from lightcl.assembly import build_network
-from lightcl.exchange.messages import Greeting, Instruction
+from lightcl.exchange.messages import Instruction
 from lightcl.networks.pruning import channel_digest
 from lightcl.networks.weights import digest
-from lightcl.records.folder import DEVICES, EVENTS, ROUNDS, RunFolder
-from lightcl.records.rows import DeviceRow, Failure, Results, RoundRow
+from lightcl.records.folder import EVENTS, RunFolder
+from lightcl.records.rows import DeviceRow, Failure, Results
 from lightcl.scenario import Scenario
 from server.aggregation import Aggregator
-from server.checkpoint import Checkpoint, PendingRound
+from server.checkpoint import Checkpoint, PendingRound, Saved
 from server.connecting import Connections, NobodyConnected
 from server.dispatch import Dispatch
+from server.journal import Journal
 from server.ledger import Entry, Ledger
 from server.listeners import EventLog, Listener, Listeners, WarningLog
 from server.mailbox import Mailbox, WorkerDied
@@ -62,8 +62,7 @@ class Coordinator:
         self.aggregator: Aggregator | None = None
         self.stop = threading.Event()
         """Set from another thread, it ends the run the next time the server waits."""
-        self._checkpoint = Checkpoint(folder.path / "server", durable=durable)
-        self._restored: tuple[dict[str, Tensor], int] | None = None
+        self._journal = Journal(folder, Checkpoint(folder.path / "server", durable=durable), self.ledger)
 
     # -- the run -----------------------------------------------------------------------------------------------
 
@@ -75,12 +74,13 @@ class Coordinator:
         except (NobodyConnected, WorkerDied) as error:  # no device's fault: the round is not recorded, and begins again
             self._fail(str(error))
         finally:
-            self._checkpoint.close()
+            self._journal.checkpoint.close()
 
     def _run(self, grid: Grid) -> Results:
-        pending = self._restore()
-        connections = self._connect(grid)
-        if pending:  # the one round whose training is over, so `rounds_left` does not include it
+        saved = self._journal.restore()
+        self.round = saved.round if saved else 0
+        connections = self._connect(grid, saved)
+        if saved and (pending := saved.pending):  # its training is over, so `rounds_left` does not include it
             self.listener.round_started(self.round, self.ledger.rounds_left + 1, len(pending.rows))
             self._finish_round(pending, time.monotonic() - pending.training_seconds)
         while self.ledger.active:
@@ -89,45 +89,32 @@ class Coordinator:
                 self.round += 1
                 self._run_round(self.selection.choose(reachable, self.round))
         self._send_last_version()
-        return self._conclude()
+        if not self.ledger.finished:
+            reasons = "; ".join(sorted(set(self.ledger.dropped.values()))[:3]) or "none has images enough for a task"
+            self._fail(f"no device finished its stream: {reasons}")
+        results = self.ledger.results(self.folder.rounds())
+        self.folder.finish(results)
+        return results
 
-    def _connect(self, grid: Grid) -> Connections:
+    def _connect(self, grid: Grid, saved: Saved | None) -> Connections:
         """Waits for the devices, then builds what the rounds need."""
         mailbox = Mailbox(grid, self.stop)
         greeting = Instruction(0, self.run_id, self.scenario.model_dump_json(), self.round, 0, 0, 0)
         self._nodes = Nodes(mailbox, len(self.ledger), self.scenario.stream.tasks, greeting)
         connections = Connections(self.scenario, mailbox, self._nodes, self.ledger, self.folder, self.listener)
-        connections.connect()
-        assert self._nodes.agreed is not None
-        check = self._build_check(self._nodes.agreed)
+        agreed = connections.connect()
+        network = build_network(self.scenario, in_channels=agreed.channels, classes=agreed.classes)
+        aggregator = Aggregator(self.scenario.server, self.scenario.method.build(network))
+        if aggregator.shares:
+            self.aggregator = self._journal.aggregator = aggregator
+            if saved:
+                aggregator.restore(saved.tensors, saved.version)
+        check = ReplyCheck(self.scenario, digest(network.prefix), channel_digest(network), self.aggregator)
         dispatch = Dispatch(
             self.scenario, self.run_id, mailbox, self._nodes, self.ledger, self.listener, self.aggregator
         )
         self._phases = Phases(self.scenario, dispatch, check)
         return connections
-
-    def _build_check(self, greeting: Greeting) -> ReplyCheck:
-        """The check of replies, and `aggregator` where devices share something."""
-        network = build_network(self.scenario, in_channels=greeting.channels, classes=greeting.classes)
-        aggregator = Aggregator(self.scenario.server, self.scenario.method.build(network))
-        if aggregator.shares:
-            self.aggregator = aggregator
-            if self._restored:
-                self.aggregator.restore(*self._restored)
-        return ReplyCheck(self.scenario, digest(network.prefix), channel_digest(network), self.aggregator)
-
-    def _conclude(self) -> Results:
-        finished = self.ledger.finished
-        if not finished:
-            reasons = "; ".join(sorted(set(self.ledger.dropped.values()))[:3]) or "none has images enough for a task"
-            self._fail(f"no device finished its stream: {reasons}")
-        results = Results.of(
-            [entry.rows for entry in finished], self.scenario.stream.tasks, devices=len(self.ledger),
-            dropped=self.ledger.dropped, rounds=self.folder.rounds(), ids=[entry.tasks for entry in finished],
-            without_tasks=self.ledger.without_tasks,
-        )  # fmt: skip
-        self.folder.finish(results)
-        return results
 
     def _fail(self, reason: str) -> NoReturn:
         self.folder.fail(Failure(reason, self.ledger.dropped))
@@ -143,7 +130,7 @@ class Coordinator:
         # Devices adopt the new average when they are tested. If it were not safe on disk by then, a server killed in
         # between would ask them again for tensors that they no longer have.
         pending = PendingRound(rows, time.monotonic() - start)
-        self._save(pending)
+        self._journal.note_trained(self.round, pending)
         self._finish_round(pending, start)
 
     def _finish_round(self, pending: PendingRound, start: float) -> None:
@@ -151,7 +138,7 @@ class Coordinator:
         entries = [self.ledger[number] for number in sorted(rows)]
         self._phases.test_([e for e in entries if not rows[e.number].error and e.only_untested(self.scenario)], rows)
         self.ledger.count_failures_(rows)
-        self._record(pending, start)
+        self.listener.round_finished(self._journal.note_finished(self.round, pending, start))
 
     def _send_last_version(self) -> None:
         """Tests devices again that finished before the fleet's head had all sums in it: it is their head, too."""
@@ -164,41 +151,9 @@ class Coordinator:
             self.listener.round_started(self.round, 1, len(late))
             rows = self._new_rows(late)
             self._phases.test_(late, rows)
-            self._record(PendingRound(rows, 0.0), start)
+            self.listener.round_finished(self._journal.note_finished(self.round, PendingRound(rows, 0.0), start))
 
     def _new_rows(self, entries: Sequence[Entry]) -> dict[int, DeviceRow]:
         return {
             e.number: DeviceRow(self.round, e.number, self._nodes.name_of(e.number), e.task, e.epochs) for e in entries
         }
-
-    # -- records -----------------------------------------------------------------------------------------------
-
-    def _record(self, finished: PendingRound, start: float) -> None:
-        """Writes the rows of a finished round, then the state after it."""
-        rows = [finished.rows[number] for number in sorted(finished.rows)]
-        row = RoundRow.of(rows, len(self.ledger.finished), finished.training_seconds, time.monotonic() - start)
-        self.folder.append(DEVICES, rows)
-        self.folder.append(ROUNDS, [row])
-        self.ledger.changed.update(finished.rows)
-        self._save(None)
-        self.listener.round_finished(row)
-
-    def _save(self, pending: PendingRound | None) -> None:
-        """A round changes the entries of its devices; the shared tensors change in its training alone."""
-        if pending:
-            self.ledger.changed.update(pending.rows)
-        version = self.aggregator.version if self.aggregator else 0
-        tensors = (self.aggregator.state() if self.aggregator else {}) if pending else None
-        self._checkpoint.save(self.round, pending, version, tensors, self.ledger.take_changed_())
-
-    def _restore(self) -> PendingRound | None:
-        """Returns to the last saved point; a round whose training was over by then is returned as pending."""
-        saved = self._checkpoint.load()
-        if saved is None:
-            self.folder.forget_after(0)
-            return None
-        self.round = saved.round
-        self.folder.forget_after(self.round - 1 if saved.pending else self.round)
-        self.ledger.restore_(saved.entries)
-        self._restored = (saved.tensors, saved.version)
-        return saved.pending

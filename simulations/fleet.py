@@ -32,7 +32,7 @@ def run_fleet(
 ) -> Run:
     """Simulates the scenario's fleet as `lightcl simulate` does, writes the run folder `out` and reads it back.
 
-    `resume` continues the run in `out`, `overwrite` replaces it; `listeners` are told what happens
+    `resume` continues the run in `out`, `overwrite` replaces it; `listeners` are called when something happens
     (server/listeners.py). Methods, networks and data sources of your own must be in a plugin file
     (`lightcl.load_plugins`), since workers are other processes. Raises RequestError before anything is written,
     RunFailure where the run cannot continue.
@@ -54,7 +54,7 @@ def check_simulation(scenario: Scenario) -> None:
 
 
 def disk_of_states(prepared: Prepared) -> DiskNeed:
-    """The disk that the states of the fleet take at most while the run is in progress."""
+    """The maximum disk space of the fleet's states while the run is in progress."""
     source = prepared.source
     image_bytes = int(np.prod(source.train.images.shape[1:]))
     return disk_need(

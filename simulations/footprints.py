@@ -37,9 +37,12 @@ def footprint_run(
     scenario: Scenario, scenario_file: Path, *, methods: str | None, all_methods: bool, device: int | None,
     measuring: bool, json_to: str | None, picture: Path | None, overwrite: bool, command: str, console: Console,
 ) -> None:  # fmt: skip
-    """Counts, and measures where asked. Raises RequestError for a wrong request before anything is written."""
+    """Counts FLOPs and memory and, if `measuring`, measures memory.
+
+    Raises RequestError for a wrong request before anything is written.
+    """
     if methods is not None and all_methods:
-        raise RequestError("--methods and --all-methods: name the methods or take all, not both")
+        raise RequestError("--methods and --all-methods: choose one")
     named = methods_named(methods) if methods is not None else [scenario.method.name]
     names = method_names() if all_methods else named
     _check_places({"--json": _file(json_to), "--picture": picture}, scenario_file, overwrite=overwrite)
@@ -69,7 +72,7 @@ def footprint_run(
 
 
 def _file(to: str | None) -> Path | None:
-    """What --json names, where that is a file."""
+    """The file that --json names; None without one or for `-`."""
     return Path(to) if to and to != "-" else None
 
 
@@ -88,7 +91,7 @@ def _check_places(files: Mapping[str, Path | None], scenario: Path | None, *, ov
                 raise RequestError(f"{option}: {file} {taken[place]}; name another file")
             if file.is_file() and not overwrite:  # a pipe or /dev/stdout loses nothing
                 raise RequestError(f"{option}: {file} exists; replace it with --overwrite")
-        taken[place] = f"is {option}'s file, too"
+        taken[place] = f"is also the file of {option}"
 
 
 def _write_files(files: Mapping[str, tuple[Path, bytes]]) -> None:
@@ -119,7 +122,7 @@ def _json_text(values: Any) -> str:
 
 
 def _print_memory(results: Sequence[MethodFootprint], image: Image, scenario: Scenario, console: Console) -> None:
-    """Methods side by side, as many as fit into the terminal, the others in further tables below."""
+    """Methods side by side, as many as fit into the terminal; the others follow in more tables below."""
     channels, height, width = image
     about = f"{height}x{width}x{channels}, batch {scenario.training.batch_size}, {scenario.device.precision}"
     moment = "second task, as measured" if results[0].measured else "last task"
@@ -157,7 +160,7 @@ def _memory_table(results: Sequence[MethodFootprint], reference: MethodFootprint
         table.add_row(f"theory / {BASELINE}'s", *(f"{r.shown.peak / reference.shown.peak:.2f}" for r in results))
     if pairs:
         table.add_row("while testing", *(f"{m.evaluation / MIB:.1f}" for m, _ in pairs))
-        table.add_row("process over idle", *(_mib(m.resident) for m, _ in pairs))
+        table.add_row("process above idle", *(_mib(m.resident) for m, _ in pairs))
     table.add_section()
     table.add_row("disk: state", *(f"{r.counted.disk['state'] / MIB:.1f}" for r in results))
     if any(r.counted.disk["prefix cache"] for r in results):
@@ -176,7 +179,7 @@ def _mib(amount: int | None) -> str:
 
 
 def table1_run(*, json_to: str | None, overwrite: bool, console: Console) -> None:
-    """All cells of the paper's FLOPs and memory columns: paper, theory by its rule, ratio, and our own count."""
+    """The FLOPs and memory columns of the paper's Table 1: its value, theory by its rule, their ratio, our count."""
     _check_places({"--json": _file(json_to)}, None, overwrite=overwrite)
     cells = table1()
     if json_to:
@@ -206,14 +209,14 @@ def table1_run(*, json_to: str | None, overwrite: bool, console: Console) -> Non
             console.print(f"[bold]{_label(row)}[/]: {row.note}.", highlight=False)
     console.print(
         "theory: the paper's rule (lightcl/analysis/footprint/paper.py). own: this project's count of the same "
-        "training; memory is the peak of a real step, with all maps that batch-norm and ReLU keep and temporaries; "
-        "masked weights (SparCL) save none of it.",
+        "training; memory is the peak of a real step, with temporaries and all maps that batch-norm and ReLU keep; "
+        "masked weights (SparCL) save no memory.",
         style="dim", highlight=False,
     )  # fmt: skip
 
 
 def _label(row: Row) -> str:
-    """The paper writes both forms of LightCL alike."""
+    """The paper gives both forms of LightCL the same label."""
     return "LightCL, sparse" if row.method == "lightcl-sparse" else row.label
 
 
@@ -261,8 +264,8 @@ def plan_run(
 
 
 def _print_plan(found: list[Candidate], chosen: Candidate, budget: float, print_all: bool, console: Console) -> None:
-    """Candidates in the order of preference, down to the chosen one and a few after it."""
-    table = Table(title=f"Settings in the order of preference, for {budget:g} MiB", title_justify="left")
+    """The candidates around the chosen one, in order of preference; all of them with `print_all`."""
+    table = Table(title=f"Settings in order of preference, for {budget:g} MiB", title_justify="left")
     for heading in ("", "method", "freeze", "batch", "memory", "MiB", ""):
         table.add_column(heading, justify="right" if heading in ("batch", "memory", "MiB") else "left")
     place = found.index(chosen)
@@ -279,6 +282,6 @@ def _print_plan(found: list[Candidate], chosen: Candidate, budget: float, print_
         )  # fmt: skip
     console.print(table)
     if any(candidate.sparsity for candidate in shown):
-        console.print("x0.5, x1: that part of the method's own channel sparsity", style="dim", highlight=False)
+        console.print("x0.5, x1: channel sparsity as a multiple of the method's own", style="dim", highlight=False)
     if len(shown) < len(found):
         console.print(f"{len(shown)} of {len(found)} settings; all of them with --all", style="dim", highlight=False)

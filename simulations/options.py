@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and how commands word numbers. Imports nothing heavy."""
+"""Arguments and options that several commands share, and how commands format numbers. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -48,7 +48,11 @@ Changes = Annotated[
 ]
 Plugins = Annotated[
     list[Path] | None,
-    typer.Option("--plugin", metavar="FILE", help="Load methods, networks or data sources from a .py file; repeatable"),
+    typer.Option(
+        "--plugin",
+        metavar="FILE",
+        help="Load methods, networks, data sources or partitioners from a .py file; repeatable",
+    ),
 ]
 OutFolder = Annotated[Path | None, typer.Option("--out", help="Run folder; default: runs/<scenario's name>-<seed>")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out")]
@@ -68,7 +72,7 @@ def command_app() -> typer.Typer:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Where a command prints: text as it is, without emoji."""
+    """The console that a command prints to; emoji codes are not replaced."""
     from rich.console import Console
 
     return Console(stderr=stderr, emoji=False)

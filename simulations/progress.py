@@ -167,7 +167,7 @@ def accuracy_table(results: Results) -> Table:
     for column in ("", "average accuracy", "forgetting", "backward transfer"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, figures in (("TIL (task known)", results.til), ("CIL (task not known)", results.cil)):
-        if figures is None:  # the method answers only where the task is known
+        if figures is None:  # the method is only tested with the task known
             continue
         spreads = (figures.average_accuracy, figures.forgetting, figures.backward_transfer)
         table.add_row(name, *[_spread_text(spread, devices) for spread in spreads])

@@ -1,4 +1,4 @@
-"""For all tests: a cache of their own, and one torch thread, so that the machine decides neither speed nor rounding."""
+"""For all tests: a separate cache, and one torch thread, so that rounding does not depend on the machine."""
 
 from collections.abc import Iterator
 

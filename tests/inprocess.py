@@ -1,4 +1,4 @@
-"""A grid that hands messages to the real ClientApp in this process: server and devices are real, the wire is not."""
+"""A grid that hands messages to the real ClientApp in this process: server and devices are real, the network is not."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL: dict[str, Any] = {
 
 
 def small(**sections: dict[str, Any]) -> Scenario:
-    """A scenario of seconds: 3 devices, 2 tasks of 8x8 digits, an untrained network of width 4."""
+    """A scenario that takes seconds: 3 devices, 2 tasks of 8x8 digits, an untrained network of width 4."""
     merged = {key: {**SMALL.get(key, {}), **sections.get(key, {})} for key in SMALL.keys() | sections.keys()}
     return Scenario.model_validate(merged)
 
@@ -48,9 +48,9 @@ class InProcessGrid:
         self._replies: dict[str, Message] = {}
         self.waiting: dict[str, Message] = {}
         self.busy: set[int] = set()
-        """Nodes at work on something else: what they are sent waits."""
+        """Busy nodes: their messages wait."""
         self.away: set[int] = set()
-        """Nodes that have lost their connection: Flower answers in their place and takes back what they were sent."""
+        """Nodes that have lost their connection: Flower replies in their place and withdraws their messages."""
 
     def get_node_ids(self) -> list[int]:
         return [node for node in self.nodes if node not in self.away]

@@ -1,17 +1,17 @@
-"""Generalizability of every block: which ones are general already, and may be frozen.
+"""Generalizability of every block: which blocks are general enough to be frozen.
 
-LightCL (Wang et al., ASP-DAC 2025, arXiv 2407.10545) names two properties without saying how to measure them. Measured
-here with linear CKA (Kornblith et al., "Similarity of Neural Network Representations Revisited", ICML 2019), which is
-this project's operationalisation:
+LightCL (Wang et al., ASP-DAC 2025, arXiv 2407.10545) names two properties without saying how to measure them. This
+project measures them with linear CKA (Kornblith et al., "Similarity of Neural Network Representations Revisited", ICML
+2019):
 
     memory stability     MS[l, t] = CKA(F_l(x_old; θ_{t-1}), F_l(x_old; θ_t))
     learning plasticity  LP[l, t] = CKA(F_l(x_new; θ_t),     F_l(x_new; θ_t^free))
     readiness            R[l, t]  = CKA(F_l(x_new; θ_0),     F_l(x_new; θ_t^free))
 
 θ_t has learned tasks 0..t by plain SGD with nothing frozen; θ_t^free has learned task t alone, from the same θ_0 and on
-the same batches. F_l is block l's last feature map, every position of every probe image a row. x_old are probe images
-of the tasks before t, x_new of task t. All lie in [0, 1], for t = 1 .. T-1. Readiness is no part of the choice of a
-freeze point: it says how near the block is to what the task would make of it where it stays as it was pre-trained.
+the same batches. F_l is block l's last feature map, with one row per position of every probe image. x_old are probe
+images of the tasks before t, x_new of task t. All values are in [0, 1], for t = 1 .. T-1. Readiness does not affect the
+choice of a freeze point: it says how close the pre-trained block already is to what training on the task would make it.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from lightcl.scenario import Scenario
 from lightcl.seeds import numpy_generator
 
 PROBES = 128
-"""Probe images per task: its held-out images, and training images where there are too few of those."""
+"""Probe images per task: its held-out images, and training images if those are too few."""
 PROBE_BATCH = 32
 
 OnStep = Callable[[str, int, int], None]
-"""Called after every epoch: what is being trained, epochs done, epochs in total."""
+"""Called after every epoch with what is being trained, the epochs done, and the epochs in total."""
 
 
 class LinearCKA:
-    """Linear CKA between two representations of the same rows, which come in batches.
+    """Linear CKA between two representations of the same rows, added in batches.
 
         CKA(X, Y) = ‖YᵀX‖²_F / (‖XᵀX‖_F ‖YᵀY‖_F),   columns of X `[n, p]` and Y `[n, q]` centered
 
-    Only sums of `[p + q, p + q]` numbers are kept, in float64, however many rows there are.
+    Only sums of shape `[p + q, p + q]` are kept, in float64, whatever the number of rows.
     """
 
     def __init__(self) -> None:
@@ -61,11 +61,11 @@ class LinearCKA:
         self._products = torch.zeros(())
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """A batch of rows: `x` `[n, p]` and `y` `[n, q]`."""
+        """Adds a batch of rows: `x` `[n, p]` and `y` `[n, q]`."""
         self._split = x.shape[1]
         both = torch.cat([x, y], 1).double()
         if self._origin is None:
-            # Centring takes any constant away; the first row keeps the sums small, and exactly 0 where nothing varies.
+            # Centering removes any constant. Subtracting the first row keeps sums small, and exactly 0 for constants.
             self._origin = both[0].clone()
         both -= self._origin
         self._rows += len(both)
@@ -73,7 +73,7 @@ class LinearCKA:
         self._products = self._products.to(both) + both.T @ both
 
     def value(self) -> float:
-        """In 0..1. Where only one of the two varies it is 0; where neither does, they are the same and it is 1."""
+        """In 0..1. If only one of the two varies, it is 0; if neither does, it is 1."""
         centered = self._products - torch.outer(self._sum, self._sum) / max(1, self._rows)
         p = self._split
         own, others = centered[:p, :p].norm(), centered[p:, p:].norm()
@@ -84,9 +84,9 @@ class LinearCKA:
 
 @torch.no_grad()
 def block_similarity(one: Backbone, other: Backbone, batches: Iterable[Tensor]) -> dict[str, float]:
-    """Linear CKA between two networks of one shape at every block, over uint8 images `[N, C, H, W]`.
+    """Linear CKA between two networks of the same shape at every block, over uint8 images `[N, C, H, W]`.
 
-    Both run side by side in evaluation mode and fp32, so that only one map of each is in memory at a time.
+    Both run block by block in evaluation mode and fp32, so that only one map of each is in memory at a time.
     """
     one.eval()
     other.eval()
@@ -121,13 +121,13 @@ class Generalizability:
     epochs: int
     blocks: dict[str, BlockFigures]
     tasks: tuple[int, ...]
-    """The tasks that the figures are about: those that the device learns, without the first of them."""
+    """The tasks of the figures: those that the device learns, without the first."""
 
     def freeze_point(self, threshold: float) -> str:
-        """The last block that is general, as are all before it: MS and LP, as means over tasks, reach `threshold`.
+        """The last of the leading blocks that are general: MS and LP, as means over tasks, are at least `threshold`.
 
-        "none" where the first block is not. The last block of the network is never chosen: a method needs something
-        to train and to regularize, a fleet something to share.
+        "none" if the first block is not. The last block of the network is never chosen: a method needs something to
+        train and to regularize, and a fleet something to share.
         """
         point = "none"
         for name, block in list(self.blocks.items())[:-1]:
@@ -149,19 +149,19 @@ class Generalizability:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Generalizability:
-        """The inverse of `record`. Raises KeyError or TypeError for what is not one."""
+        """The inverse of `record`. Raises KeyError or TypeError for anything else."""
         blocks = {name: BlockFigures(**figures) for name, figures in record["blocks"].items()}
         return cls(record["device"], record["epochs"], blocks, tuple(record["tasks"]))
 
 
 def analyzed_scenario(scenario: Scenario) -> Scenario:
-    """The scenario that an analysis trains: with plain SGD, nothing frozen and `network.analysis_epochs` per task.
+    """The scenario that an analysis trains: plain SGD, nothing frozen, `network.analysis_epochs` per task.
 
-    Raises RequestError for a stream of a single task, after which nothing can be forgotten.
+    Raises RequestError for a stream of a single task, on which nothing can be forgotten.
     """
     if scenario.stream.tasks < 2:
         raise RequestError(
-            "stream.tasks is 1, but memory stability asks what a second task does to the first: at least 2 are needed"
+            "stream.tasks is 1, but memory stability is the effect of a second task on the first: at least 2 are needed"
         )
     epochs = min(scenario.network.analysis_epochs, scenario.training.epochs)
     return scenario.model_copy(
@@ -182,15 +182,15 @@ def first_analyzable(tasks: Sequence[Sequence[int]]) -> int:
         if len(learned) >= 2:
             return device
     raise RequestError(
-        "network.freeze is 'auto', but no device learns two tasks, and memory stability asks what a second task does "
-        "to the first; name a block, or give the devices more images (fewer fleet.devices, a larger fleet.alpha)"
+        "network.freeze is 'auto', but no device learns two tasks, and memory stability is the effect of a second task "
+        "on the first; name a block, or give the devices more images (fewer fleet.devices, a larger fleet.alpha)"
     )
 
 
 def analyze(
     scenario: Scenario, number: int, source: Source, share: Share, on_step: OnStep | None = None
 ) -> Generalizability:
-    """Trains device `number`'s stream, and every task but the first alone, and compares the networks block by block.
+    """Trains device `number`'s stream and each task but the first on its own, and compares the networks by block.
 
     Takes about twice as long as training that device's stream with nothing frozen. Raises RequestError for a scenario
     that cannot be carried out and for a device that learns fewer than two tasks, TrainingFailure where a loss is no
@@ -216,7 +216,7 @@ def analyze(
         if len(ids) < 2:
             raise RequestError(
                 f"device {number} learns {len(ids)} of {trained.stream.tasks} tasks (for the others it has too few "
-                "images), but memory stability asks what a second task does to the first; name another --device"
+                "images), but memory stability is the effect of a second task on the first; name another --device"
             )
         start = copy.deepcopy(device.network)
         probes = [_probes(task, scenario.seed, number) for task in device.stream]
@@ -243,7 +243,7 @@ def analyze(
 
 
 def _probes(task: Task, seed: int, device: int) -> Samples:
-    """Up to PROBES un-augmented images of a task, drawn by the scenario's seed, unseen ones first."""
+    """Up to PROBES images of a task without augmentation, drawn by the scenario's seed, held-out ones first."""
     generator = numpy_generator(seed, "probes", device, task.id)
     unseen, seen = (generator.permutation(samples.indices) for samples in (task.held_out, task.train))
     return Samples(task.train.source, np.sort(np.concatenate([unseen, seen])[:PROBES]))

@@ -1,15 +1,15 @@
-"""A memory budget: which setting of a LightCL scenario fits, and departs least from the scenario as given.
+"""Planning for a memory budget: the setting of a LightCL scenario that fits and changes the scenario least.
 
 A setting is a freeze point, a channel sparsity, a batch size and a memory size. The order of preference, and why:
 
-1. whatever trains a part of the network before what trains the head alone, which is LightCL no longer;
+1. settings that train a part of the network before those that train only the head, which is no longer LightCL;
 2. dense before sparse, less sparse before more: in the paper's Table 1 the sparse variant costs 17 points of CIL and 9
    of TIL accuracy on Split CIFAR-10, more than anything else here;
-3. the scenario's freeze point before deeper ones, block by block: every block frozen more can learn less;
-4. few halvings of batch and memory size together: they change how well a step is estimated, not what can be learned;
-5. among equals the larger memory: all that is remembered passes through it, while a smaller batch sees every image yet.
+3. the scenario's freeze point before deeper ones, block by block: with every further frozen block, less can be learned;
+4. fewer halvings of batch and memory size in total: they change how well a step is estimated, not what can be learned;
+5. otherwise the larger memory: everything remembered passes through it, while a smaller batch still sees every image.
 
-Freezing less than the scenario never needs less memory, so shallower freeze points are no candidates.
+Freezing less than the scenario never needs less memory, so shallower freeze points are not candidates.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lightcl.scenario import Scenario, method_types
 HALVINGS = 3
 SMALLEST_BATCH = 4
 SPARSITIES = (0.5, 1.0)
-"""Of the sparse variant's own channel sparsity."""
+"""Multiples of the sparse variant's own channel sparsity."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Candidate:
     head_alone: bool
     """Whether every block is frozen."""
     sparsity: float
-    """As a share of the sparse variant's own; 0 is dense, or as sparse as the given scenario."""
+    """As a multiple of the sparse variant's own; 0: dense, or as sparse as the given scenario."""
     frozen_further: int
     """Blocks frozen beyond the scenario's freeze point."""
     halvings: tuple[int, int]
@@ -49,13 +49,13 @@ class Candidate:
 
     @property
     def departure(self) -> tuple[bool, float, int, int, int]:
-        """The smaller, the nearer to the given scenario (the module's docstring explains the order)."""
+        """Smaller means closer to the given scenario (the module's docstring explains the order)."""
         batch, memory = self.halvings
         return (self.head_alone, self.sparsity, self.frozen_further, batch + memory, memory)
 
     @property
     def keys(self) -> dict[str, Any]:
-        """The scenario keys that decide the setting."""
+        """The scenario keys that define the setting."""
         method = self.scenario.method
         assert isinstance(method, LightCLParameters)
         return {
@@ -74,10 +74,10 @@ SPARSITY_KEY = "channel_sparsity"
 
 
 def candidates(scenario: Scenario, stream: TaskStream, image: Image, accelerator: str = "cpu") -> list[Candidate]:
-    """All settings that the method can be built with, in the order of preference; the first is the scenario as it is,
-    where it is one of them.
+    """All settings with which the method can be built, in order of preference; the given scenario comes first if it is
+    one of them.
 
-    Raises RequestError for a scenario that is not LightCL's, and where there is no such setting.
+    Raises RequestError for a method other than LightCL and its variants, and if there is no such setting.
     """
     if not isinstance(scenario.method, LightCLParameters):
         names = [name for name, kind in method_types().items() if issubclass(kind, LightCLParameters)]
@@ -112,28 +112,28 @@ def candidates(scenario: Scenario, stream: TaskStream, image: Image, accelerator
 
 
 def choose(found: list[Candidate], budget: float) -> Candidate:
-    """The first that fits `budget` bytes. Raises RequestError naming the smallest where none does."""
+    """The first that fits into `budget` bytes. Raises RequestError that names the smallest if none does."""
     fitting = [candidate for candidate in found if candidate.footprint.peak <= budget]
     if not fitting:
         smallest = min(found, key=lambda candidate: candidate.footprint.peak)
         keys = ", ".join(f"{key}={value}" for key, value in smallest.keys.items() if key != f"method.{SPARSITY_KEY}")
         raise RequestError(
             f"--budget-mb {budget / MIB:g}: nothing fits; the smallest setting needs "
-            f"{smallest.footprint.peak / MIB:.1f} MiB ({keys}). Allow that much, or take a narrower network or smaller "
+            f"{smallest.footprint.peak / MIB:.1f} MiB ({keys}). Allow that much, or use a narrower network or smaller "
             "images (network.width, data.image_size)"
         )
     return fitting[0]
 
 
 def _sparsities(method: LightCLParameters) -> Iterator[tuple[float, LightCLParameters]]:
-    """The method as it is, and the sparse ones that are left to go to."""
+    """The method itself, and the sparse variants that are still available."""
     yield 0.0, method
-    if hasattr(method, SPARSITY_KEY):  # sparse already: how sparse is the scenario's decision
+    if hasattr(method, SPARSITY_KEY):  # sparse already: the scenario decides how sparse
         return
     shared = {key: getattr(method, key) for key in LightCLParameters.model_fields if key != "name"}
     for sparse in method_types().values():
         default = sparse.model_fields[SPARSITY_KEY].get_default() if SPARSITY_KEY in sparse.model_fields else None
-        # Only a sparse form of this very method: another one would give up more than channels.
+        # Only a sparse variant of this method: any other would give up more than channels.
         if issubclass(sparse, type(method)) and isinstance(default, Mapping):
             for share in SPARSITIES:
                 scaled = {layer: round(share * value, 4) for layer, value in default.items()}
@@ -141,7 +141,7 @@ def _sparsities(method: LightCLParameters) -> Iterator[tuple[float, LightCLParam
 
 
 def _sizes(scenario: Scenario) -> Iterator[tuple[dict[str, int], tuple[int, int]]]:
-    """Batch and memory sizes, halved up to `HALVINGS` times each, with the number of halvings; what is allowed only."""
+    """The allowed batch and memory sizes, halved up to `HALVINGS` times each, with the numbers of halvings."""
     assert isinstance(scenario.method, LightCLParameters)
     batch, memory = scenario.training.batch_size, scenario.method.memory_size
     least = scenario.method.smallest_memory(scenario.frozen_batch_norm)

@@ -1,6 +1,6 @@
 """The paper's augmentation, for a whole batch at once: random crop with padding, random horizontal flip.
 
-It is drawn afresh for every batch (`augmented`), or each image has a fixed number of seeded views (`View`).
+It is drawn again for every batch (`augmented`), or each image has a fixed number of seeded views (`View`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ Augmentation = Literal["none", "crop", "crop-flip"]
 
 @dataclass(frozen=True)
 class View:
-    """One of the seeded views of every image: a function of the seed, the image's row and the view's number alone.
+    """One of the seeded views of every image. It depends only on the seed, the image's row and the view's number.
 
-    So it is the same on every device, in every epoch and in every batch.
+    So a view is the same on every device, in every epoch and in every batch.
     """
 
     seed: int
@@ -57,7 +57,7 @@ def augmented(images: Tensor, generator: torch.Generator, kind: Augmentation, pa
 
 
 def random_crop_flip(images: Tensor, generator: torch.Generator, padding: int = 4, flip: bool = True) -> Tensor:
-    """Crops and flips each image by its own draw.
+    """Crops and flips each image with its own random draw.
 
     `images` is uint8 `[N, H, W, C]`; the result has the same shape and type. Padding is black, as in torchvision's
     RandomCrop.

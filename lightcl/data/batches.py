@@ -22,9 +22,9 @@ def training_batches(
     device: torch.device,
     view: View | None = None,
 ) -> Iterator[Batch]:
-    """One epoch of shuffled batches; a last batch of a single sample is dropped.
+    """One epoch of shuffled batches, of newly augmented images or of their `view`.
 
-    (Batch-norm has no variance over one value per channel.) The images are augmented afresh, or are their `view`.
+    A last batch of a single sample is dropped: batch-norm has no variance over one value per channel.
     """
     generator = torch_generator(seed, "batches")
     order = torch.randperm(len(samples), generator=generator).numpy()
@@ -41,6 +41,6 @@ def training_batches(
 
 
 def viewed(samples: Samples, view: View, members: Tensor | None = None) -> Batch:
-    """A view of all samples; the images are read when they are needed."""
+    """A view of all samples; the images are read on demand."""
     labels = torch.from_numpy(samples.source.labels[samples.indices])
     return Batch(lambda: view.of(samples.images(), samples.indices), labels, members, samples, view)

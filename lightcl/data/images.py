@@ -29,8 +29,8 @@ UNREADABLE = (OSError, ValueError, EOFError)
 class ImageSet:
     """Images and their labels: `images` uint8 `[N, H, W, C]`, `labels` int64 `[N]` in 0..len(classes)-1.
 
-    `groups` int64 `[N]` in 0..len(group_names)-1 says whose image each is (user, writer, camera), where the source
-    knows it; natural partitions need it.
+    `groups` int64 `[N]` in 0..len(group_names)-1 is the user, writer or camera of each image, where the source knows
+    it; natural partitions need it.
     """
 
     images: np.ndarray
@@ -49,7 +49,7 @@ class ImageSet:
 
     @cached_property
     def images_digest(self) -> str:
-        """SHA-256 of the images' shape and values. A memory-mapped file is read, not mapped in."""
+        """SHA-256 of the images' shape and values. A memory-mapped file is read in blocks instead."""
         total = hashlib.sha256(str(self.images.shape).encode())
         if isinstance(self.images, np.memmap) and self.images.flags.c_contiguous and self.images.filename is not None:
             with Path(self.images.filename).open("rb") as file:
@@ -62,7 +62,7 @@ class ImageSet:
         return total.hexdigest()
 
     def only(self, chosen: np.ndarray) -> ImageSet:
-        """The chosen images (a mask `[N]` or indices) as a set of their own."""
+        """A new set of the chosen images (a mask `[N]` or indices)."""
         groups = None if self.groups is None else self.groups[chosen]
         return ImageSet(self.images[chosen], self.labels[chosen], self.classes, groups, self.group_names)
 
@@ -90,7 +90,7 @@ class Source:
 
 @dataclass(frozen=True)
 class SourceRequest:
-    """Everything that decides which images are read, and in which order."""
+    """Everything that determines which images are read, and in which order."""
 
     name: str
     path: Path | None = None
@@ -121,8 +121,8 @@ def split_off_test(images: ImageSet, fraction: float, seed: int) -> Source:
         test[generator.permutation(members)[: round(len(members) * fraction)]] = True
     if test.all() or not test.any():
         raise RequestError(
-            f"data.test_fraction: {fraction} of every class of {len(images)} images leaves none to "
-            f"{'train' if test.all() else 'test'} on; {'lower' if test.all() else 'raise'} it"
+            f"data.test_fraction: {fraction} of every class of {len(images)} images leaves no "
+            f"{'training' if test.all() else 'test'} images; {'lower' if test.all() else 'raise'} it"
         )
     return Source(images.only(~test), images.only(test))
 
@@ -142,10 +142,10 @@ def cache_folder() -> Path:
 
 
 def write_entry(folder: Path, files: Mapping[str, np.ndarray | str]) -> None:
-    """Writes arrays (`*.npy`) and texts into a folder that appears whole or not at all.
+    """Writes arrays (`*.npy`) and texts into a new folder, atomically.
 
-    The files are written into a temporary folder, synced and renamed, so that neither a killed or a parallel process
-    nor a power failure leaves half an entry. An entry that is there stays; remove an unreadable one first.
+    The files are written into a temporary folder, synced and renamed, so that neither a killed or parallel process nor
+    a power failure leaves a partial entry. An existing entry stays; remove an unreadable one first.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
@@ -164,7 +164,7 @@ def write_entry(folder: Path, files: Mapping[str, np.ndarray | str]) -> None:
 
 
 def remove_entry(folder: Path) -> None:
-    """Removes an entry that cannot be read; other processes never see half of it."""
+    """Removes an entry that cannot be read; other processes never see a part of it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, suppress(OSError):  # there is none
         folder.rename(Path(temporary) / "unreadable")

@@ -57,10 +57,10 @@ class Layout:
 
 
 class Shares(Sequence[Share]):
-    """The shares of a fleet, each read when asked for."""
+    """The shares of a fleet, each read on access."""
 
     def __init__(self, source: Source, fleet: Fleet, seed: int) -> None:
-        """Opens the partition; computes it where the cache lacks it. Raises RequestError as the partitioners do."""
+        """Opens the partition, or computes it if the cache has none. Raises RequestError as the partitioners do."""
         self._source, self._fleet, self._seed = source, fleet, seed
         folder = _entry(source, fleet, seed)
         try:
@@ -89,7 +89,7 @@ class Shares(Sequence[Share]):
         return Share(train, _matched_tests(self._source, labels, self._fleet, self._seed, device))
 
     def train_of(self, device: int) -> np.ndarray:
-        """A device's training images alone; under `test_data: matched` the test images take time to draw."""
+        """A device's training images without its test images, which take time to draw under `test_data: matched`."""
         return self._train[device]
 
     @property
@@ -110,7 +110,7 @@ class Shares(Sequence[Share]):
 
 
 def partition(source: Source, fleet: Fleet, seed: int) -> Shares:
-    """One share per device; a function of labels, groups, the fleet section and the seed alone.
+    """One share per device. It depends only on the labels, the groups, the fleet section and the seed.
 
     Raises RequestError where the partition cannot be made.
     """
@@ -118,7 +118,7 @@ def partition(source: Source, fleet: Fleet, seed: int) -> Shares:
 
 
 def share_of(source: Source, fleet: Fleet, seed: int, device: int) -> Share:
-    """One device's share; the others' are not read."""
+    """One device's share; those of other devices are not read."""
     return Shares(source, fleet, seed)[device]
 
 
@@ -134,12 +134,12 @@ def label_counts(source: Source, shares: Sequence[Share]) -> tuple[np.ndarray, n
 
 
 def matched_counts(train: np.ndarray, available: np.ndarray, limit: int | None = None) -> np.ndarray:
-    """Test images per class in the proportions of the training images, as many as there are.
+    """Test images per class in the proportions of the training images, as many as possible.
 
-    `train` `[..., C]` counts a device's training images per class, `available` `[C]` the test images that there are.
-    The class whose test images run out first gives all of them and decides about the others, which are rounded down;
-    every class that a device holds and that has a test image gets at least one. Where these are more than `limit`
-    images, each count is scaled by limit / total and rounded down, but not below one.
+    `train` `[..., C]` counts a device's training images per class, `available` `[C]` the available test images. The
+    class whose test images run out first contributes all of them and sets the scale for the others, which are rounded
+    down; every class that a device holds and that has a test image gets at least one. Where the total exceeds `limit`,
+    each count is scaled by limit / total and rounded down, but not below one.
 
     By hand: 30 and 10 training images, 100 test images each: 100 and ⌊10 · 100 / 30⌋ = 33. With a limit of 66 out of
     these 133: ⌊100 · 66 / 133⌋ = 49 and ⌊33 · 66 / 133⌋ = 16.
@@ -182,7 +182,7 @@ def _matched_tests(source: Source, train_labels: np.ndarray, fleet: Fleet, seed:
 
 
 def _entry(source: Source, fleet: Fleet, seed: int) -> Path:
-    """The folder in the cache, named by a digest of everything that decides who gets what."""
+    """The folder in the cache, named by a digest of everything that determines the partition."""
     parts = [source.train.labels_digest, source.test.labels_digest]
     if fleet.partition == "natural":
         parts += [array_digest(s.groups) for s in (source.train, source.test) if s.groups is not None]
@@ -221,7 +221,7 @@ def _write(folder: Path, source: Source, fleet: Fleet, seed: int) -> None:
 def _train_owners(source: Source, fleet: Fleet, seed: int) -> np.ndarray:
     """The device of every training image, int64 `[N]`, or NOBODY. Raises RequestError as the partitioners do."""
     split = source.train
-    # The partitioners cut or assign in the order given; the order is ours, seeded.
+    # The partitioners cut or assign the images in the given order, so the order is seeded here.
     order = numpy_generator(seed, "partition", "order").permutation(len(split))
     groups = None if split.groups is None else split.groups[order]
     pool = Pool(split.labels[order], groups, fleet, derive(seed, "partition") % 2**31)
@@ -231,7 +231,7 @@ def _train_owners(source: Source, fleet: Fleet, seed: int) -> np.ndarray:
 
 
 def _test_owners(source: Source, owners: np.ndarray, fleet: Fleet, seed: int) -> np.ndarray:
-    """The device of every test image: each class's are dealt out among the devices that train on the class.
+    """The device of every test image: the images of a class are divided among the devices that train on the class.
 
     Under a natural partition, a test image belongs to the device that has its user's training images.
     """

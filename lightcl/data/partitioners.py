@@ -1,9 +1,9 @@
-"""How training images are dealt out to devices, by name.
+"""How training images are divided among devices, by name.
 
-A partitioner gets the labels in a seeded order and returns the device of every image. Sizes and draws are those of the
-partitioners in flwr-datasets 0.5 of the same names (the tests compare them), with three differences: a device may get
-nothing, so that any number of devices works; all work is done on arrays, so that ten thousand devices take a second;
-and a board needs no data-set library. A plugin adds one with `register_partitioner(name, partitioner)`.
+A partitioner gets the labels in a seeded order and returns the device of every image. Sizes and random draws are those
+of the flwr-datasets 0.5 partitioners with the same names (the tests compare them), with three differences: a device
+may get no images, so any number of devices works; the code is vectorized, so ten thousand devices take a second; and a
+board needs no data-set library. A plugin adds a partitioner with `register_partitioner(name, partitioner)`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Protocol
 import numpy as np
 
 from lightcl.errors import RequestError, nearest
+from lightcl.registry import Registry
 
 NOBODY = -1
 DIRICHLET_TRIES = 11
-"""Draws of flwr-datasets' Dirichlet partitioner before it gives up on a fleet without an empty device."""
+"""Draws that the Dirichlet partitioner of flwr-datasets makes before it accepts an empty device."""
 
 
 class PartitionKeys(Protocol):
@@ -38,7 +39,7 @@ class PartitionKeys(Protocol):
 
 @dataclass(frozen=True)
 class Pool:
-    """The training images that are dealt out, in a seeded order: `labels` `[N]` and, where known, `groups` `[N]`."""
+    """The training images to divide, in a seeded order: `labels` `[N]` and, where known, `groups` `[N]`."""
 
     labels: np.ndarray
     groups: np.ndarray | None
@@ -60,7 +61,7 @@ Partitioner = Callable[[Pool], np.ndarray]
 
 
 def even_sizes(images: int, devices: int) -> np.ndarray:
-    """Sizes of equal shares `[devices]`; the first ones get one more where it does not come out even."""
+    """Sizes of equal shares `[devices]`; where they do not divide evenly, the first ones get one more."""
     return images // devices + (np.arange(devices) < images % devices)
 
 
@@ -95,7 +96,7 @@ def _sized(pool: Pool, units: np.ndarray) -> np.ndarray:
 def dirichlet(pool: Pool) -> np.ndarray:
     """Every class is divided by proportions drawn from Dir(`alpha`, ..., `alpha`) (Yurochkin et al. 2019).
 
-    Drawn again, up to 11 times, while a device gets nothing; if one always does, the first draw counts.
+    Repeats the draw, up to 11 times, while a device gets nothing; if that never helps, the first draw is used.
     """
     generator = np.random.default_rng(pool.seed)
     alphas = np.full(pool.devices, pool.fleet.alpha)
@@ -116,8 +117,8 @@ def dirichlet(pool: Pool) -> np.ndarray:
 def inner_dirichlet(pool: Pool) -> np.ndarray:
     """Equal shares; each device draws its own class proportions from Dir(`alpha`, ..., `alpha`) (Acar et al. 2021).
 
-    Image by image: a device that is not full is drawn, then a class by its proportions. A class without images left
-    leaves the proportions; a device without any class left draws from all that have images.
+    For each image, a device that is not full is drawn, then a class by that device's proportions. A class that has no
+    images left gets proportion zero; a device without any class left draws from all classes that have images.
     """
     generator = np.random.default_rng(pool.seed)
     members = [np.flatnonzero(pool.labels == label) for label in pool.classes]
@@ -158,7 +159,7 @@ def pathological(pool: Pool) -> np.ndarray:
     generator = np.random.default_rng(pool.seed)
     owners = np.full(len(pool.labels), NOBODY)
     for members, holders in _dealt_classes(pool):
-        if len(members) < len(holders):  # drawn, or the devices with the highest numbers would hold nothing at all
+        if len(members) < len(holders):  # random, or the devices with the highest numbers would always get nothing
             holders = generator.permutation(holders)[: len(members)]
         owners[members] = np.repeat(holders, even_sizes(len(members), len(holders)))
     return owners
@@ -201,14 +202,14 @@ def _dealt_classes(pool: Pool) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def natural(pool: Pool) -> np.ndarray:
-    """A device per user, writer or camera, in the sorted order of their names (`partition_by` names the column).
+    """One device per user, writer or camera, in sorted order of their names (`partition_by` names the column).
 
-    With fewer devices than groups, each device gets equally many groups; devices beyond the groups get nothing.
+    With fewer devices than groups, each device gets the same number of groups; surplus devices get nothing.
     """
     if pool.groups is None:
         raise RequestError(
-            "fleet.partition 'natural' needs images that say whose they are: use data.source: parquet, and name the "
-            "column of users, writers or cameras by fleet.partition_by"
+            "fleet.partition 'natural' needs images with a user, writer or camera: use data.source: parquet, and name "
+            "that column in fleet.partition_by"
         )
     groups, positions = np.unique(pool.groups, return_inverse=True)
     if pool.devices >= len(groups):
@@ -227,29 +228,32 @@ _BUILT_IN: dict[str, Partitioner] = {
     "exponential": exponential,
     "natural": natural,
 }
-_PARTITIONERS = dict(_BUILT_IN)
+PARTITIONERS: Registry[Partitioner] = Registry("partitioner", "fleet.partition")
+"""All partitioners by name, including those of plugins."""
+for _name, _partitioner in _BUILT_IN.items():
+    PARTITIONERS.register(_name, _partitioner)
 
 
 def register_partitioner(name: str, partitioner: Partitioner) -> None:
     """Makes a partitioner available as `fleet.partition: NAME`; a plugin that is loaded twice replaces its own entry.
 
-    Raises RequestError for the name of a built-in partitioner.
+    Raises RequestError for the name of a built-in partitioner and for a name that another plugin has registered.
     """
     if name in _BUILT_IN:
         raise RequestError(f"partitioner {name!r} is built in; register yours under another name")
-    _PARTITIONERS[name] = partitioner
+    PARTITIONERS.register(name, partitioner)
 
 
 def partitioner_names() -> tuple[str, ...]:
     """Names of all partitioners, built in and registered."""
-    return tuple(_PARTITIONERS)
+    return tuple(PARTITIONERS)
 
 
 def find_partitioner(name: str) -> Partitioner:
     """The partitioner of this name. Raises RequestError for an unknown one."""
-    if name not in _PARTITIONERS:
+    if name not in PARTITIONERS:
         raise RequestError(
-            f"fleet.partition is {name!r}: unknown{nearest(name, _PARTITIONERS)} (allowed: "
-            f"{', '.join(_PARTITIONERS)}, or one that a plugin registers)"
+            f"fleet.partition is {name!r}: unknown{nearest(name, PARTITIONERS)} (allowed: "
+            f"{', '.join(PARTITIONERS)}, or one that a plugin registers)"
         )
-    return _PARTITIONERS[name]
+    return PARTITIONERS[name]

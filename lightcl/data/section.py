@@ -39,7 +39,7 @@ class Data(Section):
     """Black pixels added on every side before an image's random crop; fewer than the image's side."""
     views: int = Field(default=0, ge=0, le=1024)
     """Seeded augmentations of every training image, which epochs take in turn; the prefix cache keeps their outputs
-    (`device.prefix_cache`). 0: augmentation is drawn afresh in every epoch, and training images are not cached."""
+    (`device.prefix_cache`). 0: new augmentation in every epoch, and training images are not cached."""
 
     @field_validator("source")
     @classmethod
@@ -77,7 +77,7 @@ class Stream(Section):
     tasks: int = Field(default=5, ge=1, le=100_000)
     """Tasks of a stream, learned one after the other."""
     classes_per_task: int = Field(default=2, ge=1, le=100_000)
-    """The source needs tasks x classes_per_task classes."""
+    """Classes per task; the source needs tasks x classes_per_task classes."""
     class_order: Literal["natural", "shuffled"] | tuple[int, ...] = "natural"
     """natural: as numbered in the source; shuffled: by the seed; or a list of class numbers."""
     per_device_order: bool = False
@@ -86,7 +86,7 @@ class Stream(Section):
     """shared: the same class groups on all devices; own: cut from the classes that a device holds; auto: own under the
     pathological and distribution partitions, else shared."""
     min_samples: int = Field(default=2, ge=2, le=1_000_000)
-    """Training images that a device needs to learn a task; a device skips the tasks that it has fewer images for."""
+    """Training images that a device needs to learn a task; it skips tasks for which it has fewer."""
     held_out: float = Field(default=0.1, ge=0, lt=1)
     """Share of every task's training images kept out of training."""
     evaluate_on: Literal["test", "held-out"] = "test"
@@ -97,7 +97,7 @@ class Stream(Section):
     @field_validator("class_order", mode="before")
     @classmethod
     def _check_class_order(cls, given: object) -> object:
-        """One error instead of one per member of the union, each of which lists half of the allowed values."""
+        """Raises one error; pydantic would raise one per member of the union, each with half of the allowed values."""
         if given in ("natural", "shuffled"):
             return given
         listed = given if isinstance(given, list | tuple) else ()
@@ -125,18 +125,18 @@ class Fleet(Section):
     """iid: equal random shares; dirichlet: each class divided by `alpha`; inner-dirichlet: equal shares, each device's
     class proportions drawn by `alpha`; pathological: `classes_per_device` classes per device, divided equally;
     distribution: the same, divided by log-normal weights (`sigma`); linear, square, exponential: random shares whose
-    sizes grow with the device's number; natural: a device per user, writer or camera (`partition_by`)."""
+    sizes grow with the device's number; natural: one device per user, writer or camera (`partition_by`)."""
     alpha: float = Field(default=0.5, gt=0, le=1e6)
-    """dirichlet, inner-dirichlet: concentration; the smaller, the more the devices' class proportions differ."""
+    """dirichlet, inner-dirichlet: concentration; with a smaller value the devices' class proportions differ more."""
     sigma: float = Field(default=2.0, ge=0, le=20)
     """distribution: standard deviation of the log-normal weights' logarithm."""
     classes_per_device: int | None = Field(default=None, ge=1, le=100_000)
     """pathological, distribution: classes that a device holds; default: as many as its stream needs."""
     partition_by: str | None = None
-    """natural: the parquet column that says whose image it is."""
+    """natural: the parquet column of users, writers or cameras."""
     test_data: Literal["share", "whole", "matched"] = "share"
     """Test images of a device, all of its classes. share: its part of them; whole: all of them (slower, less noise per
-    device); matched: as many as there are in the proportions of its training images, shared between devices."""
+    device); matched: as many as possible in the proportions of its training images, shared between devices."""
     test_images: int | None = Field(default=None, ge=1, le=1_000_000)
     """matched: at most about this many test images per device, and at least one per class; default: no limit."""
 
@@ -159,7 +159,7 @@ class Fleet(Section):
 
 
 def _known(given: str, find: Callable[[str], object]) -> str:
-    """The name, if a registry has it; pydantic wants a ValueError where it has not."""
+    """The name, if `find` knows it; otherwise a ValueError, which pydantic expects."""
     try:
         find(given)
     except RequestError as error:

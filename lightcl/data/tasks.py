@@ -1,4 +1,4 @@
-"""A task and its samples, a device's stream of tasks, and the view that a method has of the task it learns."""
+"""A task and its samples, a device's stream of tasks, and what a method knows of the task that it learns."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lightcl.seeds import derive, torch_generator
 class Batch:
     """`images` `[N, C, H, W]` (uint8, not yet normalized) and `labels` `[N]`, numbered as in the source.
 
-    `images` may be a function: the images are then read when they are first asked for, and never where a cache has the
-    prefix's outputs for all of them.
+    `images` may be a function: the images are then read on first use, and not at all where a cache has the prefix
+    outputs of all of them.
     """
 
     def __init__(
@@ -33,11 +33,11 @@ class Batch:
         self._images = images
         self.labels = labels
         self.members = members
-        """Positions `[N]` of the images among the samples they were drawn from; None where that does not matter."""
+        """Positions `[N]` of the images among the samples they were drawn from; None where nothing needs them."""
         self.origin = origin
-        """The rows of the source that the images are made of, in order; None where they are drawn afresh or kept."""
+        """The rows of the source that the images come from, in order; None for newly augmented or stored images."""
         self.view = view
-        """How the images are made of those rows; None: they are the rows themselves."""
+        """The view of those rows that the images are; None: the rows without augmentation."""
 
     @property
     def images(self) -> Tensor:
@@ -99,7 +99,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A task that a device does not learn: the number of the task, why, and the images that the device has for it.
+    """A task that a device does not learn: its number, the reason, and the images that the device has for it.
 
     `train` counts training images without the held-out ones.
     """
@@ -152,7 +152,7 @@ class TaskStream(Sequence[Task]):
 
 
 def merged(tasks: Sequence[Task]) -> Task:
-    """All tasks as one, with the id of the last; there must be one."""
+    """All tasks as one, with the id of the last; `tasks` must not be empty."""
 
     def together(parts: Sequence[Samples]) -> Samples:
         return Samples(parts[0].source, np.sort(np.concatenate([part.indices for part in parts])))
@@ -168,7 +168,7 @@ def merged(tasks: Sequence[Task]) -> Task:
 
 @dataclass(frozen=True)
 class TaskContext:
-    """The view of a method that learns a task: the classes, and seeded samples of the task's training images."""
+    """What a method knows of the task that it learns: its classes, and seeded samples of its training images."""
 
     task: Task
     task_classes: Tensor
@@ -188,7 +188,7 @@ class TaskContext:
     """The scenario's seed: views are the same on all devices."""
 
     def view(self, epoch: int) -> View | None:
-        """The view of every training image in an epoch (0-based): they take turns. None: augmentation drawn afresh."""
+        """The view of every training image in an epoch (0-based); views take turns. None: new augmentation instead."""
         if not self.views:
             return None
         return View(self.view_seed, epoch % self.views, self.augmentation, self.padding)
@@ -210,7 +210,7 @@ class TaskContext:
         return self.task.train.load(members).to(self.device)
 
     def augment(self, images: Tensor, *purpose: int | str) -> Tensor:
-        """The scenario's augmentation of uint8 images `[N, C, H, W]`, drawn afresh for every `purpose`."""
+        """The scenario's augmentation of uint8 images `[N, C, H, W]`, with a new draw for every `purpose`."""
         generator = torch_generator(self.seed, "augment", *purpose)
         return augmented(images.cpu(), generator, self.augmentation, self.padding).to(images.device)
 

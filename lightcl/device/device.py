@@ -1,6 +1,6 @@
 """One edge device: its private stream, its network, its method and its state on disk.
 
-The same class serves `lightcl train`, a simulated device and a board, so all three do the same thing.
+`lightcl train`, simulated devices and boards all use this class, so all three do the same thing.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class EdgeDevice:
 
     Tasks have the scenario's numbers everywhere; the device learns those in `stream.ids` and skips the others.
 
-    `share` is the device's part of `source`; the default is its part under the scenario's partition. `folder` is where
-    its state lives; `durable`: whether the state survives a power cut. `network` is what `build_network` gives for the
-    scenario, for the device to keep. `shared` is where the devices of one machine keep the tensors that they all
+    `share` is the device's part of `source`; the default is its part under the scenario's partition. `folder` holds its
+    state; `durable`: whether the state survives a power cut. `network` is the result of `build_network` for the
+    scenario; the device takes it over. `shared` is where the devices of one machine keep the tensors that they all
     receive. Raises RequestError for a scenario that cannot be carried out, StateError for unreadable state.
     """
 
@@ -93,7 +93,7 @@ class EdgeDevice:
         self._state = StateFolder(folder, durable=durable)
         self._shared_versions = shared
         self._saved_at = time.monotonic()
-        self._optimizer_values: dict[str, Any] = {}  # of the last save: they belong to the tensors saved with them
+        self._optimizer_values: dict[str, Any] = {}  # as of the last save; they belong to the tensors saved with them
         self._restore()
 
     @property
@@ -191,7 +191,7 @@ class EdgeDevice:
     # -- evaluation --------------------------------------------------------------------------------------------
 
     def evaluate(self) -> Tested:
-        """Tests the tasks that it learns up to the current one, keeps the row of the accuracy matrix, saves the state.
+        """Tests the device's tasks up to the current one, keeps the row of the accuracy matrix and saves the state.
 
         Raises OutOfStep for a device without tasks.
         """
@@ -215,7 +215,7 @@ class EdgeDevice:
         self.rows["til"][task] = report.til
         if report.cil:
             self.rows["cil"][task] = report.cil
-        if self.last_report is None:  # nothing is trained yet, so perhaps no tensors are saved
+        if self.last_report is None:  # nothing is trained yet, so the tensors may not be saved
             self._save()
         else:
             self._state.save(None, self._values())
@@ -224,7 +224,7 @@ class EdgeDevice:
     # -- exchange ----------------------------------------------------------------------------------------------
 
     def receive(self, arrays: Mapping[str, np.ndarray], version: int) -> None:
-        """Takes over shared tensors of a newer version. Raises ExchangeError and changes nothing."""
+        """Adopts shared tensors of a newer version. On ExchangeError nothing has changed."""
         if version > self.version:
             adopt_(self.method, arrays, self.scenario.server.aggregation)
             self.version = version
@@ -233,8 +233,8 @@ class EdgeDevice:
     def may_receive(self, task: int, until_epoch: int) -> bool:
         """Whether shared tensors may replace the device's own before it trains `task` until `until_epoch`.
 
-        Not where that training is finished or has begun: the reply was lost, or the device was killed in between, and
-        the progress since then would be lost too.
+        Not if that training is finished or has begun: then the reply was lost or the device was killed meanwhile, and
+        the tensors would undo its progress.
         """
         reported = self.last_report and Position(self.last_report.task, self.last_report.epochs)
         begun = self.position != self._start and self.position != reported
@@ -249,7 +249,7 @@ class EdgeDevice:
             )
 
     def outgoing(self) -> Arrays:
-        """What goes to the server; the statistics only with the reply that finishes a task."""
+        """The tensors for the server; statistics only with the reply that finishes a task."""
         finished = self.position.epochs == self.scenario.training.epochs
         return outgoing(self.network, self.scenario.server.aggregation) | (
             outgoing_statistics(self.method) if finished else {}
@@ -272,7 +272,7 @@ class EdgeDevice:
         }
 
     def _shared_file(self, received: Mapping[str, np.ndarray]) -> Path | None:
-        """The file of the tensors that all devices have after receiving this version; None where it has no room."""
+        """The file of the tensors that all devices have after receiving this version; None where the disk is full."""
         assert self._shared_versions is not None
         tensors = {f"network/{n}": tensor for n, tensor in changing_tensors(self.network).items() if n in received}
         try:
@@ -301,12 +301,12 @@ class EdgeDevice:
         if values.get("channels", self.channel_digest) != self.channel_digest:
             raise StateError(
                 f"{self._state.folder}: was saved with other channels ({values['channels']}, now "
-                f"{self.channel_digest}): the weights that were pruned are not the same; name those of the first run"
+                f"{self.channel_digest}): the pruned weights have changed; use those of the first run"
             )
         if values.get("prefix", self.prefix_digest) != self.prefix_digest:
             raise StateError(
                 f"{self._state.folder}: was saved with another frozen prefix ({values['prefix']}, now "
-                f"{self.prefix_digest}): the weights are not the same; name those of the first run"
+                f"{self.prefix_digest}): the weights have changed; use those of the first run"
             )
         if values.get("accelerator", self.accelerator.type) != self.accelerator.type:
             raise StateError(
@@ -350,5 +350,5 @@ class EdgeDevice:
         )
 
     def _until(self, task: int) -> Sequence[Task]:
-        """The tasks that it learns, up to and including this one."""
+        """The device's tasks up to and including this one."""
         return self.stream[: self.stream.position_of(task) + 1]

@@ -20,7 +20,7 @@ _LARGEST_THRESHOLD = 32 * 2**20
 
 
 def resident(key: Literal["VmRSS", "VmHWM"]) -> int | None:
-    """Bytes that are resident now, or were at the highest; None where the system does not say."""
+    """Resident bytes: now (VmRSS) or at the peak (VmHWM); None where the system does not report them."""
     try:
         found = re.search(rf"^{key}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
     except OSError:
@@ -29,13 +29,13 @@ def resident(key: Literal["VmRSS", "VmHWM"]) -> int | None:
 
 
 def reset_peak() -> None:
-    """Lets the highest count anew from now on. Not allowed everywhere; it is then that of the process's whole life."""
+    """Restarts the peak of resident memory. Where this is not allowed, the peak is that of the process's lifetime."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak() -> int:
-    """The most bytes that were resident at once since `reset_peak`."""
+    """The peak of resident memory since `reset_peak`, in bytes."""
     return resident("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -61,7 +61,7 @@ def keep_freed_memory() -> bool:
 
 
 def set_up_torch(accelerator: torch.device, threads: int) -> None:
-    """Number of threads; on a GPU the same numbers every time, and fp32 that is not TF32."""
+    """Sets the number of threads; on a GPU also deterministic kernels, and full fp32 instead of TF32."""
     keep_freed_memory()
     torch.set_num_threads(threads)
     if accelerator.type == "cuda":

@@ -1,12 +1,12 @@
 """Outputs of the frozen prefix, image by image: the same in every batch, and kept on disk where the scenario says so.
 
-How a convolution rounds may depend on the size of the batch. So images pass the prefix in chunks of `CHUNK`, the last
-one padded: the output of an image then depends on the image alone, with any batch size and with or without the cache.
-The batch-norm of the prefix is folded into its convolutions (lightcl/networks/folding.py).
+The rounding of a convolution may depend on the batch size. So images pass the prefix in chunks of `CHUNK`, the last one
+padded: the output of an image then depends only on the image, with any batch size and with or without the cache. The
+batch-norm of the prefix is folded into its convolutions (lightcl/networks/folding.py).
 
-The cache holds outputs of views of training images (lightcl/data/augment.py) and of images that are used as they are:
-test images, and training images without augmentation. Where the disk has no room, the cache is switched off with a
-warning, and the run continues with the same numbers.
+The cache holds outputs of views of training images (lightcl/data/augment.py) and of images that are not augmented: test
+images, and training images if the scenario has no augmentation. Where the disk has no room, the cache is switched off
+with a warning, and the run continues with the same numbers.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from lightcl.storage.prefix_cache import CacheFull, FeatureStore, PrefixCache
 
 CHUNK = 16
 FORMAT = 1
-"""Goes into every key; a change of how the outputs are computed changes it."""
+"""Part of every key; raise it when the computation of the outputs changes."""
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 GB = 1_000_000_000
 
 
 def prefix_cache(limit_gb: float = 0.0) -> PrefixCache:
-    """The stores below the cache folder; the default limit is for reading and clearing alone."""
+    """The stores in the cache folder; the default limit allows only reading and clearing."""
     return PrefixCache(cache_folder() / "prefix", int(limit_gb * GB))
 
 
@@ -53,8 +53,8 @@ def prefix_cache(limit_gb: float = 0.0) -> PrefixCache:
 class Stores:
     """The stores of one prefix: one for each view of each set of images.
 
-    `plain` are the sets whose images are cached as they are; `about` goes into the key. `dtype` is what a store holds;
-    None: what is computed.
+    `plain` are the sets whose images are cached without augmentation; `about` is part of the key. `dtype` is the type
+    that a store holds; None: the computed type.
     """
 
     cache: PrefixCache
@@ -66,7 +66,7 @@ class Stores:
     def find(
         self, batch: Batch, shape: Callable[[], tuple[int, int, int]], computed: torch.dtype
     ) -> FeatureStore | None:
-        """The store of a batch's images; None where they are not to be kept. Raises OSError."""
+        """The store of a batch's images; None where they are not cached. Raises OSError."""
         if batch.origin is None:
             return None
         images = batch.origin.source
@@ -90,10 +90,10 @@ class Stores:
 
 
 class FixedPrefix(PrefixFeatures):
-    """Prefix outputs that depend on the image alone, from `stores` where they hold them.
+    """Prefix outputs that depend only on the image, read from `stores` where they are present.
 
-    With `rounding` every output is rounded to that type, as a store of that type would, whether it was stored or not.
-    Feature maps (`on_map`) are not kept: where a method asks for them, the batch passes the network's own prefix.
+    With `rounding` every output is rounded to that type, stored or not, as a store of that type does. Feature maps
+    (`on_map`) are not cached: where a method asks for them, the batch passes the network's own prefix.
     """
 
     def __init__(
@@ -184,13 +184,13 @@ class FixedPrefix(PrefixFeatures):
 
     @property
     def _dtype(self) -> torch.dtype:
-        """What the prefix computes in: autocast's type inside autocast."""
+        """The type that the prefix computes in: inside autocast, that of autocast."""
         kind = self._device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
 
 
 def fixed_prefix(scenario: Scenario, network: Backbone, source: Source, prefix_digest: str) -> FixedPrefix:
-    """What a device takes its prefix outputs from, where `scenario.fixed_prefix`; the network is on its accelerator."""
+    """The prefix outputs of a device with `scenario.fixed_prefix`; the network must be on its accelerator."""
     if not scenario.caches_prefix:
         return FixedPrefix(network)
     device = scenario.device
@@ -203,7 +203,7 @@ def fixed_prefix(scenario: Scenario, network: Backbone, source: Source, prefix_d
         "network": f"{scenario.network.name}, width {network.width}, up to {scenario.freeze}",
         "source": scenario.data.source,
         "prefix": prefix_digest,
-        # What may round differently:
+        # Rounding may depend on these:
         "torch": torch.__version__,
         "hardware": _hardware(network.head.weight.device),
         "threads": device.threads,
@@ -228,14 +228,14 @@ def _hardware(device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class Warmed:
-    """Progress of `warm`: images done of all, over test images and views of training images."""
+    """Progress of `warm`: outputs `done` of `images`, over test images and all views of training images."""
 
     done: int
     images: int
 
 
 def warm(scenario: Scenario, source: Source) -> Iterator[Warmed]:
-    """Computes and keeps everything that the scenario's devices would ask the cache for.
+    """Computes and stores every output that the scenario's devices would ask the cache for.
 
     Raises RequestError where the scenario uses no cache, and where the cache is too small or the disk is full.
     """

@@ -22,9 +22,9 @@ def changing_tensors(network: Backbone) -> dict[str, Tensor]:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """`optimizer.state_dict()` as tensors by `parameter/key`, and all else as JSON values.
+    """`optimizer.state_dict()` as tensors by `parameter/key`, and everything else as JSON values.
 
-    `names` are the names of the optimizer's parameters in the order in which it was given them.
+    `names` are the names of the optimizer's parameters, in its order.
     """
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
@@ -41,7 +41,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> tu
 def unpack_optimizer_(
     optimizer: torch.optim.Optimizer, names: Sequence[str], tensors: Mapping[str, Tensor], values: Mapping[str, Any]
 ) -> None:
-    """The inverse of `pack_optimizer`, into an optimizer made anew over the same parameters."""
+    """The inverse of `pack_optimizer`, into a new optimizer over the same parameters."""
     indices = {name: index for index, name in enumerate(names)}
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():

@@ -17,7 +17,7 @@ from lightcl.scenario import Scenario
 from lightcl.seeds import derive
 
 EVALUATION_BATCH = 128
-"""Upper limit; never more than the training batch, or testing would need more memory than training."""
+"""Upper limit; never more than the training batch, so that testing needs no more memory than training."""
 
 
 class TrainingFailure(Failure):
@@ -26,7 +26,7 @@ class TrainingFailure(Failure):
 
 @dataclass(frozen=True)
 class TaskAccuracy:
-    """Accuracy on one task, in 0..1: with its identity known (TIL) and not known (CIL)."""
+    """Accuracy on one task, in 0..1: with the task known (TIL) and not known (CIL)."""
 
     til: float
     cil: float
@@ -54,7 +54,7 @@ def train_epoch(
 ) -> float:
     """One pass over the current task's training samples; returns the mean loss of its steps.
 
-    The batches depend on the scenario's seed, the device, the task and the epoch alone (through `context.seed`).
+    The batches depend only on the scenario's seed, the device, the task and the epoch (through `context.seed`).
     Raises TrainingFailure where the loss is no longer a number.
     """
     method.network.train()
@@ -78,8 +78,8 @@ def train_epoch(
                 method.before_step(batch, context)
                 optimizer.step()
             method.after_step(batch, context)
-            # Here and not before the backward pass: the next forward pass, the method's end of the task and the
-            # evaluation then need no memory for gradients that are no longer read.
+            # Here and not before the next backward pass, so that the next forward pass, `end_task` and the evaluation
+            # need no memory for gradients that are no longer used.
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.detach())
     with autocast(scenario, context.device):
@@ -88,18 +88,18 @@ def train_epoch(
     if not mean < float("inf"):  # also catches NaN
         raise TrainingFailure(
             f"the loss became {mean} in task {context.task.id}, epoch {epoch + 1}; try a smaller "
-            f"training.learning_rate ({scenario.training.learning_rate}) or a smaller weight of what the method adds"
+            f"training.learning_rate ({scenario.training.learning_rate}) or a smaller weight of the method's own terms"
         )
     return mean
 
 
 @contextmanager
 def updates_at_once(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Inside a `with`, a backward pass also makes plain SGD's step: of each parameter, when its gradient is complete.
+    """Inside a `with`, the backward pass updates each parameter by plain SGD as soon as its gradient is complete.
 
-    Autograd calls the hook of a parameter after the last operation that used it, so the step changes nothing that the
-    backward pass still reads; and the gradient is gone before the next one comes. The step is torch.optim.SGD's without
-    momentum: p ← p - lr (g + weight decay · p).
+    Autograd calls the hook of a parameter after the last operation that used it, so the update changes nothing that the
+    backward pass still reads, and the gradient is released before the next one is computed. The update is that of
+    torch.optim.SGD without momentum: p ← p - lr (g + weight decay · p).
     """
     handles = []
     for group in optimizer.param_groups:
@@ -149,4 +149,4 @@ def autocast(scenario: Scenario, device: torch.device) -> torch.autocast:
 
 
 OnEpoch = Callable[[int, int, float], None]
-"""Called after every epoch with task, epochs done in it, and mean loss."""
+"""Called after every epoch with the task, the number of its epochs done, and the mean loss."""

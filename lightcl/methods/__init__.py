@@ -1,6 +1,6 @@
 """Continual-learning methods, one file each, named as in the literature.
 
-A new method is a new file here, or a plugin: nothing else has to be edited (lightcl/methods/base.py).
+A new method is one new file here, or a plugin; no other file changes (lightcl/methods/base.py).
 """
 
 from lightcl.methods.base import METHODS, Method, MethodParameters, StepCost, register

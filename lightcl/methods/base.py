@@ -32,7 +32,7 @@ class StepCost:
     replayed: int = 0
     """Additional samples per step that pass forward and backward through the trained part of the network."""
     suffix_samples: int = 0
-    """Additional samples per step that pass only the suffix and the head, from stored prefix outputs."""
+    """Additional samples per step that pass through suffix and head only, from stored prefix outputs."""
     joint_pass: bool = False
     """Whether those pass together with the batch, so that every weight is used once in a step."""
     weight_copies: int = 0
@@ -44,19 +44,19 @@ class StepCost:
     pattern_samples: int = 0
     """Samples whose prefix outputs, logits and vital suffix feature maps are kept."""
     vital_ratio: float = 0.0
-    """Share of the suffix's channels that become vital with each task; only those are kept of the maps."""
+    """Share of the suffix's channels that become vital with each task; only these are kept of the maps."""
     columns: bool = False
-    """Whether the trained part of every earlier task stays, passes forward in every step, and is read through adapters
-    at the ends of layers (PNN); the state that all of them begin from is kept as well."""
+    """Whether the trained part of every earlier task is kept, runs forward in every step and is read through adapters
+    at the ends of layers (PNN); the common initial state is kept as well."""
     statistics_bytes: int = 0
-    """Sums and the head solved from them; depends on the network."""
+    """Bytes of the sums and of the head solved from them; depends on the network."""
     weight_sparsity: float = 0.0
-    """Share of the weights that a mask keeps at zero while training; above 0, two boolean masks are kept: one of the
-    weights that are present, one of those that are updated."""
+    """Share of the weights that a mask keeps at zero during training; above 0, two boolean masks are kept: one of the
+    present weights, one of the updated weights."""
 
 
 class Sections(Protocol):
-    """The parts of a scenario that a method may have rules about (`MethodParameters.check`)."""
+    """The parts of a scenario that a method's rules may involve (`MethodParameters.check`)."""
 
     @property
     def data(self) -> Data: ...
@@ -68,7 +68,7 @@ class Sections(Protocol):
     def network(self) -> Network: ...
     @property
     def frozen_batch_norm(self) -> Literal["eval", "train"]:
-        """The scenario's, or the method's own."""
+        """The scenario's value, or else the method's default."""
 
 
 class MethodParameters(Section):
@@ -78,7 +78,7 @@ class MethodParameters(Section):
     """
 
     default_freeze: ClassVar[str] = "none"
-    """The freeze point where the scenario names none."""
+    """The freeze point if the scenario names none."""
     settings: ClassVar[tuple[Setting, ...]] = ("til", "cil")
     """The settings in which the method can be tested: task known (TIL), not known (CIL)."""
     shareable: ClassVar[bool] = True
@@ -106,7 +106,7 @@ class MethodParameters(Section):
 
     @property
     def sums_statistics(self) -> bool:
-        """Whether devices send statistics of a finished task, for the server to add up and solve a head from."""
+        """Whether devices send statistics of a finished task, which the server sums and solves for a head."""
         return False
 
     def check(self, scenario: Sections) -> None:
@@ -120,7 +120,7 @@ class MethodParameters(Section):
         return self.cost()
 
     def shape_(self, network: Backbone) -> None:
-        """Changes the shape of the network that every device starts with; its weights are loaded."""
+        """Changes the shape of the network that every device starts with, after its weights are loaded."""
 
     def build(self, network: Backbone) -> Method:
         """The method on one device. Raises RequestError where it cannot work with this network."""
@@ -156,9 +156,9 @@ def register(parameters: type[MethodParameters]) -> Callable[[MethodType], Metho
 
 
 class PrefixFeatures:
-    """The only place where outputs of the frozen prefix come from.
+    """The only source of the frozen prefix's outputs.
 
-    A cache replaces it, and answers for the batches that have an `origin`.
+    A cache replaces it and serves the batches that have an `origin`.
     """
 
     def __init__(self, network: Backbone) -> None:
@@ -167,7 +167,7 @@ class PrefixFeatures:
     def __call__(self, batches: Sequence[Batch], on_map: OnMap | None = None) -> Tensor:
         """Outputs `[N, C, H, W]` for the images of all batches, one after the other, without a graph.
 
-        The batches pass the prefix as one. `on_map` is called with the prefix's feature maps.
+        The batches pass through the prefix as one. `on_map` is called with the prefix's feature maps.
         """
         images = batches[0].images if len(batches) == 1 else torch.cat([batch.images for batch in batches])
         return self.network.features(images, on_map)
@@ -222,7 +222,7 @@ class Method:
     # -- the network -------------------------------------------------------------------------------------------
 
     def features_of(self, *batches: Batch, on_map: OnMap | None = None) -> Tensor:
-        """Prefix outputs `[N, C, H, W]` of the batches, which pass as one; no method calls the prefix itself."""
+        """Prefix outputs `[N, C, H, W]` of the batches, computed as one batch; no method calls the prefix itself."""
         return self.prefix_features(batches, on_map)
 
     def logits_of(self, batch: Batch) -> Tensor:
@@ -230,14 +230,14 @@ class Method:
         return self.network.classify(self.features_of(batch))
 
     def logits_together(self, *batches: Batch) -> list[Tensor]:
-        """Logits of several batches that pass the network as one, and so share the statistics of batch-norm."""
+        """Logits of several batches that pass through the network as one, so they share batch-norm statistics."""
         logits = self.network.classify(self.features_of(*batches))
         return list(torch.split(logits, [len(batch) for batch in batches]))
 
     def cross_entropy(self, logits: Tensor, labels: Tensor, context: TaskContext) -> Tensor:
         """Mean cross-entropy of `[N, head]` logits over the classes that `loss_classes` names.
 
-        Logits outside them are left out of the softmax, so the head's other rows get no gradient.
+        Other logits are left out of the softmax, so their rows of the head get no gradient.
         """
         if self.parameters.loss_classes == "all":
             return F.cross_entropy(logits.float(), labels)
@@ -247,11 +247,11 @@ class Method:
     # -- sharing -----------------------------------------------------------------------------------------------
 
     def statistics(self) -> dict[str, Tensor]:
-        """The last finished task's addend to the sums of the fleet, fp64; only for methods that sum statistics."""
+        """What the last finished task adds to the fleet's sums, fp64; only for methods that sum statistics."""
         return {}
 
     def shared_head(self, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The server's part: a head solved from the sum of all devices' `statistics`."""
+        """On the server: a head solved from the sum of all devices' `statistics`."""
         return {}
 
     def adopt_head_(self, head: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ Baseline", NeurIPS 2020 (arXiv 2004.07211), equation 6.
 
 z' are the logits of the entire head for the augmented image, in training mode. As in the authors' code ‖·‖² is the
 mean over samples and logits (α was tuned for that), not the sum over logits of the equation. Deviation: the three sets
-pass the network as one batch with shared batch-norm statistics; the authors' code passes them one after another.
+pass through the network as one batch with shared batch-norm statistics; the authors' code runs them one by one.
 """
 
 from __future__ import annotations

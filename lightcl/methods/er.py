@@ -5,9 +5,9 @@ sampling; Riemer et al., ICLR 2019 (arXiv 1810.11910).
 
     loss = CE(h(x), y) + CE(h(x'), y'),    (x', y') drawn from the buffer
 
-x and x' pass the network as one batch, as in the paper; the two means are summed instead of taking one mean over
-both, so that the weight of the replayed samples does not depend on the two batch sizes. The papers learn online, in one
-epoch; here it has several, and a sample is offered to the reservoir in every epoch.
+x and x' pass through the network as one batch, as in the paper; the two means are summed instead of taking one mean
+over both, so that the weight of the replayed samples does not depend on the two batch sizes. The papers learn online,
+in one epoch; here a task may have several epochs, and a sample is offered to the reservoir in each of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lightcl.methods.parts.reservoir import Replay, ReplayParameters
 
 
 class ERParameters(ReplayParameters):
-    """`er`: keeps `buffer_size` raw samples and repeats them in every step."""
+    """`er`: keeps `buffer_size` raw samples and replays them in every step."""
 
     order = 6
     name: Literal["er"] = "er"

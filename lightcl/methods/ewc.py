@@ -1,4 +1,4 @@
-"""EWC: elastic weight consolidation. Weights that mattered to earlier tasks are tied to where they were.
+"""EWC: elastic weight consolidation. Weights that matter to earlier tasks are tied to their earlier values.
 
 Kirkpatrick et al.: "Overcoming catastrophic forgetting in neural networks", PNAS 2017 (arXiv 1612.00796), equation 3,
 in the online form of Schwarz et al.: "Progress & Compress", ICML 2018 (arXiv 1805.06370), whose memory does not grow
@@ -8,17 +8,17 @@ with the tasks: one Fisher diagonal and one copy of the weights.
 
 F_t is the diagonal of the empirical Fisher information: the mean over training samples of the squared gradient of
 log p(y|x), y being the sample's own label and p the softmax over the classes that `loss_classes` names; taken in
-evaluation mode. Everything that is trained is tied, the head included (rows of classes outside the loss have F = 0);
-batch-norm's running statistics are no parameters and drift. Deviations: at most `fisher_samples` samples are used, and
-F_t is not normalized (Schwarz et al.).
+evaluation mode. All trained parameters are tied, including the head (rows of classes outside the loss have F = 0);
+batch-norm's running statistics are not parameters, so they drift. Deviations: at most `fisher_samples` samples are
+used, and F_t is not normalized (unlike in Schwarz et al.).
 
-λ depends on the scale of F, hence on network and data. Steps grow unstable where learning_rate·λ·F_i passes 2, and some
-F_i are thousands of times the mean, so λ cannot be large: with the built-in weights at learning rate 0.01 the loss is
-lost at 200. With batch-norm its benefit is small: on the digits, five tasks, seeds 0 to 4, forgetting falls from 8.3
-to 5.1 points in TIL and from 18.0 to 17.2 in CIL, nearly all of it at the one seed (3) where SGD forgets much (19.8 to
-6.9); at the other four the difference is about two points or less, and λ was chosen on this stream. A small network
-trained from nothing at learning rate 0.03 forgets as much as with SGD: the running statistics move, and F of samples
-that are answered with confidence is next to nothing (docs/results/digits-methods.md).
+λ depends on the scale of F, hence on network and data. Steps become unstable where learning_rate·λ·F_i exceeds 2, and
+some F_i are thousands of times the mean, so λ cannot be large: with the built-in weights at learning rate 0.01 the loss
+diverges at 200. With batch-norm the benefit is small: on the digits, five tasks, seeds 0 to 4, forgetting falls from
+8.3 to 5.1 points in TIL and from 18.0 to 17.2 in CIL, nearly all of it at the one seed (3) where SGD forgets much (19.8
+to 6.9); at the other four the difference is about two points or less, and λ was chosen on this stream. A small network
+trained from scratch at learning rate 0.03 forgets as much as with SGD: the running statistics move, and F of samples
+that are classified with confidence is nearly zero (docs/results/digits-methods.md).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class EWCParameters(MethodParameters):
     strength: float = Field(default=10.0, ge=0, le=1e9)
     """λ of the penalty λ/2 Σ F (θ - θ*)²."""
     gamma: float = Field(default=1.0, ge=0, le=1)
-    """Share of the old Fisher information that stays with each task; 1: all tasks count alike."""
+    """Share of the old Fisher information that is kept with each new task; 1: all tasks count equally."""
     fisher_samples: int = Field(default=500, ge=1, le=1_000_000)
     """Training samples per task for its Fisher information; one backward pass each."""
 
@@ -67,7 +67,7 @@ class EWC(Method):
 
     @torch.no_grad()
     def penalty(self) -> Tensor:
-        """λ/2 Σ F (θ - θ*)²; a scalar, without a graph: that would keep one more copy of the weights in every step."""
+        """λ/2 Σ F (θ - θ*)², a scalar without a graph, which would keep another copy of the weights in every step."""
         weights = dict(self.network.named_parameters())
         terms = [(fisher * (weights[name] - self.anchor[name]).square()).sum() for name, fisher in self.fisher.items()]
         return self.parameters.strength / 2 * torch.stack(terms).sum()
@@ -89,7 +89,7 @@ class EWC(Method):
             self.anchor[name] = weight.detach().clone()
 
     def squared_gradients(self, trained: Mapping[str, torch.nn.Parameter], context: TaskContext) -> dict[str, Tensor]:
-        """The mean over samples of (∂ log p(y|x) / ∂θ)², by name; sample by sample, so in the memory of one."""
+        """The mean over samples of (∂ log p(y|x) / ∂θ)², by name; computed with the memory of one sample."""
         samples = context.sample(self.parameters.fisher_samples, purpose="fisher")
         sums = {name: torch.zeros_like(weight) for name, weight in trained.items()}
         for image, label in zip(samples.images, samples.labels, strict=True):

@@ -4,12 +4,12 @@ Benjamin, Rolnick, Körding: "Measuring and Regularizing Networks in Function Sp
 
     loss = CE(f(x), y) + α·(1/|M|)·Σ_{x' in M} ‖softmax(f(x')) - softmax(f*(x'))‖₂
 
-M is the working memory: at the end of each task samples of it are stored with the network's outputs f* then (in
-evaluation mode), and the memory is shared equally between the tasks so far; the tasks before give up the samples
-stored last. Details: the distance is one of softmax outputs and is added to the loss of the same step, while the
-version in the DER++ paper's comparison takes a second optimizer step for it; its α (0.3 for Split CIFAR-10 and 200
-samples) is the default. Samples are repeated un-augmented, since f* belongs to those very inputs, and share the batch
-and its batch-norm statistics with the new ones.
+M is the working memory: at the end of each task, samples of it are stored with the network's outputs f* at that time
+(in evaluation mode). The memory is divided equally among the tasks so far; earlier tasks give up the samples that they
+stored last. Details: the distance is between softmax outputs and is added to the loss of the same step, while the
+version in the DER++ paper's comparison takes a second optimizer step for it; that version's α (0.3 for Split CIFAR-10
+and 200 samples) is the default. Samples are replayed without augmentation, since f* belongs to exactly these inputs,
+and share the batch and its batch-norm statistics with the new ones.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ class FDR(Method):
         self.draws += 1
         members = np.sort(random.permutation(len(self.memory["tasks"]))[: self.parameters.drawn])
         rows = torch.from_numpy(members).to(context.device)
-        old = Batch(self.memory["images"][rows], torch.full_like(rows, -1))  # no label is kept
+        old = Batch(self.memory["images"][rows], torch.full_like(rows, -1))  # labels are not stored
         logits, outputs = self.logits_together(batch, old)
         distance = function_distance(outputs, self.memory["logits"][rows])
         return self.cross_entropy(logits, batch.labels, context) + self.parameters.alpha * distance
 
     @torch.no_grad()
     def end_task(self, context: TaskContext) -> None:
-        """Makes room for this task's samples and stores them with the outputs of the network as it is now."""
+        """Makes room for this task's samples and stores them with the network's current outputs."""
         shares = equal_shares(self.parameters.buffer_size, context.task.id + 1)
         kept = {
             name: [rows[self.memory["tasks"] == task][:share] for task, share in enumerate(shares[:-1])]
@@ -92,5 +92,5 @@ def function_distance(logits: Tensor, stored: Tensor) -> Tensor:
 
 
 def equal_shares(size: int, tasks: int) -> list[int]:
-    """`size` rows for `tasks` tasks; what does not divide goes to the earlier ones."""
+    """`size` rows divided among `tasks` tasks; the remainder goes to the earlier ones."""
     return [size // tasks + (task < size % tasks) for task in range(tasks)]

@@ -1,7 +1,7 @@
-"""Joint training: all tasks are learned together, as one. The upper bound, and not continual learning.
+"""Joint training: all tasks are learned together, as one. An upper bound, not continual learning.
 
-The stream has a single task to learn, which has every task's samples; it is tested on each of them, as after the last
-task of any other stream. It has nothing to forget.
+The stream has a single task to learn, with the samples of all tasks; the tasks are tested one by one, as after the last
+task of any other stream. Nothing can be forgotten.
 """
 
 from __future__ import annotations

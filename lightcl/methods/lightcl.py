@@ -1,4 +1,4 @@
-"""LightCL: a frozen prefix, and a suffix that memorizes its feature patterns.
+"""LightCL: a frozen prefix, and a suffix with memorized feature patterns.
 
 Wang, Cheng, Ji, Huang: "LightCL: Compact Continual Learning with Low Memory Footprint For Edge Device", ASP-DAC 2025,
 arXiv 2407.10545.
@@ -6,14 +6,14 @@ arXiv 2407.10545.
     loss = CE(logits[:, classes of the task], y) + β·( Σ_m Σ (mask_m ⊙ (F_m - F*_m))² + Σ (logits - logits*)² )
 
 F* and logits* are recorded before each task on `memory_size` samples *of that task*; no old sample is kept. Deviations
-of the default from the paper's code, all of them selectable: the prefix is frozen with its batch-norm, exactly `keep`
-channels are vital, and the suffix's batch-norm uses its running statistics on the memory samples (`memory_batch_norm`),
-so the patterns are those of the network that will be tested. In every preset importance is computed in evaluation mode
-on un-augmented images, and memory samples never change a running statistic.
+of the defaults from the paper's code (`preset: paper` undoes them): the prefix is frozen with its batch-norm, exactly
+`keep` channels are vital, and the suffix's batch-norm uses its running statistics on the memory samples
+(`memory_batch_norm`), so the patterns are those of the network that is tested. In every preset, importance is computed
+in evaluation mode on un-augmented images, and memory samples never change running statistics.
 
-`preset: scale-free` is ours: drift is measured without a unit (`reduction`), so that one β serves every width, and only
-the logits of classes seen before are regularized (`held_logits`): tying the logits of new classes to their values from
-before anything was learned about them works against the cross-entropy.
+`preset: scale-free` is ours. Drift is relative (`reduction`), so that one β works for every width, and only the logits
+of classes seen before are regularized (`held_logits`): tying the logits of new classes to their values from before
+these classes were learned works against the cross-entropy.
 """
 
 from __future__ import annotations
@@ -48,22 +48,22 @@ PRESETS: dict[str, dict[str, str | float]] = {
 
 
 class LightCLParameters(MethodParameters):
-    """`lightcl`: the defaults are the paper's values; `preset: paper` also takes over its implementation details.
+    """`lightcl`: the defaults are the paper's values; `preset: paper` also uses the details of the paper's code.
 
-    A preset fills the keys that the scenario leaves out.
+    A preset sets the keys that the scenario leaves out.
     """
 
     default_freeze = "layer3"
     order = 10
     name: Literal["lightcl"] = "lightcl"
     preset: Preset = "default"
-    """Fills the keys that the scenario leaves out. default: the paper's values; paper: also the details of its code
-    (vital_selection: paper, memory_batch_norm: train, and network.frozen_batch_norm: train); scale-free: drift
-    without a unit (reduction: relative, beta: 1, held_logits: old)."""
+    """Sets the keys that the scenario leaves out. default: the paper's values; paper: also the details of its code
+    (vital_selection: paper, memory_batch_norm: train, and network.frozen_batch_norm: train); scale-free: dimensionless
+    drift (reduction: relative, beta: 1, held_logits: old)."""
     beta: float = Field(default=2e-4, ge=0, le=1e9)
     """Weight of the regularization; 0 switches it off (freezing only)."""
     reduction: Reduction = "sum"
-    """sum: the paper's; relative: drift without a unit, so that `beta` means the same at every width."""
+    """sum: the paper's; relative: dimensionless drift, so that `beta` means the same at every width."""
     held_logits: Literal["all", "old"] = "all"
     """Logits tied to the stored ones. all: the entire head's (the paper); old: the classes seen before this task."""
     ratio: float = Field(default=0.15, gt=0, le=1)
@@ -72,7 +72,7 @@ class LightCLParameters(MethodParameters):
     """Samples of the new task whose patterns are stored; at least 2 where a batch-norm takes its statistics from them
     (`memory_batch_norm: train`, `network.frozen_batch_norm: train`)."""
     vital_selection: VitalSelection = "exact"
-    """exact: the ratio's channels to the number; paper: one more, as in the paper's code."""
+    """exact: exactly the number of channels that `ratio` gives; paper: one more, as in the paper's code."""
     memory_batch_norm: Literal["eval", "train"] = "eval"
     """Batch-norm of the suffix while memory samples pass. eval: running statistics; train: the memory batch's own."""
     memory_pass: Literal["separate", "joint"] = "separate"
@@ -91,7 +91,7 @@ class LightCLParameters(MethodParameters):
         return "train" if self.preset == "paper" else "eval"
 
     def smallest_memory(self, frozen_batch_norm: Literal["eval", "train"]) -> int:
-        """The least `memory_size`: a single sample has no variance where its maps are 1x1 (as in batches of training,
+        """The smallest `memory_size`: a single sample has no variance where its maps are 1x1 (as in training batches,
         see `training_batches`)."""
         return 2 if self.beta and "train" in (self.memory_batch_norm, frozen_batch_norm) else 1
 
@@ -125,12 +125,12 @@ class LightCL(Method):
         self.recorded: Recorded | None = None  # F* and logits*; None: no regularization
 
     def begin_task(self, context: TaskContext) -> None:
-        """Records F* and logits* on samples of the new task, with the network as it is now."""
+        """Records F* and logits* on samples of the new task, with the current network."""
         self.recorded = None
         if context.is_first or self.parameters.beta == 0:
             return
         samples = context.sample(self.parameters.memory_size, purpose="memory")
-        with unmoved_statistics(self.network.prefix):  # once per task and not in every step: the prefix is frozen
+        with unmoved_statistics(self.network.prefix):  # once per task suffices: the prefix is frozen
             inputs = self.features_of(samples)
         tied = torch.arange(self.network.classes, device=context.device)
         if self.parameters.held_logits == "old":
@@ -175,7 +175,7 @@ class LightCL(Method):
         return self.recorded.inputs if self.recorded else None
 
     def memory_mode(self) -> AbstractContextManager[None]:
-        """Batch-norm of the suffix while memory samples pass."""
+        """The mode of the suffix's batch-norm for memory samples."""
         if self.parameters.memory_batch_norm == "eval":
             return running_statistics(self.network.suffix, self.network.training)
         return unmoved_statistics(self.network.suffix)

@@ -1,25 +1,25 @@
-"""LightCL-plus: LightCL, and a closed-form classifier on the frozen prefix that tells the tasks apart.
+"""LightCL-plus: LightCL, and a closed-form classifier on the frozen prefix that distinguishes the tasks.
 
-Ours. LightCL's own head never learns to tell the classes of one task from those of another, because it sees the tasks
-one at a time. Class sums of features can be collected one task at a time without any loss
-(lightcl/methods/parts/closed_form.py). The two answer together, as a product of experts:
+Ours. LightCL's own head never learns to distinguish the classes of one task from those of another, because it sees one
+task at a time. Sums of features per class can be collected one task at a time without any loss
+(lightcl/methods/parts/closed_form.py). The two are combined as a product of experts:
 
     score(c | x) = log p_LDA(c | φ(x)) + suffix_weight · log p_suffix(c | x, task of c)
 
-where p_suffix is LightCL's head, its softmax within the task in which c was learned. φ(x) is made of the feature maps
-of the *frozen* prefix alone. That is why the statistics stay valid while the suffix moves: what they were collected
-from never changes. No old sample is kept, only sums; they are collected in one pass at the end of each task.
+where p_suffix is LightCL's head, its softmax within the task in which c was learned. φ(x) depends only on the feature
+maps of the *frozen* prefix, which never change, so the statistics stay valid while the suffix is trained. No old sample
+is kept, only sums; they are collected in one pass at the end of each task.
 
 φ(x): channel means of the prefix's feature maps, the last map also in a 2x2 grid. Of the choices in `FEATURES` the
 richest one whose statistics fit into `statistics_mb` is used.
 
-`share_statistics`: sums add up exactly over devices, so a fleet's head is the one that all its data together would
-give. What a device then sends of a finished task are its sums; the server adds them up and returns the solved head.
-The sums reveal to the server how many images of each class a device has, the mean of their features (of a single image,
-its features) and the second moments of all features; the head tells the other devices much less. Under this option a
-device keeps the sums of its last task only: the server has the rest.
+`share_statistics`: sums add up exactly over devices, so the fleet's head is the one that its pooled data would give. A
+device sends the sums of a finished task; the server adds them up and returns the solved head. The sums reveal to the
+server how many images of each class a device has, the mean of their features (for a single image, its features) and the
+second moments of all features; the head reveals much less to the other devices. With this option a device keeps only
+the sums of its last task: the server has the rest.
 
-Solving takes a matrix [d, d] and its factor for a moment, about four times the sums, when nothing of training is alive.
+Solving temporarily needs a matrix [d, d] and its factor, about four times the sums, while no training is running.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class LightCLPlusParameters(LightCLParameters):
     order = 12
     name: Literal["lightcl-plus"] = "lightcl-plus"  # type: ignore[assignment]
     statistics_mb: float = Field(default=2.0, gt=0, le=1e9)
-    """Memory for the classifier's sums and its solved head, in 10^6 bytes; richer features are used where it allows."""
+    """Memory for the classifier's sums and its solved head, in 10^6 bytes; richer features are used if they fit."""
     shrinkage: float = Field(default=0.01, ge=1e-6, le=1e9)
     """Share of the mean variance that is added to the covariance's diagonal."""
     suffix_weight: float = Field(default=1.0, ge=0, le=1e9)
@@ -86,7 +86,7 @@ class LightCLPlus(LightCL):
     parameters: LightCLPlusParameters
 
     def __init__(self, network: Backbone, parameters: LightCLPlusParameters) -> None:
-        """Raises RequestError for a network without a frozen prefix, and where no features fit the memory allowed."""
+        """Raises RequestError for a network without a frozen prefix, and if no features fit into `statistics_mb`."""
         super().__init__(network, parameters)
         if not network.prefix.map_names or network.frozen_batch_norm == "train":
             raise RequestError(
@@ -109,24 +109,24 @@ class LightCLPlus(LightCL):
             if needed <= self.parameters.statistics_mb * MB:
                 return names[-count:], grid
         raise RequestError(
-            f"method.statistics_mb is {self.parameters.statistics_mb:g}, but the least that lightcl-plus needs on this "
-            f"network is {needed / MB:.2f}"
+            f"method.statistics_mb is {self.parameters.statistics_mb:g}, but lightcl-plus needs at least "
+            f"{needed / MB:.2f} on this network"
         )
 
     def _width(self, maps: tuple[str, ...], grid: bool) -> int:
         channels = [self.network.map_channels(name) for name in maps]
-        return sum(channels) + 3 * channels[-1] * grid  # the grid's four cells stand for the last map's mean
+        return sum(channels) + 3 * channels[-1] * grid  # the grid's four cells replace the last map's mean
 
     def pool(self, name: str, feature_map: Tensor) -> Tensor:
-        """The part of φ that one map `[N, C, H, W]` gives, `[N, C]` or `[N, 4C]`."""
+        """The part of φ that comes from one map `[N, C, H, W]`: `[N, C]` or `[N, 4C]`."""
         if name != self.maps[-1]:
             return feature_map.float().mean((2, 3))
         return F.adaptive_avg_pool2d(feature_map.float(), 2 if self.grid else 1).flatten(1)
 
-    def described(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def outputs_and_phi(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The prefix's outputs `[N, C, H, W]`, and φ `[N, d]`, fp32.
 
-        Each map is pooled as it comes and released: all maps of the prefix would be several times what training needs.
+        Each map is pooled on arrival and released: all maps of the prefix take several times the memory of training.
         """
         pooled: dict[str, Tensor] = {}
 
@@ -150,26 +150,26 @@ class LightCLPlus(LightCL):
         if self.parameters.share_statistics:
             self.statistics_of = Statistics.zeros(*self.statistics_of.total.shape)
         for batch in context.task.train.batches(min(STATISTICS_BATCH, context.batch_size)):
-            _, described = self.described(batch.to(context.device))
-            self.statistics_of.add_(described, batch.labels)
+            _, phi = self.outputs_and_phi(batch.to(context.device))
+            self.statistics_of.add_(phi, batch.labels)
         self._solved = None
 
     def predict(self, batch: Batch) -> Tensor:
         """Logits `[N, head]`: the scores of the formula above; minus infinity for a class that no device has seen."""
-        features, described = self.described(batch)
+        features, phi = self.outputs_and_phi(batch)
         suffix_logits = self.network.classify(features).float()
         head = self._head(features.device)
         if not bool(head.known.any()):
             return suffix_logits
         # The two experts differ in what is normalized: LDA over all known classes, the suffix within each task.
-        return head.log_posteriors(described) + self.parameters.suffix_weight * self._within_tasks(suffix_logits)
+        return head.log_posteriors(phi) + self.parameters.suffix_weight * self._within_tasks(suffix_logits)
 
     def _within_tasks(self, logits: Tensor) -> Tensor:
-        """Log-softmax over the classes of each task; for a class that only other devices have met, that of guessing."""
-        met = sorted(set(self.task_of.tolist()) - {-1})
-        size = float((self.task_of >= 0).sum()) / max(1, len(met))
+        """Log-softmax over the classes of each task; for classes that only other devices have seen, of guessing."""
+        tasks = sorted(set(self.task_of.tolist()) - {-1})
+        size = float((self.task_of >= 0).sum()) / max(1, len(tasks))
         scores = torch.full_like(logits, -torch.log(torch.tensor(max(1.0, size))).item())
-        for task in met:
+        for task in tasks:
             classes = (self.task_of == task).nonzero()[:, 0].to(logits.device)
             scores[:, classes] = logits[:, classes].log_softmax(1)
         return scores

@@ -6,14 +6,14 @@ ResNet-18's parameters; the channels whose weights have the smallest mean are re
 of LightCL on the remaining channels, and `ratio` is a share of these.
 
 Deviations: the channels are removed physically and not masked (for shortcuts see lightcl/networks/pruning.py). In
-the paper's code layer3's second block is trained in the first task; here the prefix is the same on every device for
-good, so a freeze point does not move during a stream. `network.freeze: layer3.0` trains that block throughout; with
-`preset: paper` or `memory_batch_norm: train`, as the running statistics of a just pruned block are too far off for the
-patterns to be computed with them (the loss diverged in our runs).
+the paper's code layer3's second block is trained in the first task; here the prefix must stay the same on every device,
+so a freeze point does not move during a stream. `network.freeze: layer3.0` trains that block throughout; use it with
+`preset: paper` or `memory_batch_norm: train`, since the running statistics of a newly pruned block are too far off to
+compute patterns with them (the loss diverged in our runs).
 
-Cost: a frozen prefix cannot recover from pruning. On the shipped weights the variances that batch-norm
-meets after pruning are a tenth of those it has stored, and accuracy falls much further than the paper's. Batch
-statistics in the prefix (`preset: paper`, or `network.frozen_batch_norm: train`) win some of it back.
+Cost: a frozen prefix cannot recover from pruning. With the built-in weights, the variances of batch-norm's inputs after
+pruning are a tenth of the stored ones, and accuracy falls much more than in the paper. Batch statistics in the prefix
+(`preset: paper`, or `network.frozen_batch_norm: train`) recover a part of it.
 """
 
 from __future__ import annotations

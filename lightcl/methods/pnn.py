@@ -1,21 +1,21 @@
-"""PNN: progressive neural networks. Every task gets a column of its own, which may use what earlier columns see.
+"""PNN: progressive neural networks. Every task gets its own column, which may use the features of earlier columns.
 
 Rusu et al.: "Progressive Neural Networks", 2016 (arXiv 1606.04671), equation 2. At each boundary between layers, and
-before the head, column k gets beside its own feature map h_k those of the columns before it, through an adapter:
+before the head, an adapter adds the feature maps of the earlier columns to column k's own map h_k:
 
-    h_k <- h_k + U·relu(norm(V·[h_1, ..., h_(k-1)])),    U and V 1x1 convolutions, V to as many channels as h_k has
+    h_k <- h_k + U·relu(norm(V·[h_1, ..., h_(k-1)])),    U and V 1x1 convolutions, V with as many outputs as h_k
 
 Earlier columns are frozen, their batch-norm included, so nothing is forgotten; the task has to be known (TIL only).
 
-Deviations: the lateral term is added to a layer's input, where a residual block's convolutions and its shortcut both
-see it, and not to one pre-activation inside; batch-norm takes the place of the paper's learned scale α (without either
-the sum over several columns makes training diverge); U starts at zero and every column from the same initial
-(pre-trained) weights, so a new column starts as that network. Columns are copies
-of suffix and head: a frozen prefix is shared by all of them, which is exact where its batch-norm is frozen too. The
-boundary at the suffix's input has no adapter, since all columns have the same input there.
+Deviations: the lateral term is added to a layer's input, so that both the convolutions and the shortcut of a residual
+block see it, and not to one pre-activation inside; batch-norm replaces the paper's learned scale α (without either, the
+sum over several columns makes training diverge); U starts at zero and every column from the same initial (pre-trained)
+weights, so a new column starts as that network. Columns are copies of suffix and head. They share a frozen prefix,
+which is exact if its batch-norm is frozen too. The boundary at the suffix's input has no adapter, since all columns
+have the same input there.
 
-The device's network is always the column being learned; those before it are kept here, and so is one copy of the
-initial weights. Devices' columns are never averaged.
+The device's network is always the column being learned; earlier columns and one copy of the initial weights are kept
+here. Columns are never averaged over devices.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lightcl.seeds import derive
 
 
 class PNNParameters(MethodParameters):
-    """`pnn`: one column per task; for test images whose task is known."""
+    """`pnn`: one column per task; the task of a test image must be known."""
 
     order = 4
     settings = ("til",)
@@ -97,7 +97,7 @@ class PNN(Method):
         return logits
 
     def all_logits(self, batch: Batch) -> list[Tensor]:
-        """`[N, head]` of every column, the network's last; only that one has a graph."""
+        """`[N, head]` of every column; the network's comes last and is the only one with a graph."""
         columns = [*self.frozen, self.network]
         self.adapters[-1].train(self.network.training)
         maps = [self.features_of(batch)] * len(columns)
@@ -118,7 +118,7 @@ class PNN(Method):
             return maps[k] + lateral
 
     def _add_column(self, seed: int) -> None:
-        """Freezes the network as it is and gives it adapters to all columns so far."""
+        """Freezes the current network as a column and creates the adapters of the next one."""
         shared: dict[int, Any] = {id(module): module for module in self.network.prefix.modules()}
         column = copy.deepcopy(self.network, shared)
         for weight in (*column.suffix.parameters(), *column.head.parameters()):

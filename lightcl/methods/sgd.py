@@ -1,4 +1,4 @@
-"""SGD: plain fine-tuning. Every task is learned by SGD, without any measure against forgetting. The lower bound."""
+"""SGD: plain fine-tuning, without any measure against forgetting. A lower bound."""
 
 from __future__ import annotations
 

@@ -3,23 +3,23 @@
 Wang, Zhan, Gong, Yuan, Niu, Jian, Ren, Ioannidis, Wang, Dy: "SparCL: Sparse Continual Learning on the Edge", NeurIPS
 2022 (arXiv 2209.09476).
 
-- TDM, task-aware dynamic masking: only a share 1 - s of every layer's weights is there; masked ones are exactly zero.
+- TDM, task-aware dynamic masking: only a share 1 - s of every layer's weights is present; masked ones are exactly zero.
   Every `interval` epochs the weights with the lowest importance
       CWI(w) = |w| + α·|∂L̃(new task)/∂w| + β·|∂L(buffer)/∂w|
-  are dropped (`intra_task`) and as many, drawn at random, grow back from zero. With a new task `inter_task` more grow,
-  which the next adjustment takes back. L̃ is the cross-entropy over the classes of the task alone.
-- DDR, dynamic data removal: with every adjustment in the first part of a task, the samples that were misclassified
-  least often since the task began leave it; `removed_data` of them in all.
-- DGM, dynamic gradient masking: of the weights that are there only those with the highest
+  are dropped (`intra_task`) and the same number, drawn at random, grow back from zero. With a new task, `inter_task`
+  more grow; the next adjustment removes as many. L̃ is the cross-entropy over the classes of the task only.
+- DDR, dynamic data removal: each adjustment in the first part of a task removes the samples that were misclassified
+  least often since the task began, in total a share `removed_data`.
+- DGM, dynamic gradient masking: of the present weights, only those with the highest
       CGI(w) = α·|∂L̃(new task)/∂w| + β·|∂L(buffer)/∂w|
   are updated; a share `gradient_sparsity` of all weights is not.
 
-Masked are the 3x3 convolutions of the trained blocks, each to the same sparsity, as in the authors' profiles; stem,
-shortcuts, batch-norm and head stay dense. The first mask is by magnitude. Simplified: the two gradients are taken once
-an adjustment, on 128 samples of the task and on the entire buffer in evaluation mode, instead of in the course of the
-steps; the gradient mask changes with the weight mask; the surplus of a task too short for an adjustment is dropped at
-its end. Masks here save no time or memory: dense kernels multiply zeros (`lightcl-sparse` removes channels for real).
-The optimizer's momentum, if any, still moves weights that the gradient mask holds back.
+The 3x3 convolutions of the trained blocks are masked, all to the same sparsity, as in the authors' profiles; stem,
+shortcuts, batch-norm and head stay dense. The first mask is by magnitude. Simplifications: the two gradients are
+computed once per adjustment, in evaluation mode on 128 samples of the task and on the entire buffer, instead of during
+the steps; the gradient mask changes with the weight mask; if a task is too short for an adjustment, the additional
+weights are dropped at its end. Masks save no time or memory here: dense kernels multiply by zeros (`lightcl-sparse`
+removes channels physically). The optimizer's momentum, if any, still moves weights that the gradient mask excludes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ IMPORTANCE_SAMPLES = 128
 
 
 class SparseParameters(ReplayParameters):
-    """Keys of both forms. The shares and the interval follow the authors' script for Split CIFAR-10."""
+    """Keys of both variants. The shares and the interval follow the authors' script for Split CIFAR-10."""
 
     shareable = False
     """Devices mask different weights, so an average would be zero almost nowhere."""
@@ -76,8 +76,8 @@ class SparseParameters(ReplayParameters):
     def _check(self) -> Self:
         if self.gradient_sparsity is not None and self.gradient_sparsity < self.sparsity:
             raise ValueError(
-                f"method.gradient_sparsity is {self.gradient_sparsity}, but weights that are masked are not updated "
-                f"either: at least the sparsity ({self.sparsity})"
+                f"method.gradient_sparsity is {self.gradient_sparsity}, but masked weights are not updated either: "
+                f"allowed: at least method.sparsity ({self.sparsity})"
             )
         return self
 
@@ -104,7 +104,7 @@ class Sparse(Replay):
         super().begin_task(context)
         self.kept = torch.arange(len(context.task.train), device=context.device)
         self.wrong = torch.zeros_like(self.kept)
-        if not self.masks.there:
+        if not self.masks.present:
             self.masks.start()
         else:
             self.masks.grow(derive(context.seed, "new task"), self.parameters.inter_task)
@@ -159,7 +159,7 @@ class Sparse(Replay):
         self.network.eval()
         new = context.sample(IMPORTANCE_SAMPLES, purpose="importance")
         labels = context.position_of(new.labels, context.task_classes)
-        # In parts, or this would need more memory than training. In evaluation mode samples know nothing of each other.
+        # In parts, or this would need more memory than training. In evaluation mode samples do not affect each other.
         total = [torch.zeros_like(weight) for weight in weights]
         for images, some in zip(
             torch.split(new.images, context.batch_size), torch.split(labels, context.batch_size), strict=True
@@ -180,7 +180,7 @@ class Sparse(Replay):
         return dict(zip(self.masks.weights, total, strict=True))
 
     def remove_data(self, removed: int, seed: int) -> None:
-        """Leaves out the `removed` samples that were misclassified least often; ties are drawn by seed."""
+        """Removes the `removed` samples that were misclassified least often; ties are broken at random by `seed`."""
         wrong = self.wrong[self.kept].cpu().numpy()
         ties = np.random.default_rng(seed).permutation(len(wrong))
         hardest = np.lexsort((ties, -wrong))[: max(2, len(self.wrong) - removed)]

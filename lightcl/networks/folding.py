@@ -1,4 +1,4 @@
-"""Batch-norm in evaluation mode is one scale and one shift per channel: folded into the convolution before it."""
+"""Folds batch-norm in evaluation mode, one scale and one shift per channel, into the convolution before it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def folded(network: Backbone) -> Stage:
     """
     if network.frozen_batch_norm != "eval":
         raise ValueError("the prefix's batch-norm is in training mode and cannot be folded")
-    # deepcopy keeps it true that the blocks and the named modules are the same objects.
+    # In a deepcopy, the blocks and the named modules are still the same objects.
     stage = copy.deepcopy(network.prefix)
     pairs = [pair for s in network.channel_sets() for pair in zip(s.writers, s.norms, strict=True)]
     for writer, norm_name in pairs:
@@ -43,7 +43,7 @@ def _has(stage: Stage, name: str) -> bool:
 
 
 def _replace_(stage: Stage, old: nn.Module, new: nn.Module) -> None:
-    """Wherever the stage refers to `old`: under its name, and inside its blocks."""
+    """Replaces `old` everywhere in the stage: under its name and inside its blocks."""
     for part in (stage, *stage.block_modules):
         for module in list(part.modules()):
             for name, child in list(module.named_children()):

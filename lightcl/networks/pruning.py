@@ -1,17 +1,17 @@
 """Physical removal of channels: a smaller dense network instead of a large one full of zeros.
 
 LightCL (arXiv 2407.10545), the sparse variant: each layer loses a share of its output channels once, before the first
-task, those whose weights have the smallest mean; a channel removed from one layer is removed from the inputs of the
-next. The paper masks weights to zero. Here convolutions, batch-norms and the head's inputs become smaller, so memory,
-time, state and messages do as well; `tests/reference/masked_network.py` is the masked form and gives the same outputs.
+task: those whose weights have the smallest mean. A channel removed from one layer is removed from the inputs of the
+next. The paper masks weights to zero. Here convolutions, batch-norms and the head's inputs become smaller, and so do
+memory, time, state and messages; `tests/reference/masked_network.py` is the masked form and gives the same outputs.
 
-Deviations: convolutions whose outputs are added up at a shortcut must keep the same channels, so they are scored
-together (`channel_scores`); and the score is taken as written, with its sign (`score: mean`), or of the weights'
-magnitudes (`score: magnitude`, the usual filter criterion: Li et al., "Pruning Filters for Efficient ConvNets", ICLR
-2017). Batch-norm is sliced like the weights; its statistics are not estimated anew, as that would take data, and the
-prefix must come out the same on every device.
+Deviations: convolutions whose outputs are added at a shortcut must keep the same channels, so they are scored together
+(`channel_scores`). The score is the signed mean, as the paper writes it (`score: mean`), or the mean magnitude (`score:
+magnitude`, the usual filter criterion: Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017). Batch-norm is
+sliced like the weights; its statistics are not re-estimated, since that would take data, and the prefix must be equal
+on all devices.
 
-Which channels belong together is the backbone's knowledge (`Backbone.channel_sets`).
+The backbone says which channels belong together (`Backbone.channel_sets`).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ Score = Literal["mean", "magnitude"]
 
 
 def channel_scores(network: Backbone, channels: ChannelSet, score: Score = "mean") -> Tensor:
-    """`[C]`, float64: the mean of the weights (or of their magnitudes) that write each channel of a set.
+    """`[C]`, float64: the mean of the weights (or of their magnitudes) that produce each channel of a set.
 
-    Where several convolutions write it, the mean is over the weights of all of them, so that each counts by its size.
+    Where several convolutions produce it, the mean is over the weights of all of them, so each counts by its size.
     """
     weights = torch.cat([_convolution(network, name).weight.detach().flatten(1) for name in channels.writers], dim=1)
     return (weights.abs() if score == "magnitude" else weights).mean(1, dtype=torch.float64)
@@ -41,10 +41,10 @@ def channel_scores(network: Backbone, channels: ChannelSet, score: Score = "mean
 def choose_channels(network: Backbone, sparsity: Mapping[str, float], score: Score = "mean") -> dict[str, Tensor]:
     """The channels to keep, ascending, by channel set.
 
-    `sparsity` is the share of channels to remove, by layer (0 where a layer is not named): of every set of the layer
-    `int(C * share + 0.5)` go, those with the lowest score, among equals the lower index first. float64 and a stable
-    order make it the same choice on every machine. Raises RequestError for a layer the network does not have and
-    where no channel would be left.
+    `sparsity` is the share of channels to remove, by layer (0 where a layer is not named). Every set of the layer loses
+    the `int(C * share + 0.5)` channels with the lowest score, at equal scores those with the lower index. float64 and a
+    stable order make the choice the same on every machine. Raises RequestError for a layer that the network does not
+    have and where no channel would be left.
     """
     for layer, share in sparsity.items():
         if layer not in network.layer_names:
@@ -62,21 +62,21 @@ def choose_channels(network: Backbone, sparsity: Mapping[str, float], score: Sco
         if removed >= scores.numel():
             raise RequestError(
                 f"method.channel_sparsity.{channels.layer}: {share} of the {scores.numel()} channels of "
-                f"{channels.name} leaves none; lower it, or take a wider network"
+                f"{channels.name} leaves none; lower it, or use a wider network"
             )
         kept[channels.name] = scores.sort(stable=True).indices[removed:].sort().values
     return kept
 
 
 def prune_(network: Backbone, sparsity: Mapping[str, float], score: Score = "mean") -> None:
-    """Removes channels for good, as `choose_channels` says, and notes the kept ones in `network.kept_channels`."""
+    """Removes channels as `choose_channels` says, and records the kept ones in `network.kept_channels`."""
     keep_channels_(network, choose_channels(network, sparsity, score))
 
 
 def keep_channels_(network: Backbone, kept: Mapping[str, Tensor]) -> None:
     """Shrinks the network to the channels `kept` (indices among its present ones, by channel set).
 
-    The parameters are new objects, so an optimizer is to be made afterwards. What is frozen stays frozen.
+    The parameters are new objects, so create an optimizer afterwards. Frozen parameters stay frozen.
     """
     for channels in network.channel_sets():
         index = kept[channels.name]
@@ -98,7 +98,7 @@ def keep_channels_(network: Backbone, kept: Mapping[str, Tensor]) -> None:
 
 
 def channel_digest(network: Backbone) -> str:
-    """Fingerprint of the channels that are left: equal on two networks of one width exactly if they kept the same."""
+    """Digest of the remaining channels: equal for two networks of one width exactly if they kept the same channels."""
     total = hashlib.sha256()
     for channels in network.channel_sets():
         count = _convolution(network, channels.writers[0]).out_channels

@@ -48,7 +48,7 @@ class InputStem(nn.Module):
 
 
 class StemBlock(nn.Module):
-    """The first convolution with its batch-norm, as a block like any other.
+    """The first convolution and its batch-norm as a block.
 
     The modules belong to the network, which registers them under torchvision's names.
     """
@@ -80,8 +80,8 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor, on_map: OnMap | None = None) -> Tensor:
         """`[N, C_in, H, W]` -> `[N, C, H', W']`, the map after the second ReLU; `on_map` gets both maps.
 
-        Without `on_map` the first map is released as soon as it is read: where no graph keeps it, as in a frozen
-        block, that is a quarter of the block's memory.
+        Without `on_map` the first map is released right after its use: where no graph keeps it, as in a frozen block,
+        that is a quarter of the block's memory.
         """
         first: Tensor | None = F.relu(self.bn1(self.conv1(x)), inplace=True)
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -168,12 +168,12 @@ class StagedResNet(Backbone):
         return block
 
     def channel_sets(self) -> tuple[ChannelSet, ...]:
-        """Of each layer its residual stream (`layer3`) and its blocks' inner maps (`layer3.0.conv1`).
+        """For each layer its residual stream (`layer3`) and its blocks' inner maps (`layer3.0.conv1`).
 
         The residual stream of a layer is written by the second convolution of each of its blocks and by the shortcut's
         (in layer1, which has none, by the stem's). An inner map has one writer and one reader.
 
-        The table is written by hand: a ResNet of basic blocks has two kinds of channel sets. A tracer would need more
+        The sets are listed by hand: a ResNet of basic blocks has only these two kinds, and a tracer would need more
         code and an example input.
         """
         sets = []

@@ -12,7 +12,7 @@ from lightcl.registry import OneOf
 from lightcl.section import Section
 
 NAMED_WEIGHTS = ("builtin", "imagenet", "none")
-"""What `network.weights` may be beside a file."""
+"""Values of `network.weights` other than a file."""
 
 
 class Network(Section):

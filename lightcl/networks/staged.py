@@ -24,7 +24,7 @@ pass. `maps.__setitem__` of a dictionary collects them."""
 
 @dataclass(frozen=True)
 class ChannelSet:
-    """Channels that are kept or removed as one, with the modules they run through, by name.
+    """Channels that are kept or removed together, and the names of the modules that write and read them.
 
     The `writers` are convolutions, each followed by the batch-norm of the same place in `norms`; the `readers` are the
     convolutions (or the head) that take the channels as inputs.
@@ -75,9 +75,9 @@ class Stage(nn.Module):
 class Backbone(nn.Module, ABC):
     """Base class of all networks. Subclasses register their modules, then call `freeze`.
 
-    `forward` takes uint8 or [0, 1] float images `[N, in_channels, H, W]` and gives logits `[N, classes]`.
+    `forward` takes uint8 or [0, 1] float images `[N, in_channels, H, W]` and returns logits `[N, classes]`.
     The prefix (every block up to and including the freeze point) is frozen: no gradients, and batch-norm in evaluation
-    mode unless `frozen_batch_norm` is "train" (the paper's way, in which its running statistics drift).
+    mode unless `frozen_batch_norm` is "train" (as in the paper's code; its running statistics then drift).
     """
 
     head_name: str
@@ -92,7 +92,7 @@ class Backbone(nn.Module, ABC):
         self.width, self.classes, self.in_channels, self.stem_kind = width, classes, in_channels, stem
         self.frozen_batch_norm = frozen_batch_norm
         self.kept_channels: dict[str, Tensor] = {}
-        """Original indices of the channels left, by channel set (lightcl/networks/pruning.py); empty: all are there."""
+        """Original indices of the kept channels, by channel set (lightcl/networks/pruning.py); empty: not pruned."""
 
     # -- what a backbone must offer ----------------------------------------------------------------------------
 

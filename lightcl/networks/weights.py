@@ -25,9 +25,9 @@ BUILTIN = "resnet18-w20-tiny-imagenet-32.safetensors"
 def find_builtin() -> Path:
     """The weights that ship with the package.
 
-    Flower unpacks an app's code without its binary files and puts it before the installed package on the path, so the
-    file is looked for beside this module first and through the installed distribution's metadata after that.
-    Raises RequestError where neither has it.
+    Flower unpacks an app's code without its binary files and puts it before the installed package on the path. So this
+    looks beside this module first, and then where the installed distribution's metadata says. Raises RequestError if
+    the file is in neither place.
     """
     inside = Path("lightcl", "networks", "weights", BUILTIN)
     candidates = [Path(__file__).parent / "weights" / BUILTIN]
@@ -50,9 +50,9 @@ def find_builtin() -> Path:
 
 
 def load_weights(network: Backbone, file: Path, *, head: bool) -> None:
-    """Loads a safetensors file into `network`, with or without its head (whose classes are those of its own data).
+    """Loads a safetensors file into `network`, with or without the file's head, whose classes are those of its data.
 
-    A network with one input channel takes three-channel weights summed over colors: on a grey image that is the same
+    A network with one input channel loads three-channel weights summed over colors: on a gray image that is the same
     function except for the normalization, which is then the mean over colors. Raises RequestError naming the tensor
     for a file that does not fit.
     """
@@ -60,7 +60,7 @@ def load_weights(network: Backbone, file: Path, *, head: bool) -> None:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises RequestError where it is missing or no such file."""
+    """The tensors of a safetensors file. Raises RequestError where it is missing or not safetensors."""
     if not file.is_file():
         raise RequestError(f"network.weights: no such file: {file}")
     try:
@@ -103,7 +103,7 @@ def load_tensors(network: Backbone, stored: Mapping[str, Tensor], origin: str, *
             if name == "conv1.weight" and source.ndim == 4 and source.shape[1] == 3 and target.shape[1] == 1:
                 source = source.float().sum(1, keepdim=True)
             if source.shape != target.shape:
-                advice = "; leave network.width and network.stem out to take the file's"
+                advice = "; leave network.width and network.stem out to use the file's"
                 raise RequestError(
                     f"{origin}: tensor {name!r} has shape {list(source.shape)}, this network "
                     f"(width {network.width}, stem {network.stem_kind!r}) needs {list(target.shape)}"
@@ -126,7 +126,7 @@ def save_weights(network: Backbone, file: Path, metadata: Mapping[str, str]) -> 
 
 
 def digest(stage: Stage) -> str:
-    """Fingerprint of a stage's parameters and buffers: equal on two devices exactly if their prefixes are the same."""
+    """Digest of a stage's parameters and buffers: equal on two devices exactly if their prefixes are equal."""
     total = hashlib.sha256()
     for name, tensor in sorted(stage.state_dict().items()):
         if tensor.is_floating_point():

@@ -1,14 +1,14 @@
-"""The run folder: what was asked for, what happened, and the state that a killed run continues from.
+"""The run folder: the request, the record of the run, and the state from which a killed run continues.
 
 run.json        scenario, versions, seeds, git commit, command
 scenario.yaml   the scenario in full
 partition.json  which device holds which sample, and the tasks that it skips
-generalizability.json  with network.freeze: auto, the figures that the freeze point was chosen from
+generalizability.json  with network.freeze: auto, the figures behind the freeze point
 rounds.jsonl    one row per round
 devices.jsonl   one row per device and round, sorted by device; everything that depends on the clock is under "timing"
 events.jsonl    what happened when, one event per line (see server/listeners.py)
 results.json    final figures; written last: a run that has it is completed
-failure.json    written instead of it: why the run stopped; a run in progress has neither
+failure.json    why the run stopped before its end; a run in progress has neither file
 server/         the server's state after the last finished round
 devices/        the devices' states (of a simulation)
 """
@@ -31,12 +31,12 @@ from lightcl.storage.files import LOCK, exclusive, names_in, saving, writable, w
 ANALYSIS = "generalizability.json"
 ROUNDS, DEVICES, EVENTS = "rounds.jsonl", "devices.jsonl", "events.jsonl"
 OWN_IMAGES = "all images of the board"
-"""What partition.json says of a device whose images are its own."""
+"""Entry in partition.json for a device with images of its own."""
 OWN = (
     "run.json", "scenario.yaml", "partition.json", ROUNDS, DEVICES, EVENTS, "results.json", "failure.json",
     "report.html", "devices.csv", "plots", "server", "devices", ANALYSIS, LOCK,
 )  # fmt: skip
-"""Everything that may lie in a run folder. The lock is written first and removed last (see `names_in`)."""
+"""All files and folders of a run folder. The lock is written first and removed last (see `names_in`)."""
 Row = TypeVar("Row", DeviceRow, RoundRow)
 End = TypeVar("End", Results, Failure)
 
@@ -54,12 +54,12 @@ class RunFolder:
 
     @property
     def completed(self) -> bool:
-        """Whether nothing is left to do: the run is completed and no device was dropped."""
+        """Whether the run is complete: it has results, and no device was dropped."""
         results = self.results()
         return results is not None and not results.dropped
 
     def prepare(self, *, resume: bool, overwrite: bool) -> None:
-        """Checks that the folder may be written to; nothing is touched unless `overwrite` empties it.
+        """Checks that the folder may be written to; changes nothing, except that `overwrite` empties it.
 
         Raises RequestError for an existing run without `resume` or `overwrite`, and for a folder of other files.
         """
@@ -75,20 +75,20 @@ class RunFolder:
             return
         if overwrite and self.exists:
             with self.locked():  # not while another process writes to it
-                (self.path / "run.json").unlink()  # first: a run that is half gone is none
-        for name in OWN if names else ():  # also what a run left that was killed while it began
+                (self.path / "run.json").unlink()  # first: without it, a partly removed run does not count as one
+        for name in OWN if names else ():  # also removes what a run left that was killed at its start
             shutil.rmtree(self.path / name, ignore_errors=True)
             (self.path / name).unlink(missing_ok=True)
 
     def _check_rows(self) -> None:
-        """Raises RequestError where more rows are lost than a kill can lose: a resumed run would forget them."""
+        """Raises RequestError where more rows are missing than a kill can explain: a resumed run would lose them."""
         rounds = [row.round for row in self.rounds()]
         in_devices = {row.round for row in self.devices()}
         complete = set(range(1, len(rounds) + 1))
-        # The devices' rows of a round are written before its own; a kill may fall in between.
+        # The device rows of a round are written before its own row; a kill may happen in between.
         if rounds != sorted(complete) or not complete <= in_devices <= complete | {len(rounds) + 1}:
             raise RequestError(
-                f"--resume: rows are missing: rounds.jsonl and devices.jsonl in {self.path} are not about the same "
+                f"--resume: rows are missing: rounds.jsonl and devices.jsonl in {self.path} do not cover the same "
                 "rounds; restore them, or start over with --overwrite"
             )
 
@@ -100,7 +100,7 @@ class RunFolder:
                 try:
                     stack.enter_context(exclusive(self.path, wait=False))
                 except BlockingIOError as error:
-                    raise RequestError(f"{self.path}: another process is at work on this run") from error
+                    raise RequestError(f"{self.path}: another process is working on this run") from error
             yield
 
     def begin(
@@ -110,7 +110,7 @@ class RunFolder:
         partition: Iterable[Mapping[str, Any]],
         analysis: Mapping[str, Any] | None = None,
     ) -> None:
-        """Writes what is known before the first round. run.json is last: a run exists once it is there.
+        """Writes everything known before the first round. run.json comes last: with it, the run exists.
 
         Raises RequestError where the folder cannot be written to.
         """
@@ -125,7 +125,7 @@ class RunFolder:
             write_atomically(self.path / "run.json", json.dumps(about, indent=2))
 
     def partition(self) -> dict[int, dict[str, Any]]:
-        """Rows of partition.json by device; empty where it cannot be read: no run depends on it."""
+        """Rows of partition.json by device; empty where it cannot be read, since no run depends on it."""
         try:
             rows = json.loads((self.path / "partition.json").read_text(encoding="utf-8"))
             return {row["device"]: row for row in rows}
@@ -133,9 +133,9 @@ class RunFolder:
             return {}
 
     def note_own_data(self, devices: Collection[int], tasks: Mapping[int, Sequence[int]] | None = None) -> None:
-        """Corrects partition.json: these devices hold images of their own, not the shares that the server cut.
+        """Corrects partition.json: these devices hold images of their own, not shares of the scenario's partition.
 
-        `tasks` are those that a device learns, for devices that skip some.
+        `tasks` are the learned tasks of devices that skip some.
         """
         own = {
             device: {"device": device, "train": OWN_IMAGES, "test": OWN_IMAGES}
@@ -156,7 +156,7 @@ class RunFolder:
         return values
 
     def analysis(self) -> dict[str, Any] | None:
-        """generalizability.json, or None where the freeze point was given. Raises RequestError for a broken file."""
+        """generalizability.json; None if the scenario names the freeze point. Raises RequestError if broken."""
         file = self.path / ANALYSIS
         if not file.exists():
             return None
@@ -167,7 +167,7 @@ class RunFolder:
             raise RequestError(f"{file}: not the record of an analysis ({error})") from error
 
     def append(self, name: str, rows: Iterable[DeviceRow] | Iterable[RoundRow]) -> None:
-        """Adds rows to a .jsonl file, synced to disk. Raises Failure (lightcl/errors.py) where the disk refuses it."""
+        """Appends rows to a .jsonl file and syncs it. Raises Failure (lightcl/errors.py) where the disk refuses it."""
         with saving(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(row.to_json(), allow_nan=False) + "\n")
@@ -175,7 +175,7 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def rounds(self) -> list[RoundRow]:
-        """The rows of rounds.jsonl. A last line that a crash cut short is left out.
+        """The rows of rounds.jsonl. A last line that was cut off by a crash is ignored.
 
         Raises RequestError naming file, line and field for any other line that is not a row.
         """
@@ -186,7 +186,7 @@ class RunFolder:
         return [row for row, _ in self._read_rows(DEVICES, DeviceRow)]
 
     def _read_rows(self, name: str, kind: type[Row]) -> list[tuple[Row, str]]:
-        """Rows with the lines that they are written in."""
+        """Rows, each with its line of the file."""
         file = self.path / name
         if not file.exists():
             return []
@@ -203,7 +203,7 @@ class RunFolder:
         return rows
 
     def forget_after(self, round_number: int) -> None:
-        """Drops rows of rounds that were not finished when the run was killed; they will be written again."""
+        """Drops rows of rounds that were not finished when the run was killed; they are written again later."""
         rounds = [line for row, line in self._read_rows(ROUNDS, RoundRow) if row.round <= round_number]
         devices = [line for row, line in self._read_rows(DEVICES, DeviceRow) if row.round <= round_number]
         for name, kept in ((ROUNDS, rounds), (DEVICES, devices)):
@@ -211,7 +211,7 @@ class RunFolder:
                 write_atomically(self.path / name, "".join(f"{line}\n" for line in kept))
 
     def reopen(self) -> None:
-        """Removes the earlier end of the run: it continues, and its new end will be written."""
+        """Removes results and failure of an earlier end: the run continues and will write new ones."""
         for name in ("results.json", "failure.json"):
             (self.path / name).unlink(missing_ok=True)
 
@@ -219,7 +219,7 @@ class RunFolder:
         write_atomically(self.path / "results.json", json.dumps(results.to_json(), indent=2, allow_nan=False))
 
     def fail(self, failure: Failure) -> None:
-        """Keeps why a run stopped; it is not completed, so it can be resumed."""
+        """Records why the run stopped; it is not complete, so it can be resumed."""
         write_atomically(self.path / "failure.json", json.dumps(failure.to_json(), indent=2))
 
     def failure(self) -> Failure | None:

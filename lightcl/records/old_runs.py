@@ -1,4 +1,4 @@
-"""Scenarios in run folders of earlier versions, translated to today's keys."""
+"""Scenarios in run folders of earlier versions, translated to the current keys."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def is_old(scenario: Mapping[str, Any]) -> bool:
 
 
 def translated(scenario: Mapping[str, Any]) -> dict[str, Any]:
-    """The scenario of a run.json under today's keys; unchanged where it is today's already.
+    """The scenario of a run.json with the current keys; unchanged if it has them already.
 
-    `runtime.threads`, `runtime.accelerator` and `training.precision` are `device.*` now, `runtime.workers` is
+    `runtime.threads`, `runtime.accelerator` and `training.precision` became `device.*`; `runtime.workers` became
     `simulation.workers`.
     """
     values = dict(scenario)

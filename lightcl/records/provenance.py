@@ -1,4 +1,4 @@
-"""What made a run: versions, machine, git commit, command."""
+"""Provenance of a run: versions, machine, git commit, command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LIBRARIES = (
 
 
 def describe_run(command: str, run: str) -> dict[str, Any]:
-    """The part of run.json that does not come from the scenario; `run` names the devices' state folders."""
+    """The part of run.json beside the scenario; `run` is the name of the devices' state folders."""
     return {
         "run": run,
         "command": command,
@@ -29,7 +29,7 @@ def describe_run(command: str, run: str) -> dict[str, Any]:
 
 
 def version(name: str) -> str | None:
-    """Of an installed distribution."""
+    """The version of an installed distribution; None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

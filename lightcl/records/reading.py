@@ -1,4 +1,4 @@
-"""Reading a run folder: typed rows, accuracy matrices, tables for pandas. Reports and notebooks use it alike.
+"""Reading a run folder: typed rows, accuracy matrices, pandas frames. For reports and notebooks.
 
     from lightcl.records import load_run
 
@@ -7,7 +7,7 @@
     run.matrices("cil")[0].values            # [t, k]: device 0's accuracy on task k after task t
     run.devices_frame()                      # needs pandas
 
-A run may be read while it is in progress or after it was killed; everything that it has finished is there.
+A run can be read while it is in progress or after it was killed; all finished rounds are present.
 """
 
 from __future__ import annotations
@@ -67,21 +67,21 @@ class DeviceHistory:
 
     @cached_property
     def figures(self) -> dict[str, dict[str, float]]:
-        """`["til" | "cil"][figure]`, figures as in AccuracyMatrix.summary, of the settings it was tested in."""
+        """`["til" | "cil"][figure]`: the figures of AccuracyMatrix.summary, for the settings it was tested in."""
         return {s: self.matrix(s).summary() for s in SETTINGS if self.matrix(s).last >= 0}
 
     @classmethod
     def of(cls, rows: Sequence[DeviceRow], tasks: int, learns: Sequence[int] | None = None) -> DeviceHistory:
-        """From one device's rows, by round; of the scenario's `tasks` it learns the numbers in `learns`, or all."""
-        # A row says which tasks its accuracies are about; the one with the most has all that were tested.
+        """From one device's rows, by round. Of the scenario's `tasks` it learns those in `learns`; None: all."""
+        # Each row names its tested tasks; the row with the most names all of them.
         ids = max((row.tested for row in rows), key=len)
         til: dict[int, list[float]] = {}
         cil: dict[int, list[float]] = {}
         for row in rows:
             for accuracies, tested in ((til, row.til), (cil, row.cil)):
                 if row.examples is not None:
-                    # The device is learning this task now: accuracies of this task and later ones are void, since its
-                    # state was lost.
+                    # The device trains this task now. Earlier results on this task or later ones are void: its state
+                    # was lost.
                     for task in [t for t in accuracies if t >= row.task]:
                         del accuracies[task]
                 if tested:
@@ -113,13 +113,13 @@ class Run:
     results: Results | None
     """None before the run is completed."""
     failure: Failure | None
-    """Why the server stopped the run, if it did and the run was not resumed since."""
+    """Why the server stopped the run; None if it did not, or if the run was resumed since."""
     partition: dict[int, dict[str, Any]]
-    """Rows of partition.json by device: `train` and `test` (indices, or a text for images that are not listed) and,
-    where it skips tasks, `tasks` (those that it learns) and `skipped`; empty where not known."""
+    """Rows of partition.json by device: `train` and `test` (indices, or a text for images that are not listed) and, if
+    it skips tasks, `tasks` (those that it learns) and `skipped`; empty if unknown."""
     analysis: dict[str, Any] | None
     """generalizability.json: the figures behind a freeze point chosen by `network.freeze: auto`; None otherwise."""
-    last_sign: datetime
+    last_written: datetime
     """When the run last wrote a round."""
 
     @cached_property
@@ -130,13 +130,22 @@ class Run:
         return [DeviceHistory.of(by_device[number], tasks, self.tasks_of(number)) for number in sorted(by_device)]
 
     def tasks_of(self, device: int) -> tuple[int, ...]:
-        """The numbers of the tasks that a device learns, ascending; all where partition.json does not say."""
+        """The numbers of the tasks that a device learns, ascending; all if partition.json does not say."""
         tasks = self.partition.get(device, {}).get("tasks")
         return tuple(range(self.scenario.stream.tasks) if tasks is None else tasks)
 
     def skipped_of(self, device: int) -> list[dict[str, Any]]:
-        """The tasks that a device skips, each as `task`, `reason`, `train` and `test` (images that it has for it)."""
-        return list(self.partition.get(device, {}).get("skipped", ()))
+        """The tasks that a device skips, each as `task`, `reason`, `train` and `test` (its numbers of images).
+
+        Entries of partition.json that name no task of the scenario are left out.
+        """
+        listed = self.partition.get(device, {}).get("skipped")
+        tasks = range(self.scenario.stream.tasks)
+        return [
+            entry
+            for entry in (listed if isinstance(listed, list) else ())
+            if isinstance(entry, dict) and type(entry.get("task")) is int and entry["task"] in tasks
+        ]
 
     def matrices(self, setting: str = "til") -> dict[int, AccuracyMatrix]:
         """The accuracy matrix of every device that was tested, by device number; `setting` is "til" or "cil"."""
@@ -149,7 +158,7 @@ class Run:
     def dropped(self) -> dict[int, str]:
         """The devices that were dropped from the run, by number, and why.
 
-        Before the run has ended they follow from consecutive failures, as the server counts them.
+        Before the end of the run they are derived from consecutive failures, as the server counts them.
         """
         end = self.results or self.failure
         if end is not None:
@@ -199,7 +208,7 @@ _SPREAD = ("mean", "std", "p10", "p90")
 
 
 def load_run(path: str | Path) -> Run:
-    """Reads a run folder, also of a run in progress, and of versions whose scenario had a `runtime` section.
+    """Reads a run folder, including runs in progress and runs of versions whose scenario had a `runtime` section.
 
     Raises RequestError where the folder holds no run or a file in it is broken; the text names file, line and field.
     """
@@ -215,7 +224,7 @@ def load_run(path: str | Path) -> Run:
         failure=folder.failure(),
         partition=folder.partition(),
         analysis=folder.analysis(),
-        last_sign=_last_written(folder.path / name for name in ("run.json", ROUNDS)),
+        last_written=_last_written(folder.path / name for name in ("run.json", ROUNDS)),
     )
 
 

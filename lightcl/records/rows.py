@@ -1,7 +1,7 @@
 """The typed rows of a run: one per device and round, one per round, and how the run ended.
 
-Each type is written by `to_json` and read by `from_json`, which checks every field. `where` in the checks is the place
-that an error names: a file, and in a .jsonl file its line.
+Each type is written by `to_json` and read by `from_json`, which checks every field. `where` is the place that an error
+names: a file or, for a .jsonl file, a line.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass
 class DeviceRow:
-    """One device in one round; a field is None where the device did not get that far."""
+    """One device in one round; a field is None if the device did not get that far."""
 
     round: int
     device: int
@@ -37,13 +37,13 @@ class DeviceRow:
     """Training images of the task."""
     loss: float | None = None
     tasks: list[int] | None = None
-    """The tested tasks, ascending, where the device skips one; None where they are 0, 1, ... (see `tested`)."""
+    """The tested tasks, ascending, if the device skips one; None if they are 0, 1, ... (see `tested`)."""
     til: list[float] | None = None
     """Accuracy per tested task, in 0..1, with the task known."""
     images: list[int] | None = None
     """Test images per tested task."""
     cil: list[float] | None = None
-    """Accuracy per tested task with the task not known."""
+    """Accuracy per tested task, in 0..1, with the task not known."""
     error: str | None = None
     train_seconds: float | None = None
     peak_memory_mib: float | None = None
@@ -110,9 +110,9 @@ DEVICE_TIMING = ("train_seconds", "peak_memory_mib", "evaluate_seconds")
 
 @dataclass
 class RoundRow:
-    """One round. `til` and `cil` are the spread of the devices' average accuracies so far; None where none was tested.
+    """One round. `til` and `cil` are the spread of the devices' average accuracies so far; None if none was tested.
 
-    `train_seconds` are wall-clock seconds until all devices had trained, `seconds` those of the whole round.
+    `train_seconds` are wall-clock seconds until all devices had trained, `seconds` those of the entire round.
     """
 
     round: int
@@ -132,7 +132,7 @@ class RoundRow:
 
     @classmethod
     def of(cls, rows: Sequence[DeviceRow], finished: int, train_seconds: float, seconds: float) -> Self:
-        """The round over its devices' rows; `finished` devices are at the end of their streams."""
+        """The round from its device rows; `finished` devices are at the end of their streams."""
         losses = [row.loss for row in rows if row.loss is not None]
         return cls(
             round=rows[0].round,
@@ -191,11 +191,11 @@ class Figures:
     forgetting: Spread
     backward_transfer: Spread
     devices: dict[str, int] = field(default_factory=dict)
-    """By the name of each figure: how many devices have it; empty in the runs of earlier versions."""
+    """How many devices have each figure, by its name; empty in runs of earlier versions."""
 
     @classmethod
     def of(cls, matrices: Sequence[AccuracyMatrix]) -> Self:
-        """Over the accuracy matrices of devices; those without a test count for nothing."""
+        """Over the devices' accuracy matrices; devices without a test are ignored."""
         values = [matrix.summary() for matrix in matrices]
         spreads = fleet_summary(matrices)
         return cls(**spreads, devices={name: sum(not isnan(v[name]) for v in values) for name in spreads})
@@ -209,7 +209,7 @@ FIGURES = ("average_accuracy", "forgetting", "backward_transfer")
 
 @dataclass(frozen=True)
 class Results:
-    """How a completed run ended. `dropped` is by device: why it was dropped from the run."""
+    """The final figures of a completed run. `dropped` is the reason for dropping, by device."""
 
     devices: int
     """Devices of the fleet, those that learn no task included."""
@@ -219,12 +219,12 @@ class Results:
     rounds: int
     til: Figures
     cil: Figures | None
-    """None where the devices are not tested with the task unknown."""
+    """None if the devices are not tested with the task unknown."""
     bytes_down: int
     bytes_up: int
     seconds: float
     without_tasks: int = 0
-    """Devices that learn no task, since they have too few images for each of them."""
+    """Devices that learn no task because they have too few images for each."""
 
     @classmethod
     def of(
@@ -240,8 +240,7 @@ class Results:
     ) -> Self:
         """Over the devices that finished their streams: `finished[i][setting][t]` is a row of an accuracy matrix.
 
-        `tasks` are those of the scenario; `ids[i]` are the numbers of those that the same device learns, all by
-        default.
+        `tasks` is the number of tasks of the scenario; `ids[i]` are those that the same device learns (default: all).
         """
         figures: dict[str, Figures | None] = {}
         learned = ids if ids is not None else [range(tasks)] * len(finished)
@@ -396,7 +395,7 @@ def _reasons(value: object) -> dict[int, str]:
 
 
 def _spread_of_json(value: object) -> Spread:
-    """A spread; null is one of NaN (a figure that no device has)."""
+    """A spread; null stands for NaN values (a figure that no device has)."""
     names = [part.name for part in fields(Spread)]
     if value is None:
         return Spread(**dict.fromkeys(names, NAN))
@@ -406,7 +405,7 @@ def _spread_of_json(value: object) -> Spread:
 
 
 def _spread_to_json(spread: Spread | None) -> dict[str, float] | None:
-    """JSON has no NaN, and a spread has it in all of its values or in none."""
+    """None for a spread of NaN, which JSON does not have."""
     return None if spread is None or isnan(spread.mean) else asdict(spread)
 
 
@@ -425,5 +424,5 @@ def _counts(value: object) -> dict[str, int]:
 
 
 def _spread(accuracies: Sequence[Sequence[float]]) -> Spread | None:
-    """Of the devices' average accuracies; None where none was tested."""
+    """The spread of the devices' average accuracies; None if none was tested."""
     return Spread.of([fmean(row) for row in accuracies]) if accuracies else None

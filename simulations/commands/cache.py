@@ -1,4 +1,4 @@
-"""`lightcl cache`: the outputs of frozen prefixes on this disk."""
+"""`lightcl cache`: the outputs of frozen prefixes that are stored on this machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _cache() -> None:
 
 @app.command(cls=Command)
 def ls() -> None:
-    """List the stores: what they hold, how many images, their size and last use."""
+    """List the stores: content, number of images, size and last use."""
     from rich.table import Table
 
     from lightcl.device.prefix import prefix_cache
@@ -49,7 +49,7 @@ def ls() -> None:
 
 @app.command(cls=Command)
 def clear(key: Key = None) -> None:
-    """Delete one store, or all of them. Runs that use it compute its outputs again."""
+    """Delete one store, or all of them. Runs that need the outputs compute them again."""
     from lightcl.device.prefix import prefix_cache
 
     cache = prefix_cache()
@@ -64,7 +64,7 @@ def clear(key: Key = None) -> None:
 
 @app.command(cls=Command)
 def warm(scenario: ScenarioFile, changes: Changes = None, plugins: Plugins = None) -> None:
-    """Compute all outputs that a scenario's devices will ask for: of test images, and of every view."""
+    """Compute all prefix outputs that a scenario's devices will need: of test images and of every view."""
     from rich.progress import Progress
 
     from lightcl.data.sources import load_source
@@ -82,7 +82,7 @@ def warm(scenario: ScenarioFile, changes: Changes = None, plugins: Plugins = Non
 
 
 def _view(about: Any) -> str:
-    """`plain`, or number, augmentation and seed of the view."""
+    """`plain`, or the number, augmentation and seed of the view."""
     view = about.get("view")
     if not view:
         return "plain"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +14,7 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from lightcl.errors import RequestError
-from simulations.options import Plugins, use_plugins
+from simulations.options import Plugins, command_line, console, use_plugins
 
 WIDEST_CELL = 28
 """Characters; longer cells, which are names, wrap."""
@@ -33,7 +31,8 @@ def compare(
         Path, typer.Option("--out", help="Folder for the page, the table and the pictures; replaced if it holds those")
     ] = Path("runs/comparison"),
     baseline: Annotated[
-        str | None, typer.Option("--baseline", metavar="NAME", help="Compare with this one; default: the first")
+        str | None,
+        typer.Option("--baseline", metavar="NAME", help="Run that the others are compared with; default: the first"),
     ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure the memory of a training step in fresh processes")
@@ -47,12 +46,12 @@ def compare(
     from simulations.reports.comparison import PAGE, Group, markdown, to_json, write_page
     from simulations.reports.comparison import compare as compare_groups
 
-    console = Console(emoji=False)
+    out = console()
     groups, baselines = collect(runs), {}
     if len(groups) < 2:
         raise RequestError(
-            f"compare: {len(groups)} scenario to compare (runs that differ only in seed or device count as one); "
-            "name at least two"
+            f"compare: needs at least two scenarios, found {len(groups)} (runs that differ only in seed or device "
+            "count as one)"
         )
     if baseline is not None:
         labels = [group.label for group in groups]
@@ -63,21 +62,20 @@ def compare(
         baselines = dict.fromkeys(labels, baseline)
     names_in(out_folder, (PAGE, MARKDOWN, RECORDS, "plots"))
     if measure:
-        groups = [Group(g.label, g.runs, g.step_bytes or _step_bytes(g, console)) for g in groups]
+        groups = [Group(g.label, g.runs, g.step_bytes or _step_bytes(g, out)) for g in groups]
     title = groups[0].scenario.name if len({g.scenario.name for g in groups}) == 1 else "Comparison of runs"
-    command = shlex.join(["lightcl", *sys.argv[1:]])
-    comparison = compare_groups(groups, title=title, baselines=baselines, command=command)
+    comparison = compare_groups(groups, title=title, baselines=baselines, command=command_line())
     with writable(out_folder):
         out_folder.mkdir(parents=True, exist_ok=True)
         page = write_page(comparison, out_folder)
         write_atomically(out_folder / MARKDOWN, markdown(comparison))
         write_atomically(out_folder / RECORDS, json.dumps(to_json(comparison), indent=2))
-    print_comparison(comparison, console)
-    console.print(f"page: {os.path.relpath(page)}", highlight=False, markup=False, soft_wrap=True)
+    print_comparison(comparison, out)
+    out.print(f"page: {os.path.relpath(page)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def collect(paths: list[Path]) -> list[Any]:
-    """The groups behind run and sweep folders. Raises RequestError."""
+    """The groups of runs in these run and sweep folders. Raises RequestError."""
     from simulations.reports.comparison import Group, group_runs
     from simulations.reports.run_figures import read_figures
 
@@ -100,7 +98,7 @@ def collect(paths: list[Path]) -> list[Any]:
 
 
 def _sweep_groups(folder: Path) -> list[Any]:
-    """A group for every point of a sweep that has a run."""
+    """One group for each point of a sweep that has a run."""
     from simulations.reports.comparison import Group
     from simulations.reports.run_figures import read_figures
 
@@ -110,7 +108,7 @@ def _sweep_groups(folder: Path) -> list[Any]:
         footprints = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         runs = {point["label"]: [folder / str(run) for run in point["runs"]] for point in points}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"{folder}: its sweep.json cannot be read ({error!r})") from error
+        raise RequestError(f"{folder / 'sweep.json'}: cannot be read ({error!r})") from error
     groups = []
     for label, paths in runs.items():
         found = tuple(read_figures(path) for path in paths if (path / "run.json").exists())
@@ -134,7 +132,7 @@ def _step_bytes(group: Any, console: Console) -> int | None:
 
 
 def print_comparison(comparison: Any, console: Console) -> None:
-    """The comparison as tables in the terminal."""
+    """Prints the comparison as tables."""
     from simulations.reports.comparison import table_rows
 
     for title, headings, rows in table_rows(comparison):

@@ -55,7 +55,7 @@ def footprint(
     """Count FLOPs and memory of training per method, and measure memory; 1 MiB is 2^20 bytes."""
     given = (scenario, changes, methods, device, picture, all_methods or None, measuring or None)
     if table1 and any(value is not None for value in given):
-        raise RequestError("--table1 is the paper's own setting: it takes no scenario, only --json and --overwrite")
+        raise RequestError("--table1 reproduces the paper's setting: it takes no scenario, only --json and --overwrite")
     if not table1 and scenario is None:
         raise RequestError("footprint: name a SCENARIO, or --table1 for the paper's setting")
     out = console(stderr=json_to == "-")

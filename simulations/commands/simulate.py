@@ -41,7 +41,7 @@ def simulate(
     )  # fmt: skip
     with folder.locked():
         if folder.completed:
-            out.print("the run was complete already", highlight=False)
+            out.print("the run is already complete", highlight=False)
         else:
             rounds = loaded.server.rounds_per_task * sum(len(tasks) for tasks in prepared.tasks)
             out.print(str(disk_of_states(prepared)), highlight=False)
@@ -50,6 +50,6 @@ def simulate(
                     simulate_fleet(prepared, folder, progress)
                 except RunFailure:
                     if not no_report:
-                        print_report(folder, out)  # it shows how far the run came, and why it stopped there
+                        print_report(folder, out)  # it shows how far the run got and why it stopped
                     raise
     print_results(folder, out, report=not no_report)

@@ -32,7 +32,7 @@ def train(
     out_folder: OutFolder = None, resume: Resume = False, overwrite: Overwrite = False, plugins: Plugins = None,
     no_report: NoReport = False,
 ) -> None:  # fmt: skip
-    """Train one device on its stream, here and without Flower.
+    """Train one device on its stream, on this machine and without Flower.
 
     The results equal those of the same device in a fleet with `server.aggregation: none`.
     """
@@ -50,7 +50,7 @@ def train(
     )  # fmt: skip
     with folder.locked():
         if folder.completed:
-            out.print("the run was complete already", highlight=False)
+            out.print("the run is already complete", highlight=False)
         else:
             rounds = 1 if loaded.method.joint else len(prepared.tasks[device])
             with LiveProgress(out, rounds) as progress:

@@ -48,9 +48,9 @@ def validate(scenario: ScenarioFile, changes: Changes = None, plugins: Plugins =
 
 
 def fleet_lines(prepared: Prepared) -> Iterator[str]:
-    """What the devices have to learn from: images, tasks, what is skipped, and a warning where tests are small.
+    """Images and tasks per device, skipped tasks, and a warning about small test sets.
 
-    Only images of tasks that a device learns count; a device that learns no task is in none of the image counts.
+    Images of skipped tasks do not count, and devices that learn no task are left out of the image counts.
     """
     from lightcl.metrics import FEW_TEST_IMAGES
 

@@ -1,9 +1,8 @@
-"""Runs side by side: groups, differences, warnings, pictures, and one HTML page that needs nothing but itself.
+"""Runs side by side: groups, differences, warnings, pictures, and one self-contained HTML page.
 
 A group holds runs that differ only in seed or device. Figures of a group are means over its observations, one per
-device and seed. Two groups are compared by pairs of the same device and seed; where such pairs would not be
-alike (another partition, other seeds, other devices), the difference is that of two independent samples, and a warning
-says so.
+device and seed. Two groups are compared by pairs of the same device and seed. Where such pairs are not comparable
+(different partition, seeds or devices), the difference is that of two independent samples, and a warning says so.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from simulations.reports.wording import DASH, duration, signed_points, size
 
 PAGE = "comparison.html"
 DATA_KEYS = ("source", "image_size", "test_fraction", "augmentation")
-"""Keys of `data` that decide which images a run sees; those that a version does not have are skipped."""
+"""Keys of `data` that decide which images a run sees; keys that a version does not have are ignored."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Group:
 
 
 def group_runs(runs: Sequence[RunFigures]) -> list[Group]:
-    """Puts runs together that differ only in seed or device; labels are methods where these tell the groups apart."""
+    """Groups runs that differ only in seed or device. The labels are the methods where these are distinct."""
     found: list[list[RunFigures]] = []
     for run in runs:
         fitting = (group for group in found if _fits(run, group))
@@ -120,7 +119,7 @@ def group_runs(runs: Sequence[RunFigures]) -> list[Group]:
 def _fits(run: RunFigures, group: Sequence[RunFigures]) -> bool:
     alike = _decisive(run.scenario) == _decisive(group[0].scenario)
     taken = {(other.scenario.seed, other.device) for other in group}
-    # A fleet and a single device of it are not observations of one kind.
+    # A fleet and a single device are not observations of the same kind.
     same_kind = (run.device is None) == (group[0].device is None)
     return alike and same_kind and (run.scenario.seed, run.device) not in taken
 
@@ -135,7 +134,7 @@ def _decisive(scenario: Scenario) -> dict[str, Any]:
 
 
 def pairing_problems(first: Group, second: Group) -> list[str]:
-    """Why pairs of the same device and seed would not be alike; none where they are."""
+    """Why pairs of the same device and seed are not comparable; empty where they are."""
     one, other = first.scenario, second.scenario
     problems = []
     for section, keys in (("data", DATA_KEYS), ("fleet", None), ("stream", None)):
@@ -149,7 +148,7 @@ def pairing_problems(first: Group, second: Group) -> list[str]:
     if _scope(first) != _scope(second):
         problems.append(f"one has {_scope(first)}, the other {_scope(second)}")
     if not problems and not _same_shares(first, second):
-        problems.append("partition.json gives the devices other images")
+        problems.append("partition.json assigns different images to the devices")
     return problems
 
 
@@ -169,7 +168,7 @@ def _same_shares(first: Group, second: Group) -> bool:
 
 
 def difference(first: Group, second: Group, setting: str, key: str) -> Difference | None:
-    """First minus second, by pairs where these are alike; None where one is not tested for the figure."""
+    """First minus second, by pairs where these are comparable; None where one of them lacks the figure."""
     one, other = first.observations(setting, key), second.observations(setting, key)
     if pairing_problems(first, second):
         return unpaired_difference(list(one.values()), list(other.values()))
@@ -177,7 +176,7 @@ def difference(first: Group, second: Group, setting: str, key: str) -> Differenc
 
 
 def warnings_of(groups: Sequence[Group], baselines: Mapping[str, str]) -> list[str]:
-    """What a reader must know before comparing: unlike pairs, unfinished runs, dropped devices."""
+    """What a reader must know before comparing: missing pairs, unfinished runs, dropped devices."""
     by_label = {group.label: group for group in groups}
     lines = []
     for group in groups:
@@ -197,7 +196,7 @@ def warnings_of(groups: Sequence[Group], baselines: Mapping[str, str]) -> list[s
                 )
         for run in group.runs:
             if not run.complete:
-                lines.append(f"{group.label}: the run in {run.path.name} is not complete; figures so far")
+                lines.append(f"{group.label}: the run in {run.path.name} is not complete; its figures are those so far")
             if run.dropped:
                 numbers = number_ranges(run.dropped)
                 lines.append(f"{group.label}: {run.path.name} dropped device{'s' * (len(run.dropped) > 1)} {numbers}")
@@ -209,7 +208,7 @@ def warnings_of(groups: Sequence[Group], baselines: Mapping[str, str]) -> list[s
 
 @dataclass(frozen=True)
 class Comparison:
-    """Groups, for each its baseline, and what was found."""
+    """Groups, the baseline of each, and the differences from it."""
 
     title: str
     groups: list[Group]
@@ -221,7 +220,7 @@ class Comparison:
 
     @property
     def settings(self) -> list[str]:
-        """Settings that any group is tested for."""
+        """Settings in which at least one group is tested."""
         return [s for s in ("til", "cil") if any(g.observations(s, "average_accuracy") for g in self.groups)]
 
     @property
@@ -230,7 +229,7 @@ class Comparison:
 
     @property
     def has_process_memory(self) -> bool:
-        """Shown only where the memory of a step was not measured for every group: it says little about a method."""
+        """Whether to show process memory: only where step memory is missing, since it says little about a method."""
         return any(group.process_mib and not group.step_bytes for group in self.groups)
 
     @property
@@ -252,7 +251,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def compare(
     groups: Sequence[Group], *, title: str, baselines: Mapping[str, str] | None = None, command: str = ""
 ) -> Comparison:
-    """Takes every group's differences from its baseline, which is the first group where nothing else is given."""
+    """Computes each group's differences from its baseline; the default baseline is the first group."""
     by_label = {group.label: group for group in groups}
     chosen = {}
     for group in groups:
@@ -301,7 +300,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def draw(comparison: Comparison) -> list[Picture]:
-    """The pictures that there is something to draw in."""
+    """The pictures for which there is data."""
     groups, settings = comparison.groups, comparison.settings
     chances = {tuple(sorted(chance(group.scenario).items())) for group in groups}
     guessing = dict(next(iter(chances))) if len(chances) == 1 else {}

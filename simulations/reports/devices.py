@@ -27,7 +27,7 @@ class Column:
     scale: float = 1.0
     """On the page; 100 for an accuracy."""
     grouped: bool = True
-    """On the page: a comma between thousands; False for numbers that are names."""
+    """On the page: a comma between thousands; False for device numbers."""
 
     def known(self, device: DeviceHistory) -> Value:
         """The value, or None where there is none."""
@@ -82,7 +82,7 @@ def columns_of(run: ReportedRun) -> list[Column]:
 
 
 def devices_csv(columns: Sequence[Column], devices: Sequence[DeviceHistory]) -> str:
-    """All devices with unrounded figures; an empty field where there is none."""
+    """All devices, figures not rounded; a field without a value is empty."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([column.name for column in columns])

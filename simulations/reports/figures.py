@@ -1,11 +1,10 @@
-"""The numbers of a run's report: which devices count, spreads over the fleet, reasons for failures, chance."""
+"""The numbers of a run's report: devices that count, spreads over the fleet, reasons for failures, chance."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -38,11 +37,11 @@ class FreezeChoice:
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """A run with the groups of devices that the page is about."""
+    """A run and the groups of devices that the page shows."""
 
     run: Run
     choice: FreezeChoice | None
-    """None where the freeze point was given."""
+    """None where the scenario names the freeze point."""
 
     @property
     def scenario(self) -> Scenario:
@@ -54,12 +53,12 @@ class ReportedRun:
 
     @cached_property
     def training_images(self) -> dict[int, int]:
-        """Training images by device number; a board with its own images is left out."""
+        """Training images by device number; boards with images of their own are left out."""
         return {n: len(row["train"]) for n, row in self.run.partition.items() if isinstance(row.get("train"), list)}
 
     @cached_property
     def test_images(self) -> dict[int, int]:
-        """Test images, over all tasks of the device's last test, by device number."""
+        """Test images by device number, summed over the tasks of the device's last test."""
         return {row.device: sum(row.images) for row in self.run.devices if row.images}
 
     @cached_property
@@ -72,8 +71,8 @@ class ReportedRun:
     @cached_property
     def skipped(self) -> dict[int, list[int]]:
         """The tasks that a device skips because it has too few images, by device number; from partition.json."""
-        tasks = self.scenario.stream.tasks
-        return {n: found for n, row in self.run.partition.items() if (found := skipped_tasks(row, tasks))}
+        skipped = {n: [entry["task"] for entry in self.run.skipped_of(n)] for n in self.run.partition}
+        return {n: tasks for n, tasks in skipped.items() if tasks}
 
     @cached_property
     def learned(self) -> dict[int, int]:
@@ -91,7 +90,7 @@ class ReportedRun:
 
     @cached_property
     def compared(self) -> list[DeviceHistory]:
-        """The devices behind the headline: those that finished or, before the end of the run, all tested ones."""
+        """The devices in the headline figures: those that finished or, before the run ends, all tested ones."""
         return self.finished if self.run.results and self.finished else self.tested
 
     @cached_property
@@ -147,7 +146,7 @@ class ReportedRun:
 
     @property
     def status(self) -> tuple[str, str]:
-        """The run's state in words, and how to take it: "good", "warning" or "bad"."""
+        """The run's state in words, and its severity: "good", "warning" or "bad"."""
         results, failure, dropped = self.run.results, self.run.failure, self.run.dropped
         if results is None:
             if failure and len(dropped) == self.scenario.fleet.devices:
@@ -169,15 +168,6 @@ def reported(run: Run) -> ReportedRun:
         except (KeyError, TypeError, AttributeError) as error:
             raise RequestError(f"{run.path / ANALYSIS}: not the record of an analysis ({error!r})") from error
     return ReportedRun(run, choice)
-
-
-def skipped_tasks(row: Mapping[str, Any], tasks: int) -> list[int]:
-    """The skipped tasks in a row of partition.json: listed under `skipped`, as numbers or as objects with a `task`."""
-    listed = row.get("skipped")
-    if not isinstance(listed, list):
-        return []
-    numbers = [entry.get("task") if isinstance(entry, dict) else entry for entry in listed]
-    return sorted({n for n in numbers if type(n) is int and 0 <= n < tasks})
 
 
 def spread_over_tasks(matrices: Sequence[AccuracyMatrix]) -> list[Spread]:

@@ -1,6 +1,6 @@
-"""The report of a run: one HTML page that needs no other file, its figures as PNG files, and devices.csv.
+"""The report of a run: one self-contained HTML page, its figures as PNG files, and devices.csv.
 
-It reads only the run folder (lightcl/records), so it can be made while a run is in progress and after it was killed.
+It reads only the run folder (lightcl/records), so it can be built while a run is in progress or after it was killed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from simulations.reports.pictures import Picture, drawings_of, paint
 from simulations.reports.wording import duration, percent, points, signed_points, size
 
 DISTRIBUTIONS_FROM = 51
-"""From this many devices on the page shows distributions and names the worst, the median and the best device."""
+"""With this many devices or more, the page shows distributions and names the worst, median and best device."""
 MOST_STATIC_ROWS = 200
-"""With more devices than this the table's rows are data that the page's script shows a part of."""
+"""With more devices than this, the page's script renders a part of the table at a time."""
 MOST_REASONS = 50
 DEVICES_CSV = "devices.csv"
 

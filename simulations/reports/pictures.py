@@ -33,7 +33,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure before it is painted: `draw(theme)` gives it."""
+    """A figure that is not yet drawn: `draw(theme)` returns it."""
 
     name: str
     alt: str
@@ -81,7 +81,7 @@ def _accuracy(run: ReportedRun) -> list[Drawing]:
 
 
 def _distributions(run: ReportedRun) -> list[Drawing]:
-    """Of the devices behind the headline: accuracy, forgetting, and accuracy by images and by tasks learned."""
+    """Accuracy, forgetting, and accuracy by images and by tasks learned, of the devices in the headline figures."""
     devices, settings = run.compared, run.scenario.settings
 
     def values(key: str) -> dict[str, np.ndarray]:

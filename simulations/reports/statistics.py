@@ -19,14 +19,14 @@ class Mean:
 
     mean: float
     deviation: float
-    """Of the sample (n - 1)."""
+    """Sample standard deviation (n - 1)."""
     error: float
     """Standard error of the mean: deviation / sqrt(n)."""
     count: int
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean | None:
-        """None for no observation."""
+        """None without observations."""
         if not values:
             return None
         deviation = stdev(values) if len(values) > 1 else nan
@@ -35,19 +35,19 @@ class Mean:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of A minus mean of B with its 95 % interval; the interval is NaN where there are too few observations."""
+    """Mean of A minus mean of B with its 95 % interval, which is NaN where there are too few observations."""
 
     mean: float
     error: float
     low: float
     high: float
     count: int
-    """Pairs, or of unpaired samples the smaller number of observations."""
+    """Number of pairs; for unpaired samples, the smaller number of observations."""
     paired: bool
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves out zero."""
+        """Whether the interval excludes zero."""
         return not isnan(self.low) and (self.low > 0 or self.high < 0)
 
 

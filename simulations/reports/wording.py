@@ -1,11 +1,11 @@
-"""How pages and tables word numbers. The only place that formats accuracies, differences, times and sizes."""
+"""How pages and tables show numbers. The only place that formats accuracies, differences, times and sizes."""
 
 from __future__ import annotations
 
 from math import isnan
 
 DASH = "–"
-"""Stands where a figure does not exist."""
+"""Shown where there is no figure."""
 
 
 def percent(value: float) -> str:

@@ -3,7 +3,7 @@
 `simulation.engine: ray` hands messages to Ray actors through a `Grid` of this project (`ray_grid`, `ray_engine`);
 `flower` is Flower's own simulation engine (`flower_engine`). Both run the same two apps and give the same numbers.
 Ray, Flower and PyTorch are imported only when a simulation starts: a worker loads this module first, and its threads
-must be limited before PyTorch is there.
+must be limited before PyTorch is imported.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def check_cluster(scenario: Scenario) -> None:
 def simulate(server: ServerApp, state: Path, scenario: Scenario) -> None:
     """Run `server` over the scenario's devices, which keep their states in the folder `state`.
 
-    Raises what the ServerApp raised, RequestError if the cluster of `simulation.address` cannot run the devices, and
-    KeyboardInterrupt after SIGINT or SIGTERM. No process of this call is left behind.
+    Raises the ServerApp's exception, RequestError if the cluster of `simulation.address` cannot run the devices, and
+    KeyboardInterrupt after SIGINT or SIGTERM. It leaves no process behind.
     """
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -12,7 +12,7 @@ from client.app import make_app as make_device_app
 def make_app(state: Path) -> ClientApp:
     """The app of a simulation's workers; devices keep their states in folders of `state`.
 
-    A save waits for no disk. A killed process loses nothing. After a power cut a state may be an older one, or damaged
-    and then refused: start such a run over with --overwrite.
+    Saves are not synced to disk. A killed process loses nothing; a power cut may leave older or damaged states, and
+    damaged ones are refused: start such a run over with --overwrite.
     """
     return make_device_app(state, durable=False)

@@ -1,4 +1,4 @@
-"""How much disk the states of a simulated fleet will take, and whether the disk has it."""
+"""How much disk space the states of a simulated fleet need, and whether the disk has it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lightcl.exchange.tensors import shared_tensors
 from lightcl.scenario import Scenario
 
 MANIFEST_BYTES = 4096
-"""Of a state's plain values: accuracies, position, report."""
+"""Estimate for a state's plain values: accuracies, position, report."""
 
 
 @dataclass(frozen=True)
 class DiskNeed:
-    """What the states of a run take, in bytes.
+    """Disk space for the states of a run, in bytes.
 
-    `own` is what every device keeps; `shared` what those of a round keep in addition until they receive the average.
+    `own` is per device; `shared` is additional, per device of a round, until it receives the average.
     """
 
     devices: int
@@ -30,7 +30,7 @@ class DiskNeed:
 
     @property
     def total(self) -> int:
-        """The most that is needed at a time: versions that some devices still link to are counted like a round's."""
+        """The maximum at any time: two rounds of `shared`, since some devices still link to an earlier version."""
         return self.devices * self.own + 2 * self.per_round * self.shared
 
     def __str__(self) -> str:
@@ -38,7 +38,7 @@ class DiskNeed:
 
 
 def disk_need(scenario: Scenario, *, channels: int, classes: int, image_bytes: int) -> DiskNeed:
-    """An upper estimate from the network's tensors, the optimizer's and the memory samples; no device is made.
+    """An upper estimate from the tensors of network and optimizer and the memory samples; no device is created.
 
     A method's own statistics (a few values per weight with some methods) are not counted.
     """

@@ -25,7 +25,7 @@ from simulations.runtime.gpus import gpu_share
 def run(
     server: ServerApp, state: Path, scenario: Scenario, make_client: Callable[[Path], ClientApp] = make_app
 ) -> None:
-    """Run `server` over one virtual node per device. Raises what the ServerApp raised."""
+    """Run `server` over one virtual node per device. Raises the ServerApp's exception."""
     workers = scenario.simulation.workers
     gpus = torch.cuda.device_count() if scenario.device.accelerator != "cpu" and torch.cuda.is_available() else 0
     try:

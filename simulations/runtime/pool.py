@@ -1,7 +1,7 @@
-"""Ray actors that do jobs one at a time and are replaced when they die.
+"""Ray actors that run jobs one at a time and are replaced when they die.
 
-All decisions are made by one thread that takes events from a queue: a job was submitted, a worker has started, a job is
-done. Nothing polls, and the work per job does not depend on how many there are.
+One thread makes all decisions. It takes events from a queue: a job was submitted, a worker has started, a job is done.
+Nothing polls, and the work per job does not depend on the number of jobs.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ logger = logging.getLogger("lightcl")
 PROBE_SECONDS = 5.0
 """How often an existing cluster is checked while nothing happens."""
 ATTEMPTS = 2
-"""How often a job is given to a worker before it counts as the cause of the workers' deaths."""
+"""How often a job is tried before it counts as the cause of the workers' deaths."""
 
 
 class PoolBroken(Exception):
-    """No worker can be had any more; the text says why."""
+    """No worker can run any more; the text says why."""
 
 
 @dataclass
@@ -38,12 +38,12 @@ class Job:
     argument: Any
     deliver: Callable[[Any], None]
     expires: float
-    """`clock()` after which the job is not started any more."""
+    """Time of `clock()` after which the job is no longer started."""
     attempts: int = 0
 
 
 class WorkerPool:
-    """`size` workers made by `start`, which returns an actor with `greet` and `handle`.
+    """`size` workers created by `start`, which returns an actor with `greet` and `handle`.
 
     `admit(greeting)` raises PoolBroken if a worker that has started cannot be used. `alive` says whether the cluster
     still answers. `on_broken(error)` is called once, from the pool's thread.
@@ -76,11 +76,11 @@ class WorkerPool:
         self._events.put(partial(self._waiting.append, job))
 
     def close(self) -> None:
-        """Stops the thread and the workers; jobs that are not done are never delivered."""
+        """Stops the thread and the workers; unfinished jobs are never delivered."""
         self._events.put(None)
         self._thread.join(timeout=10)
         if self._alive():
-            while self._actors:  # the thread may still be starting one
+            while self._actors:  # the thread may still start one
                 _kill(self._actors.pop())
 
     # -- the pool's thread -------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ class WorkerPool:
             )
         self.replaced += 1
         logger.warning("a Ray worker died and is replaced")
-        _kill(actor)  # one that only lost its connection must not work on beside its replacement
+        _kill(actor)  # one that only lost its connection must not keep running beside its replacement
         self._fill()
 
 

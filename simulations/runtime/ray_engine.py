@@ -1,7 +1,7 @@
-"""Ray for one simulation: start it or connect to a cluster, run the server over a `RayGrid`, and leave nothing behind.
+"""Ray for one simulation: start it or connect to a cluster, run the server over a `RayGrid`, then clean up.
 
 On an existing cluster (`simulation.address`) every machine needs the same version of this project, and the run folder
-and the cache of decoded images at the same path, on a shared file system. That is checked before the server starts.
+and the cache of decoded images at the same path on a shared file system. This is checked before the server starts.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ STOP_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Connection:
-    """A connected Ray. `address` is where an existing cluster listens, None for a Ray of this run alone."""
+    """A connection to Ray. `address` is that of an existing cluster; None where Ray was started for this run."""
 
     address: str | None
 
@@ -53,9 +53,9 @@ class Connection:
 def run(
     server: ServerApp, state: Path, scenario: Scenario, make_client: Callable[[Path], ClientApp] = make_app
 ) -> None:
-    """Run `server` over the scenario's devices; `make_client(state)` makes the ClientApp in every worker.
+    """Run `server` over the scenario's devices; `make_client(state)` creates the ClientApp in every worker.
 
-    Raises what the ServerApp raised; RequestError if the cluster cannot be used, before the server starts;
+    Raises the ServerApp's exception; RequestError before the server starts if the cluster cannot be used;
     KeyboardInterrupt after SIGINT or SIGTERM.
     """
     assume_identity()
@@ -74,7 +74,7 @@ def open_grid(
     marker: str,
     make_client: Callable[[Path], ClientApp],
 ) -> RayGrid:
-    """The grid of a run on a connected Ray. On an existing cluster it waits for the first workers' self-report."""
+    """The grid of a run on a connected Ray. On an existing cluster it waits for the first worker's greeting."""
     workers, threads = scenario.simulation.workers, scenario.device.threads
     local = connection.address is None
     total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -98,13 +98,13 @@ def open_grid(
     if "LIGHTCL_CACHE" in os.environ:
         environment["LIGHTCL_CACHE"] = os.environ["LIGHTCL_CACHE"]
     actor_class: Any = ray.remote(DeviceWorker)
-    first_look = FirstLook(code_digest(), state)
+    worker_check = WorkerCheck(code_digest(), state)
 
     def make_pool(on_broken: Callable[[PoolBroken], None]) -> WorkerPool:
         return WorkerPool(
             lambda: actor_class.options(**options).remote(make_client, state, marker, environment),
             workers,
-            admit=first_look.admit,
+            admit=worker_check.admit,
             alive=connection.alive,
             on_broken=on_broken,
             clock=time.time,
@@ -112,7 +112,7 @@ def open_grid(
 
     grid = RayGrid(min(scenario.fleet.devices, MOST_NODES), make_pool, _put)
     if not local:
-        first_look.wait(grid)
+        worker_check.wait(grid)
     return grid
 
 
@@ -120,8 +120,8 @@ def _put(record: ArrayRecord) -> Any:
     return ray.put(record)
 
 
-class FirstLook:
-    """Whether the workers' machines have what a run needs. The first answer decides whether the run begins."""
+class WorkerCheck:
+    """Checks that the workers' machines have what a run needs; the first greeting decides."""
 
     def __init__(self, code: str, state: Path) -> None:
         self._code, self._state = code, state
@@ -131,7 +131,7 @@ class FirstLook:
     def admit(self, greeting: Greeting) -> None:
         if greeting.code != self._code:
             self._problem = (
-                f"the worker on {greeting.host} runs other code ({greeting.code}) than this machine ({self._code}); "
+                f"the worker on {greeting.host} runs different code ({greeting.code}, here {self._code}); "
                 "install the same version of lightcl-fleet on every machine of the cluster"
             )
         elif not greeting.sees_state:
@@ -144,7 +144,7 @@ class FirstLook:
             raise PoolBroken(self._problem)
 
     def wait(self, grid: RayGrid, seconds: float = 120.0) -> None:
-        """Raises RequestError if the first worker cannot be used or does not come."""
+        """Raises RequestError if the first worker cannot be used or does not start in time."""
         deadline = time.monotonic() + seconds
         while not self._answered.wait(0.1):
             if time.monotonic() > deadline:
@@ -171,7 +171,7 @@ def _serve(server: ServerApp, grid: RayGrid, connection: Connection) -> None:
         while thread.is_alive():
             thread.join(0.5)
     except KeyboardInterrupt:
-        # Ray sends SIGTERM to its drivers when the cluster goes away: that is no wish of the user.
+        # Ray sends SIGTERM to its drivers when the cluster goes away: the user did not interrupt the run.
         if connection.alive():
             grid.close()
             thread.join(STOP_SECONDS)
@@ -184,7 +184,7 @@ def _serve(server: ServerApp, grid: RayGrid, connection: Connection) -> None:
 
 @contextmanager
 def connected(scenario: Scenario) -> Iterator[Connection]:
-    """A connected Ray for the length of a `with`."""
+    """Connects to Ray for the duration of a `with` block."""
     address = scenario.simulation.address
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     if address is None:
@@ -218,7 +218,7 @@ def connected(scenario: Scenario) -> Iterator[Connection]:
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """Puts back the signal handlers that Ray replaces."""
+    """Restores the signal handlers that Ray replaces."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -232,7 +232,7 @@ def _own_signals() -> Iterator[None]:
 
 @contextmanager
 def marked(state: Path) -> Iterator[str]:
-    """A file in `state` for the length of a `with`, by which a worker knows that it sees the same folder; its name."""
+    """Puts a marker file into `state`, by which a worker knows that it sees the same folder; yields its name."""
     state.mkdir(parents=True, exist_ok=True)
     marker = state / f".marker-{secrets.token_hex(4)}"
     marker.touch()

@@ -1,12 +1,12 @@
 """A Flower `Grid` on Ray actors.
 
-Why not Flower's simulation engine: it scans nodes x messages without end in the server's process, never replaces a
-worker that dies, and serializes the shared tensors once per message. This grid does work in proportion to the messages.
+Why not Flower's simulation engine: it scans nodes x messages continually in the server's process, never replaces a
+worker that dies, and serializes the shared tensors once per message. This grid's work is proportional to the messages.
 
 Nodes are addresses, not processes: node p of P hosts the devices d with d % P == p (see `Greeting` in
 lightcl/exchange/messages.py), any worker serves any node, and several messages to one node run at the same time. A few
 dozen nodes are enough for any number of devices, so that greeting them costs nothing. `Context.state` is empty at every
-message: what a ClientApp has to keep belongs on disk.
+message: a ClientApp keeps its state on disk.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class RayGrid(Grid):
     """The grid of one run: `nodes` nodes, served by the pool that `make_pool(on_broken)` returns.
 
     `put(record)` stores an ArrayRecord for all workers and returns its ObjectRef. Methods may be called from any
-    thread; after `close` they raise RunStopped, and WorkerDied if no worker can be had any more.
+    thread; after `close` they raise RunStopped, and WorkerDied if no worker can run any more.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class RayGrid(Grid):
         return list(self._nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Hand over messages; a message to an unknown node gets an empty id, like in Flower."""
+        """Submit messages; a message to an unknown node gets an empty id, as in Flower."""
         ids = []
         for message in messages:
             self._check()
@@ -98,7 +98,7 @@ class RayGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Take the replies to these messages that are there. Does not wait."""
+        """Take the replies to these messages that have arrived. Does not wait."""
         self._check()
         with self._change:
             self._arrived = False
@@ -119,12 +119,12 @@ class RayGrid(Grid):
             replies += pulled
         return replies
 
-    # -- beyond it ---------------------------------------------------------------------------------------------
+    # -- beyond Flower's interface ---------------------------------------------------------------------------------
 
     def wait_for_replies(self, timeout: float) -> bool:
         """Block until a reply has arrived since the last `pull_messages`, at most `timeout` seconds.
 
-        Returns whether one has. Costs nothing while it waits.
+        Returns whether one has arrived. Uses no processor time while it waits.
         """
         with self._change:
             self._change.wait_for(lambda: self._arrived or self._end is not None, timeout)
@@ -164,10 +164,10 @@ class RayGrid(Grid):
         return Parcel(_without_arrays(message), arrays, node, self._nodes[node])
 
     def _reference(self, record: ArrayRecord) -> Any:
-        """The record in the object store, where a record with the very same bytes is put once.
+        """The record in the object store; records that share the same bytes objects are put there once.
 
-        The bytes themselves are the key: they cannot change, and they are kept alive here, so that no other bytes take
-        their place in memory.
+        The key is the identity of the bytes objects: they cannot change, and they are kept alive here, so that their
+        ids are not reused.
         """
         key = tuple((name, array.dtype, tuple(array.shape), id(array.data)) for name, array in record.items())
         if key not in self._shared:
@@ -179,9 +179,9 @@ class RayGrid(Grid):
         return self._shared[key][1]
 
     def _deliver(self, message_id: str, message: Message, result: Any) -> None:
-        """From the pool's thread: a reply, what Ray raised for it, or None if the workers died of the message."""
+        """Called by the pool's thread: a reply, an exception from Ray, or None if every worker that tried died."""
         if result is None:
-            text = "two Ray workers died of this message (out of memory?)"
+            text = "two Ray workers died while handling this message (out of memory?)"
             result = Message(Error(ErrorCode.CLIENT_APP_CRASHED, text), reply_to=message)
         elif not isinstance(result, Message):
             text = f"{type(result)}:<'{result}'>"
@@ -193,7 +193,7 @@ class RayGrid(Grid):
             self._change.notify_all()
 
     def _forget_expired(self) -> None:
-        """Drops replies that nobody took while they were valid; they lie in the order of their arrival."""
+        """Drops replies that were not collected in time; they are stored in order of arrival."""
         now = time.time()
         while self._replies:
             oldest = next(iter(self._replies))

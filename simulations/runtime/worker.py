@@ -1,7 +1,7 @@
 """The worker process of a simulation: it keeps one ClientApp and hands it one message at a time.
 
-Imports stay inside the methods: Ray loads this module first, and `OMP_NUM_THREADS` counts only if it is set before
-PyTorch is loaded.
+Imports stay inside the methods: Ray loads this module first, and `OMP_NUM_THREADS` only takes effect if it is set
+before PyTorch is imported.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Parcel:
 
 @dataclass(frozen=True)
 class Greeting:
-    """What a worker that has started says about itself."""
+    """What a worker reports about itself when it has started."""
 
     host: str
     pid: int
@@ -67,7 +67,7 @@ class DeviceWorker:
         return Greeting(socket.gethostname(), os.getpid(), self._marker.exists(), code_digest())
 
     def handle(self, parcel: Parcel) -> Message:
-        """The app's reply, or an error reply with what the app raised."""
+        """The app's reply, or an error reply with the app's exception."""
         from flwr.app import Context, Error, Message, RecordDict
         from flwr.common.constant import ErrorCode
 
@@ -82,7 +82,7 @@ class DeviceWorker:
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
     def _record(self, reference: Any) -> ArrayRecord:
-        """A record of the object store, fetched once per worker; a copy, so that an app may change its entries."""
+        """A record from the object store, fetched once per worker; a copy, so that an app may change its entries."""
         import ray
         from flwr.app import ArrayRecord
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from lightcl.errors import RequestError
-from simulations.options import Plugins, use_plugins
+from simulations.options import Plugins, command_line, console, use_plugins
 
 
 def sweep(
@@ -86,5 +83,5 @@ def sweep(
     plan = make_sweep(description, Path(scenario), changes or [], folder, only or [])
     run_sweep(
         plan, jobs=jobs, resume=resume, overwrite=overwrite, only_table=only_table,
-        command=shlex.join(["lightcl", *sys.argv[1:]]), console=Console(emoji=False),
+        command=command_line(), console=console(),
     )  # fmt: skip

@@ -34,7 +34,7 @@ class SweepDescription(Section):
 
     scenario: str | None = None
     set: dict[str, Any] = Field(default={})
-    """Changes that hold for every cell."""
+    """Changes that apply to every cell."""
     methods: Literal["all"] | list[str] = Field(default=[])
     """Methods side by side; short for one variant per method that sets `method.name`."""
     variants: dict[str, dict[str, Any]] = Field(default={})

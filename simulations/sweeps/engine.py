@@ -1,7 +1,7 @@
 """`lightcl sweep`: checks all cells, runs those that are not complete, and writes one summary.
 
-Nothing is written before every cell was checked. A killed sweep is continued with --resume; cells may be added or left
-out then, but a cell keeps its scenario.
+Nothing is written before every cell is checked. --resume continues a killed sweep; cells may be added or left out, but
+a cell keeps its scenario.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OWN = (RECORD, FOOTPRINT, *OUTPUTS, "scenarios", "logs", "runs", LOCK)
 def run_sweep(
     sweep: Sweep, *, jobs: int, resume: bool, overwrite: bool, only_table: bool, command: str, console: Console
 ) -> None:
-    """Runs what is not complete, then writes the summary.
+    """Runs the cells that are not complete, then writes the summary.
 
     Raises RequestError before anything is written, RunFailure where a run failed.
     """
@@ -50,7 +50,7 @@ def run_sweep(
         sweep.folder.mkdir(parents=True, exist_ok=True)
     with RunFolder(sweep.folder).locked():
         _begin(sweep, command, overwrite=overwrite)
-        # Memory first: it is quick, and a summary of an unfinished sweep then has it.
+        # Memory first: it is quick, and the summary of an unfinished sweep then includes it.
         failures = _measure_memory(sweep, console) if sweep.description.footprint else {}
         failures |= run_cells(sweep, jobs, console)
         write_summary(sweep, _record(sweep), _footprints(sweep), console)
@@ -62,7 +62,7 @@ def run_sweep(
 
 
 def _check_cells(sweep: Sweep) -> None:
-    """Raises RequestError, naming the cell, for what its run would refuse."""
+    """Raises RequestError that names the cell, for anything that its run would refuse."""
     for cell in sweep.cells:
         try:
             _check_cell(cell)
@@ -74,8 +74,8 @@ def _check_cell(cell: Cell) -> None:
     scenario = cell.scenario
     if scenario.network.freeze == "auto":
         raise RequestError(
-            "network.freeze is 'auto', which would be chosen anew for every seed: write the block that "
-            "`lightcl analyze` names into network.freeze"
+            "network.freeze is 'auto', which may choose another block for every seed: set network.freeze to the block "
+            "that `lightcl analyze` names"
         )
     if cell.device is not None:
         if cell.device >= scenario.fleet.devices:
@@ -135,8 +135,8 @@ def _record(sweep: Sweep) -> dict[str, Any]:
 def _begin(sweep: Sweep, command: str, *, overwrite: bool) -> None:
     file = sweep.folder / RECORD
     if overwrite:
-        file.unlink(missing_ok=True)  # first: a sweep that is half removed is none
-    if not file.exists():  # also what is left of one that was killed while it was replaced
+        file.unlink(missing_ok=True)  # first: a folder without it is no sweep, even if removal is interrupted
+    if not file.exists():  # also removes what is left of a sweep that was killed while it was replaced
         for name in set(OWN) - {LOCK}:
             shutil.rmtree(sweep.folder / name, ignore_errors=True)
             (sweep.folder / name).unlink(missing_ok=True)
@@ -164,7 +164,7 @@ def _footprints(sweep: Sweep) -> dict[str, Any]:
 
 
 def _measure_memory(sweep: Sweep, console: Console) -> dict[str, str]:
-    """Counts FLOPs and memory, and measures memory, where that is not done yet; returns the reasons of failures."""
+    """Counts and measures the points that have no footprint yet; returns the reasons for failures."""
     known = _footprints(sweep)
     failures: dict[str, str] = {}
     for point in sweep.points:

@@ -1,7 +1,7 @@
 """The cells of a sweep: points (named variants x grid), each with every seed and every device.
 
-A point that names a method takes over the scenario as far as that method can bear it (`as_method`): keys of another
-method's section are left out, and what else was reset is listed by `Sweep.resets`.
+A point with another method keeps the scenario's keys that this method supports (`as_method`): the keys of the other
+method's section are left out, and `Sweep.resets` lists what else was reset.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from simulations.options import check_device
 from simulations.sweeps.description import SweepDescription
 
 RESETTABLE = ("network.freeze", "network.frozen_batch_norm", "server.aggregation", "stream.settings")
-"""Keys that a method may not be able to keep (see `as_method`)."""
+"""Keys whose value a method may not support (see `as_method`)."""
 LONGEST_NAME = 100
 """Characters of a cell's name, which is the name of its folder and files."""
 
@@ -39,7 +39,7 @@ class Point:
     """The grid's values as text; empty where the sweep has no grid."""
     changes: tuple[str, ...]
     resets: tuple[str, ...] = ()
-    """Of `changes` those that the point's method made necessary."""
+    """The part of `changes` that the point's method made necessary."""
 
     @property
     def label(self) -> str:
@@ -70,11 +70,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Everything that is to be run, in order, and the folder for it."""
+    """All runs of a sweep, in order, and its folder."""
 
     description: SweepDescription
     scenario: Scenario
-    """The scenario before any point's changes."""
+    """The scenario without the changes of a point."""
     cells: tuple[Cell, ...]
     folder: Path
 
@@ -110,7 +110,7 @@ class Sweep:
 
     @property
     def resets(self) -> list[str]:
-        """What the points' methods could not keep of the scenario, one line per key and value."""
+        """The keys that the points' methods do not support as given, one line per key and value."""
         lines = []
         for key in RESETTABLE:
             by_value: dict[str, list[str]] = {}
@@ -122,7 +122,7 @@ class Sweep:
                 shown = "the method's own" if value == "null" else json.loads(value)
                 section, _, name = key.partition(".")
                 given = getattr(getattr(self.scenario, section), name)
-                lines.append(f"{key} is {shown}, not {given}, for {', '.join(labels)}")
+                lines.append(f"{key} is {shown} instead of {given} for {', '.join(labels)}")
         return lines
 
 
@@ -183,7 +183,7 @@ def parse_seeds(text: str) -> list[int] | int:
 
 
 def folder_name(label: str) -> str:
-    """A label as a name for files; other characters and long labels get a digest, so that names stay apart."""
+    """A label as a file name; one that has to be changed or shortened gets a digest, so that names stay distinct."""
     plain = re.sub(r"[^A-Za-z0-9._=]+", "-", label).strip("-.").replace("=", "-")
     if plain == label.replace("=", "-") and len(plain) <= LONGEST_NAME and "=" not in label:
         return plain
@@ -249,14 +249,14 @@ def _point(variant: str, setting: str, values: Mapping[str, Any], base_changes: 
     own = _texts(values)
     if method == base.method.name or method not in method_names():  # an unknown one is refused with the scenario
         return Point(variant, setting, (*base_changes, *own))
-    under_method = as_method(base, method)
+    adapted = as_method(base, method)
     resets = []
     for key in RESETTABLE:
         section, _, name = key.partition(".")
-        given, found = (getattr(getattr(scenario, section), name) for scenario in (base, under_method))
+        given, found = (getattr(getattr(scenario, section), name) for scenario in (base, adapted))
         if given != found and key not in values:
             resets.append(f"{key}={json.dumps(found)}")
-    # The base's method section holds for the base's method alone.
+    # The base's method section applies to the base's method alone.
     kept = [change for change in base_changes if not change.startswith(("method.", "method="))]
     return Point(variant, setting, (*kept, *resets, *own), tuple(resets))
 

@@ -1,7 +1,7 @@
-"""Runs the cells of a sweep, each as `lightcl simulate` or `lightcl train` in a process of its own.
+"""Runs the cells of a sweep, each as `lightcl simulate` or `lightcl train` in a separate process.
 
-A cell has its own run folder and its own log file. A child process is killed with its parent, so that a killed sweep
-leaves no run behind that holds its folder against `--resume`.
+Each cell has its own run folder and log file. A child process is killed with its parent, so that a killed sweep leaves
+no process behind that keeps its run folder locked.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class ProcessRunner:
         return code
 
     def _die_with_parent(self) -> None:
-        """Called in the child. Its progress is on disk. Linux only; elsewhere it does nothing."""
+        """Called in the child, whose progress is on disk. Linux only; elsewhere it does nothing."""
         with suppress(AttributeError):
             self._libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -72,9 +72,9 @@ class ProcessRunner:
 
 
 def run_cells(sweep: Sweep, jobs: int, console: Console) -> dict[str, str]:
-    """Runs the cells that are not complete, `jobs` at a time; returns the reasons of those that failed by cell.
+    """Runs the cells that are not complete, `jobs` at a time; returns the reasons for failures, by cell.
 
-    A run that lost devices is not complete: it is continued, which gives the lost devices another chance.
+    A run that dropped devices is not complete: it is continued, which gives those devices another chance.
     """
     left = [cell for cell in sweep.cells if not RunFolder(sweep.run_folder(cell)).completed]
     failures: dict[str, str] = {}
@@ -112,12 +112,12 @@ def command_of(sweep: Sweep, cell: Cell) -> list[str]:
     out = sweep.run_folder(cell)
     kind = ["simulate"] if cell.device is None else ["train", "--device", str(cell.device)]
     command = [sys.executable, "-m", "simulations.main", *kind, str(sweep.folder / "scenarios" / f"{cell.name}.yaml")]
-    command += ["--out", str(out), "--no-report"]  # `lightcl report` makes a run's own page when somebody wants it
+    command += ["--out", str(out), "--no-report"]  # `lightcl report` builds the page of a run on request
     return command + (["--resume"] if (out / "run.json").exists() else [])
 
 
 def dropped_devices(results: Mapping[str, Any]) -> str:
-    """Which devices a run lost, as text."""
+    """Which devices were dropped from a run, as text."""
     numbers = sorted(map(int, results["dropped"]))
     return f"without device{'s' * (len(numbers) > 1)} {number_ranges(numbers)}, dropped from the run"
 

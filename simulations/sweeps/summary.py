@@ -1,7 +1,7 @@
 """The summary of a sweep: one table as Markdown, JSON and CSV, a picture, and a page that compares the points.
 
-Figures of a cell are means over its devices; the table's are means over the seeds (and over the devices that were
-trained alone, which are averaged first, seed by seed).
+Figures of a cell are means over its devices. The table shows means over the seeds; devices that were trained alone are
+averaged first, seed by seed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from math import isnan
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from lightcl.analysis.footprint.shapes import MIB
@@ -50,7 +51,7 @@ class Row:
     """The same as measured in a fresh process, bytes."""
     seconds: float | None = None
     bytes_down: float | None = None
-    """Of the whole run, mean over the seeds."""
+    """Of the entire run, mean over the seeds."""
     bytes_up: float | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def results_of(sweep: Sweep, cell: Cell) -> Any | None:
 
 
 def row_of(sweep: Sweep, point: Point, footprint: Mapping[str, Any] | None) -> Row:
-    """One point over the seeds of which every run is complete."""
+    """One point, over the seeds whose runs are all complete."""
     by_seed: list[list[Any]] = []
     for seed in sweep.seeds:
         results = [results_of(sweep, cell) for cell in sweep.of(point) if cell.seed == seed]
@@ -115,7 +116,7 @@ def table(
     sweep: Sweep, record: Mapping[str, Any], rows: Sequence[Row],
     differences: Mapping[str, Mapping[str, Difference | None]],
 ) -> str:  # fmt: skip
-    """Markdown: what was run, a row per point, and the differences from the baseline."""
+    """Markdown: what was run, one row per point, and the differences from the baseline."""
     starts, scenario = record["starts"], sweep.scenario
     spread = sweep.description.spread
     scope = (
@@ -140,14 +141,14 @@ def table(
         f"{', '.join(filter(None, facts))}; commit {commits}, "
         f"torch {starts[-1]['libraries']['torch']}, {starts[-1]['machine']}.",
         "",
-        *(f"Not as in the scenario: {line}." for line in sweep.resets),
+        *(f"Changed from the scenario: {line}." for line in sweep.resets),
         *([""] if sweep.resets else []),
         f"Accuracy and forgetting in percent, mean ± {spread.replace('-', ' ')} over the seeds.",
     ]
     if sweep.description.footprint:
         lines[-1] += (
-            " FLOPs: the training steps of a whole stream, counted (for a fleet, device 0's; work between tasks is not "
-            "included). Memory: peak of a training step of the second task in MiB (2^20 bytes), by our count and as "
+            " FLOPs: counted for the training steps of an entire stream (for a fleet, device 0's; without work between "
+            "tasks). Memory: peak of a training step of the second task in MiB (2^20 bytes), counted (theory) and "
             "measured (tensors)."
         )
     lines += ["", *_main_table(sweep, rows, spread)]
@@ -178,7 +179,7 @@ def _main_table(sweep: Sweep, rows: Sequence[Row], spread: Spread) -> list[str]:
         cells = [row.label.replace("|", "\\|"), str(row.seeds)]
         cells += [_percent(row.figures[f"{s} {key}"], spread) for s, key in FIGURES]
         if sweep.description.footprint:
-            cells += [_number(row.flops, 1e12, 1), _number(row.counted, MIB, 1), _number(row.measured, MIB, 1)]
+            cells += [_significant(row.flops, 1e12), _number(row.counted, MIB, 1), _number(row.measured, MIB, 1)]
             cells += [_ratio(row.measured, row.counted), _ratio(row.measured, sgd.get(setting[row.label]))]
         cells += [_number(row.bytes_down, 1e6, 1), _number(row.bytes_up, 1e6, 1)] if sent else []
         lines.append(f"| {' | '.join([*cells, _number(row.seconds, 1, 0)])} |")
@@ -230,8 +231,17 @@ def _ratio(first: float | None, second: float | None) -> str:
     return f"{first / second:.2f}" if first and second else "–"
 
 
-def _number(value: float | None, unit: float, digits: int) -> str:
-    return "–" if value is None else f"{value / unit:.{digits}f}"
+def _number(value: float | None, unit: float, decimals: int) -> str:
+    return "–" if value is None else f"{value / unit:.{decimals}f}"
+
+
+def _significant(value: float | None, unit: float) -> str:
+    """To three significant digits, without an exponent: small values do not read as 0.0."""
+    return (
+        "–"
+        if value is None
+        else np.format_float_positional(value / unit, precision=3, fractional=False, trim="-", unique=False)
+    )
 
 
 # -- files ---------------------------------------------------------------------------------------------------------
@@ -292,7 +302,7 @@ def groups_of(sweep: Sweep, footprints: Mapping[str, Any]) -> list[Group]:
 def write_summary(
     sweep: Sweep, record: Mapping[str, Any], footprints: Mapping[str, Any], console: Console
 ) -> None:  # fmt: skip
-    """The summary of what there is."""
+    """Writes and prints the summary of all complete runs."""
     from simulations.reports.plots import LIGHT, accuracy_over_memory, png
 
     rows = [row_of(sweep, point, footprints.get(point.label)) for point in sweep.points]

@@ -1,4 +1,4 @@
-"""Each script in benchmarks/ runs from first line to last at its smallest size: `--toy`. The figures mean nothing."""
+"""Each script in benchmarks/ runs from first line to last at its smallest size, `--toy`. Its figures mean nothing."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def test_a_folder_of_images_of_the_boards_own(tmp_path: Path) -> None:
     fewer = small(data={"source": "image-folder"}, stream={"tasks": 2, "min_samples": 17})
     checks = {one.name: one for one in run_checks(fewer, config)}
     assert not checks["data"].passed
-    assert "the board can learn no task: 14 training and 4 test images for task 0" in checks["data"].text
+    assert "the board can learn no task: fewer than 17 training images" in checks["data"].text
     for number in range(10, 20):
         for name in ("cat", "cow"):
             (tmp_path / "images" / name / f"{number}.png").write_bytes(

@@ -63,7 +63,7 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 
 def anchors_of(page: Path) -> set[str]:
-    """The anchors that GitHub and MkDocs make of the page's headings (they agree on plain ones)."""
+    """The anchors that GitHub and MkDocs make from the page's headings (they agree on plain ones)."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     headings = re.findall(r"^#+ +(.+?)\s*$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}

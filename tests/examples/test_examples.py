@@ -1,4 +1,4 @@
-"""Each script and notebook of examples/ runs from first line to last at a toy size, in a process of its own."""
+"""Each script and notebook of examples/ runs from first line to last at a toy size, in a separate process."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def test_global_generator_is_left_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_width_is_the_papers_where_nothing_says_otherwise():
+def test_the_default_width_is_the_papers():
     assert build(network={"width": None}).width == 64
 
 

@@ -189,7 +189,7 @@ def test_predictions_agree_with_the_test(tmp_path: Path) -> None:
         device.predict(images[..., 0])
 
 
-def test_a_temporary_folder_goes_with_the_device() -> None:
+def test_closing_the_device_removes_its_temporary_folder() -> None:
     with open_toy() as device:
         device.learn(0, epochs=1)
         assert list(device.folder.iterdir())

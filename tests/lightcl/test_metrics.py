@@ -69,7 +69,7 @@ def test_one_task_has_nothing_to_forget():
     assert nan_is(matrix.backward_transfer())
 
 
-def test_without_a_test_there_is_no_figure():
+def test_without_a_test_figures_are_nan():
     matrix = AccuracyMatrix(3)
     assert (matrix.last, len(matrix.learned)) == (-1, 0)
     assert all(nan_is(value) for value in matrix.summary().values())
@@ -120,7 +120,7 @@ def test_a_device_that_learned_one_late_task_has_no_forgetting():
     assert nan_is(matrix.backward_transfer())
 
 
-def test_joint_training_forgets_nothing_with_holes_either():
+def test_joint_training_has_no_forgetting_with_holes_either():
     """Learned as one, tested once after the last of them."""
     matrix = AccuracyMatrix.from_rows({3: [0.7, 0.5]}, 5, ids=(1, 3))
     assert matrix.summary() == pytest.approx({"average_accuracy": 0.6, "forgetting": 0.0, "backward_transfer": 0.0})
@@ -128,7 +128,7 @@ def test_joint_training_forgets_nothing_with_holes_either():
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("seed", range(20))
-def test_holes_change_nothing_but_the_numbering(seed):
+def test_holes_change_only_the_numbering(seed):
     """The figures are those of the matrix without the holes, by their definitions."""
     generator = np.random.default_rng(seed)
     tasks = int(generator.integers(2, 10))

@@ -1,4 +1,4 @@
-"""Pre-training: it learns, a killed run goes on as if nothing had happened, and the card tells the truth."""
+"""Pre-training: it learns, a killed run continues with the same numbers, and the card is correct."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ RECIPE = Recipe(width=4, epochs=3, batch_size=16, bf16=False, flip=False)
 
 
 class Killed(BaseException):
-    """As good as SIGKILL."""
+    """Like SIGKILL."""
 
 
 def run(file: Path, recipe: Recipe = RECIPE, report=lambda _: None) -> float:
@@ -27,11 +27,11 @@ def run(file: Path, recipe: Recipe = RECIPE, report=lambda _: None) -> float:
 
 
 def colored(labels: list[int], seed: int) -> ImageSet:
-    """Noisy red, green, blue and grey pictures: cropping and flipping leave a class what it is."""
+    """Noisy red, green, blue and gray pictures: cropping and flipping do not change their class."""
     colors = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200], [120, 120, 120]])
     noise = np.random.default_rng(seed).integers(-40, 41, (len(labels), 8, 8, 3))
     images = (colors[labels][:, None, None] + noise).astype(np.uint8)
-    return ImageSet(images, np.asarray(labels), ("red", "green", "blue", "grey"))
+    return ImageSet(images, np.asarray(labels), ("red", "green", "blue", "gray"))
 
 
 def test_every_epoch_is_reported_and_colors_are_learned(tmp_path):
@@ -44,7 +44,7 @@ def test_every_epoch_is_reported_and_colors_are_learned(tmp_path):
     assert accuracy > 0.6  # four classes: chance is 0.25
 
 
-def test_file_holds_the_network_that_the_accuracy_speaks_of(tmp_path):
+def test_the_reported_accuracy_is_that_of_the_network_in_the_file(tmp_path):
     file = tmp_path / "sub" / "w.safetensors"
     accuracy = run(file)
     network = StagedResNet(width=4, classes=4)
@@ -55,7 +55,7 @@ def test_file_holds_the_network_that_the_accuracy_speaks_of(tmp_path):
     assert (metadata["data"], metadata["classes"], metadata["width"]) == ("toy pictures", "4", "4")
 
 
-def test_card_lies_beside_the_file(tmp_path):
+def test_the_card_is_written_beside_the_file(tmp_path):
     accuracy = run(tmp_path / "w.safetensors")
     card = (tmp_path / "w.md").read_text()
     assert f"accuracy on the test split, with the stored fp16 weights: **{accuracy:.2%}**" in card
@@ -65,7 +65,7 @@ def test_card_lies_beside_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("finished", [1, 2, 3])
-def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, finished):
+def test_a_killed_run_continues_to_the_same_weights(tmp_path, finished):
     def die(report: EpochReport) -> None:
         if report.epoch == finished:
             raise Killed

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def crop_flip_one_by_one(images: Tensor, generator: torch.Generator, padding: int, flip: bool) -> Tensor:
-    """uint8 `[N, H, W, C]`; draws from `generator` what the batched version draws: all tops, all lefts, all coins."""
+    """uint8 `[N, H, W, C]`; draws in the order of the batched version: all tops, all lefts, all flips."""
     count, height, width, channels = images.shape
     tops = torch.randint(0, 2 * padding + 1, (count,), generator=generator).tolist()
     lefts = torch.randint(0, 2 * padding + 1, (count,), generator=generator).tolist()

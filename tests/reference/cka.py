@@ -26,7 +26,7 @@ def centered(kernel: Matrix) -> Matrix:
 
 
 def hsic(one: Matrix, other: Matrix) -> float:
-    """tr(K H L H), up to a factor that CKA does not see."""
+    """tr(K H L H), up to a factor that cancels in CKA."""
     k, m = centered(one), centered(other)
     return sum(k[i][j] * m[j][i] for i in range(len(k)) for j in range(len(k)))
 

@@ -1,4 +1,4 @@
-"""Linear discriminant analysis as a textbook has it: all samples at once, one loop a class."""
+"""Linear discriminant analysis as in a textbook: all samples at once, one loop per class."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""LightCL's sparse variant as its paper does it: the whole network, its removed channels masked to zero.
+"""LightCL's sparse variant as in its paper: the entire network, with removed channels masked to zero.
 
 Written for ResNet-18 (two blocks a layer) block by block, without lightcl/pruning.py's table of channel sets.
 """

@@ -60,7 +60,7 @@ def test_images_may_be_on_the_boards_alone_and_what_is_whole_is_not_run_again(
     sent = len(grid.sent)
     with caplog.at_level(logging.INFO, logger="flwr"):
         flwr_run(grid, out, resume=True)
-    assert "complete already" in caplog.text
+    assert "already complete" in caplog.text
     assert len(grid.sent) == sent
     assert (out / "results.json").read_text() == results
 

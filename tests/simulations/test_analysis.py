@@ -120,8 +120,8 @@ def test_auto_is_chosen_once_and_kept(
     rows = [json.loads(Path(run, "rounds.jsonl").read_text().splitlines()[1]) for run in ("run", "written")]
     assert rows[0]["loss"] == rows[1]["loss"]
 
-    # Going on with a run analyses nothing again.
-    monkeypatch.setattr(preparation, "analyze", lambda *_: pytest.fail("analysed again"))
+    # A resumed run does not repeat the analysis.
+    monkeypatch.setattr(preparation, "analyze", lambda *_: pytest.fail("analyzed again"))
     Path("run/results.json").unlink()
     go_on = ("train", scenario, "--device", 1, "--out", "run", "--resume")
     assert lightcl(monkeypatch, *go_on, *AUTO) == 0

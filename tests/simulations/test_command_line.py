@@ -1,4 +1,4 @@
-"""The command line: what a wrong request gets, and what is left on disk after it (nothing)."""
+"""The command line: wrong requests get an error and leave nothing on disk."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_missing_and_broken_scenario_files(
     assert "tiny.yaml, line 6: typo: unknown key" in capfd.readouterr().err
 
 
-def test_a_path_that_looks_like_markup_is_printed_as_it_is(
+def test_a_path_that_looks_like_markup_is_printed_unchanged(
     scenario: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = scenario.rename(scenario.with_name("[bold]tiny :key: .yaml"))
@@ -130,7 +130,7 @@ def test_one_device_from_the_command_line_to_the_report(
     files = [Path("run") / name for name in ("devices.jsonl", "rounds.jsonl", "results.json")]
     before = [(file.read_text(), file.stat().st_mtime_ns) for file in files]
     assert lightcl(monkeypatch, "train", scenario, "--device", 1, "--out", "run", "--resume") == 0
-    assert "the run was complete already" in capfd.readouterr().out
+    assert "the run is already complete" in capfd.readouterr().out
     assert [(file.read_text(), file.stat().st_mtime_ns) for file in files] == before
 
 
@@ -142,7 +142,7 @@ def test_an_existing_folder_of_other_files_is_left_alone(scenario: Path, monkeyp
     assert [f.name for f in Path("mine").iterdir()] == ["notes.txt"]
 
 
-def test_a_run_killed_while_it_began_is_begun_anew(scenario: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_killed_at_its_start_is_started_again(scenario: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("run/plots").mkdir(parents=True)
     Path("run/scenario.yaml").write_text("half")
     assert lightcl(monkeypatch, "train", scenario, "--out", "run") == 2  # without our marker it may be the user's
@@ -181,15 +181,15 @@ def test_resume_gives_dropped_devices_another_chance(
     assert "dropped from the run: 1 device" in capfd.readouterr().out
     broken.clear()
     assert lightcl(monkeypatch, *words, "--resume") == 0
-    assert "complete already" not in capfd.readouterr().out
+    assert "already complete" not in capfd.readouterr().out
     assert json.loads(Path("run/results.json").read_text())["devices_finished"] == 2
     before = Path("run/results.json").read_bytes()
     assert lightcl(monkeypatch, *words, "--resume") == 0
-    assert "the run was complete already" in capfd.readouterr().out
+    assert "the run is already complete" in capfd.readouterr().out
     assert Path("run/results.json").read_bytes() == before
 
 
-def test_a_damaged_run_folder_is_named_and_left_as_it_is(
+def test_a_damaged_run_folder_is_named_and_not_changed(
     scenario: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert lightcl(monkeypatch, "train", scenario, "--out", "run") == 0
@@ -246,7 +246,7 @@ def test_pretrained_weights_can_be_used_as_a_prefix(
         (["--learning-rate", "-1"], "--learning-rate -1: expected a number above 0"),
         (["--out", "README.safetensors"], "README.md exists; replace it with --overwrite"),
         (["--out", "folder.safetensors", "--overwrite"], "folder.safetensors is a folder"),
-        (["--out", "junk.safetensors"], "junk.checkpoint: not what a killed run leaves"),
+        (["--out", "junk.safetensors"], "junk.checkpoint: not the checkpoint of a killed run"),
     ],
 )
 def test_pretraining_refuses_before_it_trains(
@@ -284,7 +284,7 @@ def test_the_bundled_scenarios_are_valid_files() -> None:
 
 
 @pytest.mark.parametrize("command", ["simulate", "train", "analyze", "validate", "footprint", "plan", "sweep"])
-def test_help_says_what_a_scenario_is(
+def test_help_explains_scenario(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], command: str
 ) -> None:
     assert lightcl(monkeypatch, *command.split(), "--help") == 0
@@ -307,7 +307,7 @@ def test_help_and_version_import_nothing_heavy(tmp_path: Path) -> None:
         assert done.stdout.splitlines()[-1] == "imported: []", words
 
 
-def test_each_command_of_the_table_has_the_help_that_the_table_says() -> None:
+def test_each_command_has_the_help_of_the_table() -> None:
     for name in command_line.COMMANDS:
         command = command_line.load_command(name)
         assert command.name == name

@@ -1,4 +1,4 @@
-"""What a person sees of a run, on a terminal and elsewhere. Devices are real, in this process."""
+"""The output of a run, on a terminal and elsewhere. Devices are real, in this process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.inprocess import InProcessGrid, small
 
 
 class Killed(BaseException):
-    """As good as SIGKILL: nothing of the server's runs after it."""
+    """Like SIGKILL: no code of the server runs after it."""
 
 
 class KilledAt(RunFolder):
@@ -36,7 +36,7 @@ class KilledAt(RunFolder):
 
 
 def shown(scenario: Scenario, folder: RunFolder, grid: InProcessGrid, terminal: bool = False) -> tuple[Results, str]:
-    """Begins the run or goes on with it; the results and what was printed."""
+    """Begins or continues the run; returns the results and the output."""
     if not folder.exists:
         folder.begin(scenario, {"run": "r"}, [])
     console = Console(file=StringIO(), force_terminal=terminal, width=200)
@@ -68,8 +68,8 @@ def test_a_run_killed_after_the_training_of_a_round_goes_on(tmp_path: Path, term
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_reason_is_printed_as_it_is(terminal: bool) -> None:
-    """Texts of others: pydantic's and a user's paths look like markup."""
+def test_a_reason_is_printed_unchanged(terminal: bool) -> None:
+    """Texts of pydantic and paths of a user may look like markup."""
     console = Console(file=StringIO(), force_terminal=terminal, width=200, color_system=None)
     reason = "data.path: photos[/old] [type=int_parsing, input_value='[bold]']"
     with LiveProgress(console, 6) as progress:

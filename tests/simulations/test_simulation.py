@@ -74,7 +74,7 @@ def test_averaged_suffixes_are_the_same_on_both_engines(scenario: Path, engine: 
     assert rows(first) == rows(second)
 
 
-def test_a_simulation_killed_in_a_task_goes_on_to_the_same_numbers(scenario: Path) -> None:
+def test_a_simulation_killed_in_a_task_continues_to_the_same_numbers(scenario: Path) -> None:
     """SIGKILL to the driver and its workers while devices train; --resume; nothing differs but the clock."""
     whole, killed = scenario.parent / "whole", scenario.parent / "killed"
     change = ("--set", "server.aggregation=suffix", "--set", "training.epochs=6")

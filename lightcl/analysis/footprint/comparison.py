@@ -16,7 +16,7 @@ from lightcl.scenario import Scenario
 
 @dataclass(frozen=True)
 class MethodFootprint:
-    """A method under a scenario; `rehearsed` is the count for what was measured, a second task."""
+    """A method under a scenario; `rehearsed` is the count for the measured step, in a second task."""
 
     method: str
     freeze: str
@@ -26,7 +26,7 @@ class MethodFootprint:
 
     @property
     def shown(self) -> Footprint:
-        """The count to compare with the measurement, where there is one."""
+        """The count that corresponds to the measurement, or else the count of the scenario."""
         return self.rehearsed or self.counted
 
     def to_json(self) -> dict[str, Any]:
@@ -47,9 +47,9 @@ def image_of(source: Source) -> Image:
 def footprint_of(
     scenario: Scenario, source: Source, device: int | None, measuring: bool, process: bool = True
 ) -> MethodFootprint:
-    """The count and, where `measuring`, the measurement, which takes fresh processes (`process` as in `measure`).
+    """The count and, if `measuring`, the measurement in fresh processes (`process` as in `measure`).
 
-    FLOPs are those of a device's stream; None stands for the first device of those that learn the most tasks.
+    FLOPs are those of a device's stream; None: the first of the devices that learn the most tasks.
     """
     stream = stream_to_count(scenario, source, device)
     image, classes = image_of(source), stream.head_classes

@@ -1,12 +1,12 @@
 """The peak memory of real training, measured in a fresh process: of the tensors, and of the entire process.
 
-Tensors on the CPU: PyTorch's profiler reports every allocation and release with the sum that is alive after it, so the
-peak is exact and not sampled. On a GPU: `torch.cuda.max_memory_allocated`. The process: the highest resident set
-(VmHWM, which Linux lets a process reset) over what was resident before the network was made, with all imported and
-PyTorch warmed up. The profiler takes memory itself, so the process is measured in another one, without it.
+Tensors on the CPU: PyTorch's profiler reports every allocation and release with the total after it, so the peak is
+exact and not sampled. On a GPU: `torch.cuda.max_memory_allocated`. The process: the peak resident set (VmHWM, which
+Linux lets a process reset) above the baseline before the network is created, with all imports done and PyTorch warmed
+up. The profiler itself takes memory, so the process is measured in a separate run without it.
 
-What runs is the device's own code (`EdgeDevice.train`) on noise images: a first task, then the second, which is what is
-measured: begin, steps, end and the saved state. A fresh process, so that nothing is left of another measurement.
+The measured code is the device's own (`EdgeDevice.train`), on noise images: a first task, then a second one, which is
+measured from its begin to the saved state. Each measurement has a fresh process, so that nothing is left of another.
 """
 
 from __future__ import annotations
@@ -39,35 +39,35 @@ from lightcl.errors import Failure
 from lightcl.scenario import Scenario, scenario_from_json
 
 STEPS = 3
-"""Training steps per task: from the second on, everything that a step leaves behind is present."""
+"""Training steps per task: from the second step on, everything that a step leaves behind is present."""
 Way = Literal["tensors", "process"]
 
 
 class MeasurementFailure(Failure):
-    """The process that was to be measured failed; the text says how."""
+    """The measured process failed; the text says why."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Bytes. `training` and `evaluation` are peaks of tensors; the others are the process's over its idle baseline."""
+    """Bytes. `training` and `evaluation` are peaks of tensors; the others are of the process, above its baseline."""
 
     accelerator: str
     training: int
     evaluation: int
     resident: int | None
-    """While training; None where it was not measured or the system does not tell."""
+    """During training; None if not measured or not reported by the system."""
     resident_preparing: int | None
-    """While the network is made and the first task is learned."""
+    """While the network is created and the first task is learned."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def measure(scenario: Scenario, image: Image, classes: int, *, process: bool = True) -> Measurement:
-    """Trains two tasks of `STEPS` steps as the scenario says, once for each way of measuring.
+    """Trains two tasks of `STEPS` steps as the scenario says, once per way of measuring.
 
-    Without `process` only the tensors are measured, in half of the time; the process's figures are then None. Raises
-    MeasurementFailure where the process ends with an error: its last words say why.
+    Without `process` only the tensors are measured, in half the time; the process's figures are then None. Raises
+    MeasurementFailure, with the last line of its output, if the process ends with an error.
     """
     tensors = _in_fresh_process(scenario, image, classes, "tensors")
     resident = _in_fresh_process(scenario, image, classes, "process") if process else {}
@@ -78,10 +78,10 @@ def measure(scenario: Scenario, image: Image, classes: int, *, process: bool = T
 
 
 def rehearsal(scenario: Scenario, image: Image, classes: int) -> tuple[Scenario, Source]:
-    """The scenario with one device, two short tasks (where it has as many) and noise for images.
+    """The scenario with one device, at most two short tasks, and noise images.
 
-    Everything that decides a step's memory stays: network, method, batch, precision, size of the head. The weights are
-    left out: a file that is read is seen by PyTorch's profiler as it comes and not as it goes.
+    Everything that determines a step's memory stays: network, method, batch, precision, size of the head. Weights are
+    not loaded: PyTorch's profiler would see the allocation of a file's tensors but not their release.
     """
     tasks = min(2, scenario.stream.tasks)
     batch, per_task = scenario.training.batch_size, max(1, min(scenario.stream.classes_per_task, classes // tasks))
@@ -108,7 +108,7 @@ def rehearsal(scenario: Scenario, image: Image, classes: int) -> tuple[Scenario,
 
 
 def rehearsed_workload(scenario: Scenario, image: Image, classes: int) -> Workload:
-    """What theory has to be asked about to be compared with `measure`."""
+    """The workload whose count can be compared with `measure`."""
     from lightcl.assembly import build_stream
 
     short, source = rehearsal(scenario, image, classes)
@@ -124,13 +124,13 @@ def _whole(source: Source) -> Share:
 
 
 def peak_allocations(parts: dict[str, Callable[[], object]]) -> dict[str, int]:
-    """Runs the parts in turn and gives the highest sum of CPU tensors' bytes alive in each.
+    """Runs the parts in turn and returns the peak of allocated CPU tensor bytes in each.
 
-    What was allocated before the first part does not count; what an earlier part left behind does.
+    Memory allocated before the first part does not count; memory that an earlier part still holds does.
     """
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    gc.collect()  # what earlier work left in reference cycles would otherwise go in the middle of a part
+    gc.collect()  # reference cycles of earlier work would otherwise be released in the middle of a part
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for name, part in parts.items():
             with record_function(f"part {name}"):
@@ -139,13 +139,13 @@ def peak_allocations(parts: dict[str, Callable[[], object]]) -> dict[str, int]:
         file = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(file))
         events = json.loads(file.read_text())["traceEvents"]
-    # Device type 0 is the CPU. Of a part only the span counts: what is alive at its start was allocated before.
+    # Device type 0 is the CPU. Of each part only the time span is used.
     moments = sorted(
         (event["ts"], event["args"]["Total Allocated"], event["args"]["Bytes"])
         for event in events
         if event.get("name") == "[memory]" and event["args"].get("Device Type") == 0
     )
-    # PyTorch counts on from an earlier profile of the same process; what that one left is not ours.
+    # PyTorch's total continues from an earlier profile of the same process, which is subtracted here.
     earlier = moments[0][1] - moments[0][2] if moments else 0
     spans = {e["name"]: (e["ts"], e["ts"] + e["dur"]) for e in events if str(e.get("name")).startswith("part ")}
     peaks = {}
@@ -173,7 +173,7 @@ def _peak_on_gpu(parts: dict[str, Callable[[], object]]) -> dict[str, int]:
 
 
 def _resident_peaks(parts: dict[str, Callable[[], object]]) -> dict[str, int | None]:
-    """Runs the parts in turn and gives the highest resident set in each, over what was resident at the start."""
+    """Runs the parts in turn and returns the peak resident set of each, above what was resident at the start."""
     baseline = resident("VmRSS")
     peaks: dict[str, int | None] = {}
     for name, part in parts.items():
@@ -185,8 +185,8 @@ def _resident_peaks(parts: dict[str, Callable[[], object]]) -> dict[str, int | N
 
 
 def _warm_up(accelerator: torch.device) -> None:
-    """Has PyTorch load and set up what any training needs; its optimizer alone imports some 100 MiB of modules, and the
-    first use of a GPU loads its libraries."""
+    """Makes PyTorch load what any training needs; its optimizers alone import about 100 MiB of modules, and the first
+    use of a GPU loads its libraries."""
     images = torch.randn(2, 3, 8, 8, device=accelerator).contiguous(memory_format=torch.channels_last)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
     network.to(accelerator)

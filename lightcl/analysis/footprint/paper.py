@@ -1,4 +1,4 @@
-"""The FLOPs and memory columns of the paper's Table 1, beside what its counting rules give.
+"""The FLOPs and memory columns of the paper's Table 1, beside the results of its counting rules.
 
 Wang, Cheng, Ji, Huang: "LightCL", ASP-DAC 2025 (arXiv 2407.10545). ResNet-18 of width 64, batch 32, 15 samples in the
 memory or buffer; Split CIFAR-10: 5 tasks, 45,000 images, 50 epochs, 32x32; Split Tiny-ImageNet: 10 tasks, 90,000
@@ -6,9 +6,9 @@ images, 100 epochs, 64x64. MB are MiB (2^20 bytes), numbers fp32. With P the par
 convolutions of one image and its logits (shortcuts are not counted):
 
     memory  SGD, JOINT 2P + 32a; EWC + P; PNN + 4P; FDR, ER + 15a; DER++ + 30a
-    FLOPs   3 forward passes an image (1 MAC = 2 FLOPs), times 47/32 or 62/32 with 15 or 30 further samples a step
+    FLOPs   3 forward passes per image (1 MAC = 2 FLOPs), times 47/32 or 62/32 with 15 or 30 more samples per step
 
-The rules of the other rows are those that come closest; `note` says what differs.
+For the other rows, the rules are those that come closest; `note` says what differs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lightcl.scenario import method_types
 
 WIDTH, BATCH, MEMORY = 64, 32, 15
 CHANNELS_KEPT = {"stem": 0.8, "layer1": 0.8, "layer2": 0.8, "layer3": 0.3, "layer4": 0.2}
-"""Of the sparse variant: 0.7 of the channels go in layer3, 0.8 in layer4, 0.2 elsewhere."""
+"""In the sparse variant, which removes 0.7 of the channels in layer3, 0.8 in layer4 and 0.2 elsewhere."""
 SPARCL = 0.1
 """Share of the weights that SparCL keeps."""
 DataName = Literal["CIFAR-10", "Tiny-ImageNet"]
@@ -70,13 +70,13 @@ class Row:
 ROWS: tuple[Row, ...] = (
     Row(
         "joint", "JOINT", 0, (37.5e15, 120e16), (153.4, 357.9),
-        "FLOPs: SGD's times the number of tasks; our `joint` passes over all images once an epoch, so it takes SGD's",
+        "FLOPs: SGD's times the number of tasks; our `joint` passes over all images once per epoch, like SGD",
     ),
     Row("sgd", "SGD", 0, (7.5e15, 12e16), (153.4, 357.9)),
     Row("ewc", "EWC", 0, (7.5e15, 12e16), (196.0, 400.5)),
     Row(
         "pnn", "PNN", 0, (10.5e15, 26.4e16), (323.9, 528.4),
-        "FLOPs: task t runs t - 2 earlier columns forward (t from 2); the columns' memory is 4P whatever the tasks",
+        "FLOPs: task t runs t - 2 earlier columns forward (t from 2); the columns take 4P for any number of tasks",
     ),
     Row("fdr", "FDR", 0, (11e15, 17.7e16), (185.4, 485.7)),
     Row("er", "ER", 0, (11e15, 17.7e16), (185.4, 485.7)),
@@ -91,22 +91,22 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "lightcl", "LightCL", 0, (5.4e15, 8.6e16), (92.8, 128.0),
-        "memory: P, the suffix's gradients, its maps for 47 samples and 15 patterns; how the frozen part and the rest "
-        "are counted the paper does not say (P + gradients + 47 x twice the suffix's maps + 6.4 MiB meets both "
-        "figures)",
+        "memory: P, the suffix's gradients, its maps for 47 samples and 15 patterns; the paper does not say how the "
+        "frozen part and the rest are counted (P + gradients + 47 x twice the suffix's maps + 6.4 MiB matches both)",
     ),
     Row(
         "lightcl-sparse", "LightCL", 0.9, (2.3e15, 3.7e16), (25.0, 87.1),
-        "FLOPs: layers weighted with their kept outputs, inputs not. Memory: as LightCL, so weighted; the paper's "
-        "grows by 62.1 MiB from 32x32 to 64x64, more than its dense row's 35.2: no rule that only removes gives that",
+        "FLOPs: layers weighted by their kept outputs, not inputs. Memory: as LightCL, with the same weights; the "
+        "paper's grows by 62.1 MiB from 32x32 to 64x64, more than its dense row's 35.2: removing channels cannot "
+        "explain that",
     ),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A row on one data set: bytes and FLOPs as in the paper, by its rule, and by our own count (None where the method
-    is not there)."""
+    """A row on one data set: bytes and FLOPs as in the paper, by its rule, and by our own count (None if this project
+    does not have the method)."""
 
     row: Row
     data: DataName
@@ -170,7 +170,7 @@ def _replayed(row: Row) -> int:
 
 
 def _maps(block: Block) -> int:
-    """Stored outputs of a block's 3x3 convolutions, elements a sample."""
+    """Stored outputs of a block's 3x3 convolutions, elements per sample."""
     return sum(c.outputs for c in block.convolutions if c.kernel == 3)
 
 
@@ -192,7 +192,7 @@ def _shape(setting: Setting, freeze: str) -> NetworkShape:
 
 
 def _network(setting: Setting, freeze: str, parameters: MethodParameters | None = None) -> StagedResNet:
-    # Only sizes are needed; a method that chooses by the weights' values gets real ones to choose from.
+    # Only sizes are needed, except by a method that chooses by the weights' values.
     with torch.random.fork_rng(devices=[]), torch.device("meta" if _keeps_shape(parameters) else "cpu"):
         torch.manual_seed(0)
         network = StagedResNet(width=WIDTH, classes=setting.classes, freeze=freeze)

@@ -1,7 +1,7 @@
-"""What every block of a network computes and produces, read off its modules.
+"""What every block of a network computes and produces, as read from its modules.
 
-Nothing here is derived from a width: a network whose channels differ from convolution to convolution (one that channels
-were removed from) is read like any other.
+Nothing is derived from the width, so a pruned network, whose channels differ from convolution to convolution, is read
+like any other.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Convolution:
-    """One convolution with its batch-norm; `inputs` and `outputs` are elements a sample, `macs` likewise."""
+    """One convolution with its batch-norm; `inputs`, `outputs` and `macs` are per sample."""
 
     name: str
     inputs: int
@@ -39,7 +39,7 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Block:
-    """A block in the order of `StagedResNet.block_names`; elements are counted a sample."""
+    """A block in the order of `StagedResNet.block_names`; elements are counted per sample."""
 
     name: str
     frozen: bool
@@ -48,11 +48,11 @@ class Block:
     """None in the stem, which is one convolution."""
     shortcut: Convolution | None = None
     pooled: int | None = None
-    """Elements after the stem's max-pool, where it has one."""
+    """Elements after the stem's max-pool, if it has one."""
 
     @property
     def layer(self) -> str:
-        """The layer that the block belongs to; the stem is one of its own."""
+        """The block's layer; the stem is a layer of its own."""
         return self.name.partition(".")[0]
 
     @property
@@ -113,12 +113,12 @@ class NetworkShape:
 
     @property
     def macs(self) -> int:
-        """Of one image's forward pass."""
+        """MACs of one image's forward pass."""
         return sum(b.macs for b in self.blocks) + self.head_macs
 
     @property
     def features(self) -> int:
-        """Elements that enter the trained part: the prefix's outputs, or the image where nothing is frozen."""
+        """Elements that enter the trained part: the prefix's outputs, or the image if nothing is frozen."""
         channels, height, width = self.image
         return self.frozen[-1].outputs if self.frozen else channels * height * width
 

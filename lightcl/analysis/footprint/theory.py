@@ -1,15 +1,16 @@
 """FLOPs of training, and the memory of a training step by category, counted from the network's shapes.
 
-The memory is that of the step's worst moment. The step is played through operation by operation with sizes instead of
-numbers: what the implementation allocates, what autograd keeps of it for the backward pass, and when each is let go.
+The memory is that of the step's peak. The step is simulated operation by operation with sizes instead of numbers: what
+the implementation allocates, what autograd keeps for the backward pass, and when each is released.
 
     prefix     no graph: a block's input, its two convolutions' outputs and one batch-norm's output at a time
     forward    kept of each block: both convolutions' outputs (batch-norm needs them), both maps after ReLU (in place;
                the next convolution needs them), and the shortcut convolution's output
-    backward   from the last block to the first; gradients of the weights appear, kept activations go
-    save       after the task: copies of tensors that lie channels-last in memory
+    backward   from the last block to the first; weight gradients are allocated, kept activations released
+    save       after the task: copies of tensors that are channels-last in memory
 
-Not counted: index and label tensors, batch-norm statistics of a batch, and what a library allocates past PyTorch.
+Not counted: index and label tensors, batch-norm statistics of a batch, and memory that libraries allocate outside of
+PyTorch.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ Disk = Literal["state", "prefix cache"]
 
 FP32, BF16 = 4, 2
 LAYOUTS = {"cpu": (1, 3), "cuda": (0, 1)}
-"""Copies of a convolution's weights that are alive while it runs, forward and backward. On the CPU oneDNN works on a
-layout of its own: the weights are brought into it, and their gradient comes back by way of two others."""
+"""Copies of a convolution's weights that exist while it runs, forward and backward. On the CPU, oneDNN uses its own
+layout: the weights are converted into it, and their gradient is converted back through two others."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Workload:
     accelerator: str = "cpu"
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     at_once: bool = False
-    """`training.update: at-once`: a gradient goes as soon as it is complete."""
+    """`training.update: at-once`: a gradient is applied and released as soon as it is complete."""
     prefix: Literal["batch", "fixed", "cached"] = "batch"
     """How the prefix is computed. batch: batch by batch; fixed: a few images at a time, with batch-norm folded into a
     copy; cached: the same, and kept on disk: prefix and copy are in memory only while something is computed."""
@@ -98,7 +99,7 @@ class Footprint:
     disk: dict[Disk, int]
     """Bytes on the device's disk after the last task."""
     moment: str
-    """Where in the step the peak is, for instance "backward layer4.0.conv2"."""
+    """Where in the step the peak is, for example "backward layer4.0.conv2"."""
     step_flops: int
     training_flops: int
 
@@ -134,7 +135,7 @@ def workload_of(scenario: Scenario, stream: TaskStream, image: Image, accelerato
 
 
 def footprint(network: Backbone, cost: StepCost, workload: Workload) -> Footprint:
-    """The count for a step of the last task, in which a method has everything it ever stores."""
+    """The count for a step of the last task, when a method has stored everything that it stores."""
     shape = shape_of(network, workload.image)
     step = _Step(shape, cost, workload)
     step.play()
@@ -151,7 +152,7 @@ def footprint(network: Backbone, cost: StepCost, workload: Workload) -> Footprin
 
 
 def step_flops(shape: NetworkShape, cost: StepCost, workload: Workload, *, first_task: bool = False) -> int:
-    """Of one full step, forward and backward. Convolutions and the head count; batch-norm and ReLU do not."""
+    """FLOPs of one full step, forward and backward. Convolutions and the head count; batch-norm and ReLU do not."""
     columns = (workload.tasks - 1) * cost.columns
     macs = (workload.batch + cost.replayed) * (shape.macs + backward_macs(shape))
     macs += (workload.batch + cost.replayed) * columns * trained_macs(shape)
@@ -175,13 +176,13 @@ def training_flops(shape: NetworkShape, cost: StepCost, workload: Workload) -> i
 
 
 def trained_macs(shape: NetworkShape) -> int:
-    """Of one sample's forward pass through suffix and head."""
+    """MACs of one sample's forward pass through suffix and head."""
     return sum(b.macs for b in shape.trained) + shape.head_macs
 
 
 def backward_macs(shape: NetworkShape) -> int:
-    """Of one sample: every trained layer has gradients of its weights and of its inputs, each as many MACs as the
-    forward pass; what enters the first trained block needs no gradient."""
+    """MACs of one sample: every trained layer has gradients of its weights and of its inputs, each with as many MACs as
+    the forward pass; the input of the first trained block needs no gradient."""
     macs = 2 * trained_macs(shape)
     if shape.trained:
         first = shape.trained[0]
@@ -195,7 +196,7 @@ def backward_macs(shape: NetworkShape) -> int:
 
 
 class _Step:
-    """Plays a step and remembers its worst moment."""
+    """Simulates a step and records its peak."""
 
     def __init__(self, shape: NetworkShape, cost: StepCost, workload: Workload) -> None:
         self.shape, self.cost, self.workload = shape, cost, workload
@@ -204,13 +205,14 @@ class _Step:
         self.live: dict[Category, int] = dict.fromkeys(CATEGORIES, 0)
         self.worst, self.moment = dict(self.live), ""
         self.cast: set[str] = set()  # weights of which autocast holds a copy
-        self.begun: set[str] = set()  # weights whose gradients are there, of all passes or of the first
+        self.begun: set[str] = set()  # weights whose gradients are allocated, after the first pass or later
 
-    def hold(self, category: Category, amount: float) -> None:
+    def allocate(self, category: Category, amount: float) -> None:
+        """Allocates `amount` bytes; a negative amount releases them."""
         self.live[category] += int(amount)
 
     def note(self, moment: str, category: Category = "temporaries", amount: float = 0) -> None:
-        """Looks whether this moment, with `amount` bytes more for as long as it lasts, is the worst so far."""
+        """Records this moment, with `amount` temporary bytes in `category`, if it is the peak so far."""
         here = self.live | {category: self.live[category] + int(amount)}
         if sum(here.values()) > sum(self.worst.values()):
             self.worst, self.moment = here, moment
@@ -220,8 +222,8 @@ class _Step:
     def play(self) -> None:
         shape, cost, workload = self.shape, self.cost, self.workload
         samples = workload.batch + cost.replayed
-        self._hold_for_good()
-        # Before the first step of a task the memory samples pass the prefix, and there may be more of them.
+        self._allocate_permanent()
+        # Before the first step of a task the memory samples pass through the prefix, possibly more than a batch.
         if workload.prefix == "batch" or not shape.frozen:
             self._prefix(max(samples, cost.pattern_samples))
         else:
@@ -230,15 +232,15 @@ class _Step:
             self._play_joint(samples + cost.suffix_samples)
             return
         if shape.frozen:
-            self.hold("kept activations", samples * shape.features * self.size)
+            self.allocate("kept activations", samples * shape.features * self.size)
         self._forward(samples)
         if cost.suffix_samples:
             self._forward(cost.suffix_samples)
             drifts = self._vital_share * sum(b.maps for b in shape.trained) * cost.suffix_samples * FP32
-            self.hold("kept activations", drifts)
+            self.allocate("kept activations", drifts)
             self.note("regularization", "temporaries", drifts)
             self._backward(cost.suffix_samples, last=False)
-            self.hold("kept activations", -drifts)
+            self.allocate("kept activations", -drifts)
         self._backward(samples, last=True)
         self._end()
 
@@ -247,26 +249,26 @@ class _Step:
         shape, cost = self.shape, self.cost
         if shape.frozen:
             self.note("joined features", "temporaries", 2 * samples * shape.features * self.size)
-            self.hold("kept activations", samples * shape.features * self.size)
+            self.allocate("kept activations", samples * shape.features * self.size)
         self._forward(samples)
         drifts = int(self._vital_share * sum(b.maps for b in shape.trained) * cost.suffix_samples * FP32)
-        self.hold("kept activations", drifts)
+        self.allocate("kept activations", drifts)
         self.note("regularization", "temporaries", drifts)
         self._backward(samples, last=True)
-        self.hold("kept activations", -drifts)
+        self.allocate("kept activations", -drifts)
         self._end()
 
     def _end(self) -> None:
         if temporaries := self._optimizer_temporaries:
             self.note("optimizer's step", "temporaries", temporaries)
-        self.hold("gradients", -self.live["gradients"])
+        self.allocate("gradients", -self.live["gradients"])
         self.note("saved state", "temporaries", self._saved_copies)
 
     @property
     def saved(self) -> int:
         """Bytes of the saved state."""
         fresh = _Step(self.shape, self.cost, self.workload)
-        fresh._hold_for_good()
+        fresh._allocate_permanent()
         frozen = sum(b.parameters + sum(c.norm for c in b.convolutions) for b in fresh._present if b.frozen) * FP32
         batch = (self.workload.batch + self.cost.replayed) * _pixels(self.workload.image)
         return sum(fresh.live.values()) - fresh.live["frozen part"] - frozen - batch
@@ -278,8 +280,8 @@ class _Step:
 
     @property
     def _saved_copies(self) -> int:
-        """Bytes that are copied while the state is saved: files hold tensors in the order of their indices, and the
-        weights of larger kernels lie channels-last in memory. From a GPU the copies go to the host's memory."""
+        """Bytes copied while the state is saved: files store tensors contiguously, but the weights of larger kernels
+        are channels-last in memory. From a GPU the copies go to the host's memory."""
         if self.workload.accelerator != "cpu":
             return 0
         copied = sum(c.weights for b in self.shape.trained for c in b.convolutions if c.kernel > 1)
@@ -287,10 +289,10 @@ class _Step:
 
     @property
     def _optimizer_temporaries(self) -> int:
-        """Bytes that the optimizer's step takes for a moment.
+        """Temporary bytes of the optimizer's step.
 
-        Weight decay that is added to the gradients makes a copy of one. Adam makes the square root of the second
-        moment and its quotient: tensor by tensor on the CPU, of all tensors at once on a GPU.
+        Weight decay that is added to the gradients copies one of them. Adam computes the square root of the second
+        moment and a quotient: tensor by tensor on the CPU, for all tensors at once on a GPU.
         """
         shape, workload = self.shape, self.workload
         biggest = max((c.weights for b in shape.trained for c in b.convolutions), default=shape.head_parameters)
@@ -301,7 +303,7 @@ class _Step:
 
     @property
     def _vital_share(self) -> float:
-        """Channels that are vital in the last task: those of all tasks before it, which at most differ."""
+        """Share of channels that are vital in the last task, if those of all earlier tasks differ."""
         return min(1.0, self.cost.vital_ratio * (self.workload.tasks - 1))
 
     @property
@@ -311,7 +313,7 @@ class _Step:
 
     @property
     def _boundaries(self) -> list[Block]:
-        """The last trained block of each layer, after which a column reads the earlier ones; none without them."""
+        """The last trained block of each layer, after which a column reads earlier columns; empty without columns."""
         blocks = self.shape.trained if self._columns else ()
         return [b for b, after in zip(blocks, (*blocks[1:], None), strict=False) if not after or b.layer != after.layer]
 
@@ -319,27 +321,27 @@ class _Step:
         """Elements per sample that an adapter keeps: its input, the inputs of both convolutions, and the sum."""
         return (self._columns + 3) * block.outputs if block in self._boundaries else 0
 
-    def _hold_for_good(self) -> None:
+    def _allocate_permanent(self) -> None:
         shape, cost, workload = self.shape, self.cost, self.workload
         trained = shape.trained_parameters * FP32
         norms = sum(c.norm for b in self._present for c in b.convolutions)  # as many statistics as affine parameters
         weights = sum(b.parameters for b in self._present) + shape.head_parameters
         adapters = sum(_adapter(b, k) for b in self._boundaries for k in range(1, self._columns + 1))
-        self.hold("parameters", (weights + norms + adapters) * FP32 + self._columns * trained)
+        self.allocate("parameters", (weights + norms + adapters) * FP32 + self._columns * trained)
         if workload.prefix == "fixed":
-            self.hold("frozen part", self._folded_bytes)
-        self.hold("optimizer state", trained * workload.optimizer_copies)
-        self.hold("weight copies", (cost.weight_copies + cost.columns) * trained)
+            self.allocate("frozen part", self._folded_bytes)
+        self.allocate("optimizer state", trained * workload.optimizer_copies)
+        self.allocate("weight copies", (cost.weight_copies + cost.columns) * trained)
         pixels = (workload.batch + cost.replayed + cost.stored_images) * _pixels(workload.image)
-        self.hold("buffer", pixels + cost.stored_logits * shape.classes * FP32)
+        self.allocate("buffer", pixels + cost.stored_logits * shape.classes * FP32)
         maps = sum(b.maps for b in shape.trained)
         memory = shape.features * (self.size if shape.frozen else 1)
         stored = memory + (maps * self._vital_share + shape.classes) * FP32
-        self.hold("patterns", cost.pattern_samples * stored)
-        self.hold("statistics", cost.statistics_bytes)
+        self.allocate("patterns", cost.pattern_samples * stored)
+        self.allocate("statistics", cost.statistics_bytes)
         masked = sum(c.weights for b in shape.trained for c in b.convolutions if c.kernel == 3 and b.second)
         vital = sum(b.maps // _positions(c) for b in shape.trained if b.second for c in (b.first,))
-        self.hold("masks", 2 * masked * (cost.weight_sparsity > 0) + vital * (cost.pattern_samples > 0))
+        self.allocate("masks", 2 * masked * (cost.weight_sparsity > 0) + vital * (cost.pattern_samples > 0))
 
     @property
     def _folded_bytes(self) -> int:
@@ -363,7 +365,7 @@ class _Step:
         self.note("prefix outputs", "frozen part", copy + 2 * outputs)
 
     def _prefix(self, samples: int) -> None:
-        """No graph is kept, so only the worst of its moments counts."""
+        """No graph is kept, so each moment stands for itself."""
         unit = samples * self.size
         image = samples * _pixels(self.workload.image) * FP32
         before = 0
@@ -377,28 +379,30 @@ class _Step:
         unit = samples * self.size
         for block in self.shape.trained:
             if block.second is None:
-                self.hold("kept activations", unit * self.shape.features)  # normalized; they are fp32 only before
+                self.allocate(
+                    "kept activations", unit * self.shape.features
+                )  # after normalization; only before it are they fp32
             for convolution in (block.first, block.shortcut, block.second):
                 if convolution is None:
                     continue
-                self.hold("kept activations", unit * convolution.outputs)
+                self.allocate("kept activations", unit * convolution.outputs)
                 if self.size != FP32 and convolution.name not in self.cast:  # one copy for all passes of the step
                     self.cast.add(convolution.name)
-                    self.hold("temporaries", convolution.weights * self.size)
+                    self.allocate("temporaries", convolution.weights * self.size)
                 self.note(f"forward {convolution.name}", "temporaries", self._working(convolution, 0, samples))
                 if convolution is block.shortcut:
-                    self.hold("temporaries", unit * convolution.outputs)
+                    self.allocate("temporaries", unit * convolution.outputs)
                 else:
-                    self.hold("kept activations", unit * convolution.outputs)
+                    self.allocate("kept activations", unit * convolution.outputs)
                 parts = unit * convolution.outputs * self.cost.joint_pass  # of batch and memory samples, put together
                 self.note(f"forward {convolution.name}, batch-norm", "temporaries", parts)
             if block.shortcut:
-                self.hold("temporaries", -unit * block.shortcut.outputs)
+                self.allocate("temporaries", -unit * block.shortcut.outputs)
             if block.pooled is not None:
-                self.hold("kept activations", unit * block.pooled + samples * block.pooled * 8)  # and its indices
-            self.hold("kept activations", unit * self._lateral(block))
+                self.allocate("kept activations", unit * block.pooled + samples * block.pooled * 8)  # and its indices
+            self.allocate("kept activations", unit * self._lateral(block))
             self.note(f"forward {block.name}, earlier columns", "temporaries", unit * self._columns * 3 * block.outputs)
-        self.hold("kept activations", samples * self._head_elements * FP32)
+        self.allocate("kept activations", samples * self._head_elements * FP32)
         self.note("loss")
 
     @property
@@ -408,46 +412,46 @@ class _Step:
 
     def _backward(self, samples: int, last: bool) -> None:
         unit = samples * self.size
-        self.hold("kept activations", -samples * self._head_elements * FP32)
+        self.allocate("kept activations", -samples * self._head_elements * FP32)
         self._gradient("fc", last, plain=self.shape.head_parameters)
         for index in reversed(range(len(self.shape.trained))):
             block, entered = self.shape.trained[index], index > 0  # its inputs need gradients
             self._backward_block(block, unit, samples, entered, last)
         if self.shape.frozen and last:
-            self.hold("kept activations", -unit * self.shape.features)
+            self.allocate("kept activations", -unit * self.shape.features)
 
     def _backward_block(self, block: Block, unit: int, samples: int, entered: bool, last: bool) -> None:
         out, end = unit * block.outputs, block.second or block.first
         if lateral := unit * self._lateral(block):
             self.note(f"backward {block.name}, adapter", "temporaries", 4 * out)
-            self.hold("kept activations", -lateral)
+            self.allocate("kept activations", -lateral)
             self._gradient(f"{block.name}.adapter", last, plain=_adapter(block, self._columns))
         if block.pooled is not None:
             out = unit * end.outputs
             self.note(f"backward {block.name}, max-pool", "temporaries", unit * block.pooled + out)
-            self.hold("kept activations", -unit * block.pooled - samples * block.pooled * 8)
+            self.allocate("kept activations", -unit * block.pooled - samples * block.pooled * 8)
         self.note(f"backward {end.name}, ReLU", "temporaries", 2 * out)
-        # The last map is the next block's input, whose operations are done: it goes with its ReLU.
-        self.hold("kept activations", -out)
-        shortcut = out if block.second else 0  # its gradient waits while the convolutions are gone through
+        # The last map is the next block's input, whose operations are done: it is released with its ReLU.
+        self.allocate("kept activations", -out)
+        shortcut = out if block.second else 0  # its gradient is kept while the convolutions run
         self.note(f"backward {end.name}, batch-norm", "temporaries", shortcut + (3 if shortcut else 2) * out)
-        self.hold("kept activations", -out)
+        self.allocate("kept activations", -out)
         if block.second:
             inner = unit * block.first.outputs
             self._backward_convolution(block.second, shortcut + out + inner, samples, last)
             if block.shortcut:
                 self.note(f"backward {block.shortcut.name}, batch-norm", "temporaries", 2 * out + inner)
                 self._backward_convolution(block.shortcut, inner + 2 * out, samples, last)
-                self.hold("kept activations", -out)
+                self.allocate("kept activations", -out)
                 shortcut = unit * block.shortcut.inputs * entered
             self.note(f"backward {block.first.name}, ReLU", "temporaries", shortcut + 2 * inner)
-            self.hold("kept activations", -inner)
+            self.allocate("kept activations", -inner)
             self.note(f"backward {block.first.name}, batch-norm", "temporaries", shortcut + 3 * inner)
-            self.hold("kept activations", -inner)
+            self.allocate("kept activations", -inner)
             out = inner
         self._backward_convolution(block.first, shortcut + out + unit * block.first.inputs * entered, samples, last)
         if block.second is None:
-            self.hold("kept activations", -unit * self.shape.features)
+            self.allocate("kept activations", -unit * self.shape.features)
 
     def _backward_convolution(self, convolution: Convolution, activations: float, samples: int, last: bool) -> None:
         gradient = self._working(convolution, 1, samples)
@@ -455,22 +459,22 @@ class _Step:
         self._gradient(convolution.name, last, convolution.weights, convolution.norm)
 
     def _gradient(self, name: str, last: bool, weights: int = 0, plain: int = 0) -> None:
-        """The gradients of `weights`, which autocast copies, and of `plain` parameters, which it leaves alone.
+        """The gradients of `weights`, which autocast copies, and of `plain` parameters, which it does not copy.
 
-        Those of several passes are added up, so only the first takes room. Under autocast it is the copies' gradients
-        that are added up; with the last pass they become gradients of the weights, and the copies go.
+        Gradients of several passes are summed in place, so only the first allocates memory. Under autocast the copies'
+        gradients are summed; with the last pass they become gradients of the weights, and the copies are released.
         """
         if name not in self.begun:
             self.begun.add(name)
-            self.hold("gradients", weights * self.size + plain * FP32)
+            self.allocate("gradients", weights * self.size + plain * FP32)
         if last and name in self.cast:
-            self.hold("temporaries", -weights * self.size)
-            self.hold("gradients", weights * (FP32 - self.size))
+            self.allocate("temporaries", -weights * self.size)
+            self.allocate("gradients", weights * (FP32 - self.size))
         if last and self.workload.at_once:
-            # Those of an earlier pass wait for the last one: a gradient is complete with the last operation that used
-            # its weight.
+            # Gradients of an earlier pass are kept until the last one: a gradient is complete with the last operation
+            # that used its weight.
             self.note(f"update of {name}")
-            self.hold("gradients", -(weights + plain) * FP32)
+            self.allocate("gradients", -(weights + plain) * FP32)
 
     def _working(self, convolution: Convolution, direction: int, samples: int) -> int:
         """Bytes that a convolution of the suffix takes while it runs, forward (0) or backward (1)."""
@@ -505,7 +509,7 @@ def _positions(convolution: Convolution) -> int:
 
 
 def _moments(block: Block) -> Sequence[tuple[str, int, Convolution | None]]:
-    """The moments of a block without a graph: elements a sample beside its input, and the convolution that runs."""
+    """The moments of a block without a graph: elements per sample beside its input, and the running convolution."""
     first, second, shortcut = block.first, block.second, block.shortcut
     moments: list[tuple[str, int, Convolution | None]] = [
         (first.name, first.outputs, first),

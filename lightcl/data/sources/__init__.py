@@ -1,4 +1,4 @@
-"""Where images come from, by name: one file per reader, and a registry for sources of your own.
+"""Sources of images by name: one file per reader, and a registry for your own sources.
 
 A reader returns uint8 images and integer labels in a train and a test split (`Source`); `load_source` decodes them once
 and serves them from the cache afterwards. A plugin adds a source with `register_source(name, reader)`.
@@ -46,8 +46,8 @@ Reader = Callable[[SourceRequest], Source]
 class SourceKind:
     """A named source. `own_files`: it reads the user's files, so that it needs `data.path`.
 
-    `has_test_split` says whether the source has its own test split; then neither `data.test_fraction` nor the seed
-    decides anything. `code` is a digest of the reader's file: a plugin that changes is read anew.
+    `has_test_split` says whether the source has its own test split; `data.test_fraction` and the seed then have no
+    effect. `code` is a digest of the reader's file, so that a changed plugin is read again.
     """
 
     read: Reader
@@ -65,7 +65,7 @@ _BUILT_IN = {
     "image-folder": SourceKind(read_image_folder, own_files=True, has_test_split=has_test_folder),
 }
 SOURCES: Registry[SourceKind] = Registry("data source", "data.source", origin=lambda kind: kind.read)
-"""All sources by name, those of plugins included."""
+"""All sources by name, including those of plugins."""
 for _name, _kind in _BUILT_IN.items():
     SOURCES.register(_name, _kind)
 
@@ -137,6 +137,6 @@ def _fingerprint(request: SourceRequest) -> list[Any]:
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         stats = [(str(p.resolve()), s.st_size, s.st_mtime_ns) for p in files for s in [p.stat()]]
         parts.append(hashlib.sha256(json.dumps(stats).encode()).hexdigest())
-    elif request.path is not None:  # somebody's copy of a downloaded set
+    elif request.path is not None:  # a user's copy of a downloaded set
         parts.append(str(request.path.resolve()))
     return parts

@@ -1,4 +1,4 @@
-"""Encoded images and labels become arrays; used by the readers of files."""
+"""Decoding of images and labels into arrays, for the readers of files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def decode(content: str | bytes, place: str, size: int | None) -> Image.Image:
             if picture.mode == "F" or (picture.mode == "I" and picture.format not in SIXTEEN_BITS_AS_I):
                 raise RequestError(
                     f"{place}: the image has {'float' if picture.mode == 'F' else '32-bit integer'} pixels, so its "
-                    "white level is unknown; allowed: 8 or 16 bits a channel"
+                    "white level is unknown; allowed: 8 or 16 bits per channel"
                 )
             if picture.mode.startswith("I"):  # 16 bits per pixel; convert() would clip them to white
                 converted = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
@@ -37,7 +37,7 @@ def decode(content: str | bytes, place: str, size: int | None) -> Image.Image:
                 converted = picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB")
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         if isinstance(error, UnidentifiedImageError):  # its text names the object that holds the bytes
-            raise RequestError(f"{place}: the image does not decode (no image, or of an unknown format)") from error
+            raise RequestError(f"{place}: the image does not decode (not an image, or an unknown format)") from error
         raise RequestError(f"{place}: the image does not decode ({error})") from error
     return converted if size is None else resized(converted, size)
 

@@ -8,13 +8,13 @@ from lightcl.data.images import SourceRequest
 from lightcl.errors import RequestError
 
 TEST_SPLITS = ("test", "val")
-"""Names under which a test split is looked for, in this order."""
+"""Names of test splits, in the order in which they are tried."""
 
 
 def existing_path(request: SourceRequest) -> Path:
-    """`data.path`. Raises RequestError where it is not given or not there."""
+    """`data.path`. Raises RequestError where it is not given or does not exist."""
     if request.path is None:
-        raise RequestError(f"data.source {request.name!r} needs data.path (a file or folder of yours)")
+        raise RequestError(f"data.source {request.name!r} needs data.path (your file or folder)")
     if not request.path.exists():
         raise RequestError(f"data.path: no such file or folder: {request.path}")
     return request.path

@@ -1,4 +1,4 @@
-"""A folder of image files per class; needs Pillow alone."""
+"""One folder of image files per class; needs only Pillow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
     ".pnm", ".jp2", ".jxl", ".avif", ".heic", ".heif", ".tga", ".ico", ".psd", ".svg",
 )  # fmt: skip
-"""An image is known by its name, so that notes may lie among the images; one that does not decode is an error."""
+"""Files with other suffixes, such as notes, are ignored; an image that does not decode is an error."""
 
 
 def has_test_folder(request: SourceRequest) -> bool:
@@ -40,7 +40,7 @@ def _read(path: Path, request: SourceRequest) -> ImageSet:
     for name in _class_names(path):
         found = _image_files(path / name)
         if not found:
-            raise RequestError(f"data.path: {path} is no image folder: its class folder {name!r} holds no image")
+            raise RequestError(f"data.path: {path} is not an image folder: its class folder {name!r} holds no image")
         files += found
         labels += [name] * len(found)
     return image_set([decode(file, file, request.image_size) for file in files], files, labels)
@@ -49,10 +49,10 @@ def _read(path: Path, request: SourceRequest) -> ImageSet:
 def _class_names(path: Path) -> list[str]:
     """Names of the class folders, sorted."""
     if not path.is_dir():
-        raise RequestError(f"data.path: {path} is no image folder: it is a file")
+        raise RequestError(f"data.path: {path} is not an image folder: it is a file")
     names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
     if not names:
-        raise RequestError(f"data.path: {path} is no image folder: it holds no folder per class")
+        raise RequestError(f"data.path: {path} is not an image folder: it holds no class folders")
     return names
 
 

@@ -65,7 +65,7 @@ def _grouped(images: ImageSet, owners: Sequence[str], names: tuple[str, ...]) ->
 
 
 def _read(files: Sequence[Path], request: SourceRequest) -> tuple[ImageSet, list[str]]:
-    """Images, and per image the value of `request.group_column` as text (none where no column is asked for)."""
+    """Images, and per image the value of `request.group_column` as text (an empty list without that column)."""
     pictures: list[Image.Image] = []
     places: list[str] = []
     labels: list[Any] = []
@@ -103,7 +103,7 @@ def _open(file: Path, request: SourceRequest) -> Any:
 
 
 def _columns(file: Path, names: list[str], request: SourceRequest) -> list[str]:
-    """Names of the image, the label and, where asked for, the group column."""
+    """Names of the image column, the label column and, if requested, the group column."""
     columns = [
         _column(file, names, request.image_column, IMAGE_COLUMNS, "data.image_column"),
         _column(file, names, request.label_column, LABEL_COLUMNS, "data.label_column"),

@@ -14,7 +14,7 @@ CLASSES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion-mnist": "Fashi
 
 
 def read_torchvision_set(request: SourceRequest) -> Source:
-    """Both splits. Raises RequestError where the images are neither there nor can be downloaded."""
+    """Both splits. Raises RequestError where the images are missing and cannot be downloaded."""
     kind = getattr(required("torchvision.datasets", "data", f"for data.source: {request.name}"), CLASSES[request.name])
     root = request.path or cache_folder() / "downloads"
     splits: list[ImageSet] = []

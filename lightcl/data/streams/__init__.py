@@ -1,9 +1,9 @@
 """How a device's images become its stream of tasks, and which tasks a device learns.
 
-What a task consists of is decided by a file per kind of stream (`class_incremental.py`; domain-incremental streams and
-field streams go beside it). This module does what all kinds have in common: held-out images, and the tasks that a
-device skips because it has too few images. `cut_stream` gives the tasks with their images; `count_tasks` counts the
-same tasks and their images for a whole fleet from label counts alone.
+Each kind of stream has a file that defines its tasks (`class_incremental.py`; domain-incremental streams and field
+streams go beside it). This module does what all kinds have in common: held-out images, and the tasks that a device
+skips because it has too few images. `cut_stream` returns the tasks with their images; `count_tasks` counts the same
+tasks and their images for the entire fleet from label counts alone.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TaskCounts:
     """Training images without the held-out ones."""
     held_out: np.ndarray
     test: np.ndarray
-    """Images of the test split, of classes that the device has training images of."""
+    """Images of the test split, only of classes for which the device has training images."""
     cut: np.ndarray
     """Whether the device has a task of this number: with `stream.cut: own` it may hold too few classes."""
 
@@ -70,26 +70,18 @@ class TaskCounts:
 
     def skipped(self, device: int) -> list[Skipped]:
         """The tasks that a device does not learn, with the reason in a few words."""
-        return [
-            Skipped(
-                number, self._reason(device, number), int(self.train[device, number]), int(self.test[device, number])
-            )
-            for number in np.flatnonzero(~self.learned[device]).tolist()
-        ]
-
-    def _reason(self, device: int, task: int) -> str:
-        stream = self.plan.stream
-        if not self.cut[device, task]:
-            return f"fewer than {stream.classes_per_task} classes left"
-        if self.train[device, task] < stream.min_samples:
-            return f"fewer than {stream.min_samples} training images"
-        return "no test image" if stream.evaluate_on == "test" else "no held-out image"
+        skipped = []
+        for number in np.flatnonzero(~self.learned[device]).tolist():
+            train = int(self.train[device, number])
+            reason = _reason(self.plan, train) if self.cut[device, number] else _too_few_classes(self.plan)
+            skipped.append(Skipped(number, reason, train, int(self.test[device, number])))
+        return skipped
 
 
 def cut_stream(plan: StreamPlan, source: Source, share: Share, device: int) -> TaskStream:
-    """Cuts a device's share into tasks; a task that it has too few images for is skipped and stands in `skipped`.
+    """Cuts a device's share into tasks; tasks with too few images are skipped and listed in `skipped`.
 
-    A device is tested only on classes that it has training images of. Raises RequestError where the plan suits no
+    A device is tested only on classes for which it has training images. Raises RequestError where the plan works for no
     device: too few classes, or a crop that may miss the image.
     """
     _check_padding(plan, source)
@@ -98,15 +90,15 @@ def cut_stream(plan: StreamPlan, source: Source, share: Share, device: int) -> T
     tasks, skipped = [], []
     for number, classes in enumerate(class_groups(plan, device, present)):
         if classes is None:
-            reason = f"the device holds {present.sum()} classes, too few for this task"
-            skipped.append(Skipped(number, reason, 0, 0))
+            skipped.append(Skipped(number, _too_few_classes(plan), 0, 0))
             continue
         members = share.train[np.isin(labels, classes)]
         test = share.test[np.isin(test_labels, [c for c in classes if present[c]])]
         members = numpy_generator(plan.seed, "held-out", device, number).permutation(members)
         out = int(_held_out(plan, np.asarray(len(members))))
         if not _enough(plan, np.asarray(len(members)), np.asarray(len(test))):
-            skipped.append(_skipped(plan, number, classes, len(members), len(test)))
+            train = len(members) - out
+            skipped.append(Skipped(number, _reason(plan, train), train, len(test)))
             continue
         tasks.append(
             Task(
@@ -126,7 +118,7 @@ def learnable(plan: StreamPlan, source: Source, share: Share, device: int) -> tu
 
 
 def learnable_tasks(plan: StreamPlan, source: Source, shares: Sequence[Share]) -> list[tuple[int, ...]]:
-    """`learnable` for every device of a fleet (`shares[d]` is device d's), at once."""
+    """`learnable` for every device of a fleet at once (`shares[d]` is device d's)."""
     return _task_counts(plan, *label_counts(source, shares), range(len(shares))).tasks
 
 
@@ -136,7 +128,7 @@ def check_stream(plan: StreamPlan, source: Source, shares: Sequence[Share]) -> l
 
 
 def count_tasks(plan: StreamPlan, source: Source, shares: Sequence[Share]) -> TaskCounts:
-    """What every device has for every task (`shares[d]` is device d's); no image is read.
+    """Images of every device for every task (`shares[d]` is device d's); no image is read.
 
     Raises RequestError where no device can learn anything, as `cut_stream` does otherwise.
     """
@@ -154,9 +146,10 @@ def count_tasks(plan: StreamPlan, source: Source, shares: Sequence[Share]) -> Ta
     task = np.asarray(classes)
     images = int(train[device, task].sum())
     tests = int(test[device, task[train[device, task] > 0]].sum())
-    reason = _skipped(plan, number, classes, images, tests).reason
+    used = images - int(_held_out(plan, np.asarray(images)))
     raise RequestError(
-        f"no device can learn a task: device {device}, which comes closest, has {reason}: "
+        f"no device can learn a task: device {device}, which comes closest, has {used} training and {tests} test "
+        f"images for task {number} (classes {list(classes)}); {_reason(plan, used)}: "
         f"{_advice(plan, source, classes, images)}"
     )
 
@@ -165,37 +158,32 @@ def count_tasks(plan: StreamPlan, source: Source, shares: Sequence[Share]) -> Ta
 
 
 def _held_out(plan: StreamPlan, images: np.ndarray) -> np.ndarray:
-    """Images kept out of training, of so many that a device has for a task (any shape)."""
+    """How many of a device's `images` for a task are kept out of training (any shape)."""
     return np.rint(images * plan.stream.held_out).astype(np.int64)
 
 
 def _enough(plan: StreamPlan, images: np.ndarray, tests: np.ndarray) -> np.ndarray:
-    """Whether a device learns tasks for which it has `images` training and `tests` test images (any shape)."""
+    """Whether a device learns a task for which it has `images` training and `tests` test images (any shape)."""
     out = _held_out(plan, images)
     tested = tests if plan.stream.evaluate_on == "test" else out
     enough: np.ndarray = (images - out >= plan.stream.min_samples) & (tested >= 1)
     return enough
 
 
-def _skipped(plan: StreamPlan, number: int, classes: tuple[int, ...], images: int, tests: int) -> Skipped:
-    """Why a device does not learn a task."""
-    out = int(_held_out(plan, np.asarray(images)))
-    train, least = images - out, plan.stream.min_samples
-    if plan.stream.evaluate_on == "held-out" and train >= least:
-        reason = (
-            f"no image to be tested on for task {number} (classes {list(classes)}): stream.evaluate_on is held-out, "
-            f"but stream.held_out = {plan.stream.held_out} of {images} images is none"
-        )
-    else:
-        reason = (
-            f"{train} training and {tests} test images for task {number} (classes {list(classes)}); at least {least} "
-            "and 1 are needed"
-        )
-    return Skipped(number, reason, train, tests)
+def _reason(plan: StreamPlan, train: int) -> str:
+    """Why a device does not learn a task for which it has `train` training images without the held-out ones."""
+    if train < plan.stream.min_samples:
+        return f"fewer than {plan.stream.min_samples} training images"
+    return "no test image" if plan.stream.evaluate_on == "test" else "no held-out image"
+
+
+def _too_few_classes(plan: StreamPlan) -> str:
+    """Why a device does not have a task, under `stream.cut: own`."""
+    return f"fewer than {plan.stream.classes_per_task} classes left"
 
 
 def _task_counts(plan: StreamPlan, train: np.ndarray, test: np.ndarray, devices: Sequence[int]) -> TaskCounts:
-    """Of devices with these images per class (`[devices, C]` each)."""
+    """The counts of `devices` with these images per class (`[devices, C]` each)."""
     images, tests, cut = _images_per_task(plan, train, test, devices)
     out = _held_out(plan, images)
     return TaskCounts(plan, images - out, out, tests, cut)
@@ -223,11 +211,11 @@ def _images_per_task(
     return images, tests, cut
 
 
-# -- what is refused -----------------------------------------------------------------------------------------------
+# -- invalid requests ----------------------------------------------------------------------------------------------
 
 
 def _check_padding(plan: StreamPlan, source: Source) -> None:
-    """A crop that is shifted by more than the image shows nothing of it."""
+    """Raises RequestError for padding as large as the image: a crop could then miss the image."""
     side, padding = min(source.train.images.shape[1:3]), plan.data.crop_padding
     if plan.data.augmentation_kind != "none" and padding >= side:
         raise RequestError(f"data.crop_padding is {padding}, but the images have {side} pixels per side; allowed: less")
@@ -236,7 +224,7 @@ def _check_padding(plan: StreamPlan, source: Source) -> None:
 def _nearest_to_learning(
     plan: StreamPlan, train: np.ndarray, test: np.ndarray, counts: TaskCounts
 ) -> tuple[int, int, tuple[int, ...] | None]:
-    """Device, task and its classes with the most training images, those with a test image first."""
+    """The device and task with the most training images (tasks with a test image first), and the task's classes."""
     images, tests = counts.train + counts.held_out, counts.test
     best = int(np.argmax(images + (tests > 0) * (images.max() + 1)))
     device, number = divmod(best, plan.stream.tasks)
@@ -244,7 +232,7 @@ def _nearest_to_learning(
 
 
 def _advice(plan: StreamPlan, source: Source, classes: Sequence[int], images: int) -> str:
-    """How a task of `classes`, of which a device has `images`, can get enough of them."""
+    """How a task of `classes`, for which a device has `images` training images, can get enough of them."""
     available = np.unique(source.train.labels)
     if not np.isin(available, classes).any():
         some = ", ".join(str(c) for c in available[:8]) + (", ..." if len(available) > 8 else "")

@@ -28,10 +28,10 @@ def class_order(plan: StreamPlan, classes: int, device: int) -> list[int]:
 def class_groups(plan: StreamPlan, device: int, present: np.ndarray) -> list[tuple[int, ...] | None]:
     """The sorted classes of each of a device's tasks.
 
-    `present` `[C]` says of which classes the device has training images. With `stream.cut: own`, only these are cut
+    `present` `[C]` says for which classes the device has training images. With `stream.cut: own`, only these are cut
     into tasks; a task for which no full group of classes is left is None. Otherwise all devices have the same groups (a
-    class that a device lacks stays among its task's answers). Raises RequestError where the classes do not suffice for
-    any device.
+    class that a device lacks still counts among its task's classes). Raises RequestError where there are too few
+    classes for every device.
     """
     size, tasks = plan.stream.classes_per_task, plan.stream.tasks
     order = class_order(plan, len(present), device)

@@ -1,4 +1,4 @@
-"""Everything that decides how a device's images become tasks."""
+"""Everything that determines how a device's images become tasks."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from lightcl.data.section import Data, Fleet, Stream
 
 OWN_CLASSES = ("pathological", "distribution")
-"""Partitions that give a device a few classes, from which `stream.cut: auto` cuts its tasks."""
+"""Partitions that give each device a few classes; `stream.cut: auto` then cuts tasks from these."""
 
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """The sections and the seed that a stream follows from.
+    """The sections and the seed that determine a stream.
 
     `joint`: all tasks are learned together, as one.
     """

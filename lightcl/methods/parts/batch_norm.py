@@ -1,4 +1,4 @@
-"""Batch-norm while memory samples pass: they do not follow the data's distribution and must not move statistics."""
+"""Modes of batch-norm for memory samples, which do not follow the data's distribution and must not move statistics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 @contextmanager
 def running_statistics(stage: nn.Module, training: bool) -> Iterator[None]:
-    """Batch-norm with its running statistics for the length of a `with`; `training` is the mode afterwards."""
+    """Batch-norm uses its running statistics inside the `with`; `training` is the mode afterwards."""
     stage.train(False)
     try:
         yield
@@ -24,7 +24,7 @@ def running_statistics(stage: nn.Module, training: bool) -> Iterator[None]:
 
 @contextmanager
 def unmoved_statistics(stage: nn.Module) -> Iterator[None]:
-    """Batch-norm in its mode, but without moving its running statistics."""
+    """Batch-norm stays in its mode, but its running statistics do not move inside the `with`."""
     norms = [module for module in stage.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

@@ -1,8 +1,8 @@
 """Streaming linear discriminant analysis: a classifier computed from sums, which forget nothing.
 
-Each class c is summed up by its number of samples n_c and the sum s_c of its features; all classes together by one
-matrix G = Σ x xᵀ. Means and the shared covariance follow exactly, in whatever order or on whichever device the samples
-were met: μ_c = s_c / n_c, Σ = (G - Σ_c n_c μ_c μ_cᵀ) / n. With equal priors
+The sums are, for each class c, the number of samples n_c and the sum s_c of their features, and for all classes
+together one matrix G = Σ x xᵀ. They give the means and the shared covariance exactly, whatever the order of the samples
+and the device that saw them: μ_c = s_c / n_c, Σ = (G - Σ_c n_c μ_c μ_cᵀ) / n. With equal priors
 
     log p(c | x) = μ_cᵀ Σ'⁻¹ x - ½ μ_cᵀ Σ'⁻¹ μ_c + const,    Σ' = Σ + shrinkage · tr(Σ)/d · I.
 
@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 
 ROWS = 32
-"""Rows of the Gram matrix that are worked out at a time."""
-TURNS = 20
-"""How often more is added to a covariance's diagonal, ten times as much each time, until it has an inverse."""
+"""Rows of the Gram matrix that are computed at a time."""
+ATTEMPTS = 20
+"""How often the diagonal of a covariance is increased, ten times as much each time, until it can be inverted."""
 
 
 @dataclass
 class Statistics:
     """Sums over the samples of a stream, in fp64: `count` `[C]`, `total` `[C, d]`, `gram` `[d(d+1)/2]`.
 
-    `gram` is the upper triangle of Σ x xᵀ, row by row; the other half says the same.
+    `gram` is the upper triangle of Σ x xᵀ, row by row; the matrix is symmetric.
     """
 
     count: Tensor
@@ -42,7 +42,7 @@ class Statistics:
         return cls(*(torch.zeros(size, dtype=torch.float64) for size in sizes))
 
     def add_(self, features: Tensor, labels: Tensor) -> None:
-        """Takes in features `[N, d]` with labels `[N]` in 0..C-1, without ever making a matrix `[d, d]` of them."""
+        """Adds features `[N, d]` with labels `[N]` in 0..C-1, without ever allocating a matrix `[d, d]`."""
         x = features.to("cpu", torch.float64)
         self.count.index_add_(0, labels.cpu(), torch.ones(len(x), dtype=torch.float64))
         self.total.index_add_(0, labels.cpu(), x)
@@ -94,16 +94,16 @@ def discriminant_head(statistics: Statistics, shrinkage: float) -> LinearHead:
     if not bool(count.any()):
         return LinearHead(torch.zeros_like(total).float(), torch.zeros_like(count).float(), (count > 0).float())
     means = total / count.clamp_min(1)[:, None]
-    # In place from here on: this is the largest matrix that the method ever makes.
+    # In place from here on: this is the largest matrix of the method.
     covariance = from_upper_triangle(statistics.gram, features)
     second_moment = covariance.diagonal().mean() / count.sum()
     covariance.addmm_(total.T, means, alpha=-1).div_(count.sum())
     covariance.diagonal().add_(shrinkage * covariance.diagonal().mean().clamp_min(1e-12))
     factor, failed = torch.linalg.cholesky_ex(covariance)
-    # Rounding may leave an eigenvalue below zero where the shrinkage is tiny; even the mean of all may be, where the
-    # features' means are large beside their variances. Rounding errors are those of the second moment.
+    # Rounding may make an eigenvalue negative where the shrinkage is tiny, and even the mean of all eigenvalues where
+    # the features' means are large compared with their variances. Rounding errors scale with the second moment.
     more = torch.maximum(1e-10 * covariance.diagonal().mean(), 1e-12 * second_moment)
-    for _ in range(TURNS):
+    for _ in range(ATTEMPTS):
         if not bool(failed):
             break
         covariance.diagonal().add_(more)
@@ -125,5 +125,5 @@ def from_upper_triangle(packed: Tensor, size: int) -> Tensor:
 
 
 def statistics_bytes(classes: int, features: int) -> int:
-    """What `Statistics` and the head solved from them take together."""
+    """Bytes of `Statistics` and of the head solved from them, together."""
     return 8 * (classes + classes * features + features * (features + 1) // 2) + 4 * classes * (features + 2)

@@ -27,9 +27,9 @@ def channel_importance(feature_map: Tensor) -> Tensor:
 def vital_channels(importance: Tensor, ratio: float, selection: VitalSelection = "exact") -> Tensor:
     """Boolean mask `[C]` of the most important channels.
 
-    `keep = int(C * ratio + 0.5)`. "exact" marks just `keep` channels (at least one), the lower index first among
-    equals. "paper" takes the max(1, C - keep)-th smallest importance as a threshold and marks everything at or above
-    it, which is one channel more than `keep`.
+    `keep = int(C * ratio + 0.5)`. "exact" marks exactly `keep` channels (at least one), at equal importance those with
+    the lower index. "paper" takes the max(1, C - keep)-th smallest importance as a threshold and marks everything at or
+    above it, which is one channel more than `keep`.
     """
     channels = importance.numel()
     keep = int(channels * ratio + 0.5)
@@ -55,8 +55,8 @@ class Drift:
 
     - "sum" (the paper): Σ_m Σ (mask_m ⊙ (F_m - F*_m))². It grows with the number of channels and positions, so the
       same β has less effect in a narrower network.
-    - "relative" (ours): the mean over the maps of Σ(mask ⊙ (F - F*))² / Σ(mask ⊙ F*)². It has no unit, so a β means
-      the same at every width, resolution and memory size.
+    - "relative" (ours): the mean over the maps of Σ(mask ⊙ (F - F*))² / Σ(mask ⊙ F*)². It is dimensionless, so a β
+      means the same at every width, resolution and memory size.
 
     Memory: only the terms are kept, never the maps. Autograd runs in the reverse order of creation: if the terms were
     computed after the entire forward pass, a full-sized gradient of every map would exist before the first is used.
@@ -108,7 +108,7 @@ class _SquaredDrift(torch.autograd.Function):
 
 
 def logit_drift(logits: Tensor, stored: Tensor, reduction: Reduction) -> Tensor:
-    """The same for logits `[M, K]`, all of which count."""
+    """The same for logits `[M, K]`, without a mask."""
     moved = (logits.float() - stored).square().sum()
     return moved if reduction == "sum" else moved / stored.square().sum().clamp_min(1e-12)
 
@@ -119,7 +119,7 @@ Classify = Callable[[Tensor, OnMap], Tensor]
 
 @dataclass(frozen=True)
 class Recorded:
-    """What was recorded on the memory samples before a task."""
+    """The state recorded on the memory samples before a task."""
 
     inputs: Tensor
     """Prefix outputs `[M, C, H, W]` of the memory samples; their images where nothing is frozen."""
@@ -132,13 +132,13 @@ class Recorded:
 
     @classmethod
     def of(cls, inputs: Tensor, vital: Mapping[str, Tensor], tied: Tensor, classify: Classify) -> Recorded:
-        """Passes the inputs through the network as it is now."""
+        """Passes the inputs through the current network."""
         maps: FeatureMaps = {}
         logits = classify(inputs, maps.__setitem__)[:, tied].float()
         return cls(inputs, vital_patterns(maps, vital), logits, tied)
 
     def drift(self, vital: Mapping[str, Tensor], reduction: Reduction, classify: Classify) -> Tensor:
-        """The scalar Σ_m Σ (mask_m ⊙ (F_m - F*_m))² + Σ (logits - logits*)² of the network as it is now."""
+        """The scalar Σ_m Σ (mask_m ⊙ (F_m - F*_m))² + Σ (logits - logits*)² of the current network."""
         of_maps = self.of_maps(vital, reduction)
         return self.total(of_maps, classify(self.inputs, of_maps.on_map))
 
@@ -159,6 +159,6 @@ class Recorded:
         """None where nothing was recorded."""
         if "memory" not in state:
             return None
-        # The original memory format: in another one a mean over positions rounds differently.
+        # Restores the original memory format: in another one, a mean over positions rounds differently.
         inputs = state["memory"].contiguous(memory_format=torch.channels_last)
         return cls(inputs, under(state, "pattern/"), state["logits"], state["tied"])

@@ -31,7 +31,7 @@ class ReplayParameters(MethodParameters):
     """Keys of all methods that keep samples."""
 
     loss_classes: Literal["task", "seen", "all"] = "all"
-    """Classes in the cross-entropy; all is what the replay methods' papers do. With `task` the replayed samples are
+    """Classes in the cross-entropy; all: as in the replay methods' papers. With `task` the replayed samples are
     still compared with all classes seen, since their task is not the current one (ER-ACE, Caccia et al., ICLR 2022)."""
     buffer_size: int = Field(default=15, ge=1, le=1_000_000)
     """Raw samples kept, over all tasks together."""
@@ -46,8 +46,8 @@ class ReplayParameters(MethodParameters):
 
 @dataclass(frozen=True)
 class Replayed:
-    """A draw from the buffer: `images` uint8 `[N, C, H, W]`, `labels` and `tasks` `[N]`, `logits` `[N, head]` as they
-    were when the sample came in (None where the method keeps none)."""
+    """A draw from the buffer: `images` uint8 `[N, C, H, W]`, `labels` and `tasks` `[N]`, `logits` `[N, head]` as stored
+    with the sample (None where the method stores none)."""
 
     images: Tensor
     labels: Tensor
@@ -71,7 +71,7 @@ class Reservoir:
         return len(self.rows["labels"]) if self.rows else 0
 
     def places(self, count: int, seed: int) -> dict[int, int]:
-        """Row -> position, for those of the next `count` samples that stay; of two that meet, the later one."""
+        """Row -> position of those of the next `count` samples that are stored; if two get one row, the later one."""
         random = numpy_generator(seed, "reservoir", self.seen)
         taken = {}
         for position in range(count):
@@ -83,9 +83,9 @@ class Reservoir:
 
     @torch.no_grad()
     def offer(self, batch: Batch, samples: Samples, context: TaskContext, logits: Tensor | None = None) -> None:
-        """Passes a batch of `samples` by the reservoir, with the `[N, head]` logits that are to be kept.
+        """Offers a batch of `samples` to the reservoir, with their `[N, head]` logits if these are stored too.
 
-        Images are kept as they are in the data, un-augmented.
+        Images are stored as in the data, without augmentation.
         """
         taken = self.places(len(batch.labels), context.seed)
         self.seen += len(batch.labels)
@@ -102,14 +102,14 @@ class Reservoir:
             new["logits"] = logits[positions].float()
         for name, values in new.items():
             rows = self.rows.get(name, values.new_empty((0, *values.shape[1:])))
-            if max(where) >= len(rows):  # it still fills; once full it is written in place
+            if max(where) >= len(rows):  # not full yet; once full, rows are written in place
                 grown = rows.new_empty((max(where) + 1, *rows.shape[1:]))
                 grown[: len(rows)] = rows
                 self.rows[name] = rows = grown
             rows[where] = values
 
     def draw(self, count: int, context: TaskContext) -> Replayed:
-        """Up to `count` different samples, augmented anew like the training data. The buffer must hold one."""
+        """Up to `count` different samples, newly augmented like the training data. The buffer must not be empty."""
         random = numpy_generator(context.seed, "draw", self.draws)
         rows = torch.from_numpy(np.sort(random.permutation(len(self))[:count])).to(context.device)
         images = context.augment(self.rows["images"][rows], "replay", self.draws)
@@ -121,7 +121,9 @@ class Reservoir:
         return {**self.rows, "counters": torch.tensor([self.seen, self.draws])}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.rows = {name: rows.clone() for name, rows in state.items() if name != "counters"}  # written in place
+        self.rows = {
+            name: rows.clone() for name, rows in state.items() if name != "counters"
+        }  # rows are written in place
         self.seen, self.draws = (int(counter) for counter in state["counters"])
 
 

@@ -15,7 +15,7 @@ from simulations.reports.plots.style import FONT, PIXELS_PER_INCH, Theme, legend
 def generalizability(found: Generalizability, threshold: float, theme: Theme) -> Figure:
     """Memory stability, learning plasticity and readiness of every block: one line per task, and their mean.
 
-    Tinted blocks are those that `threshold` freezes; readiness has no part in that, so no threshold is drawn with it.
+    Tinted blocks are those that `threshold` freezes. Readiness does not affect this, so its panel shows no threshold.
     """
     figure = Figure(figsize=(9.8, 3.5), dpi=PIXELS_PER_INCH, layout="constrained", facecolor=theme.background)
     names, point = list(found.blocks), found.freeze_point(threshold)

@@ -1,4 +1,4 @@
-"""The figures of a large fleet: how a figure spreads over its devices, and with what it varies."""
+"""Plots of a large fleet: distributions over its devices, and accuracy by images, tasks and skipped tasks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def distribution(values: Mapping[str, np.ndarray], label: str, theme: Theme) -> 
 def accuracy_by_images(images: np.ndarray, accuracy: Mapping[str, np.ndarray], theme: Theme) -> Figure:
     """`accuracy[setting][device]` (0..1) over `images[device]`: median and 10th–90th percentile of groups of devices.
 
-    A group holds about a twelfth of the devices, by their number of images; its place is their median.
+    A group holds about a twelfth of the devices, in order of their number of images, and is placed at its median.
     """
     figure, axes = plot_axes(theme, "training images of the device", "final accuracy (%)")
     logarithmic = images.min() > 0 and images.max() >= LOG_RATIO * images.min()
@@ -71,7 +71,7 @@ def accuracy_by_images(images: np.ndarray, accuracy: Mapping[str, np.ndarray], t
 
 def accuracy_by_tasks_learned(learned: np.ndarray, accuracy: Mapping[str, np.ndarray], theme: Theme) -> Figure:
     """`accuracy[setting][device]` (0..1) by `learned[device]`, the tasks that it learned: median, and whiskers from the
-    10th to the 90th percentile. Under each number stands how many devices there are.
+    10th to the 90th percentile. The number of devices is below each tick.
     """
     figure, axes = plot_axes(theme, "tasks learned (below: devices)", "final accuracy (%)")
     counts = np.unique(learned)

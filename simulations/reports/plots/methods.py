@@ -1,4 +1,4 @@
-"""Methods side by side: what they take, and what they give for it."""
+"""Methods side by side: memory, and accuracy over memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PART_COLORS: Mapping[str, str] = {
     "frozen part": "#7cc4b5", "temporaries": "#e3c567", "buffer": "#c8566b", "weight copies": "#8c4a86",
     "patterns": "#b98fc9", "statistics": "#5b8fd6", "masks": "#3f2b6b",
 }  # fmt: skip
-"""Greys are what is as large as the weights, greens are activations; the rest is what methods add."""
+"""Grays: as large as the weights; greens: activations; the other colors: what methods add."""
 
 
 def footprint_bars(parts: Mapping[str, Mapping[str, int]], measured: Mapping[str, int], theme: Theme) -> Figure:
@@ -39,7 +39,7 @@ def footprint_bars(parts: Mapping[str, Mapping[str, int]], measured: Mapping[str
     handles: list[Any] = []
     for category, color in PART_COLORS.items():
         widths = np.array([parts[name].get(category, 0) for name in names]) / 2**20
-        # What is too thin to be seen would only be a color in the legend that nobody finds.
+        # A part too thin to see would only add a color to the legend.
         if widths.max() > 0.004 * max(sum(p.values()) for p in parts.values()) / 2**20:
             axes.barh(places, widths, 0.62, left=base, color=color, zorder=2, edgecolor=theme.background, linewidth=0.6)
             handles.append(Patch(color=color, label=category))
@@ -129,5 +129,5 @@ def accuracy_over_memory(
 
 
 def wrapped(label: str) -> str:
-    """A label that fits into a legend, over several lines where it is long."""
+    """The label, wrapped so that it fits into a legend."""
     return textwrap.fill(label, 30, break_on_hyphens=False, max_lines=3, placeholder=" …")

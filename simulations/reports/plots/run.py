@@ -25,9 +25,9 @@ from simulations.reports.plots.style import (
 )
 
 ANNOTATED_TASKS = 15
-"""A heat map of more tasks than this has cells too small for figures."""
+"""With more tasks than this, the cells of a heat map are too small for numbers."""
 SEPARATE_BARS = 60
-"""More rounds than this are drawn without gaps, which would only flicker."""
+"""More rounds than this are drawn without gaps between the bars."""
 
 
 # -- accuracy ------------------------------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
 """What all figures have in common: sizes, two themes, axes and legends.
 
-Every figure is a function of numbers and a theme that returns a matplotlib `Figure` of its own; pyplot and its global
-state stay out. Accuracies come in 0..1 and are drawn in %, bytes and seconds come plain and are drawn in the unit that
-suits them.
+Every plot is a function of numbers and a theme that returns a new matplotlib `Figure`; pyplot and its global state are
+not used. Accuracies are passed in 0..1 and drawn in %; bytes and seconds are drawn in a unit that fits their size.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 SIZE = (5.4, 3.3)
-"""Inches, at 96 CSS pixels an inch about its place on the page; text stays readable at the width of a phone."""
+"""Inches. At 96 CSS pixels per inch this is about the width on the page; text stays readable on a phone."""
 PIXELS_PER_INCH = 192
 """Twice the CSS pixels, for dense screens."""
 FONT = 9.0
@@ -27,7 +26,7 @@ FONT = 9.0
 
 @dataclass(frozen=True)
 class Theme:
-    """Colors as hex. TIL and CIL are blue and vermilion of Okabe & Ito, distinguishable with every color vision.
+    """Colors as hex. TIL and CIL are the blue and vermilion of Okabe & Ito, safe for color blindness.
 
     `first` and `second` are the parts of a stacked bar; they differ in lightness and are not TIL's and CIL's colors,
     so that no color means two things.
@@ -54,7 +53,7 @@ DARK = Theme(
     first="#93a4ba", second="#4d5b6e", deep="#8fd0f7", pale="#232b36",
 )  # fmt: skip
 THEMES = (LIGHT, DARK)
-"""In the order in which a page's pictures are painted."""
+"""In the order of `Picture.light` and `Picture.dark`."""
 
 
 def png(figure: Figure) -> bytes:
@@ -105,7 +104,7 @@ def task_ticks(axes: Axes, tasks: int) -> None:
 
 
 def readable(color: Sequence[float], theme: Theme) -> str:
-    """Of the theme's ink and background the one that stands out more on `color` (RGB in 0..1)."""
+    """The theme's ink or background, whichever contrasts more with `color` (RGB in 0..1)."""
 
     def luminance(rgb: Sequence[float]) -> float:
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb[:3]]

@@ -46,7 +46,7 @@ def test_cka_by_hand() -> None:
     assert cka(x[:, 1:], x[:, :1]) == pytest.approx(0.0, abs=1e-12)
 
 
-def test_cka_is_its_literal_twin_in_any_batches() -> None:
+def test_cka_equals_its_literal_twin_for_any_batches() -> None:
     x, y = noise(23, 5, 1), noise(23, 3, 2)
     y = y + x[:, :3]
     expected = reference.linear_cka(x.tolist(), y.tolist())
@@ -57,7 +57,7 @@ def test_cka_is_its_literal_twin_in_any_batches() -> None:
     assert cka(far, y) == pytest.approx(reference.linear_cka(far.tolist(), y.tolist()), abs=1e-9)
 
 
-def test_cka_does_not_see_rotation_scale_or_shift_but_sees_a_general_linear_map() -> None:
+def test_cka_is_invariant_to_rotation_scale_and_shift_but_not_to_a_general_linear_map() -> None:
     x, y = noise(50, 4, 3).double(), noise(50, 4, 4).double()
     rotation = torch.linalg.qr(noise(4, 4, 5).double()).Q
     plain = cka(x, y)
@@ -87,7 +87,7 @@ def test_block_similarity_compares_every_position_of_every_blocks_last_map() -> 
     assert found["layer2.0"] == pytest.approx(reference.linear_cka(*rows), abs=1e-6)
 
 
-def test_one_changed_block_leaves_those_before_it_as_they_were() -> None:
+def test_a_changed_block_does_not_affect_the_blocks_before_it() -> None:
     one, other = toys.network(seed=1), toys.network(seed=1)
     with torch.no_grad():
         other.get_submodule("layer3.1.conv1").weight.neg_()
@@ -139,7 +139,7 @@ def test_an_analysis_is_that_of_devices_trained_by_hand(tmp_path: Path) -> None:
     assert plastic["layer4.1"] < 0.999, "the past has left no trace: nothing was compared"
 
 
-def test_what_an_analysis_trains() -> None:
+def test_the_scenario_that_an_analysis_trains() -> None:
     scenario = toys.scenario(network={"freeze": "auto", "analysis_epochs": 3}, training={"epochs": 50})
     plain = analyzed_scenario(scenario)
     assert (plain.network.freeze, plain.training.epochs, plain.training.batch_size) == ("none", 3, 8)
@@ -148,7 +148,7 @@ def test_what_an_analysis_trains() -> None:
         analyzed_scenario(toys.scenario(stream={"tasks": 1}))
 
 
-def test_a_device_that_has_begun_skips_nothing(tmp_path: Path) -> None:
+def test_a_device_that_has_begun_cannot_skip_tasks(tmp_path: Path) -> None:
     device = toys.device(tmp_path, method={"name": "sgd"})
     with pytest.raises(OutOfStep):
         device.skip_to(2)

@@ -16,7 +16,7 @@ def found(**sections):
     return scenario, candidates(scenario, stream, (3, 16, 16))
 
 
-def test_the_scenario_as_it_is_comes_first_and_the_head_alone_last():
+def test_the_given_scenario_comes_first_and_the_head_only_last():
     scenario, settings = found(network={"weights": "none", "width": 4, "freeze": "layer2"})
     assert settings[0].scenario.method == scenario.method
     assert settings[0].keys["network.freeze"] == "layer2.1"
@@ -61,8 +61,8 @@ def test_freeze_points_that_the_method_cannot_be_built_on_are_left_out():
     assert {s.keys["network.freeze"] for s in settings} == {"layer3.1"}
 
 
-def test_where_the_method_can_be_built_on_no_freeze_point_its_reason_is_given():
-    with pytest.raises(RequestError, match=r"method.statistics_mb is 0.002, but the least that lightcl-plus needs"):
+def test_without_a_possible_freeze_point_the_methods_reason_is_given():
+    with pytest.raises(RequestError, match=r"method.statistics_mb is 0.002, but lightcl-plus needs at least"):
         found(method=PLUS, network={"freeze": "layer4.0"})
 
 
@@ -87,7 +87,7 @@ def test_the_first_that_fits_is_chosen():
     assert all(s.footprint.peak >= settings[0].footprint.peak for s in settings[:place])
 
 
-def test_nothing_fits():
+def test_a_budget_that_no_setting_fits():
     _, settings = found()
     smallest = min(s.footprint.peak for s in settings)
     assert choose(settings, smallest).footprint.peak == smallest
@@ -100,6 +100,6 @@ def test_only_lightcl_can_be_planned():
         found(method={"name": "sgd"})
 
 
-def test_a_suffix_that_is_shared_is_left():
+def test_a_shared_suffix_is_never_frozen_entirely():
     _, settings = found(server={"aggregation": "suffix"})
     assert "layer4.1" not in {s.keys["network.freeze"] for s in settings}

@@ -24,7 +24,7 @@ KINDS = {
 }
 
 
-def labelled(train: list[int], test: list[int], classes: int) -> Source:
+def labeled(train: list[int], test: list[int], classes: int) -> Source:
     """A source of blank images: only the labels count here."""
 
     def images(labels: list[int]) -> ImageSet:
@@ -35,7 +35,7 @@ def labelled(train: list[int], test: list[int], classes: int) -> Source:
 
 @pytest.fixture
 def source() -> Source:
-    return labelled(list(range(5)) * 40, list(range(5)) * 8, 5)
+    return labeled(list(range(5)) * 40, list(range(5)) * 8, 5)
 
 
 def shares_of(source: Source, kind: str, seed: int = 0, **fleet):
@@ -86,7 +86,7 @@ def test_smaller_alpha_makes_devices_differ_more(source):
 @pytest.mark.filterwarnings("ignore:Classes. .* will NOT be used")
 @pytest.mark.parametrize("devices", [1, 2, 5])
 @pytest.mark.parametrize("wanted", [1, 2, 4])
-def test_pathological_devices_hold_so_many_classes(source, wanted, devices):
+def test_pathological_devices_hold_the_given_number_of_classes(source, wanted, devices):
     for share in shares_of(source, "pathological", classes_per_device=wanted, devices=devices):
         assert len(np.unique(source.train.labels[share.train])) == wanted
 
@@ -98,7 +98,7 @@ def test_devices_are_tested_on_their_classes_only(source, kind):
         assert set(source.test.labels[share.test]) <= held
 
 
-def test_whole_test_data_is_all_images_of_the_devices_classes(source):
+def test_test_data_whole_is_all_images_of_the_devices_classes(source):
     for share in shares_of(source, "pathological", test_data="whole"):
         held = np.unique(source.train.labels[share.train])
         assert np.array_equal(share.test, np.flatnonzero(np.isin(source.test.labels, held)))
@@ -130,7 +130,7 @@ def test_partition_is_computed_once_and_read_back(source, monkeypatch, tmp_path)
     for changed in (
         lambda: shares_of(source, "iid", seed=1),
         lambda: shares_of(source, "iid", devices=4),
-        lambda: shares_of(labelled([0, 1] * 30, [0, 1], 2), "iid"),
+        lambda: shares_of(labeled([0, 1] * 30, [0, 1], 2), "iid"),
     ):
         with pytest.raises(AssertionError, match="computed again"):
             changed()
@@ -151,7 +151,7 @@ def test_one_share_reads_only_its_part_of_memory_mapped_files(source):
 
 @pytest.mark.parametrize("name", ["train-indices.npy", "train-offsets.npy", "test-indices.npy"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "half"])
-def test_a_damaged_entry_is_made_anew(source, monkeypatch, tmp_path, name, damage):
+def test_a_damaged_entry_is_rebuilt(source, monkeypatch, tmp_path, name, damage):
     monkeypatch.setenv("LIGHTCL_CACHE", str(tmp_path))
     expected = [(share.train.tolist(), share.test.tolist()) for share in shares_of(source, "dirichlet")]
     (entry,) = (tmp_path / "partitions").iterdir()
@@ -186,7 +186,7 @@ def from_flower(partitioner: reference.Partitioner, columns: dict[str, np.ndarra
 
 @pytest.mark.filterwarnings("ignore:The specified min_partition_size", "ignore:Classes. .* will NOT be used")
 @pytest.mark.parametrize("devices", [1, 6, 18, 60])
-def test_images_are_dealt_as_by_flower(devices):
+def test_images_are_divided_as_by_flower(devices):
     by_label = {"num_partitions": devices, "partition_by": "label", "seed": 3}
     pairs = [
         (pool("iid", devices), reference.IidPartitioner(devices)),
@@ -274,7 +274,7 @@ def test_any_number_of_devices_divides_the_images(source, kind, options, devices
         assert len(dealt) in (200, 80, 120)
 
 
-def test_pathological_leftovers_are_not_the_last_devices(source):
+def test_pathological_remainders_do_not_always_miss_the_last_devices(source):
     sizes = partition(source, Fleet(devices=400, partition="pathological", classes_per_device=2), 0).sizes
     assert 0 < (sizes[200:] > 0).sum() < 200
     assert abs(int((sizes[:200] > 0).sum()) - int((sizes[200:] > 0).sum())) < 60
@@ -289,7 +289,9 @@ def test_more_classes_than_the_source_has_are_refused(source):
 
 
 def test_a_natural_partition_needs_groups(source):
-    with pytest.raises(RequestError, match=r"'natural' needs images that say whose they are: .* fleet.partition_by"):
+    with pytest.raises(
+        RequestError, match=r"'natural' needs images with a user, writer or camera: .* fleet.partition_by"
+    ):
         partition(source, Fleet(devices=5, partition="natural", partition_by="user"), 0)
 
 
@@ -303,11 +305,13 @@ def test_unknown_partitions_are_refused_with_the_nearest_name():
 
 
 def test_a_plugin_adds_a_partitioner(source, monkeypatch):
-    monkeypatch.setattr(partitioners, "_PARTITIONERS", dict(partitioners._PARTITIONERS))
+    monkeypatch.setattr(partitioners.PARTITIONERS, "_objects", dict(partitioners.PARTITIONERS))
     register_partitioner("round-robin", lambda pool: np.arange(len(pool.labels)) % pool.devices)
     assert partition(source, Fleet(devices=7, partition="round-robin"), 0).sizes.tolist() == [29] * 4 + [28] * 3
     with pytest.raises(RequestError, match="partitioner 'iid' is built in"):
         register_partitioner("iid", lambda pool: pool.labels)
+    with pytest.raises(RequestError, match="partitioner 'round-robin' is registered twice"):
+        register_partitioner("round-robin", partitioners.linear)
 
 
 # -- test images ---------------------------------------------------------------------------------------------------
@@ -354,7 +358,7 @@ def test_label_counts_agree_with_the_shares(source, devices, test_data):
 
 
 def test_natural_test_images_belong_to_their_users_device():
-    train, test = labelled([0, 1] * 6, [0, 1, 0, 1, 0, 0], 2).train, labelled([0], [0, 1, 0, 1, 0, 0], 2).test
+    train, test = labeled([0, 1] * 6, [0, 1, 0, 1, 0, 0], 2).train, labeled([0], [0, 1, 0, 1, 0, 0], 2).test
     names = ("ann", "bob", "eve")
     source = Source(
         replace(train, groups=np.repeat([0, 1], 6), group_names=names),

@@ -1,4 +1,4 @@
-"""Where images come from: what is read, what is kept, what is refused."""
+"""Sources of images: reading, caching, and refused inputs."""
 
 import io
 import os
@@ -30,7 +30,7 @@ from tests.lightcl import toys
 
 
 def picture(value: int, size: int = 8, mode: str = "RGB") -> Image.Image:
-    """A picture of one grey value with a ramp along its first row, so that turning it would show."""
+    """A picture of one gray value with a ramp along its first row, so that turning it would show."""
     pixels = np.full((size, size), value, dtype=np.uint8)
     pixels[0] = np.arange(size)
     image = Image.fromarray(pixels)
@@ -49,7 +49,7 @@ def pixels(value: int, size: int = 8, mode: str = "RGB") -> np.ndarray:
 
 
 def values_of(images: ImageSet) -> list[int]:
-    """The grey value each picture was made with."""
+    """The gray value of each picture."""
     return [int(image[-1, -1, 0]) for image in images.images]
 
 
@@ -156,7 +156,7 @@ def test_cifar10_from_a_local_copy(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion-mnist"])
-def test_missing_local_copy_is_an_error_that_says_where_it_was_looked_for(tmp_path, name):
+def test_a_missing_local_copy_is_an_error_that_names_the_folder(tmp_path, name):
     with pytest.raises(
         RequestError, match=rf"data.source '{name}': not found under {tmp_path} .*Set data.path .*data.source=parquet"
     ):
@@ -237,8 +237,8 @@ def test_test_split_with_unknown_classes_is_refused(tmp_path):
         parquet(tmp_path)
 
 
-def test_grey_images_have_one_channel(tmp_path):
-    file = write_parquet(tmp_path / "grey.parquet", [png(value, mode="L") for value in VALUES], LABELS)
+def test_gray_images_have_one_channel(tmp_path):
+    file = write_parquet(tmp_path / "gray.parquet", [png(value, mode="L") for value in VALUES], LABELS)
     assert parquet(file).channels == 1
 
 
@@ -251,7 +251,7 @@ def test_one_colored_image_makes_all_colored(tmp_path):
     assert values_of(source.train) == [10, 20, 30, 40]
 
 
-def test_images_are_brought_to_one_size_when_asked_for(tmp_path):
+def test_images_are_resized_on_request(tmp_path):
     file = write_parquet(tmp_path / "a.parquet", [png(10), png(20, 12), png(30, 16), png(40)], [0, 0, 1, 1])
     source = parquet(file, image_size=8, test_fraction=0.5)
     assert source.train.images.shape == (2, 8, 8, 3)
@@ -279,24 +279,24 @@ def test_a_test_split_of_another_shape_is_refused(tmp_path, test_picture, found)
 
 def test_undecodable_image_is_named_by_file_and_row(tmp_path):
     file = write_parquet(tmp_path / "a.parquet", [png(10), b"no image", png(30)], [0, 0, 0])
-    refused(file, rf"{file}, row 1: the image does not decode \(no image, or of an unknown format\)")
+    refused(file, rf"{file}, row 1: the image does not decode \(not an image, or an unknown format\)")
 
 
-def grey_tiff(dtype: str) -> bytes:
+def gray_tiff(dtype: str) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(np.full((8, 8), 0.5 if dtype == "float32" else 200 * 256, dtype)).save(stream, "TIFF")
     return stream.getvalue()
 
 
 def test_images_of_16_bits_keep_their_brightness(tmp_path):
-    write_parquet(tmp_path / "a.parquet", [grey_tiff("uint16")] * 4, [0, 0, 1, 1])
+    write_parquet(tmp_path / "a.parquet", [gray_tiff("uint16")] * 4, [0, 0, 1, 1])
     assert set(values_of(parquet(tmp_path / "a.parquet", test_fraction=0.5).train)) == {200}
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("float32", "float"), ("int32", "32-bit integer")])
 def test_images_of_an_unknown_range_are_refused(tmp_path, dtype, kind):
-    file = write_parquet(tmp_path / "a.parquet", [png(10), grey_tiff(dtype)], [0, 0])
-    refused(file, rf"{file}, row 1: the image has {kind} pixels.*allowed: 8 or 16 bits a channel")
+    file = write_parquet(tmp_path / "a.parquet", [png(10), gray_tiff(dtype)], [0, 0])
+    refused(file, rf"{file}, row 1: the image has {kind} pixels.*allowed: 8 or 16 bits per channel")
 
 
 def test_truncated_image_is_named_by_file_and_row(tmp_path):
@@ -318,7 +318,7 @@ def test_cell_without_bytes_is_refused(tmp_path):
     refused(file, rf"{file}, row 1: column 'image' holds no encoded image bytes")
 
 
-def test_missing_columns_are_named_with_those_there_are(tmp_path):
+def test_a_missing_column_is_named_with_the_existing_ones(tmp_path):
     file = write_parquet(tmp_path / "a.parquet", AS_BYTES, LABELS, "photo", "kind")
     refused(file, rf"{file}: no column img or image or images \(it has: photo, kind\); set data.image_column")
     refused(file, r"no column label or .* \(it has: photo, kind\); set data.label_column", image_column="photo")
@@ -335,7 +335,7 @@ def test_missing_columns_are_named_with_those_there_are(tmp_path):
         ([0.5, 1.5], r"row 0: label 0.5 is neither"),
     ],
 )
-def test_labels_that_are_none_are_refused(tmp_path, labels, message):
+def test_invalid_labels_are_refused(tmp_path, labels, message):
     file = write_parquet(tmp_path / "a.parquet", AS_BYTES[:2], labels)
     refused(file, rf"{file}, {message}")
 
@@ -472,13 +472,13 @@ def test_every_image_of_a_folder_is_read_and_notes_are_not(tmp_path):
 def test_folder_without_images_is_refused(tmp_path, content):
     for name in content:
         (tmp_path / name).mkdir()
-    with pytest.raises(RequestError, match=rf"data.path: {tmp_path} is no image folder"):
+    with pytest.raises(RequestError, match=rf"data.path: {tmp_path} is not an image folder"):
         folder(tmp_path)
 
 
 def test_file_instead_of_a_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(RequestError, match=rf"data.path: {tmp_path}/file is no image folder"):
+    with pytest.raises(RequestError, match=rf"data.path: {tmp_path}/file is not an image folder"):
         folder(tmp_path / "file")
 
 
@@ -508,7 +508,7 @@ def test_images_are_decoded_once_and_memory_mapped(tmp_path, reads):
     assert second.classes == first.classes
 
 
-def test_changed_files_and_other_wishes_are_decoded_anew(tmp_path, reads):
+def test_changed_files_and_other_requests_are_decoded_again(tmp_path, reads):
     file = write_parquet(tmp_path / "a.parquet", AS_BYTES, LABELS)
     parquet(file)
     for count, options in enumerate(({"image_size": 10}, {"test_fraction": 0.5}, {"seed": 1}), start=2):
@@ -521,7 +521,7 @@ def test_changed_files_and_other_wishes_are_decoded_anew(tmp_path, reads):
     assert sorted(values_of(changed.train) + values_of(changed.test)) == [value + 1 for value in VALUES]
 
 
-def test_cache_lies_where_the_environment_says(tmp_path, monkeypatch):
+def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("LIGHTCL_CACHE", str(tmp_path / "cache"))
     assert image_cache.cache_folder() == tmp_path / "cache"
     load_source(SourceRequest("digits"))
@@ -549,7 +549,7 @@ def test_a_reader_that_dies_leaves_nothing_behind(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["train-images.npy", "test-labels.npy", "classes.json"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "half", "zeros"])
-def test_an_entry_that_a_power_failure_left_unreadable_is_made_anew(tmp_path, monkeypatch, reads, name, damage):
+def test_an_entry_made_unreadable_by_a_power_failure_is_rebuilt(tmp_path, monkeypatch, reads, name, damage):
     monkeypatch.setenv("LIGHTCL_CACHE", str(tmp_path / "cache"))
     file = write_parquet(tmp_path / "a.parquet", AS_BYTES, LABELS)
     parquet(file)
@@ -568,7 +568,7 @@ def test_an_entry_that_a_power_failure_left_unreadable_is_made_anew(tmp_path, mo
 
 
 def test_an_entry_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
-    """Else a power failure may leave the name with empty files behind it."""
+    """Otherwise a power failure may leave an entry with empty files."""
     done: list[str] = []
     rename = Path.rename
     monkeypatch.setattr(image_cache, "sync", lambda path: done.append(f"sync {path.name}"))
@@ -582,7 +582,7 @@ def test_an_entry_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
     assert done[5:] == ["sync set", "rename set", "sync images"]
 
 
-def test_the_second_of_two_processes_leaves_the_firsts_copy(tmp_path):
+def test_the_second_of_two_processes_keeps_the_firsts_copy(tmp_path):
     images = ImageSet(np.zeros((2, 4, 4, 1), np.uint8), np.array([0, 1]), ("a", "b"))
     for _ in range(2):
         image_cache.write_source(tmp_path / "images" / "set", image_cache.Source(images, images))
@@ -644,7 +644,7 @@ class Without:
 
 
 def test_image_folders_need_pillow_alone(tmp_path):
-    """In a process of its own, in which the other packages cannot be imported."""
+    """In a separate process in which the other packages cannot be imported."""
     write_folder(tmp_path / "set", {"cat": [10, 20], "dog": [30, 40]})
     code = f"""
 import sys
@@ -686,8 +686,8 @@ def test_split_takes_the_same_share_of_every_class():
     assert not np.array_equal(other.test.images, source.test.images)
 
 
-@pytest.mark.parametrize(("fraction", "verb"), [(0.999, "to train on; lower"), (0.001, "to test on; raise")])
-def test_a_split_that_leaves_nothing_is_refused(fraction, verb):
+@pytest.mark.parametrize(("fraction", "verb"), [(0.999, "no training images; lower"), (0.001, "no test images; raise")])
+def test_a_split_that_leaves_no_images_is_refused(fraction, verb):
     images = ImageSet(np.zeros((20, 1, 1, 1), np.uint8), np.arange(20) % 2, ("a", "b"))
     with pytest.raises(RequestError, match=rf"data.test_fraction: {fraction} of every class of 20 images .* {verb} it"):
         split_off_test(images, fraction, seed=0)

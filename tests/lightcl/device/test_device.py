@@ -1,4 +1,4 @@
-"""A device: in step with its server, killed at any point, and the same numbers however it was run."""
+"""A device: its order of requests, kills at any point, and the same numbers however it is run."""
 
 import gc
 import json
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[3]
 
 
 class Killed(BaseException):
-    """As good as SIGKILL: nothing of the device's runs after it."""
+    """Like SIGKILL: no code of the device runs after it."""
 
 
 def everything(device: EdgeDevice) -> dict[str, torch.Tensor]:
@@ -47,7 +47,7 @@ def everything(device: EdgeDevice) -> dict[str, torch.Tensor]:
 
 
 def learn(device: EdgeDevice) -> EdgeDevice:
-    """The whole stream, with a test after each task."""
+    """The entire stream, with a test after each task."""
     for task in range(device.position.task, len(device.stream)):
         device.train(task, device.scenario.training.epochs)
         device.evaluate()
@@ -174,7 +174,7 @@ def test_a_device_may_be_tested_before_it_has_learned_and_restarted_after(tmp_pa
 
 @pytest.mark.parametrize("restarted", [False, True])
 @pytest.mark.parametrize("name", method_names())
-def test_the_network_goes_with_its_device(tmp_path, name, restarted):
+def test_the_network_is_released_with_its_device(tmp_path, name, restarted):
     """Without help of the garbage collector: a worker opens a device for every message."""
     sections = {"method": {"name": name}, "training": {"epochs": 1}, "network": {"freeze": "layer2"}}
     device = learn(toys.device(tmp_path, **sections))
@@ -431,7 +431,7 @@ def test_a_weights_file_may_move_but_not_change(tmp_path):
     moved.train(0, 2)
     toys.assert_same(everything(moved), everything(straight))
     save_weights(toys.network(seed=1), there, {})
-    with pytest.raises(StateError, match=r"was saved with another frozen prefix .* name those of the first run"):
+    with pytest.raises(StateError, match=r"was saved with another frozen prefix .* use those of the first run"):
         toys.device(tmp_path / "moved", network={"weights": str(there)})
     with pytest.raises(StateError, match="under another scenario"):
         toys.device(tmp_path / "moved")
@@ -462,7 +462,7 @@ def test_choice_of_accelerator(monkeypatch, wanted, there, chosen):
     assert choose_accelerator(wanted).type == chosen
 
 
-def test_missing_cuda_is_an_error_only_when_asked_for(monkeypatch):
+def test_missing_cuda_is_an_error_only_if_requested(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RequestError, match=r"device.accelerator is 'cuda', but .* \(allowed: auto, cpu\)"):
         choose_accelerator("cuda")

@@ -28,7 +28,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def learned(folder, **sections) -> tuple[EdgeDevice, list[object]]:
-    """The whole stream; the device, and every number that it reports."""
+    """The entire stream; returns the device and every number that it reports."""
     device = toys.device(folder, training={"epochs": 3, "batch_size": 8}, **sections)
     numbers: list[object] = []
     for task in range(len(device.stream)):
@@ -44,7 +44,7 @@ def trained_tensors(device: EdgeDevice) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("method", ["lightcl", "lightcl-plus", "er", "pnn"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_on_and_off_are_the_same_to_the_bit(tmp_path, method, precision):
+def test_cache_on_and_off_are_bit_identical(tmp_path, method, precision):
     sections = {"data": VIEWS, "method": {"name": method}, "network": {"freeze": "layer3"}}
     ends = []
     for cache, name in (("off", "a"), ("on", "b"), ("on", "c")):  # the third finds everything in the cache
@@ -56,7 +56,7 @@ def test_on_and_off_are_the_same_to_the_bit(tmp_path, method, precision):
         toys.assert_same(tensors, ends[0][1])
 
 
-def test_auto_caches_where_there_are_views_and_only_there(tmp_path):
+def test_auto_caches_only_with_views(tmp_path):
     learned(tmp_path / "a", data={"views": 0})
     assert prefix_cache().stores() == []
     learned(tmp_path / "b", data=VIEWS)
@@ -65,13 +65,13 @@ def test_auto_caches_where_there_are_views_and_only_there(tmp_path):
     assert not toys.scenario(data=VIEWS, network={"frozen_batch_norm": "train"}).caches_prefix
 
 
-def test_views_without_a_cacheable_prefix_train_all_the_same(tmp_path):
+def test_views_also_work_without_a_cacheable_prefix(tmp_path):
     for method in ("sgd", "ewc"):
         _, numbers = learned(tmp_path / method, data=VIEWS, method={"name": method})
         assert np.isfinite(numbers[0])
 
 
-def test_what_is_cached_is_not_read_again(tmp_path):
+def test_cached_images_are_not_read_again(tmp_path):
     """With all outputs in the cache, training reads no image but those of memory samples, which are not kept."""
     learned(tmp_path / "a", data=VIEWS, method={"name": "lightcl", "beta": 0.0})
     held = toys.source(size=16)
@@ -188,7 +188,7 @@ def test_a_warmed_cache_holds_everything(tmp_path):
     assert sorted(store.rows for store in prefix_cache().stores()) == rows
 
 
-def test_what_cannot_be_warmed_is_refused():
+def test_a_scenario_without_a_cache_cannot_be_warmed():
     held = toys.source(size=16)
     with pytest.raises(RequestError, match="uses no prefix cache"):
         list(warm(toys.scenario(), held))
@@ -205,11 +205,11 @@ def test_what_cannot_be_warmed_is_refused():
         ({"device": {"prefix_cache_gb": 0}}, "prefix_cache_gb"),
     ],
 )
-def test_a_cache_that_makes_no_sense_is_refused(sections, text):
+def test_an_invalid_cache_setting_is_refused(sections, text):
     with pytest.raises(ValidationError, match=text):
         toys.scenario(**{"device": {"prefix_cache": "on"}} | sections)
 
 
-def test_the_cache_folder_has_a_place_of_its_own(tmp_path):
+def test_the_prefix_cache_has_its_own_folder(tmp_path):
     assert isinstance(prefix_cache(), PrefixCache)
     assert prefix_cache().folder == tmp_path / "cache" / "prefix"

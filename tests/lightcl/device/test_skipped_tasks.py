@@ -82,7 +82,7 @@ def test_a_device_without_tasks_is_finished(tmp_path: Path) -> None:
         device.evaluate()
 
 
-def test_joint_training_learns_what_is_there_under_the_number_of_its_last_task(tmp_path: Path) -> None:
+def test_joint_training_learns_all_present_tasks_under_the_number_of_the_last(tmp_path: Path) -> None:
     device = device_with(tmp_path, 0, 1, 2, 3, method={"name": "joint"})
     assert device.position == Position(1, 0)
     assert device.train(1, 1).examples == 72  # 4 classes of 20 images, a tenth held out

@@ -52,7 +52,7 @@ def test_frozen_batch_norm_in_training_mode_moves_its_statistics_and_nothing_els
     assert {name.rpartition(".")[2] for name in buffers} == {"running_mean", "running_var", "num_batches_tracked"}
 
 
-def test_evaluation_moves_nothing():
+def test_evaluation_changes_no_tensor():
     network = toys.network(freeze="layer3", frozen_batch_norm="train").train()
     before = toys.copy_of(network.state_dict())
     evaluate(plain(network), [toys.task(0, [0, 1])], toys.scenario(), toys.CPU)
@@ -75,7 +75,7 @@ def test_training_repeats_bit_by_bit_whatever_the_global_generators_did():
     toys.assert_same(second.state_dict(), first.state_dict())
 
 
-def test_every_epoch_has_batches_of_its_own():
+def test_every_epoch_has_different_batches():
     scenario, context, networks = toys.scenario(), toys.context(0, [0, 1]), []
     for epoch in (0, 0, 1):
         network = toys.network()
@@ -94,8 +94,8 @@ def test_training_learns():
     assert accuracy.til > 0.8
 
 
-def test_regularisation_keeps_the_patterns_in_place():
-    """β = 0 lets the suffix go where the new task wants it."""
+def test_regularization_keeps_the_patterns_in_place():
+    """With β = 0 nothing keeps the suffix from following the new task."""
     moved = {}
     for beta in (0.0, 0.001):
         network = toys.network()
@@ -144,7 +144,7 @@ def test_optimizer_takes_the_scenarios_values_and_only_what_is_trained():
     assert {id(p) for p in group["params"]} == {id(p) for p in trained}
 
 
-def test_loss_that_is_no_number_stops_training_with_advice():
+def test_a_nan_loss_stops_training_with_advice():
     with pytest.raises(TrainingFailure, match=r"loss became (nan|inf) in task 0, epoch 1; .*learning_rate \(1e\+30\)"):
         run(toys.network(), training={"learning_rate": 1e30})
 
@@ -164,7 +164,7 @@ def plain(network: StagedResNet) -> Method:
 
 
 def constant(*logits: float) -> StagedResNet:
-    """A network whose head says the same of every image."""
+    """A network whose head gives the same logits for every image."""
     network = toys.network(classes=len(logits))
     with torch.no_grad():
         network.fc.weight.zero_()
@@ -233,8 +233,8 @@ def test_updating_at_once_gives_the_same_numbers(method, decay, precision):
     toys.assert_same(ends[0][1], ends[1][1])
 
 
-def test_at_once_no_gradient_meets_another():
-    """When the step of a weight is made, no other weight holds a gradient; and after it, nor does this one."""
+def test_at_once_two_gradients_never_exist_together():
+    """While a weight is updated, no other weight has a gradient; after the update, this one has none either."""
     network = toys.network(freeze="layer3").train()
     optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.1)
     most = []

@@ -14,7 +14,7 @@ from lightcl.networks.staged import OnMap
 from tests.lightcl import toys
 
 PROBABILITIES = [[0.1, 0.3, 0.2, 0.4], [0.2, 0.2, 0.2, 0.4], [0.25, 0.25, 0.25, 0.25]]
-"""softmax over the whole head of rows 0, 1 and 2."""
+"""softmax over the entire head of rows 0, 1 and 2."""
 
 
 class Table(nn.Module):

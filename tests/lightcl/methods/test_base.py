@@ -65,7 +65,7 @@ def test_every_method_asks_one_place_for_the_prefixs_outputs(tmp_path, name, mon
     assert asked
 
 
-def test_test_images_and_samples_say_where_they_come_from():
+def test_test_images_and_samples_name_their_origin():
     batch = SECOND.sample(3, "memory")
     assert batch.origin is not None
     again = batch.origin.load()

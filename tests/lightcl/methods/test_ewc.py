@@ -50,7 +50,7 @@ def test_penalty_by_hand():
 
 
 def test_gradient_of_the_penalty_by_hand():
-    """λ F (θ - θ*), beside the gradient that is there already."""
+    """λ F (θ - θ*), added to the existing gradient."""
     method = make(strength=4.0)
     method.end_task(FIRST)
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_fisher_information_of_tasks_adds_up_online():
     assert set(method.state_dict()) == {"fisher/rows", "anchor/rows"}
 
 
-def test_fisher_of_a_real_network_leaves_it_as_it_was():
+def test_computing_fisher_information_does_not_change_the_network():
     """Evaluation mode: no gradient stays and no running statistic moves; frozen tensors are not tied."""
     context = toys.context(0, [0, 1])
     method = EWCParameters(fisher_samples=4).build(toys.network().eval())

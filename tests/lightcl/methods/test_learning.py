@@ -63,7 +63,7 @@ def test_replay_forgets_less(tmp_path, sgd, method):
 
 @pytest.mark.parametrize("method", [{"name": "lightcl"}, {"name": "lightcl-sparse"}, {"name": "lightcl-plus"}],
                          ids=lambda method: method["name"])  # fmt: skip
-def test_what_keeps_no_old_image_forgets_less(tmp_path, sgd, method):
+def test_methods_without_old_images_forget_less(tmp_path, sgd, method):
     """At seeds 1 and 2 SGD forgets 18 and 9 points; LightCL 8 and 7, lightcl-sparse 11 and 10, lightcl-plus none."""
     given = learn(tmp_path, method)
     assert given.til_forgetting < sgd.til_forgetting - 0.15

@@ -1,4 +1,4 @@
-"""LightCL: when it regularizes, how much, and which channels it holds."""
+"""LightCL: when it regularizes, how much, and which channels."""
 
 import pytest
 import torch
@@ -83,7 +83,7 @@ def test_beta_zero_is_freezing_only():
     assert method.memory is None
 
 
-def test_nothing_is_held_before_the_first_step():
+def test_no_drift_is_penalized_before_the_first_step():
     """The patterns are the network's own outputs, so the regularization starts at zero."""
     method = make()
     begin_second_task(method)
@@ -138,7 +138,7 @@ def test_vital_channels_are_those_of_the_finished_task(selection):
     assert {sum(mask) for mask in expected.values()} == {6 if selection == "exact" else 7}
 
 
-def test_vital_masks_are_or_ed_over_tasks():
+def test_vital_masks_are_combined_over_tasks():
     method = make()
     learn_first_task(method)
     after_first = toys.copy_of(method.vital)
@@ -171,7 +171,7 @@ def test_memory_is_no_larger_than_the_task():
     assert len(method.memory) == len(SECOND.task.train)
 
 
-def test_nothing_of_a_task_is_kept_after_it_but_the_masks():
+def test_only_the_masks_are_kept_after_a_task():
     method = make()
     begin_second_task(method)
     method.network.eval()
@@ -181,7 +181,7 @@ def test_nothing_of_a_task_is_kept_after_it_but_the_masks():
 
 @pytest.mark.parametrize("memory_batch_norm", ["eval", "train"])
 def test_memory_samples_do_not_move_batch_norm_statistics(memory_batch_norm):
-    """They are no part of the data's distribution: a step moves the statistics as if there were no memory."""
+    """They do not follow the data's distribution: a step moves the statistics as if there were no memory."""
     batch = SECOND.task.train.load(slice(0, 6))
     moved = []
     for beta in (0.5, 0.0):
@@ -208,7 +208,7 @@ def test_regularization_reaches_only_suffix_and_head():
     }
 
 
-def test_only_the_head_is_held_where_everything_else_is_frozen():
+def test_only_the_head_is_regularized_where_everything_else_is_frozen():
     method = make(toys.network(freeze="layer4"))
     begin_second_task(method)
     assert method.vital == {}
@@ -233,7 +233,7 @@ def test_defaults_are_the_papers_values():
     assert (parameters.reduction, parameters.loss_classes, parameters.default_freeze) == ("sum", "task", "layer3")
 
 
-def test_default_preset_is_ours():
+def test_default_preset_keeps_this_projects_choices():
     parameters = LightCLParameters()
     assert (parameters.vital_selection, parameters.memory_batch_norm) == ("exact", "eval")
     assert parameters.default_frozen_batch_norm == "eval"

@@ -1,4 +1,4 @@
-"""LightCL-plus: what its classifier is made of, alone and in a fleet."""
+"""LightCL-plus: its classifier, on one device and in a fleet."""
 
 import shutil
 
@@ -59,8 +59,8 @@ def test_the_statistics_stay_under_two_megabytes(width):
     assert 500_000 < sum(t.numel() * t.element_size() for t in held) <= 2_000_000
 
 
-def test_too_little_memory_says_what_is_needed():
-    with pytest.raises(RequestError, match=r"statistics_mb is 0\.0001, but the least .* is 0\.00"):
+def test_too_little_memory_is_an_error_that_names_the_minimum():
+    with pytest.raises(RequestError, match=r"statistics_mb is 0\.0001, but lightcl-plus needs at least 0\.00"):
         built(statistics_mb=1e-4)
 
 
@@ -116,14 +116,14 @@ def test_the_suffix_may_move_and_the_statistics_stay_valid(tmp_path):
     assert torch.equal(device.method.predict(images), before)
 
 
-def test_before_the_first_task_the_network_answers():
+def test_before_the_first_task_the_networks_head_predicts():
     method = built(toys.network().eval())
     images = toys.images(3)
     assert torch.equal(method.predict(Batch(images, torch.zeros(3))), method.network(images))
 
 
-def test_it_knows_old_tasks_better_than_lightcl(tmp_path):
-    """Digits, 5 tasks: the reason to be of the classifier is accuracy where the task is not known."""
+def test_its_cil_accuracy_exceeds_lightcls(tmp_path):
+    """Digits, 5 tasks: the purpose of the classifier is accuracy with the task not known."""
     held = load_source(Scenario().source_request())
     accuracies = {}
     for name in ("lightcl", "lightcl-plus"):
@@ -228,7 +228,7 @@ def test_a_device_that_lost_its_state_is_not_summed_twice(tmp_path):
 
 
 def test_devices_that_finish_early_get_the_last_head_too(tmp_path):
-    """One device a round: the first to finish has a head without the others' last sums, until it is tested again."""
+    """One device per round: the first to finish has a head without the others' last sums, until it is tested again."""
     scenario = small(method={**PLUS, "share_statistics": True}, server={"fraction": 0.34})
     folder = RunFolder(tmp_path / "run")
     open_run(folder, scenario, "test", "fleet", resume=False, overwrite=False)

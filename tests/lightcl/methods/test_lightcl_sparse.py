@@ -1,4 +1,4 @@
-"""LightCL on a network that was pruned first: what the scenario says, what a device holds, learns and saves."""
+"""LightCL on a pruned network: its keys, and the network, training and state of a device."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def test_a_layer_left_out_has_the_papers_share():
 
 
 @pytest.mark.parametrize("wrong", [{"layer4": 1.0}, {"layer4": -0.1}, {"layer5": 0.5}, {"layer4": "all"}, 0.5])
-def test_shares_that_cannot_be_are_refused(wrong):
+def test_impossible_shares_are_refused(wrong):
     with pytest.raises(ValidationError):
         LightCLSparseParameters(channel_sparsity=wrong)
 
@@ -51,7 +51,7 @@ def test_an_unknown_layer_is_named_with_those_that_there_are(tmp_path: Path):
 
 
 def test_the_network_is_pruned_by_its_loaded_weights(tmp_path: Path):
-    """Not by those it was drawn with, and the same on every machine that has the file."""
+    """Not by its random initial weights, and the same on every machine that has the file."""
     stored = toys.network(seed=8)
     save_weights(stored, tmp_path / "w.safetensors", {})
     network = build(network={"weights": str(tmp_path / "w.safetensors"), "width": None})
@@ -87,7 +87,7 @@ def test_two_tasks_of_digits_are_learned(tmp_path: Path):
 
 
 def test_learning_ends_the_same_after_restarts_and_is_smaller_in_state_and_messages(tmp_path: Path):
-    """Two tasks with the feature memory at work, straight and opened anew before every round."""
+    """Two tasks with feature memory, in one go and reopened before every round."""
     sections = SPARSE | {"training": {"epochs": 4, "learning_rate": 0.01, "momentum": 0.9}}
     straight = toys.device(tmp_path / "straight", **sections)
     untrained = toys.copy_of(straight.network.state_dict())
@@ -118,7 +118,7 @@ def test_learning_ends_the_same_after_restarts_and_is_smaller_in_state_and_messa
 
 
 def test_state_saved_with_other_channels_is_not_taken_over(tmp_path: Path):
-    """The same shapes and another meaning: a node whose weights file was replaced between two messages."""
+    """The same shapes with other channels: a node whose weights file was replaced between two messages."""
     file = tmp_path / "w.safetensors"
     sections = SPARSE | {"network": {"weights": str(file), "width": None}}
     save_weights(toys.network(seed=1), file, {})
@@ -129,7 +129,7 @@ def test_state_saved_with_other_channels_is_not_taken_over(tmp_path: Path):
         toys.device(tmp_path / "state", **sections)
 
 
-def test_a_step_costs_what_lightcls_does():
+def test_a_step_costs_the_same_as_lightcls():
     assert (
         LightCLSparseParameters().cost()
         == LightCLParameters().cost()

@@ -66,7 +66,7 @@ def test_a_new_column_starts_as_the_initial_network(freeze):
 
 
 @pytest.mark.parametrize("freeze", ["layer3", "layer2.0", "none"])
-def test_old_answers_never_change(freeze):
+def test_predictions_for_old_tasks_never_change(freeze):
     method = make(freeze)
     learn(method, FIRST)
     after_first = method.predict(BATCH)[:, [0, 1]]
@@ -118,7 +118,7 @@ def test_every_layer_boundary_of_the_suffix_has_an_adapter():
     assert set(make("layer2.0").boundaries.values()) == {"layer2", "layer3", "layer4"}
 
 
-def test_where_every_block_is_frozen_a_column_is_a_head():
+def test_with_every_block_frozen_a_column_is_only_a_head():
     method = make("layer4")
     learn(method, FIRST)
     logits = method.predict(BATCH)

@@ -36,7 +36,7 @@ def test_er_by_hand(loss_classes, new, old):
 
 
 @pytest.mark.parametrize("parameters", [ERParameters(), DERppParameters(), FDRParameters()])
-def test_without_a_memory_there_is_the_cross_entropy_alone(parameters):
+def test_without_a_memory_the_loss_is_the_cross_entropy(parameters):
     assert make(parameters).loss(NEW, NOW).item() == pytest.approx(-math.log(0.3), rel=1e-5)
 
 

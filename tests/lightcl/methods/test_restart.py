@@ -1,4 +1,4 @@
-"""A method that is killed after any epoch and restored from its tensors goes on with the same numbers."""
+"""A method that is killed after any epoch and restored from its tensors continues with the same numbers."""
 
 import pytest
 
@@ -61,7 +61,7 @@ def test_restored_with_another_optimizer(tmp_path, name, optimizer):
 
 
 def test_restored_where_the_head_alone_is_trained(tmp_path):
-    """The stored prefix outputs are then averaged as they are; smaller maps would hide the order they are kept in."""
+    """The stored prefix outputs are then averaged directly; smaller maps would hide their memory format."""
     held = toys.source(size=32)
     scenario = toys.scenario(
         network={"freeze": "layer4", "width": 16},

@@ -1,4 +1,4 @@
-"""SparCL: masks over weights and gradients, and the data that is left out."""
+"""SparCL: masks over weights and gradients, and data removal."""
 
 import pytest
 import torch
@@ -55,27 +55,27 @@ def test_first_mask_is_by_magnitude():
     method = make()
     before = toys.copy_of(method.masks.weights)
     begin(method)
-    assert set(method.masks.there) == LAYERS
+    assert set(method.masks.present) == LAYERS
     for name, weight in method.masks.weights.items():
-        kept, dropped = before[name][method.masks.there[name]].abs(), before[name][~method.masks.there[name]].abs()
+        kept, dropped = before[name][method.masks.present[name]].abs(), before[name][~method.masks.present[name]].abs()
         assert kept.min() >= dropped.max()
-        assert torch.equal(weight.detach(), before[name] * method.masks.there[name])
-    assert share(method.masks.there) == {name: pytest.approx(0.25) for name in LAYERS}
+        assert torch.equal(weight.detach(), before[name] * method.masks.present[name])
+    assert share(method.masks.present) == {name: pytest.approx(0.25) for name in LAYERS}
 
 
 def test_adjustment_by_hand():
-    """Of 9·4·4 = 144 weights 36 are there; a tenth of all is exchanged: the 14 least important ones."""
+    """Of 9·4·4 = 144 weights 36 are present; a tenth of all is exchanged: the 14 least important ones."""
     network = toys.network(freeze="none")
     masks = DynamicMasks(network, sparsity=0.75, updated=0.2)
     masks.start()
     name = "layer1.0.conv1.weight"
     importance = {n: torch.arange(w.numel(), dtype=torch.float32).view_as(w) for n, w in masks.weights.items()}
-    before = masks.there[name].flatten().nonzero().flatten().tolist()
+    before = masks.present[name].flatten().nonzero().flatten().tolist()
     masks.shrink(importance, below=0.1)
-    left = masks.there[name].flatten().nonzero().flatten().tolist()
+    left = masks.present[name].flatten().nonzero().flatten().tolist()
     assert (len(before), left) == (36, before[-22:])  # round(0.15 * 144) = 22
     masks.grow(seed=3)
-    grown = set(masks.there[name].flatten().nonzero().flatten().tolist())
+    grown = set(masks.present[name].flatten().nonzero().flatten().tolist())
     assert len(grown) == 36
     assert set(left) < grown
     assert network.layer1[0].conv1.weight.flatten()[sorted(grown - set(left))].abs().max() == 0
@@ -89,16 +89,16 @@ def test_growth_is_drawn_by_seed():
     for seed in (1, 1, 2):
         masks = DynamicMasks(toys.network(), sparsity=0.75, updated=0.2)
         masks.start()
-        masks.grow(seed, further=0.1)
-        assert share(masks.there) == {name: pytest.approx(0.35, abs=1e-3) for name in LAYERS}
-        grown.append(masks.there)
+        masks.grow(seed, extra=0.1)
+        assert share(masks.present) == {name: pytest.approx(0.35, abs=1e-3) for name in LAYERS}
+        grown.append(masks.present)
     toys.assert_same(grown[0], grown[1])
     assert toys.changed(grown[2], grown[0]) == LAYERS
 
 
 @pytest.mark.parametrize("parameters", BOTH)
 def test_masked_weights_stay_exactly_zero(tmp_path, parameters):
-    """Through a whole stream, with momentum and weight decay, which know nothing of masks."""
+    """Through an entire stream, with momentum and weight decay, which ignore masks."""
     name = parameters.model_fields["name"].default
     device = toys.device(
         tmp_path,
@@ -112,8 +112,8 @@ def test_masked_weights_stay_exactly_zero(tmp_path, parameters):
             device.train(task, epochs)
             masks = device.method.masks
             for layer, weight in masks.weights.items():
-                assert weight[~masks.there[layer]].abs().max() == 0
-            seen.append(toys.copy_of(masks.there))
+                assert weight[~masks.present[layer]].abs().max() == 0
+            seen.append(toys.copy_of(masks.present))
     assert share(seen[-1]) == {layer: pytest.approx(0.1, abs=1e-3) for layer in seen[-1]}
     assert share(seen[3]) == {layer: pytest.approx(0.1, abs=1e-3) for layer in seen[3]}  # adjusted after an epoch
     assert toys.changed(seen[1], seen[0]) == set(seen[0])
@@ -125,13 +125,13 @@ def test_a_new_task_gets_more_weights_until_the_next_adjustment():
     method.network.eval()
     method.end_task(FIRST)
     begin(method, SECOND)
-    assert share(method.masks.there) == {name: pytest.approx(0.35, abs=1e-3) for name in LAYERS}
+    assert share(method.masks.present) == {name: pytest.approx(0.35, abs=1e-3) for name in LAYERS}
     method.network.eval()
     method.end_task(SECOND)  # a task without an adjustment
-    assert share(method.masks.there) == {name: pytest.approx(0.25, abs=1e-3) for name in LAYERS}
+    assert share(method.masks.present) == {name: pytest.approx(0.25, abs=1e-3) for name in LAYERS}
 
 
-def test_gradients_outside_their_mask_change_nothing():
+def test_masked_gradients_do_not_change_weights():
     method = make(gradient_sparsity=0.9)
     begin(method)
     assert share(method.masks.updated) == {name: pytest.approx(0.1, abs=1e-3) for name in LAYERS}
@@ -139,7 +139,7 @@ def test_gradients_outside_their_mask_change_nothing():
     step(method, FIRST)
     for name, weight in method.masks.weights.items():
         updated = method.masks.updated[name]
-        assert not (updated & ~method.masks.there[name]).any()
+        assert not (updated & ~method.masks.present[name]).any()
         assert torch.equal(weight.detach()[~updated], before[name][~updated])
         assert not torch.equal(weight.detach()[updated], before[name][updated])
 
@@ -147,7 +147,7 @@ def test_gradients_outside_their_mask_change_nothing():
 def test_default_gradient_mask_holds_a_fifth_back():
     assert SparCLERParameters().updated == pytest.approx(0.08)
     assert SparCLERParameters(gradient_sparsity=0.95).updated == pytest.approx(0.05)
-    with pytest.raises(ValidationError, match=r"gradient_sparsity is 0.5, but .* at least the sparsity \(0.9\)"):
+    with pytest.raises(ValidationError, match=r"gradient_sparsity is 0.5, but .* at least method.sparsity \(0.9\)"):
         SparCLERParameters(gradient_sparsity=0.5)
 
 
@@ -198,7 +198,7 @@ def test_ties_are_drawn_by_seed():
 
 
 def test_misclassified_samples_are_counted_where_they_belong():
-    """Positions in a batch are those among the samples that are left."""
+    """Positions in a batch are those among the remaining samples."""
     method = make()
     begin(method)
     method.kept = torch.tensor([4, 6, 7, 9])
@@ -254,7 +254,7 @@ def test_everything_but_the_head_may_be_frozen(parameters):
     begin(method)
     step(method, FIRST)
     method.end_epoch(FIRST, 0)
-    assert method.masks.there == {}
+    assert method.masks.present == {}
 
 
 def test_cost():

@@ -24,7 +24,7 @@ from tests.reference.masked_network import mask_
 
 
 def shipped() -> StagedResNet:
-    """The shipped weights, width 20."""
+    """The built-in weights, width 20."""
     return build_network(toys.scenario(network={"weights": "builtin", "width": None}), in_channels=3, classes=10)
 
 
@@ -70,7 +70,7 @@ def test_a_channels_score_is_the_mean_of_its_weights():
     assert choose_channels(network, {"layer1": 0.5}, "magnitude")["layer1.0.conv1"].tolist() == [2, 3]
 
 
-def test_what_a_shortcut_adds_up_is_scored_over_the_weights_of_all_that_write_it():
+def test_channels_of_a_shortcut_are_scored_over_all_convolutions_that_write_them():
     """Width 4: a channel of layer2 (8) has 4 weights in the 1x1 shortcut and 8·9 = 72 in each of two convolutions."""
     network = toys.network()
     stream = set_named(network, "layer2")
@@ -91,7 +91,7 @@ def test_layer1_shares_its_channels_with_the_stem():
 
 
 def test_every_convolution_is_written_once_and_read_once():
-    """Or a channel would be removed on one side only."""
+    """Otherwise a channel would be removed on one side only."""
     network = toys.network()
     convolutions = {name for name, module in network.named_modules() if isinstance(module, torch.nn.Conv2d)}
     norms = {name for name, module in network.named_modules() if isinstance(module, torch.nn.BatchNorm2d)}
@@ -187,7 +187,7 @@ def test_the_papers_shares_remove_nine_tenths_of_the_papers_network():
     assert 1 - after / before == pytest.approx(0.908, abs=0.001)
 
 
-def test_modules_say_how_small_they_are():
+def test_pruned_modules_report_their_sizes():
     network = toys.network(width=8)
     names = list(network.state_dict())
     prune_(network, PAPER_SPARSITY)
@@ -219,7 +219,7 @@ def test_pruned_twice_still_knows_the_original_channels():
     assert network.kept_channels["layer2.0.conv1"].tolist() == [1, 3, 5, 7]
 
 
-def test_digest_tells_channel_sets_apart():
+def test_digest_distinguishes_channel_sets():
     pruned, again, other, whole = (toys.network(seed=seed) for seed in (0, 0, 1, 0))
     for network in (pruned, again, other):
         prune_(network, PAPER_SPARSITY)
@@ -229,7 +229,7 @@ def test_digest_tells_channel_sets_apart():
     assert channel_digest(whole) == channel_digest(toys.network(seed=1)) != channel_digest(pruned)
 
 
-def test_removing_nothing_is_the_whole_network():
+def test_removing_no_channels_keeps_the_network():
     network = toys.network()
     prune_(network, {})
     toys.assert_same(network.state_dict(), toys.network().state_dict())

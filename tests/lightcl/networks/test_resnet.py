@@ -183,7 +183,7 @@ def test_images_are_not_changed_by_the_network():
     assert torch.equal(images, before)
 
 
-def test_grey_images_are_normalized_by_the_mean_over_colors():
+def test_gray_images_are_normalized_by_the_mean_over_colors():
     # mean (0.485 + 0.456 + 0.406)/3 = 0.449, deviation (0.229 + 0.224 + 0.225)/3 = 0.226: (1 - 0.449)/0.226 = 2.43805
     network = toys.network(in_channels=1)
     white = torch.full((1, 1, 8, 8), 255, dtype=torch.uint8)
@@ -191,7 +191,7 @@ def test_grey_images_are_normalized_by_the_mean_over_colors():
     assert network(white.expand(2, 1, 8, 8)).shape == (2, 4)
 
 
-def test_a_stage_is_a_module_of_the_networks_own_modules():
+def test_a_stage_contains_the_networks_own_modules():
     network = toys.network(freeze="layer3").eval()
     for stage in (network.prefix, network.suffix):
         assert isinstance(stage, torch.nn.Module)
@@ -218,7 +218,7 @@ def test_a_stage_does_not_keep_its_network_alive():
     assert len(suffix.state_dict()) > 0
 
 
-def test_a_copy_of_a_network_has_stages_of_its_own():
+def test_a_copied_network_has_its_own_stages():
     network = toys.network().eval()
     other, images = copy.deepcopy(network), toys.images(2)
     with torch.no_grad():

@@ -34,7 +34,7 @@ def test_saved_weights_are_fp16_with_metadata(file):
     assert not any(name.endswith("num_batches_tracked") for name in tensors)
 
 
-def test_weights_survive_the_way_through_the_file(file):
+def test_weights_survive_a_round_trip_through_the_file(file):
     network = toys.network(seed=2)
     load_weights(network, file, head=True)
     rounded = {
@@ -44,7 +44,7 @@ def test_weights_survive_the_way_through_the_file(file):
     toys.assert_same(network.state_dict(), rounded)
 
 
-def test_head_is_left_alone_when_not_asked_for(file):
+def test_the_head_is_not_loaded_unless_requested(file):
     network = toys.network(seed=2, classes=9)  # of another size than the file's
     head = toys.copy_of(network.head.state_dict())
     load_weights(network, file, head=False)
@@ -52,7 +52,7 @@ def test_head_is_left_alone_when_not_asked_for(file):
     assert torch.equal(network.conv1.weight, toys.network(seed=1).conv1.weight.half().float())
 
 
-def test_head_of_another_size_is_refused_when_asked_for(file):
+def test_a_head_of_another_size_is_refused_if_requested(file):
     with pytest.raises(RequestError, match=r"'fc.weight' has shape \[4, 32\], this network .* needs \[9, 32\]"):
         load_weights(toys.network(classes=9), file, head=True)
 
@@ -104,21 +104,21 @@ def test_missing_and_foreign_files_are_refused(tmp_path):
         read_weights(tmp_path / "text.safetensors")
 
 
-def test_grey_network_takes_the_sum_over_colors(file):
-    color, grey = toys.network(), toys.network(in_channels=1)
+def test_a_gray_network_loads_the_sum_over_colors(file):
+    color, gray = toys.network(), toys.network(in_channels=1)
     load_weights(color, file, head=True)
-    load_weights(grey, file, head=True)
+    load_weights(gray, file, head=True)
     image = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(
-        F.conv2d(image, grey.conv1.weight, padding=1),
+        F.conv2d(image, gray.conv1.weight, padding=1),
         F.conv2d(image.expand(2, 3, 8, 8), color.conv1.weight, padding=1),
     )
     # From there on they are the same network.
-    different = toys.changed(grey.state_dict() | {"conv1.weight": color.conv1.weight}, color.state_dict())
+    different = toys.changed(gray.state_dict() | {"conv1.weight": color.conv1.weight}, color.state_dict())
     assert different == set()
 
 
-def test_digest_tells_prefixes_apart():
+def test_digest_distinguishes_prefixes():
     network = toys.network(seed=1)
     fingerprint = digest(network.prefix)
     assert fingerprint == digest(toys.network(seed=1).prefix)
@@ -188,7 +188,7 @@ def test_builtin_weights_are_found_in_an_editable_checkout(tmp_path, monkeypatch
     assert find_builtin() == expected
 
 
-def test_builtin_weights_that_are_nowhere_are_an_error(tmp_path, monkeypatch):
+def test_missing_builtin_weights_are_an_error(tmp_path, monkeypatch):
     def not_installed(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
 

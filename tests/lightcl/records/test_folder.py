@@ -1,4 +1,4 @@
-"""The run folder: who may write to it."""
+"""The run folder: when it may be written to."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_a_run_that_another_process_writes_is_not_overwritten(tmp_path):
     assert [row.round for row in folder.rounds()] == [1, 2]
 
 
-def test_a_run_that_nobody_writes_is_overwritten_when_asked_for(tmp_path):
+def test_a_run_that_no_process_writes_is_overwritten_on_request(tmp_path):
     begun(tmp_path)
     folder = RunFolder(tmp_path)
     folder.prepare(resume=False, overwrite=True)
@@ -40,7 +40,7 @@ def damage_last_line(folder, name, text):
 
 @pytest.mark.parametrize("name", ["rounds.jsonl", "devices.jsonl"])
 @pytest.mark.parametrize("text", ["{}", "[1]", '{"round": 1}', "}\n{}"])
-def test_a_line_that_is_no_row_is_named(tmp_path, name, text):
+def test_a_line_that_is_not_a_row_is_named(tmp_path, name, text):
     folder = begun(tmp_path)
     damage_last_line(folder, name, text)
     with pytest.raises(RequestError, match=rf"{name}, line 2: not a row"):
@@ -49,7 +49,7 @@ def test_a_line_that_is_no_row_is_named(tmp_path, name, text):
         folder.prepare(resume=True, overwrite=False)
 
 
-def test_a_line_that_a_kill_cut_short_is_left_out_and_the_run_goes_on(tmp_path):
+def test_a_line_cut_off_by_a_kill_is_ignored_and_the_run_continues(tmp_path):
     folder = begun(tmp_path)
     damage_last_line(folder, "rounds.jsonl", '{"round": 2, "ta')
     folder.prepare(resume=True, overwrite=False)
@@ -76,8 +76,8 @@ def test_broken_results_are_named(tmp_path, text):
         folder.failure()
 
 
-def test_a_folder_is_ours_only_with_our_marker(tmp_path):
-    """Names like ours are not enough: a scenario.yaml may well be the user's."""
+def test_a_folder_counts_as_a_run_only_with_its_marker_file(tmp_path):
+    """Names of our files are not enough: a scenario.yaml may be the user's."""
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "mine.png").touch()
     (tmp_path / "scenario.yaml").write_text("name: mine")
@@ -90,8 +90,8 @@ def test_a_folder_is_ours_only_with_our_marker(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_run_killed_at_any_point_of_its_beginning_leaves_is_ours(tmp_path, monkeypatch):
-    """The marker comes first: each number of files that a run wrote before it was killed is begun anew."""
+def test_the_remains_of_a_run_killed_at_its_start_count_as_a_run_folder(tmp_path, monkeypatch):
+    """The marker is written first: a run killed after any number of files can be started again."""
     from lightcl.records import folder as records
 
     for writes in range(3):
@@ -113,7 +113,7 @@ def test_a_name_that_the_disk_refuses(tmp_path):
 
 
 @pytest.mark.parametrize("text", [None, "[{", '{"device": 0}', '[{"train": [1]}]'])
-def test_a_partition_that_cannot_be_read_stops_nobody(tmp_path, text):
+def test_a_partition_that_cannot_be_read_stops_no_run(tmp_path, text):
     folder = begun(tmp_path)
     file = tmp_path / "partition.json"
     if text is None:

@@ -1,4 +1,4 @@
-"""`load_run`: what it gives, what it needs, and what it reads of earlier versions."""
+"""`load_run`: its results, its requirements, and runs of earlier versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows on disk: the same content as ever, and errors that name file, line and field."""
+"""Rows on disk: unchanged content, and errors that name file, line and field."""
 
 from __future__ import annotations
 

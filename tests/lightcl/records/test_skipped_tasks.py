@@ -67,7 +67,7 @@ def test_the_results_count_the_devices_behind_each_figure(tmp_path: Path) -> Non
     assert results.til.devices == {"average_accuracy": 3, "forgetting": 2, "backward_transfer": 2}
 
 
-def test_a_row_names_its_tasks_where_one_is_skipped_and_only_there(tmp_path: Path) -> None:
+def test_a_row_names_its_tasks_only_where_one_is_skipped(tmp_path: Path) -> None:
     make_run(tmp_path)
     rows = [json.loads(line) for line in (tmp_path / DEVICES).read_text().splitlines()]
     assert [r.get("tasks") for r in rows if r["device"] == 0] == [None, None, None]
@@ -76,13 +76,21 @@ def test_a_row_names_its_tasks_where_one_is_skipped_and_only_there(tmp_path: Pat
     assert row(0, 1).tested == [0, 1]
 
 
-def test_a_device_of_which_partition_json_says_nothing_learns_all_tasks(tmp_path: Path) -> None:
+def test_a_device_missing_from_partition_json_learns_all_tasks(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
     (folder.path / "partition.json").unlink()
     history = load_run(tmp_path).histories[1]
     assert history.tasks == (0, 1, 2)
     assert not history.finished
     assert history.til.learned.tolist() == [0, 2]  # its rows say so
+
+
+def test_only_entries_of_partition_json_that_name_a_task_count_as_skipped(tmp_path: Path) -> None:
+    skipped = [{"task": 1, "reason": "no test image"}, {"task": 7}, 2, {"task": True}]
+    rows = [{"device": 0, "skipped": skipped}, {"device": 1, "skipped": "all"}, {"device": 2}]
+    RunFolder(tmp_path).begin(Scenario(stream=Stream(tasks=3), fleet=Fleet(devices=4)), {"run": "r"}, rows)
+    run = load_run(tmp_path)
+    assert [run.skipped_of(device) for device in range(4)] == [[skipped[0]], [], [], []]
 
 
 def test_a_figure_that_no_device_has_is_null_on_disk(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_a_store_that_is_not_there(
         ((*VIEWS, "--set", "device.prefix_cache=off"), "this scenario uses no prefix cache"),
     ],
 )
-def test_what_cannot_be_warmed(
+def test_scenarios_whose_cache_cannot_be_warmed(
     scenario: Path,
     changes: tuple[str, ...],
     text: str,

@@ -35,7 +35,7 @@ def test_all_methods_as_table_json_and_picture(file, monkeypatch, capfd):
     assert Path("a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_json_on_the_standard_output_is_all_there_is(file, monkeypatch, capfd):
+def test_only_json_is_written_to_standard_output(file, monkeypatch, capfd):
     assert lightcl(monkeypatch, "footprint", file, "--json", "-") == 0
     (method,) = json.loads(capfd.readouterr().out)["methods"]
     assert (method["method"], method["freeze"]) == ("lightcl", "layer3.1")
@@ -88,13 +88,13 @@ def test_table1_has_all_cells(monkeypatch, capfd, tmp_path):
         (["plan", "FILE", "--budget-mb", "9", "--json", "mine.txt"], "--json: mine.txt exists; replace it with --ov"),
         (["plan", "FILE", "--budget-mb", "9", "--json", "FILE", "--overwrite"], "is the scenario itself"),
         (["plan", "FILE", "--budget-mb", "9", "--out", "FILE", "--overwrite"], "is the scenario itself"),
-        (["plan", "FILE", "--budget-mb", "9", "--json", "new", "--out", "new"], "is --out's file, too"),
+        (["plan", "FILE", "--budget-mb", "9", "--json", "new", "--out", "new"], "is also the file of --out"),
         (["plan", "FILE", "--budget-mb", "9", "--json", "/dev/full"], "/dev/full cannot be written to (No space left"),
         (["plan", "FILE", "--budget-mb", "9", "--json", "new", "--out", "/dev/full"], "/dev/full cannot be written to"),
         (["footprint", "FILE", "--json", "/dev/full"], "/dev/full cannot be written to (No space left"),
         (["footprint", "FILE", "--json", "mine.txt"], "--json: mine.txt exists; replace it with --overwrite"),
         (["footprint", "FILE", "--json", "FILE", "--overwrite"], "is the scenario itself"),
-        (["footprint", "FILE", "--json", "a.png", "--picture", "a.png"], "a.png is --json's file, too"),
+        (["footprint", "FILE", "--json", "a.png", "--picture", "a.png"], "a.png is also the file of --json"),
         (["footprint", "FILE", "--json", f"{'n' * 300}"], "cannot be written to (File name too long)"),
         (["footprint", "FILE", "--methods", ""], "--methods: unknown method ''"),
         (["footprint", "--table1", "--device", "3"], "--table1 is the paper's own setting"),
@@ -134,7 +134,7 @@ def test_another_method_comes_with_its_own_defaults():
     assert (other.network.width, other.training, other.data) == (4, given.training, given.data)
 
 
-def test_another_method_keeps_what_it_can_bear_and_the_rest_is_told():
+def test_another_method_keeps_the_keys_it_supports_and_resets_the_others():
     network = {"weights": "none", "width": 4, "freeze": "layer1"}
     given = toys.scenario(network=network, server={"aggregation": "suffix"}, stream={"tasks": 2, "settings": "til+cil"})
     found = {name: as_method(given, name) for name in method_names()}

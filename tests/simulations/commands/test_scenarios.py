@@ -23,7 +23,7 @@ def test_the_header_is_read_by_fields() -> None:
     assert header(text) == expected
 
 
-def test_each_bundled_scenario_says_what_it_is_what_it_costs_and_what_came_out() -> None:
+def test_each_bundled_scenario_gives_its_purpose_cost_and_result() -> None:
     for file in FOLDER.glob("*.yaml"):
         assert list(header(file.read_text())) == ["About", "Cost", "Result"], file
 

@@ -110,10 +110,10 @@ def test_runs_that_differ_only_in_seed_are_one_group(tmp_path):
     [
         ({"alpha": 0.5}, "fleet.partition is dirichlet and iid"),
         ({"seed": 1}, "the seeds are 1 and 0"),
-        ({"train": 7}, "partition.json gives the devices other images"),
+        ({"train": 7}, "partition.json assigns different images to the devices"),
     ],
 )
-def test_unlike_runs_are_compared_without_pairs_and_a_warning_says_why(tmp_path, options, problem):
+def test_incomparable_runs_are_compared_without_pairs_and_with_a_warning(tmp_path, options, problem):
     sgd = group(make_run(tmp_path / "a", "sgd"), label="sgd")
     other = group(make_run(tmp_path / "b", "lightcl", **options), label="lightcl")
     assert problem in pairing_problems(other, sgd)
@@ -128,7 +128,7 @@ def test_unlike_runs_are_compared_without_pairs_and_a_warning_says_why(tmp_path,
     assert "unpaired" in text_of(tmp_path / "out" / "comparison.html")
 
 
-def test_a_lost_device_leaves_the_pairs_that_there_are(tmp_path):
+def test_a_dropped_device_leaves_the_other_pairs(tmp_path):
     sgd = group(make_run(tmp_path / "a", "sgd"), label="sgd")
     other = group(make_run(tmp_path / "b", "lightcl", dropped=(1,)), label="lightcl")
     comparison = build_comparison([sgd, other], tmp_path / "out", title="t")
@@ -175,7 +175,7 @@ def test_the_command(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
-def test_headings_and_names_stay_whole_in_the_terminal(tmp_path, width):
+def test_headings_and_names_are_not_cut_off_in_the_terminal(tmp_path, width):
     groups = [group(make_run(tmp_path / "a", "sgd"), label="sgd", step=2**20 * 30)]
     groups += [group(make_run(tmp_path / "b", "lightcl"), label="lightcl-quickstart-sparse", step=2**20 * 15)]
     console = Console(width=width, record=True, file=io.StringIO())

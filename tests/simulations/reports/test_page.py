@@ -28,7 +28,6 @@ from simulations.reports.figures import (
     chance,
     mean_matrix,
     reported,
-    skipped_tasks,
     spread_of_forgetting,
     spread_over_tasks,
 )
@@ -112,7 +111,7 @@ TWO_ROUNDS = [round_row(1), round_row(2)]
 # -- the page ------------------------------------------------------------------------------------------------------
 
 
-def test_page_and_pictures_are_whole(tmp_path: Path) -> None:
+def test_page_and_pictures_are_complete(tmp_path: Path) -> None:
     folder = make_run(tmp_path, TWO_DEVICES, [round_row(1, 500_000), round_row(2, 500_000)], results())
     page = build_report(folder)
     assert page == folder.path / "report.html"
@@ -190,7 +189,7 @@ def test_single_task_has_no_forgetting(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_unpainted")
-def test_incomplete_run_is_reported_as_far_as_it_came(tmp_path: Path) -> None:
+def test_an_incomplete_run_is_reported_up_to_its_last_round(tmp_path: Path) -> None:
     rows = [device_row(0, 0), device_row(1, 0), device_row(0, 1)]
     folder = make_run(tmp_path, rows, [round_row(1)], None)
     with (folder.path / "devices.jsonl").open("a") as file:
@@ -252,7 +251,7 @@ def test_a_freeze_point_that_was_chosen_is_explained(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_unpainted")
-def test_run_that_lost_every_device_says_so(tmp_path: Path) -> None:
+def test_a_run_that_dropped_every_device_says_so(tmp_path: Path) -> None:
     rows = [failed_row(device, number, "gone") for number in (1, 2) for device in (0, 1)]
     folder = make_run(tmp_path, rows, TWO_ROUNDS, None)
     assert load_run(folder.path).dropped == {0: "gone", 1: "gone"}
@@ -331,12 +330,6 @@ def reported_with(devices: list[DeviceHistory]) -> Any:
         histories=devices, dropped={}, partition={}, devices=[], results=None, scenario=scenario, analysis=None
     )
     return reported(run)  # type: ignore[arg-type]
-
-
-def test_skipped_tasks_of_a_partition_row() -> None:
-    assert skipped_tasks({"skipped": [2, 0]}, 3) == [0, 2]
-    assert skipped_tasks({"skipped": [{"task": 1, "reason": "no images"}, {"task": 7}]}, 3) == [1]
-    assert skipped_tasks({"train": []}, 3) == skipped_tasks({"skipped": "all"}, 3) == []
 
 
 def test_folder_without_a_valid_run_is_an_error(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A ClientApp that says what it was sent, or raises, sleeps or dies as the message tells it. Runs in real workers."""
+"""A ClientApp that echoes its message, or raises, sleeps or dies as the message says. Runs in real workers."""
 
 from __future__ import annotations
 

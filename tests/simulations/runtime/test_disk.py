@@ -1,4 +1,4 @@
-"""What a run says about the disk that it needs, against the states that devices write."""
+"""The predicted disk space of a run, compared with the states that devices write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Ray is asked for."""
+"""The shares of GPUs that are requested from Ray."""
 
 from __future__ import annotations
 

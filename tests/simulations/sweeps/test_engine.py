@@ -90,8 +90,8 @@ def made(folder: Path) -> Sweep:
     (folder / "sweep.json").write_text(json.dumps({"starts": [start], "points": points}))
     mib = 2**20
     sizes = {
-        name: {"theory": {"training_flops": 3e12, "peak": 10 * mib}, "measured": {"training": measured * mib}}
-        for name, measured in (("sgd", 10), ("pnn", 25))
+        name: {"theory": {"training_flops": flops, "peak": 10 * mib}, "measured": {"training": measured * mib}}
+        for name, flops, measured in (("sgd", 4.123e10, 10), ("pnn", 3e12, 25))
     }
     (folder / "footprint.json").write_text(json.dumps(sizes))
     return sweep
@@ -105,12 +105,13 @@ def test_the_summary_by_hand(tmp_path):
     assert (
         "digits, 2 tasks x 2 classes, 1 epoch per task, batch 64, fp32, device 0 of 1, seeds 0, 1; commit abc" in text
     )
-    assert "Not as in the scenario" not in text
+    assert "Changed from the scenario" not in text
     # sgd: TIL 50 and 70, standard error of two: half of the difference, 10; forgetting 50 and 30; CIL is half of all.
     assert (
-        "| sgd | 2 | 30.00 ± 5.00 | 60.00 ± 10.00 | 20.00 ± 5.00 | 40.00 ± 10.00 | 3.0 | 10.0 | 10.0 | 1.00 |" in text
+        "| sgd | 2 | 30.00 ± 5.00 | 60.00 ± 10.00 | 20.00 ± 5.00 | 40.00 ± 10.00 | 0.0412 | 10.0 | 10.0 | 1.00 |"
+        in text
     )
-    assert "| pnn | 2 | – | 80.00 ± 0.00 | – | 10.00 ± 0.00 | 3.0 | 10.0 | 25.0 | 2.50 | 2.50 | 8 |" in text
+    assert "| pnn | 2 | – | 80.00 ± 0.00 | – | 10.00 ± 0.00 | 3 | 10.0 | 25.0 | 2.50 | 2.50 | 8 |" in text
     # Pairs: 80 - 50 and 80 - 70: mean 20, standard error 10; t(0.975, 1) = 12.7062.
     assert "| pnn | sgd | 2 | – | +20.00 [-107.06, +147.06] | – | -30.00 [-157.06, +97.06] |" in text
     assert (tmp_path / "out" / "summary.png").read_bytes().startswith(b"\x89PNG")
@@ -139,7 +140,7 @@ def test_the_standard_deviation_where_the_description_asks_for_it(tmp_path):
     assert "mean ± standard deviation over the seeds" in text
 
 
-def test_runs_that_lost_devices_are_named_in_the_summary_and_tried_again(tmp_path, monkeypatch):
+def test_runs_that_dropped_devices_are_named_in_the_summary_and_continued(tmp_path, monkeypatch):
     sweep = made(tmp_path / "out")
     file = tmp_path / "out" / "runs" / "sgd-seed-1-device-0" / "results.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"dropped": {"4": "why", "3": "why", "10": "why"}}))
@@ -154,16 +155,16 @@ def test_runs_that_lost_devices_are_named_in_the_summary_and_tried_again(tmp_pat
     assert asked == ["sgd-seed-1-device-0"]
 
 
-def test_the_summary_says_which_keys_a_method_could_not_keep(tmp_path):
+def test_the_summary_lists_the_keys_that_a_method_does_not_support(tmp_path):
     made(tmp_path / "out")
     given = scenario(server={"aggregation": "suffix"}, fleet={"devices": 2})
     sweep = plan(tmp_path / "out", given=given)
     record = json.loads((tmp_path / "out" / "sweep.json").read_text())
     text = table(sweep, record, [], {})
-    assert "Not as in the scenario: server.aggregation is none, not suffix, for pnn." in text
+    assert "Changed from the scenario: server.aggregation is none instead of suffix for pnn." in text
 
 
-def test_what_is_missing_in_the_summary_is_a_dash(tmp_path):
+def test_missing_figures_in_the_summary_are_dashes(tmp_path):
     sweep = plan(tmp_path / "out", "er")
     start = {"command": "c", "git_commit": None, "libraries": {"torch": "2"}, "machine": "Linux"}
     empty = Row("er", 0, {f"{s} {k}": None for s in ("cil", "til") for k in ("average_accuracy", "forgetting")})
@@ -246,7 +247,7 @@ def test_a_folder_that_cannot_be_made(tmp_path, name):
         run(sweep)
 
 
-def test_what_a_half_replaced_sweep_left_is_no_result(tmp_path, monkeypatch):
+def test_the_remains_of_a_half_replaced_sweep_are_not_results(tmp_path, monkeypatch):
     """`--overwrite` was killed after sweep.json was gone: the old results must not enter the new summary."""
     sweep = made(tmp_path / "out")
     (tmp_path / "out" / "sweep.json").unlink()

@@ -48,7 +48,7 @@ def test_a_method_keeps_what_it_can_of_the_scenario_and_resets_are_listed(tmp_pa
     assert [cell.name for cell in sweep.cells] == ["lightcl-seed-0", "pnn-seed-0"]
 
 
-def test_all_methods_are_points_of_the_table_with_their_own_defaults(tmp_path):
+def test_all_methods_are_points_of_the_sweep_with_their_own_defaults(tmp_path):
     sweep = make_sweep(load_description(presets()["table1"]), QUICKSTART, [], tmp_path)
     assert [point.label for point in sweep.points] == method_names()
     assert sweep.seeds == [0, 1, 2, 3, 4]
@@ -109,7 +109,7 @@ def test_seeds_are_a_number_or_a_list():
             parse_seeds(text)
 
 
-def test_names_of_folders_stay_apart_and_short():
+def test_folder_names_stay_distinct_and_short():
     names = [folder_name(label) for label in ("a b", "a-b", "a, b", "β", "γ", "x" * 300, "x" * 301, "k=1", "k-1", "..")]
     assert len(set(names)) == len(names)
     assert all(len(name) <= 101 and "/" not in name and not name.startswith(".") for name in names)

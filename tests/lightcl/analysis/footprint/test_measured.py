@@ -47,14 +47,14 @@ def test_peak_of_allocations_by_hand():
     assert peaks == {"one": 4e6, "both": 16e6, "in turn": 12e6, "nothing": 4e6}
 
 
-def test_what_a_backward_pass_keeps_is_seen():
+def test_activations_kept_for_the_backward_pass_are_measured():
     """exp keeps its result: 4 MB each for x (given), two results, and the gradients of both on the way back."""
     x = torch.zeros(FLOATS, requires_grad=True)
     peaks = peak_allocations({"all": lambda: x.exp().exp().sum().backward()})
     assert 12e6 <= peaks["all"] <= 16.1e6
 
 
-def test_what_an_earlier_measurement_left_in_a_cycle_does_not_count():
+def test_reference_cycles_of_an_earlier_measurement_do_not_count():
     """80 MB that go in the middle of the second measurement would make its peak look smaller."""
     gc.disable()
     try:

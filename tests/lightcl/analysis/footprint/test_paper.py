@@ -1,4 +1,4 @@
-"""The paper's Table 1: which cells its rules give, and how nearly."""
+"""The paper's Table 1: which cells its rules reproduce, and how closely."""
 
 import pytest
 
@@ -42,7 +42,7 @@ def test_what_is_not_met_is_explained():
 
 
 def test_sgd_on_cifar10_by_hand():
-    """P = 11,173,962; a = 557,056 outputs of 3x3 convolutions and 10 logits; 555.4 M MACs an image."""
+    """P = 11,173,962; a = 557,056 outputs of 3x3 convolutions and 10 logits; 555.4 M MACs per image."""
     cell = CELLS["sgd", "CIFAR-10"]
     assert cell.memory == 4 * (2 * 11_173_962 + 32 * (557_056 + 10))
     assert cell.memory / MIB == pytest.approx(153.25, abs=0.01)

@@ -62,7 +62,7 @@ def test_flops_of_a_pruned_network_fall():
 
 
 def test_flops_of_lightcls_step_are_those_of_pytorchs_counter():
-    """32 new samples pass everything, the held ones the suffix and the head."""
+    """32 new samples pass through everything, the memory samples through suffix and head."""
     scenario = toys.scenario(method={"name": "lightcl", "memory_size": 5})
     network = toys.network(freeze="layer3")
     method = scenario.method.build(network)
@@ -89,7 +89,7 @@ def test_flops_of_training_by_hand():
 # -- memory --------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_stored_by_hand():
+def test_the_stored_state_by_hand():
     """Head only: 4 classes of 32 pooled features; 5 patterns of 32x2x2 features and 4 logits."""
     network = toys.network(freeze="layer4")
     cost = StepCost(

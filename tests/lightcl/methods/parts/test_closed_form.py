@@ -17,8 +17,8 @@ from tests.reference.discriminant import discriminant_scores
 def drawn(count: int = 90, features: int = 6, classes: int = 3, seed: int = 0):
     draw = np.random.default_rng(seed)
     labels = np.arange(count) % classes
-    centres = draw.normal(0, 2, (classes, features))
-    return torch.from_numpy(centres[labels] + draw.normal(0, 1, (count, features))), torch.from_numpy(labels)
+    centers = draw.normal(0, 2, (classes, features))
+    return torch.from_numpy(centers[labels] + draw.normal(0, 1, (count, features))), torch.from_numpy(labels)
 
 
 def sums(features, labels, classes: int) -> Statistics:
@@ -59,7 +59,7 @@ def test_head_is_the_textbooks(shrinkage):
 
 
 @pytest.mark.parametrize("parts", [2, 5])
-def test_summed_statistics_of_a_fleet_give_the_centralised_head(parts):
+def test_summed_statistics_of_a_fleet_give_the_centralized_head(parts):
     """Whatever the split: here, unequal shares of which most lack a class."""
     features, labels = drawn(300, 12, 3)
     central = discriminant_head(sums(features, labels, 3), 0.01)
@@ -75,7 +75,7 @@ def test_summed_statistics_of_a_fleet_give_the_centralised_head(parts):
         torch.testing.assert_close(fleet.tensors()[name], tensor, rtol=1e-6, atol=1e-6)
 
 
-def test_unknown_classes_are_never_answered():
+def test_unknown_classes_are_never_predicted():
     features, labels = drawn(classes=2)
     scores = discriminant_head(sums(features, labels, 4), 0.01).log_posteriors(features.float())
     assert scores[:, 2:].eq(float("-inf")).all()
@@ -95,8 +95,8 @@ def test_constant_features_do_not_break_the_solution():
 
 
 @pytest.mark.parametrize("size", [1, 5, 32, 33, 70])
-def test_packed_gram_is_the_whole_one(size):
-    """Around the number of rows that are worked out at a time."""
+def test_the_packed_gram_matrix_equals_the_full_one(size):
+    """Around the number of rows that are computed at a time."""
     features = torch.from_numpy(np.random.default_rng(0).normal(0, 1, (9, size)))
     packed = sums(features, torch.zeros(9, dtype=torch.long), 1).gram
     assert packed.shape == (size * (size + 1) // 2,)
@@ -117,14 +117,14 @@ def test_bf16_autocast_leaves_the_scores_alone():
         assert torch.equal(head.log_posteriors(torch.tensor([[1.0]])), exact)
 
 
-def test_a_covariance_without_an_inverse_is_mended():
-    """Three features that are one and the same, hardly any shrinkage."""
+def test_a_singular_covariance_is_regularized_further():
+    """Three identical features, hardly any shrinkage."""
     features = torch.linspace(-1, 1, 12)[:, None].repeat(1, 3) * 1e3
     head = discriminant_head(sums(features, torch.arange(12) % 2, 2), 1e-30)
     assert torch.isfinite(head.weight).all()
 
 
-def test_a_variance_that_rounding_left_below_zero_is_mended():
+def test_a_variance_that_rounding_made_negative_is_corrected():
     """Three samples at 1, and a Σ x² one rounding error below 3."""
     statistics = Statistics(*(torch.tensor(t, dtype=torch.float64) for t in ([3.0], [[3.0]], [np.nextafter(3.0, 0)])))
     head = discriminant_head(statistics, 1e-6)

@@ -128,7 +128,7 @@ def test_regularization_agrees_with_the_reference(reduction):
 
 
 @pytest.mark.parametrize("reduction", ["sum", "relative"])
-def test_only_vital_channels_are_held(reduction):
+def test_only_vital_channels_are_regularized(reduction):
     now = MAPS["a"].clone().requires_grad_(True)
     drift({"a": now}, STORED, {"a": VITAL["a"]}, reduction).backward()
     # d/dx of (x - x*)²: 2(3-1) = 4 and 2(4-1) = 6, over the pattern's 2 under "relative"

@@ -1,4 +1,4 @@
-"""The reservoir: every sample has the same chance, equal seeds give equal buffers, and a restart is not noticed."""
+"""The reservoir: every sample has the same chance, equal seeds give equal buffers, a restart changes nothing."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_rows_belong_together():
 
 
 def test_a_full_buffer_stays_where_it_is():
-    """A copy of it in every step would cost as much time and memory as the buffer is large."""
+    """A copy of the buffer in every step would cost time and memory in proportion to its size."""
     reservoir = offer(Reservoir(6), 2, logits=True)
     places = {name: rows.data_ptr() for name, rows in reservoir.rows.items()}
     labels = reservoir.rows["labels"].tolist()
@@ -49,7 +49,7 @@ def test_a_full_buffer_stays_where_it_is():
     assert {name: rows.data_ptr() for name, rows in reservoir.rows.items()} == places
 
 
-def test_a_restored_buffer_writes_into_no_one_elses_tensors():
+def test_a_restored_buffer_does_not_write_into_shared_tensors():
     first, restored = offer(Reservoir(6), 2), Reservoir(6)
     restored.load_state_dict(first.state_dict())
     before = toys.copy_of(first.state_dict())
@@ -97,7 +97,7 @@ def test_draws_are_without_replacement_and_differ():
 
 
 @pytest.mark.parametrize("logits", [False, True])
-def test_a_restored_reservoir_goes_on_with_the_same_numbers(logits):
+def test_a_restored_reservoir_continues_with_the_same_numbers(logits):
     straight, first = offer(Reservoir(5), 6, logits=logits), offer(Reservoir(5), 6, logits=logits)
     for one in (straight, first):
         one.draw(3, CONTEXT)
@@ -118,6 +118,6 @@ def test_an_empty_reservoir_can_be_restored():
 
 
 @pytest.mark.parametrize(("keys", "drawn"), [({}, 15), ({"minibatch_size": 4}, 4), ({"minibatch_size": 40}, 15)])
-def test_a_draw_is_the_whole_buffer_unless_it_is_said(keys, drawn):
+def test_a_draw_is_the_entire_buffer_by_default(keys, drawn):
     parameters = ReplayParameters(name="any", **keys)
     assert (parameters.buffer_size, parameters.drawn, parameters.loss_classes) == (15, drawn, "all")
