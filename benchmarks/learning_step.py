@@ -46,10 +46,25 @@ OURS: dict[str, dict[str, dict[str, object]]] = {
     "2 views, no cache": {"data": {"views": 2}, "device": {"prefix_cache": "off"}},
     "2 views, cache": {"data": {"views": 2}},
     "2 views, cache, at once": {"data": {"views": 2}, "training": {"update": "at-once"}},
+    "2 views, cache, joint": {"data": {"views": 2}, "method": {"memory_pass": "joint"}},
+    "2 views, cache, joint, Winograd": {
+        "data": {"views": 2}, "method": {"memory_pass": "joint"}, "device": {"convolutions": "winograd"},
+    },
+    "fresh augmentation, no cache, joint, Winograd": {
+        "method": {"memory_pass": "joint"}, "device": {"convolutions": "winograd"},
+    },
+    "2 views, no cache, joint, Winograd": {
+        "data": {"views": 2}, "method": {"memory_pass": "joint"},
+        "device": {"convolutions": "winograd", "prefix_cache": "off"},
+    },
     "fresh augmentation, bf16, no cache": {"device": {"precision": "bf16"}},
     "2 views, bf16, cache": {"data": {"views": 2}, "device": {"precision": "bf16"}},
-}
+    "2 views, bf16, cache, joint": {
+        "data": {"views": 2}, "method": {"memory_pass": "joint"}, "device": {"precision": "bf16"},
+    },
+}  # fmt: skip
 MEMORY = 15
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 RATE = 1e-6
 """Learning rate: so small that the random weights, and with them the time of a step, hardly change."""
 
@@ -61,6 +76,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24, help="steps of an epoch, the unit that is timed")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: processor time, for a busy machine")
+    parser.add_argument("--only", help="names of the variants of ours, by their beginnings, separated by |")
     parser.add_argument("--errors", action="store_true", help="measure rounding instead of time")
     parser.add_argument("--toy", action="store_true", help="smallest size; the figures are meaningless")
     chosen = parser.parse_args()
@@ -77,26 +94,33 @@ def main() -> None:
 
 def print_rates(width: int, chosen: argparse.Namespace) -> None:
     rates: dict[str, list[float]] = {}
+    clock = CLOCKS[chosen.clock]
+    named = {
+        name: sections for name, sections in OURS.items()
+        if not chosen.only or any(name.startswith(part) for part in chosen.only.split("|"))
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         variants = {
             "the paper's step": paper(width, chosen, torch.contiguous_format),
             "the paper's step, channels-last": paper(width, chosen, torch.channels_last),
             "floor, fp32": floor(width, chosen),
         } | {
-            name: ours(width, sections, chosen, Path(folder, str(i))) for i, (name, sections) in enumerate(OURS.items())
+            name: ours(width, sections, chosen, Path(folder, str(number)))
+            for number, (name, sections) in enumerate(named.items())
         }
         for run in variants.values():  # warms up; fills the cache: an epoch for each view
             run()
             run()
         for _ in range(chosen.repeats):
             for name, run in variants.items():
-                start = time.perf_counter()
+                start = clock()
                 images = run()
-                rates.setdefault(name, []).append(images / (time.perf_counter() - start))
+                rates.setdefault(name, []).append(images / (clock() - start))
     base, fastest = median(rates["the paper's step"]), max(rates["the paper's step"])
     print(
         f"\nResNet-18 width {width}, 32x32, batch {chosen.batch}, memory {MEMORY}, {chosen.threads} thread(s), "
-        f"torch {torch.__version__}, median of {chosen.repeats}\n"
+        f"torch {torch.__version__}, median of {chosen.repeats}, "
+        f"{chosen.clock} time\n"
     )
     print(
         "| step | ms | images/s | ratio | lowest and highest ratio | ratio of the fastest |\n|---|---|---|---|---|---|"

@@ -163,6 +163,9 @@ def _memory_table(results: Sequence[MethodFootprint], reference: MethodFootprint
         table.add_row("while testing", *(f"{m.evaluation / MIB:.1f}" for m, _ in pairs))
         table.add_row("process above idle", *(_mib(m.resident) for m, _ in pairs))
     table.add_section()
+    table.add_row("disk: state", *(f"{r.counted.disk['state'] / MIB:.1f}" for r in results))
+    if any(r.counted.disk["prefix cache"] for r in results):
+        table.add_row("disk: prefix cache", *(f"{r.counted.disk['prefix cache'] / MIB:.1f}" for r in results))
     table.add_row("FLOPs of a step", *(f"{r.shown.step_flops:.3g}" for r in results))
     table.add_row("FLOPs of training", *(f"{r.counted.training_flops:.3g}" for r in results))
     table.add_row("frozen up to", *(r.freeze for r in results))

@@ -30,6 +30,7 @@ from lightcl.metrics import AccuracyMatrix
 from lightcl.networks.pruning import channel_digest
 from lightcl.networks.staged import Backbone
 from lightcl.networks.weights import digest
+from lightcl.networks.winograd import use_winograd_
 from lightcl.scenario import Scenario
 from lightcl.scenario.digest import state_digest
 from lightcl.seeds import derive
@@ -73,6 +74,8 @@ class EdgeDevice:
             network = build_network(scenario, in_channels=source.channels, classes=self.stream.head_classes)
         self.network = network
         self.network.to(self.accelerator)
+        if scenario.device.convolutions == "winograd":
+            use_winograd_(self.network.suffix)
         self.prefix_digest = digest(self.network.prefix)
         self.channel_digest = channel_digest(self.network)
         self.method = scenario.method.build(self.network)
@@ -141,6 +144,7 @@ class EdgeDevice:
                 self._save()
             if on_epoch:
                 on_epoch(task, epoch + 1, loss)
+        self.method.prefix_features.release()  # the saved state is a copy of the weights
         peak = hardware.peak() / 2**20
         self.last_report = Trained(
             device=self.number,

@@ -28,6 +28,7 @@ from lightcl.data.batches import viewed
 from lightcl.data.images import ImageSet, Source, cache_folder
 from lightcl.data.tasks import Batch, Samples
 from lightcl.device.hardware import choose_accelerator, set_up_torch
+from lightcl.device.mapped import MappedWeights
 from lightcl.errors import RequestError
 from lightcl.methods.base import PrefixFeatures
 from lightcl.networks.folding import folded
@@ -95,9 +96,12 @@ class FixedPrefix(PrefixFeatures):
     (`on_map`) are not cached: where a method asks for them, the batch passes the network's own prefix.
     """
 
-    def __init__(self, network: Backbone, stores: Stores | None = None, rounding: torch.dtype | None = None) -> None:
+    def __init__(
+        self, network: Backbone, stores: Stores | None = None, rounding: torch.dtype | None = None,
+        weights: MappedWeights | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(network)
-        self.stores, self.rounding = stores, rounding
+        self.stores, self.rounding, self._weights = stores, rounding, weights
         self._folded: Stage | None = None
         self._shapes: dict[tuple[int, ...], tuple[int, int, int]] = {}
 
@@ -116,7 +120,7 @@ class FixedPrefix(PrefixFeatures):
         found, present = store.read(rows)
         features = found.to(self._device, self._dtype)
         if present.all():
-            self._folded = None  # only the suffix stays in memory
+            self.release()
             return features
         missing = np.flatnonzero(~present)
         computed = self._compute(batch.images[torch.from_numpy(missing)])
@@ -126,6 +130,13 @@ class FixedPrefix(PrefixFeatures):
         except (CacheFull, OSError) as error:
             self._switch_off(error)
         return features
+
+    def release(self) -> None:
+        """With a cache, the suffix alone stays in memory."""
+        if self.stores is not None and self._folded is not None:
+            self._folded = None
+            if self._weights is not None:
+                self._weights.release()
 
     def _compute(self, images: Tensor) -> Tensor:
         """Outputs `[N, C, H, W]` (channels-last) for uint8 images `[N, C, H, W]`."""
@@ -201,7 +212,18 @@ def fixed_prefix(scenario: Scenario, network: Backbone, source: Source, prefix_d
         "hardware": _hardware(network.head.weight.device),
         "threads": device.threads,
     }
-    return FixedPrefix(network, Stores(prefix_cache(device.prefix_cache_gb), about, plain, dtype), dtype)
+    stores = Stores(prefix_cache(device.prefix_cache_gb), about, plain, dtype)
+    return FixedPrefix(network, stores, dtype, _mapped(network))
+
+
+def _mapped(network: Backbone) -> MappedWeights | None:
+    """The frozen prefix's weights in a file beside the cache; None where they stay in memory."""
+    if network.head.weight.device.type != "cpu":
+        return None
+    try:
+        return MappedWeights.of(network.prefix, cache_folder() / "weights")
+    except OSError:  # the cache will say that there is no room
+        return None
 
 
 def _hardware(device: torch.device) -> str:

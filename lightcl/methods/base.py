@@ -33,6 +33,8 @@ class StepCost:
     """Additional samples per step that pass forward and backward through the trained part of the network."""
     suffix_samples: int = 0
     """Additional samples per step that pass through suffix and head only, from stored prefix outputs."""
+    joint_pass: bool = False
+    """Whether those pass together with the batch, so that every weight is used once in a step."""
     weight_copies: int = 0
     """Stored tensors as large as the trained parameters."""
     stored_images: int = 0
@@ -169,6 +171,9 @@ class PrefixFeatures:
         """
         images = batches[0].images if len(batches) == 1 else torch.cat([batch.images for batch in batches])
         return self.network.features(images, on_map)
+
+    def release(self) -> None:
+        """Lets go of what the next call can make again; called where a task's training begins and ends."""
 
 
 class Method:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lightcl.data.tasks import Batch, TaskContext
 from lightcl.methods.base import Method, MethodParameters, Sections, StepCost, register
-from lightcl.methods.parts.batch_norm import running_statistics, unmoved_statistics
+from lightcl.methods.parts.batch_norm import running_statistics, split_statistics, unmoved_statistics
 from lightcl.methods.parts.feature_memory import (
     Recorded,
     Reduction,
@@ -75,6 +75,9 @@ class LightCLParameters(MethodParameters):
     """exact: exactly the number of channels that `ratio` gives; paper: one more, as in the paper's code."""
     memory_batch_norm: Literal["eval", "train"] = "eval"
     """Batch-norm of the suffix while memory samples pass. eval: running statistics; train: the memory batch's own."""
+    memory_pass: Literal["separate", "joint"] = "separate"
+    """How memory samples pass the suffix. separate: after the batch; joint: together with it, each with its own
+    batch-norm, which is faster and takes less memory with `training.update: at-once`; rounds differently."""
 
     @model_validator(mode="before")
     @classmethod
@@ -104,7 +107,10 @@ class LightCLParameters(MethodParameters):
     def cost(self) -> StepCost:
         if self.beta == 0:
             return StepCost()
-        return StepCost(suffix_samples=self.memory_size, pattern_samples=self.memory_size, vital_ratio=self.ratio)
+        return StepCost(
+            suffix_samples=self.memory_size, joint_pass=self.memory_pass == "joint", pattern_samples=self.memory_size,
+            vital_ratio=self.ratio,
+        )  # fmt: skip
 
 
 @register(LightCLParameters)
@@ -133,12 +139,24 @@ class LightCL(Method):
             self.recorded = Recorded.of(inputs, self.vital, tied, self.network.classify)
 
     def loss(self, batch: Batch, context: TaskContext) -> Tensor:
+        if self.recorded is not None and self.parameters.memory_pass == "joint":
+            return self._joint_loss(batch, context, self.recorded)
         loss = super().loss(batch, context)
         if self.recorded is None:
             return loss
         with self.memory_mode():
             drift = self.recorded.drift(self.vital, self.parameters.reduction, self.network.classify)
         return loss + self.parameters.beta * drift
+
+    def _joint_loss(self, batch: Batch, context: TaskContext, recorded: Recorded) -> Tensor:
+        """The same with one pass of the batch and the memory samples, so that every weight is used once."""
+        count = len(batch)
+        of_maps = recorded.of_maps(self.vital, self.parameters.reduction, first=count)
+        inputs = torch.cat([self.features_of(batch), recorded.inputs])
+        with split_statistics(self.network.suffix, count, self.parameters.memory_batch_norm):
+            logits = self.network.classify(inputs, of_maps.on_map)
+        loss = self.cross_entropy(logits[:count], batch.labels, context)
+        return loss + self.parameters.beta * recorded.total(of_maps, logits[count:])
 
     @torch.no_grad()
     def end_task(self, context: TaskContext) -> None:

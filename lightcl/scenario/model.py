@@ -70,6 +70,9 @@ class Device(Section):
     """auto: the CUDA device if there is one, otherwise the CPU; cuda: an error if there is none."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast of the forward pass; weights and loss stay fp32."""
+    convolutions: Literal["direct", "winograd"] = "direct"
+    """3x3 convolutions of the trained blocks. winograd: a quarter of the multiplications on maps whose sides are
+    multiples of 4, in fp32 on the CPU; rounds differently (docs/results/performance.md)."""
     prefix_cache: Literal["auto", "on", "off"] = "auto"
     """Whether outputs of the frozen prefix are kept on disk, for test images and for training images with data.views;
     auto: where data.views is above 0 and network and method allow it."""

@@ -80,17 +80,35 @@ def test_a_simulation_killed_in_a_task_continues_to_the_same_numbers(scenario: P
     change = ("--set", "server.aggregation=suffix", "--set", "training.epochs=6")
     lightcl("simulate", scenario, "--out", whole, *change)
     process = _run_until_second_task(scenario, killed, *change)
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.communicate()
+    _kill(process)
     assert not (killed / "results.json").exists()
     assert lightcl("simulate", scenario, "--out", killed, *change, check=False).returncode == 2
     lightcl("simulate", scenario, "--out", killed, *change, "--resume")
     assert rows(killed) == rows(whole)
     results = [json.loads((run / "results.json").read_text()) for run in (killed, whole)]
     assert results[0]["til"] == results[1]["til"]
+
+
+def test_the_prefix_cache_changes_no_number_not_even_in_a_run_that_is_killed(
+    scenario: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fixed views, two workers: without the cache, with a cache that a killed run has filled in part, and with all of
+    it."""
+    off, killed, full = (scenario.parent / name for name in ("off", "killed", "full"))
+    cache = scenario.parent / "cache"
+    monkeypatch.setenv("LIGHTCL_CACHE", str(cache))
+    views = ("data.views=2", "data.augmentation=crop", "training.epochs=6", "simulation.workers=2")
+    change = [word for value in views for word in ("--set", value)]
+    lightcl("simulate", scenario, "--out", off, *change, "--set", "device.prefix_cache=off")
+    assert not list(cache.glob("prefix/*/*.rows"))
+    process = _run_until_second_task(scenario, killed, *change)
+    _kill(process)
+    assert not (killed / "results.json").exists()
+    assert list(cache.glob("prefix/*/*.rows"))
+    lightcl("simulate", scenario, "--out", killed, *change, "--resume")
+    assert rows(killed) == rows(off)
+    lightcl("simulate", scenario, "--out", full, *change)
+    assert rows(full) == rows(off)
 
 
 def test_a_worker_that_dies_is_replaced_and_changes_no_number(scenario: Path) -> None:
@@ -133,6 +151,14 @@ def _run_until_second_task(scenario: Path, out: Path, *words: str) -> subprocess
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return process
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to the driver and its workers."""
+    for member in (*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.communicate()
 
 
 def _command(process: psutil.Process) -> str:

@@ -34,6 +34,7 @@ from lightcl.data.partition import Share
 from lightcl.data.sources import ImageSet, Source
 from lightcl.device.device import EdgeDevice
 from lightcl.device.hardware import choose_accelerator, reset_peak, resident, set_up_torch
+from lightcl.device.prefix import warm
 from lightcl.errors import Failure
 from lightcl.scenario import Scenario, scenario_from_json
 
@@ -217,7 +218,9 @@ def _serve() -> None:
     request = json.load(sys.stdin)
     channels, height, width = request["image"]
     scenario = scenario_from_json(request["scenario"])
-    result = measure_here(scenario, (channels, height, width), request["classes"], request["way"])
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["LIGHTCL_CACHE"] = cache
+        result = measure_here(scenario, (channels, height, width), request["classes"], request["way"])
     sys.stdout.write(json.dumps(result) + "\n")
 
 
@@ -228,6 +231,8 @@ def measure_here(scenario: Scenario, image: Image, classes: int, way: Way) -> di
     set_up_torch(accelerator, scenario.device.threads)
     _warm_up(accelerator)
     devices: list[EdgeDevice] = []
+    if scenario.caches_prefix:  # what is measured is training from the cache, not filling it
+        list(warm(scenario, source))
     with tempfile.TemporaryDirectory() as folder:
 
         def prepare() -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from lightcl.errors import RequestError
 from lightcl.networks.resnet import StagedResNet
 from lightcl.networks.staged import Backbone
+from lightcl.networks.winograd import TILE, suits
 
 Image = tuple[int, int, int]
 """Channels, height, width."""
@@ -32,6 +33,8 @@ class Convolution:
     norm: int
     """Affine parameters of the batch-norm."""
     kernel: int
+    tiles: int = 0
+    """4x4 tiles a sample, where Winograd's algorithm can compute it (lightcl/networks/winograd.py); 0: it cannot."""
 
 
 @dataclass(frozen=True)
@@ -174,5 +177,6 @@ def _convolution(
         weights * positions,
         sum(p.numel() for p in norm.parameters()),
         layer.kernel_size[0],
+        0 if not suits(layer) or height % TILE or width % TILE else positions // TILE**2,
     )
     return shape, (out[0], out[1])

@@ -21,8 +21,10 @@ from typing import Any, Literal, get_args
 
 from lightcl.analysis.footprint.shapes import Block, Convolution, Image, NetworkShape, shape_of
 from lightcl.data.tasks import TaskStream
+from lightcl.device.prefix import CHUNK
 from lightcl.methods.base import StepCost
 from lightcl.networks.staged import Backbone
+from lightcl.networks.winograd import parts
 from lightcl.scenario import Scenario
 
 Category = Literal[
@@ -43,6 +45,9 @@ MEANINGS: dict[Category, str] = {
     "statistics": "class sums, and the head solved from them",
     "masks": "vital channels, or masked weights",
 }
+
+Disk = Literal["state", "prefix cache"]
+"""state: trained weights, the optimizer's numbers and all that the method keeps, with its replay buffer."""
 
 FP32, BF16 = 4, 2
 LAYOUTS = {"cpu": (1, 3), "cuda": (0, 1)}
@@ -65,6 +70,16 @@ class Workload:
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     at_once: bool = False
     """`training.update: at-once`: a gradient is applied and released as soon as it is complete."""
+    prefix: Literal["batch", "fixed", "cached"] = "batch"
+    """How the prefix is computed. batch: batch by batch; fixed: a few images at a time, with batch-norm folded into a
+    copy; cached: the same, and kept on disk: prefix and copy are in memory only while something is computed."""
+    winograd: bool = False
+    """`device.convolutions: winograd`."""
+    cached_outputs: int = 0
+    """Prefix outputs in the cache when all tasks are learned: of every view of the device's training images, and of its
+    test images."""
+    cache_bytes: int = FP32
+    """Bytes per number in the cache."""
 
     @property
     def optimizer_copies(self) -> int:
@@ -81,6 +96,8 @@ class Footprint:
     """One device: bytes by category at the peak of a training step, and FLOPs of all its training (1 MAC = 2 FLOPs)."""
 
     memory: dict[Category, int]
+    disk: dict[Disk, int]
+    """Bytes on the device's disk after the last task."""
     moment: str
     """Where in the step the peak is, for example "backward layer4.0.conv2"."""
     step_flops: int
@@ -96,6 +113,9 @@ class Footprint:
 
 def workload_of(scenario: Scenario, stream: TaskStream, image: Image, accelerator: str = "cpu") -> Workload:
     training = scenario.training
+    train, test = sum(len(task.train) for task in stream), sum(len(task.test) for task in stream)
+    views = 1 if scenario.augmentation == "none" else scenario.data.views
+    half = scenario.device.precision == "bf16" or scenario.device.prefix_cache_dtype != "exact"
     return Workload(
         image,
         training.batch_size,
@@ -107,6 +127,10 @@ def workload_of(scenario: Scenario, stream: TaskStream, image: Image, accelerato
         accelerator,
         training.optimizer,
         training.update == "at-once",
+        ("cached" if scenario.caches_prefix else "fixed") if scenario.fixed_prefix else "batch",
+        scenario.device.convolutions == "winograd" and scenario.device.precision == "fp32" and accelerator == "cpu",
+        (views * train + test) * scenario.caches_prefix,
+        BF16 if half else FP32,
     )
 
 
@@ -115,7 +139,13 @@ def footprint(network: Backbone, cost: StepCost, workload: Workload) -> Footprin
     shape = shape_of(network, workload.image)
     step = _Step(shape, cost, workload)
     step.play()
-    return Footprint(step.worst, step.moment, step_flops(shape, cost, workload), training_flops(shape, cost, workload))
+    disk: dict[Disk, int] = {
+        "state": step.saved,
+        "prefix cache": workload.cached_outputs * shape.features * workload.cache_bytes,
+    }
+    return Footprint(
+        step.worst, disk, step.moment, step_flops(shape, cost, workload), training_flops(shape, cost, workload)
+    )
 
 
 # -- FLOPs ---------------------------------------------------------------------------------------------------------
@@ -193,13 +223,17 @@ class _Step:
         shape, cost, workload = self.shape, self.cost, self.workload
         samples = workload.batch + cost.replayed
         self._allocate_permanent()
+        prefix = self._prefix if workload.prefix == "batch" or not shape.frozen else self._fixed_prefix
         # Before the first step of a task the memory samples pass through the prefix, possibly more than a batch; the
         # task's optimizer has no state yet.
         state = self.live["optimizer state"]
         self.allocate("optimizer state", -state)
-        self._prefix(cost.pattern_samples)
+        prefix(cost.pattern_samples)
         self.allocate("optimizer state", state)
-        self._prefix(samples)
+        prefix(samples)
+        if cost.joint_pass:
+            self._play_joint(samples + cost.suffix_samples)
+            return
         if shape.frozen:
             self.allocate("kept activations", samples * shape.features * self.size)
         self._forward(samples)
@@ -211,11 +245,42 @@ class _Step:
             self._backward(cost.suffix_samples, last=False)
             self.allocate("kept activations", -drifts)
         self._backward(samples, last=True)
+        self._end()
+
+    def _play_joint(self, samples: int) -> None:
+        """One pass of the batch and the memory samples."""
+        shape, cost = self.shape, self.cost
+        if shape.frozen:
+            self.note("joined features", "temporaries", 2 * samples * shape.features * self.size)
+            self.allocate("kept activations", samples * shape.features * self.size)
+        self._forward(samples)
+        drifts = int(self._vital_share * sum(b.maps for b in shape.trained) * cost.suffix_samples * FP32)
+        self.allocate("kept activations", drifts)
+        self.note("regularization", "temporaries", drifts)
+        self._backward(samples, last=True)
+        self.allocate("kept activations", -drifts)
+        self._end()
+
+    def _end(self) -> None:
         if temporaries := self._optimizer_temporaries:
             self.note("optimizer's step", "temporaries", temporaries)
         self.allocate("gradients", -self.live["gradients"])
         self.allocate("optimizer state", -self.live["optimizer state"])  # the next task has an optimizer of its own
         self.note("saved state", "temporaries", self._saved_copies)
+
+    @property
+    def saved(self) -> int:
+        """Bytes of the saved state."""
+        fresh = _Step(self.shape, self.cost, self.workload)
+        fresh._allocate_permanent()
+        frozen = sum(b.parameters + sum(c.norm for c in b.convolutions) for b in fresh._present if b.frozen) * FP32
+        batch = (self.workload.batch + self.cost.replayed) * _pixels(self.workload.image)
+        return sum(fresh.live.values()) - fresh.live["frozen part"] - frozen - batch
+
+    @property
+    def _present(self) -> Sequence[Block]:
+        """The blocks whose weights are in memory while training."""
+        return self.shape.trained if self.workload.prefix == "cached" else self.shape.blocks
 
     @property
     def _saved_copies(self) -> int:
@@ -263,13 +328,15 @@ class _Step:
     def _allocate_permanent(self) -> None:
         shape, cost, workload = self.shape, self.cost, self.workload
         trained = shape.trained_parameters * FP32
-        norms = sum(c.norm for b in shape.blocks for c in b.convolutions)  # as many statistics as affine parameters
+        norms = sum(c.norm for b in self._present for c in b.convolutions)  # as many statistics as affine parameters
+        weights = sum(b.parameters for b in self._present) + shape.head_parameters
         adapters = sum(_adapter(b, k) for b in self._boundaries for k in range(1, self._columns + 1))
-        self.allocate("parameters", (shape.parameters + norms + adapters) * FP32 + self._columns * trained)
+        self.allocate("parameters", (weights + norms + adapters) * FP32 + self._columns * trained)
+        if workload.prefix == "fixed":
+            self.allocate("frozen part", self._folded_bytes)
         self.allocate("optimizer state", trained * workload.optimizer_copies)
         self.allocate("weight copies", (cost.weight_copies + cost.columns) * trained)
-        image = workload.image[0] * workload.image[1] * workload.image[2]
-        pixels = (workload.batch + cost.replayed + cost.stored_images) * image
+        pixels = (workload.batch + cost.replayed + cost.stored_images) * _pixels(workload.image)
         self.allocate("buffer", pixels + cost.stored_logits * shape.classes * FP32)
         maps = sum(b.maps for b in shape.trained)
         memory = shape.features * (self.size if shape.frozen else 1)
@@ -280,10 +347,31 @@ class _Step:
         vital = sum(b.maps // _positions(c) for b in shape.trained if b.second for c in (b.first,))
         self.allocate("masks", 2 * masked * (cost.weight_sparsity > 0) + vital * (cost.pattern_samples > 0))
 
+    @property
+    def _folded_bytes(self) -> int:
+        """The copy of the prefix whose batch-norm is folded into its convolutions: a bias per channel."""
+        return sum(c.weights + c.norm // 2 for b in self.shape.frozen for c in b.convolutions) * FP32
+
+    def _fixed_prefix(self, samples: int) -> None:
+        """Images pass in chunks (lightcl/device/prefix.py); the outputs of all are put together at the end."""
+        unit = CHUNK * self.size
+        copy = self._folded_bytes if self.workload.prefix == "cached" else 0
+        outputs = samples * self.shape.features * self.size
+        x = CHUNK * _pixels(self.workload.image) * FP32
+        for block in self.shape.frozen:
+            first, second, shortcut = block.first, block.second, block.shortcut
+            beside = shortcut.outputs if shortcut else 0
+            for convolution, others in ((first, first.outputs), (second, first.outputs + beside + block.outputs)):
+                if convolution is not None:
+                    amount = copy + outputs + x + unit * others + self._layout(convolution, 0)
+                    self.note(f"forward {convolution.name}", "frozen part", amount)
+            x = unit * block.outputs
+        self.note("prefix outputs", "frozen part", copy + 2 * outputs)
+
     def _prefix(self, samples: int) -> None:
         """No graph is kept, so each moment stands for itself."""
         unit = samples * self.size
-        image = samples * self.workload.image[0] * self.workload.image[1] * self.workload.image[2] * FP32
+        image = samples * _pixels(self.workload.image) * FP32
         before = 0
         for block in self.shape.frozen:
             x = image if block.second is None else unit * before
@@ -305,12 +393,13 @@ class _Step:
                 if self.size != FP32 and convolution.name not in self.cast:  # one copy for all passes of the step
                     self.cast.add(convolution.name)
                     self.allocate("temporaries", convolution.weights * self.size)
-                self.note(f"forward {convolution.name}", "temporaries", self._layout(convolution, 0))
+                self.note(f"forward {convolution.name}", "temporaries", self._working(convolution, 0, samples))
                 if convolution is block.shortcut:
                     self.allocate("temporaries", unit * convolution.outputs)
                 else:
                     self.allocate("kept activations", unit * convolution.outputs)
-                self.note(f"forward {convolution.name}, batch-norm")
+                parts = unit * convolution.outputs * self.cost.joint_pass  # of batch and memory samples, put together
+                self.note(f"forward {convolution.name}, batch-norm", "temporaries", parts)
             if block.shortcut:
                 self.allocate("temporaries", -unit * block.shortcut.outputs)
             if block.pooled is not None:
@@ -353,10 +442,10 @@ class _Step:
         self.allocate("kept activations", -out)
         if block.second:
             inner = unit * block.first.outputs
-            self._backward_convolution(block.second, shortcut + out + inner, last)
+            self._backward_convolution(block.second, shortcut + out + inner, samples, last)
             if block.shortcut:
                 self.note(f"backward {block.shortcut.name}, batch-norm", "temporaries", 2 * out + inner)
-                self._backward_convolution(block.shortcut, inner + 2 * out, last)
+                self._backward_convolution(block.shortcut, inner + 2 * out, samples, last)
                 self.allocate("kept activations", -out)
                 shortcut = unit * block.shortcut.inputs * entered
             self.note(f"backward {block.first.name}, ReLU", "temporaries", shortcut + 2 * inner)
@@ -364,12 +453,12 @@ class _Step:
             self.note(f"backward {block.first.name}, batch-norm", "temporaries", shortcut + 3 * inner)
             self.allocate("kept activations", -inner)
             out = inner
-        self._backward_convolution(block.first, shortcut + out + unit * block.first.inputs * entered, last)
+        self._backward_convolution(block.first, shortcut + out + unit * block.first.inputs * entered, samples, last)
         if block.second is None:
             self.allocate("kept activations", -unit * self.shape.features)
 
-    def _backward_convolution(self, convolution: Convolution, activations: float, last: bool) -> None:
-        gradient = self._layout(convolution, 1)
+    def _backward_convolution(self, convolution: Convolution, activations: float, samples: int, last: bool) -> None:
+        gradient = self._working(convolution, 1, samples)
         self.note(f"backward {convolution.name}", "temporaries", activations + gradient)
         self._gradient(convolution.name, last, convolution.weights, convolution.norm)
 
@@ -391,6 +480,18 @@ class _Step:
             self.note(f"update of {name}")
             self.allocate("gradients", -(weights + plain) * FP32)
 
+    def _working(self, convolution: Convolution, direction: int, samples: int) -> int:
+        """Bytes that a convolution of the suffix takes while it runs, forward (0) or backward (1)."""
+        if not (self.workload.winograd and convolution.tiles):
+            return self._layout(convolution, direction)
+        positions = _positions(convolution)
+        inputs, outputs = convolution.inputs // positions, convolution.outputs // positions
+        places, blocks = parts(outputs, inputs)[0]
+        tiles, block = samples * convolution.tiles, blocks[0].stop
+        products = len(places) * (block * inputs + tiles * (inputs + block))  # of weights, inputs and outputs
+        gradients = (convolution.weights + samples * convolution.inputs) * direction
+        return int((products + gradients) * FP32)
+
     def _layout(self, convolution: Convolution | None, direction: int) -> int:
         """Bytes of the copies of a convolution's weights while it runs: forward (0) or backward (1)."""
         return 0 if convolution is None else self.layouts[direction] * convolution.weights * self.size
@@ -400,6 +501,11 @@ def _adapter(block: Block, earlier: int) -> int:
     """Parameters and statistics of an adapter to `earlier` columns after this block: V, U with bias, batch-norm."""
     channels = block.outputs // _positions(block.second or block.first)
     return channels * channels * (earlier + 1) + 5 * channels
+
+
+def _pixels(image: Image) -> int:
+    channels, height, width = image
+    return channels * height * width
 
 
 def _positions(convolution: Convolution) -> int:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 @contextmanager
@@ -30,3 +34,30 @@ def unmoved_statistics(stage: nn.Module) -> Iterator[None]:
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+
+
+@contextmanager
+def split_statistics(stage: nn.Module, count: int, memory_batch_norm: Literal["eval", "train"]) -> Iterator[None]:
+    """For batches whose first `count` samples are the batch's own and whose others are memory samples.
+
+    Every batch-norm of the stage treats the first as in training mode and moves its running statistics by them. Then
+    the others pass with its running statistics (eval) or with their own (train), which move nothing. That is what two
+    passes compute, one after the other.
+    """
+    norms = [module for module in stage.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.forward = partial(_split, norm, count, norm.training and memory_batch_norm == "train")  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.forward
+
+
+def _split(norm: nn.BatchNorm2d, count: int, own: bool, x: Tensor) -> Tensor:
+    first, others = torch.split(x, [count, len(x) - count])
+    first = type(norm).forward(norm, first)
+    others = F.batch_norm(
+        others, norm.running_mean, norm.running_var, norm.weight, norm.bias, own, 0.0, norm.eps
+    )  # fmt: skip
+    return torch.cat([first, others])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,15 +63,15 @@ class Drift:
     Because they are computed while the maps arrive, only one exists at a time.
     """
 
-    def __init__(self, stored: FeatureMaps, vital: Mapping[str, Tensor], reduction: Reduction) -> None:
-        self.stored, self.vital, self.reduction = stored, vital, reduction
+    def __init__(self, stored: FeatureMaps, vital: Mapping[str, Tensor], reduction: Reduction, first: int = 0) -> None:
+        self.stored, self.vital, self.reduction, self.first = stored, vital, reduction, first
         self.terms: list[Tensor] = []
 
     def on_map(self, name: str, feature_map: Tensor) -> None:
+        """Adds the term of a map; the memory samples are those from `first` on."""
         if name in self.vital:
-            # Indexing first keeps the graph's temporaries at the vital share of the map.
-            now, then = feature_map[:, self.vital[name]].float(), self.stored[name]
-            term = (now - then).square().sum()
+            then = self.stored[name]
+            term: Tensor = _SquaredDrift.apply(feature_map, self.vital[name], then, self.first)
             if self.reduction == "relative":
                 term = term / then.square().sum().clamp_min(1e-12)
             self.terms.append(term)
@@ -82,6 +82,29 @@ class Drift:
             return torch.zeros(())
         terms = torch.stack(self.terms)
         return terms.sum() if self.reduction == "sum" else terms.mean()
+
+
+class _SquaredDrift(torch.autograd.Function):
+    """Σ (F[first:, vital] - F*)² of one map `[N, C, H, W]`, fp32.
+
+    The same as PyTorch's own operations to the bit. The gradient has the map's memory format, though, where theirs is
+    contiguous and makes every operation before it slow; and only the difference, of the vital channels, is kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, feature_map: Tensor, vital: Tensor, then: Tensor, first: int) -> Tensor:
+        channels = vital.nonzero()[:, 0]
+        difference = feature_map[first:].index_select(1, channels).float() - then
+        ctx.save_for_backward(difference, channels)
+        ctx.first, ctx.like = first, torch.empty_like(feature_map, device="meta")
+        return difference.square().sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        difference, channels = ctx.saved_tensors
+        of_map = torch.zeros_like(ctx.like, device=difference.device)
+        of_map[ctx.first :].index_copy_(1, channels, (gradients[0] * (2 * difference)).to(of_map.dtype))
+        return of_map, None, None, None
 
 
 def logit_drift(logits: Tensor, stored: Tensor, reduction: Reduction) -> Tensor:
@@ -116,9 +139,16 @@ class Recorded:
 
     def drift(self, vital: Mapping[str, Tensor], reduction: Reduction, classify: Classify) -> Tensor:
         """The scalar Σ_m Σ (mask_m ⊙ (F_m - F*_m))² + Σ (logits - logits*)² of the current network."""
-        of_maps = Drift(self.patterns, vital, reduction)
-        logits = classify(self.inputs, of_maps.on_map)[:, self.tied]
-        return of_maps.total() + logit_drift(logits, self.logits, reduction)
+        of_maps = self.of_maps(vital, reduction)
+        return self.total(of_maps, classify(self.inputs, of_maps.on_map))
+
+    def of_maps(self, vital: Mapping[str, Tensor], reduction: Reduction, first: int = 0) -> Drift:
+        """The drift of the maps alone, to be given them; the memory samples are those from `first` on."""
+        return Drift(self.patterns, vital, reduction, first)
+
+    def total(self, of_maps: Drift, logits: Tensor) -> Tensor:
+        """The scalar of `drift`, from the maps' drift and the memory samples' logits `[M, K]`."""
+        return of_maps.total() + logit_drift(logits[:, self.tied], self.logits, of_maps.reduction)
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {f"pattern/{name}": stored for name, stored in self.patterns.items()}

@@ -465,3 +465,23 @@ def test_missing_cuda_is_an_error_only_if_requested(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RequestError, match=r"device.accelerator is 'cuda', but .* \(allowed: auto, cpu\)"):
         choose_accelerator("cuda")
+
+
+@pytest.mark.parametrize("changes", [{"method": {"memory_pass": "joint"}}, {"device": {"convolutions": "winograd"}}])
+def test_faster_arithmetic_learns_the_same_up_to_rounding(tmp_path, changes):
+    """32x32 images, for 4x4 maps in layer4."""
+    losses, tensors = [], []
+    for number, sections in enumerate(({}, changes)):
+        device = changed_device(tmp_path / str(number), sections)
+        losses.append([device.train(task, 1).loss for task in (0, 1)])
+        tensors.append(everything(device))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert any(not torch.equal(tensors[1][name], tensor) for name, tensor in tensors[0].items())  # it was used
+
+
+def changed_device(folder, changes):
+    held = toys.source(size=32)
+    sections = {"method": {"name": "lightcl"}, "training": {"epochs": 1, "batch_size": 8, "learning_rate": 0.01}}
+    sections["device"] = {"accelerator": "cpu"}
+    merged = {key: sections.get(key, {}) | changes.get(key, {}) for key in sections}
+    return EdgeDevice(toys.scenario(**merged), 0, folder, source=held, share=toys.whole(held))

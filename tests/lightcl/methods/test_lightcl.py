@@ -254,3 +254,59 @@ def test_explicit_keys_win_over_the_preset():
 def test_values_out_of_range_are_refused(wrong):
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         LightCLParameters(**wrong)
+
+
+# -- memory_pass: joint ----------------------------------------------------------------------------------------------
+
+
+def step_of(method: LightCL) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """The loss of a step in training mode, its gradients, and the running statistics after it."""
+    method.network.train()
+    loss = method.loss(SECOND.task.train.load(slice(0, 6)), SECOND)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in method.network.named_parameters() if p.grad is not None}
+    return loss.detach(), gradients, toys.copy_of(dict(method.network.named_buffers()))
+
+
+@pytest.mark.parametrize("batch_norm", ["eval", "train"])
+@pytest.mark.parametrize("reduction", ["sum", "relative"])
+@pytest.mark.parametrize("freeze", ["layer3", "none"])
+def test_a_joint_pass_computes_what_two_passes_compute(batch_norm, reduction, freeze):
+    steps = []
+    for memory_pass in ("separate", "joint"):
+        method = make(
+            toys.network(freeze=freeze), memory_pass=memory_pass, memory_batch_norm=batch_norm, reduction=reduction
+        )
+        begin_second_task(method)
+        move_(method.network)
+        steps.append(step_of(method))
+    (loss, gradients, buffers), (joint_loss, joint_gradients, joint_buffers) = steps
+    assert torch.allclose(joint_loss, loss, rtol=1e-5)
+    assert joint_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        scale = float(gradient.abs().max())
+        assert torch.allclose(joint_gradients[name], gradient, rtol=1e-3, atol=1e-4 * scale), name
+    for name, buffer in buffers.items():
+        if name.endswith("num_batches_tracked"):
+            continue  # counts passes
+        assert torch.allclose(joint_buffers[name], buffer, rtol=1e-5, atol=1e-6), name
+
+
+def test_after_a_joint_pass_batch_norm_is_as_before():
+    method = make(memory_pass="joint")
+    begin_second_task(method)
+    step_of(method)
+    norm = method.network.get_submodule("layer4.0.bn1")
+    assert "forward" not in vars(norm)
+    x = torch.randn(6, norm.num_features, 2, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(norm(x).mean((0, 2, 3)), norm.bias, atol=1e-5)  # all samples share the statistics
+
+
+def test_a_joint_pass_uses_every_weight_once():
+    """With two passes autograd adds up two gradients; with one the first is complete."""
+    method = make(memory_pass="joint")
+    begin_second_task(method)
+    calls = []
+    method.network.get_submodule("layer4.1.conv2").register_forward_hook(lambda *given: calls.append(len(given[2])))
+    step_of(method)
+    assert calls == [9]  # six of the batch, three of the memory

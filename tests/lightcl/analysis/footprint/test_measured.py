@@ -20,6 +20,8 @@ from lightcl.scenario import Scenario
 from tests.lightcl import toys
 
 FLOATS = 1_000_000
+CACHED = {"data": {"views": 2}, "device": {"accelerator": "cpu"}}
+AT_ONCE = {"update": "at-once"}
 
 
 def test_peak_of_allocations_by_hand():
@@ -110,6 +112,13 @@ def test_rehearsal_keeps_what_decides_the_memory():
         {"method": {"name": "lightcl-sparse"}},
         {"method": {"name": "sgd"}, "device": {"precision": "bf16", "accelerator": "cpu"}},
         {"method": {"name": "lightcl"}, "device": {"precision": "bf16", "accelerator": "cpu"}},
+        {"method": {"name": "lightcl"}} | CACHED,
+        {"method": {"name": "lightcl", "memory_pass": "joint"}, "training": AT_ONCE} | CACHED,
+        {"method": {"name": "lightcl", "memory_pass": "joint"}, "training": AT_ONCE}
+        | CACHED
+        | {"device": {"convolutions": "winograd", "accelerator": "cpu"}},
+        {"method": {"name": "lightcl-sparse", "memory_pass": "joint"}, "training": AT_ONCE} | CACHED,
+        {"data": {"views": 2}, "device": {"prefix_cache": "off", "accelerator": "cpu"}},
     ],
     ids=lambda changes: "-".join(str(value) for section in changes.values() for value in section.values()),
 )

@@ -8,7 +8,16 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightcl.analysis.footprint.shapes import shape_of
-from lightcl.analysis.footprint.theory import CATEGORIES, Workload, _Step, footprint, step_flops, training_flops
+from lightcl.analysis.footprint.theory import (
+    CATEGORIES,
+    Workload,
+    _Step,
+    footprint,
+    step_flops,
+    training_flops,
+    workload_of,
+)
+from lightcl.device.prefix import prefix_cache
 from lightcl.methods.base import StepCost
 from lightcl.networks.pruning import prune_
 from tests.lightcl import toys
@@ -177,3 +186,36 @@ def test_updated_at_once_one_gradient_exists_at_a_time(precision, held):
     at_once.play()
     assert sum(at_once.worst.values()) <= sum(after.worst.values())
     assert at_once.live == after.live
+
+
+# -- disk --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": {"name": "lightcl"}},
+        {"method": {"name": "sgd"}, "training": {"momentum": 0.9}},
+        {"method": {"name": "er"}},
+        {"method": {"name": "ewc"}},
+    ],
+    ids=lambda changes: changes["method"]["name"],
+)
+def test_the_disk_that_is_counted_is_what_a_device_takes(tmp_path, changes, monkeypatch):
+    monkeypatch.setenv("LIGHTCL_CACHE", str(tmp_path / "cache"))
+    sections = {"network": {"weights": "none", "width": 16}, "data": {"views": 2}} | changes
+    device = toys.device(tmp_path / "state", **sections)
+    for task in device.stream.ids:
+        device.train(task, 2)  # an epoch for each view
+        device.evaluate()
+    cost = device.scenario.method.cost_on(device.network)
+    disk = footprint(device.network, cost, workload_of(device.scenario, device.stream, IMAGE)).disk
+    state = sum(file.stat().st_size for file in tmp_path.glob("state/**/*.safetensors"))
+    assert 0.9 < state / disk["state"] < 1.1
+    stores = prefix_cache().stores()
+    rows = sum(store.rows for store in stores)
+    if device.scenario.caches_prefix:
+        assert rows == workload_of(device.scenario, device.stream, IMAGE).cached_outputs
+        assert disk["prefix cache"] == rows * shape_of(device.network, IMAGE).features * 4
+    else:
+        assert rows == disk["prefix cache"] == 0
