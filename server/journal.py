@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
+from lightcl.errors import RequestError
 from lightcl.records.folder import DEVICES, ROUNDS, RunFolder
-from lightcl.records.rows import RoundRow
+from lightcl.records.rows import Failure, RoundRow
 from lightcl.storage.state import StateError
 from server.aggregation import Aggregator
 from server.checkpoint import Checkpoint, PendingRound, Saved, StateLost
@@ -103,6 +105,12 @@ class Journal:
         self.ledger.changed.update(finished.rows)
         self._save(round_number, None)
         return row
+
+    def note_failure(self, reason: str) -> None:
+        """Says in the run folder why the run ended; a run that could not be reopened keeps the results that it had."""
+        with suppress(OSError, RequestError):  # the disk may be the reason
+            if self.folder.results() is None:
+                self.folder.fail(Failure(reason, self.ledger.dropped))
 
     def _save(self, round_number: int, pending: PendingRound | None) -> None:
         version = self.aggregator.version if self.aggregator else 0

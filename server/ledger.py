@@ -220,6 +220,17 @@ class Ledger:
             entry.tasks, entry.task = tuple(tasks), self._first(tuple(tasks))
             self.changed.add(number)
 
+    @property
+    def terms(self) -> tuple[int, int, str] | None:
+        """What greetings say of the server's own images (`KnownImages.terms`); None where it has none."""
+        return self._images.terms if self._images else None
+
+    def without_version(self, version: int) -> list[Entry]:
+        """Finished devices whose method needs the fleet's last head, and that have an older one."""
+        if not self.scenario.method.sums_statistics:
+            return []
+        return [entry for entry in self.finished if entry.version < version]
+
     def images_of(self, number: int, task: int) -> int | None:
         """How many training images a device has for a task; None for images of its own."""
         if self._images is None or number in self._own_data:
