@@ -134,7 +134,7 @@ def test_a_simulation_in_which_a_device_cannot_take_part_fails(tmp_path: Path, m
         ({"channels": 1024, "labels": ""}, None),
         ({"classes": 3}, None),
         ({"labels": ""}, "own"),
-        ({"classes": 4}, "own"),
+        ({"classes": 5}, "own"),
     ],
 )
 def test_of_two_nodes_that_disagree_the_honest_one_takes_part(
