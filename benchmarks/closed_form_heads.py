@@ -159,7 +159,7 @@ def _accuracies(
     til: dict[str, list[float]] = {}
     cil: dict[str, list[float]] = {}
     for task in device.stream:
-        classes = torch.tensor(task.classes)
+        classes = torch.tensor(task.rows)
         right = {name: [0, 0] for name in ("LightCL's own head", *VARIANTS)}
         for maps, logits, labels in _pass(device, task.test):
             scores = {"LightCL's own head": logits}

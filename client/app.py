@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 from pydantic import ValidationError
 
-from lightcl.assembly import build_network, stream_plan
+from lightcl.assembly import build_network, fleet_head, stream_plan
 from lightcl.data.partition import Share, Shares
 from lightcl.data.sources import Source, SourceRequest, load_source
 from lightcl.data.streams import learnable
@@ -40,14 +41,15 @@ from lightcl.exchange.messages import (
     ProtocolError,
     Refusal,
 )
-from lightcl.exchange.tensors import ExchangeError
+from lightcl.exchange.tensors import Arrays, ExchangeError
 from lightcl.networks.staged import Backbone
 from lightcl.scenario import Scenario, scenario_from_json
 from lightcl.storage.files import exclusive
 from lightcl.storage.shared import SharedVersions
 from lightcl.storage.state import StateError
 
-Refusable = (RequestError, StateError, OutOfStep, TrainingFailure, ExchangeError, ProtocolError)
+Refusable = (RequestError, StateError, OutOfStep, TrainingFailure, ExchangeError, ProtocolError, OSError)
+"""Errors that a device answers with a Refusal. An OSError comes from the disk: no room, or no permission."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +159,9 @@ def _greet(instruction: Instruction, scenario: Scenario, local: Local, message: 
     tasks: list[int] = []
     if local.own_data:
         tasks = list(learnable(stream_plan(scenario), source, whole_share(source), local.partition))
+    head = _head(instruction.scenario, local.overrides, local.own_data)
     greeting = Greeting(
-        local.partition, local.partitions, local.name, source.channels, len(source.classes), source.labels,
+        local.partition, local.partitions, local.name, source.channels, len(head), source.names_digest(head),
         local.own_data, tasks,
     )  # fmt: skip
     return _reply(greeting.to_record())
@@ -180,25 +183,54 @@ def _with_device(
         raise ProtocolError(f"Instruction.run is {instruction.run!r}, expected letters and digits")
     run = local.state / instruction.run
     folder = run / f"device-{instruction.device:05d}"
-    with exclusive(folder):
+    head = _head(instruction.scenario, local.overrides, local.own_data)
+    with _alone_in(folder):
         device = EdgeDevice(
-            scenario, instruction.device, folder, source=source, share=share, durable=local.durable,
+            scenario, instruction.device, folder, source=source, share=share, head=head, durable=local.durable,
             shared=None if local.durable else SharedVersions(run / "shared"),  # on a board there is one device
             network=_fresh_network(
-                instruction.scenario, local.overrides, source.channels, len(source.classes), many=not local.durable
+                instruction.scenario, local.overrides, source.channels, len(head), many=not local.durable
             ),
         )  # fmt: skip
 
         def receive() -> None:
             record = message.content.array_records.get(ARRAYS)
             if record is not None:
-                sent = {name: array.numpy() for name, array in record.items()}
+                sent = decoded(record)
                 device.receive(codec_named(scenario.server.compression).restore(sent), instruction.version)
 
         try:
             return work(device, instruction, receive)
         except Refusable as error:
             return _refusal(error, device)
+
+
+def decoded(record: ArrayRecord) -> Arrays:
+    """The tensors of a message. Raises ExchangeError for bytes that are no array."""
+    arrays: Arrays = {}
+    for name, array in record.items():
+        try:
+            tensor: object = array.numpy()
+        except Exception as error:  # damaged bytes raise whatever the parser of their header meets
+            raise ExchangeError(f"tensor {name!r} cannot be decoded ({type(error).__name__})") from error
+        if not isinstance(tensor, np.ndarray):  # an archive of arrays
+            raise ExchangeError(f"tensor {name!r} cannot be decoded: it is no array")
+        arrays[name] = tensor
+    return arrays
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Locks a device's state folder. Raises StateError where the disk refuses it."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive(folder))
+        except OSError as error:
+            raise StateError(
+                f"{folder}: the state folder cannot be used ({error.strerror or error}); make room, give this user the "
+                "right to write, or set another folder (state-dir in --node-config)"
+            ) from error
+        yield
 
 
 def whole_share(source: Source) -> Share:
@@ -209,6 +241,7 @@ def whole_share(source: Source) -> Share:
 def _train(device: EdgeDevice, instruction: Instruction, receive: Callable[[], None]) -> RecordDict:
     if device.may_receive(instruction.task, instruction.until_epoch):
         receive()
+        device.check_version(instruction.version)
     trained = device.train(instruction.task, instruction.until_epoch)
     content = _reply(trained.to_record())
     arrays = codec_named(device.scenario.server.compression).compress(device.outgoing())
@@ -223,6 +256,7 @@ def _train(device: EdgeDevice, instruction: Instruction, receive: Callable[[], N
 def _evaluate(device: EdgeDevice, instruction: Instruction, receive: Callable[[], None]) -> RecordDict:
     device.check_at(instruction.task, instruction.until_epoch)
     receive()
+    device.check_version(instruction.version)
     return _reply(device.evaluate().to_record())
 
 
@@ -273,6 +307,13 @@ def local_settings(node: Mapping[str, object], state: Path | None) -> Local:
 def _scenario(text: str, overrides: Overrides) -> Scenario:
     """The scenario of an instruction, as this node changes it. Raises RequestError."""
     return overrides.apply(scenario_from_json(text))
+
+
+@lru_cache(maxsize=2)
+def _head(text: str, overrides: Overrides, own_data: bool) -> tuple[int, ...]:
+    """The classes of the head: the same on all nodes of a fleet. Raises RequestError."""
+    scenario = _scenario(text, overrides)
+    return fleet_head(scenario, _source(scenario.source_request()), own_data=own_data)
 
 
 @lru_cache(maxsize=1)

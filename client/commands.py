@@ -109,10 +109,10 @@ def run_checks(scenario: Scenario, node_config: Mapping[str, Any]) -> list[Check
         return found
     local, own = settled
     run("state folder", lambda: _check_state_folder(local.state))
-    source = run("data", lambda: _check_data(local, own))
+    data = run("data", lambda: _check_data(local, own))
     run("accelerator", lambda: _check_accelerator(own))
-    if source is not None:
-        run("network", lambda: _check_network(own, source))
+    if data is not None:
+        run("network", lambda: _check_network(own, *data))
     return found
 
 
@@ -127,10 +127,10 @@ def _check_state_folder(folder: Path) -> tuple[str, None]:
     return f"{folder} is writable, {shutil.disk_usage(folder).free / 2**30:.1f} GiB free", None
 
 
-def _check_data(local: Local, scenario: Scenario) -> tuple[str, Source]:
-    """Opens the images and cuts this device's stream from them."""
+def _check_data(local: Local, scenario: Scenario) -> tuple[str, tuple[Source, int]]:
+    """Opens the images and cuts this device's stream from them; gives them with the number of rows of the head."""
     from client.app import whole_share
-    from lightcl.assembly import build_stream
+    from lightcl.assembly import build_stream, fleet_head
     from lightcl.data.partition import share_of
     from lightcl.data.sources import load_source
 
@@ -144,17 +144,19 @@ def _check_data(local: Local, scenario: Scenario) -> tuple[str, Source]:
                 f"(allowed: 0 to {scenario.fleet.devices - 1})"
             )
         share = share_of(source, scenario.fleet, scenario.seed, local.partition)
-    stream = build_stream(scenario, source, share, local.partition)
+    head = fleet_head(scenario, source, own_data=local.own_data)
+    stream = build_stream(scenario, source, share, local.partition, head)
     if not stream:
         raise RequestError(
             f"the board can learn no task: {stream.skipped[0].reason}; give it more images or lower stream.min_samples"
         )
     height, width, channels = source.train.images.shape[1:]
     learned = f"{len(stream)} of {scenario.stream.tasks}" if stream.skipped else f"{len(stream)}"
+    used = f" ({len(head)} in the fleet's streams)" if len(head) < len(source.classes) else ""
     return (
-        f"{len(share.train)} training images of {height}x{width}x{channels}, {len(source.classes)} classes, "
+        f"{len(share.train)} training images of {height}x{width}x{channels}, {len(source.classes)} classes{used}, "
         f"{learned} tasks"
-    ), source
+    ), (source, len(head))
 
 
 def _check_accelerator(scenario: Scenario) -> tuple[str, None]:
@@ -186,13 +188,13 @@ def _check_accelerator(scenario: Scenario) -> tuple[str, None]:
     return f"{name}; {free / 2**20:.0f} of {total / 2**20:.0f} MiB memory free; torch {torch.__version__}", None
 
 
-def _check_network(scenario: Scenario, source: Source) -> tuple[str, None]:
+def _check_network(scenario: Scenario, source: Source, classes: int) -> tuple[str, None]:
     """Reads the weights and builds the network and the method."""
     from lightcl.assembly import build_network
 
     if scenario.network.freeze == "auto":
         return "not built: the server chooses the freeze point when the run starts", None
-    network = build_network(scenario, in_channels=source.channels, classes=len(source.classes))
+    network = build_network(scenario, in_channels=source.channels, classes=classes)
     scenario.method.build(network)
     frozen = network.prefix.blocks[-1] if network.prefix.blocks else "none"
     parameters = sum(parameter.numel() for parameter in network.parameters())

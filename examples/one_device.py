@@ -41,9 +41,9 @@ def main() -> None:
                 print(f"average accuracy {matrix.average_accuracy():.2f}")
 
         first = device.tasks[0]
-        batch = first.test.load(slice(0, 8))
-        images = batch.images.permute(0, 2, 3, 1).numpy()  # [N, H, W, C], uint8
-        print(f"\ntest images of task {first.id}: true {batch.labels.tolist()}")
+        eight = first.test.only(slice(0, 8))
+        images = eight.images().permute(0, 2, 3, 1).numpy()  # [N, H, W, C], uint8
+        print(f"\ntest images of task {first.id}: true {eight.labels.tolist()}")
         print(f"predicted as {device.predict(images, task=first).tolist()}")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightcl.data.partition import Share, partition
 from lightcl.data.sources import Source
-from lightcl.data.streams import StreamPlan, TaskCounts, count_tasks, cut_stream
+from lightcl.data.streams import StreamPlan, TaskCounts, count_tasks, cut_stream, head_of
 from lightcl.data.tasks import TaskStream
 from lightcl.errors import RequestError
 from lightcl.networks import BACKBONES
@@ -23,9 +23,22 @@ from lightcl.seeds import derive
 PAPER_WIDTH = 64
 
 
-def build_stream(scenario: Scenario, source: Source, share: Share, device: int) -> TaskStream:
-    """A device's share, cut into tasks as the scenario says. Raises RequestError as `cut_stream` does."""
-    return cut_stream(stream_plan(scenario), source, share, device)
+def build_stream(
+    scenario: Scenario, source: Source, share: Share, device: int, head: Sequence[int] | None = None
+) -> TaskStream:
+    """A device's share, cut into tasks as the scenario says; `head` and errors as of `cut_stream`."""
+    return cut_stream(stream_plan(scenario), source, share, device, head)
+
+
+def fleet_head(scenario: Scenario, source: Source, *, own_data: bool = False) -> tuple[int, ...]:
+    """The classes that the rows of the head stand for: those of all streams of the fleet, ascending.
+
+    `own_data`: the devices' images are their own and no partition says whose they are (see `head_of`). Raises
+    RequestError where the classes do not suffice, and as `partition` does.
+    """
+    plan = stream_plan(scenario)
+    asked = plan.own_classes and not own_data  # otherwise who holds what makes no difference
+    return head_of(plan, source, partition(source, scenario.fleet, scenario.seed) if asked else None)
 
 
 def stream_plan(scenario: Scenario) -> StreamPlan:
@@ -56,7 +69,8 @@ def stream_to_count(scenario: Scenario, source: Source, device: int | None = Non
     if device is None:
         tasks = tasks_of_fleet(scenario, source, shares)
         device = max(range(len(tasks)), key=lambda number: len(tasks[number]))
-    stream = build_stream(scenario, source, shares[device], device)
+    head = head_of(stream_plan(scenario), source, shares)
+    stream = build_stream(scenario, source, shares[device], device, head)
     if not stream:
         raise RequestError(
             f"device {device} learns no task (it has too few images for each of them); name another --device"

@@ -46,6 +46,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
+def one_line(text: str, most: int = 500) -> str:
+    """A text that another machine sent, fit for a log and a row: one line, printable, at most `most` characters."""
+    words = " ".join(text[: 2 * most].split())
+    line = "".join(letter if letter.isprintable() else "?" for letter in words)
+    return line if len(line) <= most and len(text) <= 2 * most else f"{line[: most - 3]}..."
+
+
 def shown(given: object) -> str:
     """A value as it would stand in the file, cut to some 80 characters; it may be endless."""
     pieces = json.JSONEncoder(default=str, skipkeys=True, check_circular=False).iterencode(given)

@@ -94,8 +94,8 @@ class OpenDevice:
         Raises RequestError for a task that the device does not have, OutOfStep where it is not the turn of the task,
         TrainingFailure where the loss is no longer a number.
         """
-        position = self._position(task)
-        return self.edge.train(position, self.scenario.training.epochs if epochs is None else epochs, on_epoch)
+        number = self.edge.stream.ids[self._position(task)]
+        return self.edge.train(number, self.scenario.training.epochs if epochs is None else epochs, on_epoch)
 
     def evaluate(self) -> Tested:
         """Tests all tasks learned so far, keeps the row of the accuracy matrices, and saves the state."""
@@ -111,20 +111,24 @@ class OpenDevice:
         return self.edge.matrix(setting)
 
     def predict(self, images: np.ndarray, task: Task | int | None = None) -> np.ndarray:
-        """The class number of each image, int64 `[N]`: among all classes, or among those of `task` where it is known.
+        """The class of each image, as the source numbers it, int64 `[N]`.
 
-        `images` is uint8 `[N, H, W, C]`, or `[N, H, W]` for gray ones, of the size that the device was trained on.
+        The answer is one of the classes of the fleet's streams, or of those of `task` where it is known. `images` is
+        uint8 `[N, H, W, C]`, or `[N, H, W]` for gray ones, of the size that the device was trained on.
         """
-        logits = self.logits(images)
+        logits, head = self.logits(images), np.asarray(self.edge.stream.head)
         if task is None:
-            found: np.ndarray = logits.argmax(1)
+            found: np.ndarray = head[logits.argmax(1)]
             return found
-        classes = np.asarray(self.edge.stream.to_learn(self._position(task)).classes)
-        chosen: np.ndarray = classes[logits[:, classes].argmax(1)]
+        rows = np.asarray(self.edge.stream.to_learn(self._position(task)).rows)
+        chosen: np.ndarray = head[rows[logits[:, rows].argmax(1)]]
         return chosen
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """The method's logits, float32 `[N, classes]`; images as for `predict`."""
+        """The method's logits, float32 `[N, rows]`; images as for `predict`.
+
+        The head has a row for every class of the fleet's streams: row r is class `edge.stream.head[r]` of the source.
+        """
         pictures = _pictures(images)
         if pictures.shape[3] != self.network.in_channels:
             raise RequestError(

@@ -87,7 +87,7 @@ def prepare(scenario: Scenario) -> Prepared:
     shares = partition(source, scenario.fleet, scenario.seed)
     counts = count_fleet(scenario, source, shares)
     buildable = analyzed_scenario(scenario) if scenario.network.freeze == "auto" else scenario
-    network = build_network(buildable, in_channels=source.channels, classes=len(source.classes))
+    network = build_network(buildable, in_channels=source.channels, classes=len(counts.head))
     buildable.method.build(network)  # a method may refuse a network
     if scenario.server.aggregation != "none" and not outgoing(network, scenario.server.aggregation):
         raise RequestError(
@@ -123,7 +123,7 @@ def choose_freeze_point(prepared: Prepared, on_step: OnStep | None = None) -> Pr
     found = analyze(scenario, device, source, prepared.shares[device], on_step)
     analysis = found.record(scenario.network.freeze_threshold)
     scenario = _with_freeze(scenario, analysis["freeze"])
-    network = build_network(scenario, in_channels=source.channels, classes=len(source.classes))
+    network = build_network(scenario, in_channels=source.channels, classes=len(prepared.counts.head))
     scenario.method.build(network)  # raises RequestError if the method does not accept this point
     return replace(prepared, scenario=scenario, prefix=digest(network.prefix), analysis=analysis)
 
@@ -143,6 +143,13 @@ def open_run(
     The scenario that it returns has a freeze point, never "auto"; `on_step` watches the analysis that chooses it.
     """
     if resume and folder.exists:
+        about = folder.read()
+        if about.get("kind") == kind and "images" not in about and not is_old(about["scenario"]):
+            raise RequestError(
+                f"--resume: the run in {folder.path} began without images on the server, but now there are some at "
+                f"{scenario.data.path or scenario.data.source!r} (data.path, data.source); name the scenario that it "
+                "began with, or another --out"
+            )
         scenario = _as_chosen(folder, scenario)
         _check_same(folder, scenario, {"kind": kind})
     elif not (overwrite and folder.exists):
@@ -151,9 +158,10 @@ def open_run(
     if kind.startswith("device "):
         _check_learns(prepared, int(kind.removeprefix("device ")))
     prepared = choose_freeze_point(prepared, on_step)
-    facts = {"kind": kind, "images": prepared.images, "prefix": prepared.prefix}
+    facts: dict[str, str | int] = {"kind": kind, "images": prepared.images, "prefix": prepared.prefix}
+    facts["classes"] = len(prepared.counts.head)
     if resume:
-        _check_same(folder, scenario, facts)
+        _check_same(folder, scenario, facts, {"classes": len(prepared.source.classes)})
     folder.prepare(resume=resume, overwrite=overwrite)
     if not folder.exists:
         about = describe_run(command, uuid.uuid4().hex[:12]) | facts
@@ -174,6 +182,14 @@ def open_remote_run(folder: RunFolder, scenario: Scenario, command: str, *, resu
             "`lightcl analyze` on a machine that has images, and write the block that it names into network.freeze"
         )
     if resume and folder.exists:
+        about = folder.read()
+        if "images" in about:
+            before = about["scenario"].get("data", {}).get("path")
+            raise RequestError(
+                f"--resume: the run in {folder.path} began with images on the server (data.path was {before!r}), and "
+                f"data.path is {str(scenario.data.path) if scenario.data.path else None!r} now, where there are none; "
+                "set data.path to where they are"
+            )
         _check_same(folder, scenario, {"kind": "fleet"})
     folder.prepare(resume=resume, overwrite=False)
     if not folder.exists:
@@ -192,9 +208,14 @@ def _as_chosen(folder: RunFolder, scenario: Scenario) -> Scenario:
     return _with_freeze(scenario, str(analysis["freeze"]))
 
 
-def _check_same(folder: RunFolder, scenario: Scenario, facts: Mapping[str, str]) -> None:
-    """Raises RequestError if the run in the folder is not the one that is to be continued."""
-    about = folder.read()
+def _check_same(
+    folder: RunFolder, scenario: Scenario, facts: Mapping[str, str | int], earlier: Mapping[str, int] | None = None
+) -> None:
+    """Raises RequestError if the run in the folder is not the one that is to be continued.
+
+    `earlier` are facts that earlier versions did not record, as they were then: a head had all classes of the source.
+    """
+    about: dict[str, Any] = {**(earlier or {}), **folder.read()}
     if is_old(about["scenario"]):
         raise RequestError(
             f"--resume: the run in {folder.path} was made by an earlier version; it can be read and reported, but not "

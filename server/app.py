@@ -13,8 +13,9 @@ from flwr.serverapp import Grid, ServerApp
 from lightcl.data.sources import reads_own_files
 from lightcl.preparation import open_remote_run, open_run
 from lightcl.records.folder import RunFolder
-from lightcl.scenario import Scenario, load_scenario
+from lightcl.scenario import Scenario, keys_without_effect, load_scenario
 from server.aggregation import Aggregator
+from server.ledger import KnownImages
 from server.listeners import LogListener
 from server.rounds import Coordinator
 
@@ -47,10 +48,13 @@ def main(grid: Grid, context: Context) -> None:
     config = context.run_config
     wanted = Path(str(config.get("scenario", "quickstart")))
     scenario = load_scenario(wanted, shlex.split(str(config.get("set", ""))))
+    for line in keys_without_effect(scenario):
+        logger.warning("%s", line)
     Aggregator.check(scenario.server)
     folder = RunFolder(Path(str(config.get("out") or f"runs/{scenario.name}-{context.run_id}")).absolute())
     command, resume = f"flwr run ({wanted})", bool(config.get("resume", False))
     tasks: Sequence[tuple[int, ...]] | None = None  # where only the boards have images, each says what it can learn
+    images: KnownImages | None = None
     if images_are_here(scenario):
 
         def log_step(what: str, done: int, total: int) -> None:
@@ -58,7 +62,7 @@ def main(grid: Grid, context: Context) -> None:
 
         prepared = open_run(folder, scenario, command, "fleet", resume=resume, overwrite=False, on_step=log_step)
         scenario = prepared.scenario
-        tasks = prepared.tasks
+        tasks, images = prepared.tasks, KnownImages.of(prepared)
     else:
         open_remote_run(folder, scenario, command, resume=resume)
     if folder.completed:
@@ -66,7 +70,7 @@ def main(grid: Grid, context: Context) -> None:
         return
     run = str(folder.read()["run"])
     with folder.locked():
-        results = Coordinator(scenario, folder, run, LogListener(), tasks).run(grid)
+        results = Coordinator(scenario, folder, run, LogListener(), tasks, images=images).run(grid)
     for setting in ("til", "cil"):
         if figures := results.figures(setting):
             logger.info("%s %.1f %%", setting.upper(), 100 * figures.average_accuracy.mean)

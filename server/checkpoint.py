@@ -2,13 +2,15 @@
 
 A save writes the shared tensors under a new name, then changes the database in one transaction: that is the commit.
 Only rows of devices that have changed are written, so a save costs as much as a round has devices, whatever the size of
-the fleet. A process killed at any point leaves the old state or the new one.
+the fleet. A process killed at any point leaves the old state or the new one. Texts in the database begin with their
+checksum, and the name of the tensors file is followed by the file's.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +20,25 @@ import safetensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lightcl.errors import RequestError
 from lightcl.records.rows import DeviceRow
 from lightcl.storage.files import sync
 from lightcl.storage.state import MANIFEST, StateError
 from server.ledger import Entry
 
 DATABASE = "state.db"
+VERSION = 1
+"""Of the form of the database; raised where an older version of this project could not read it."""
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (
     id INTEGER PRIMARY KEY CHECK (id = 0), round INTEGER NOT NULL, version INTEGER NOT NULL, tensors TEXT, pending TEXT
 );
 CREATE TABLE IF NOT EXISTS devices (number INTEGER PRIMARY KEY, entry TEXT NOT NULL);
 """
+
+
+class StateLost(StateError):
+    """The saved state is damaged, or a part of it is missing."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,10 @@ class Checkpoint:
         self._connection: sqlite3.Connection | None = None
 
     def load(self) -> Saved | None:
-        """The last saved point; None where nothing was ever saved. Raises StateError."""
+        """The last saved point; None where nothing was ever saved.
+
+        Raises StateLost where it is damaged, StateError where another version wrote it.
+        """
         if not (self.folder / DATABASE).exists():
             if (self.folder / MANIFEST).exists():
                 raise StateError(
@@ -81,20 +93,41 @@ class Checkpoint:
                 )
             return None
         try:
+            (form,) = self._database.execute("PRAGMA user_version").fetchone()
+            if form > VERSION:
+                raise StateError(
+                    f"{self.folder / DATABASE}: the state was saved by a newer version of lightcl-fleet (its form is "
+                    f"{form}, this one knows {VERSION}); update lightcl-fleet, then continue with --resume"
+                )
+            (sound,) = self._database.execute("PRAGMA quick_check(1)").fetchone()
+            if sound != "ok":
+                raise ValueError(sound)
             run = self._database.execute("SELECT round, version, tensors, pending FROM run").fetchone()
             entries = self._database.execute("SELECT entry FROM devices ORDER BY number").fetchall()
             if run is None:
                 return None
+            if form < VERSION:
+                raise ValueError("an earlier version of lightcl-fleet saved it")
             number, version, tensors, pending = run
             return Saved(
                 number,
-                PendingRound.from_json(json.loads(pending), DATABASE) if pending else None,
+                PendingRound.from_json(json.loads(_checked(pending)), DATABASE) if pending else None,
                 version,
-                load_file(self.folder / tensors) if tensors else {},
-                [Entry.from_saved(json.loads(entry)) for (entry,) in entries],
+                self._read_tensors(tensors) if tensors else {},
+                [Entry.from_saved(json.loads(_checked(entry))) for (entry,) in entries],
             )
-        except (OSError, ValueError, TypeError, KeyError, sqlite3.Error, safetensors.SafetensorError) as error:
-            raise StateError(f"{self.folder / DATABASE}: the saved state cannot be read ({error})") from error
+        except (
+            OSError, ValueError, TypeError, KeyError, AttributeError, sqlite3.Error, safetensors.SafetensorError,
+            RequestError,
+        ) as error:  # fmt: skip
+            raise StateLost(f"{self.folder / DATABASE}: the saved state cannot be read ({error})") from error
+
+    def set_aside(self) -> None:
+        """Renames a database that cannot be used any more, so that a new one can begin; it is kept."""
+        self.close()
+        for name in (DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm"):
+            if (self.folder / name).exists():
+                (self.folder / name).replace(self.folder / f"{name}.set-aside")
 
     def save(
         self,
@@ -130,17 +163,18 @@ class Checkpoint:
     ) -> None:
         database = self._database
         stored = database.execute("SELECT tensors FROM run").fetchone()
-        file = stored[0] if stored else None
+        file = str(stored[0]) if stored and stored[0] else None
         if tensors is not None:
             file = self._write(tensors, file) if tensors else None
-        entries = [(entry.number, json.dumps(entry.to_saved())) for entry in changed]
-        row = (round_number, version, file, json.dumps(pending.to_json()) if pending else None)
+        entries = [(entry.number, _with_checksum(json.dumps(entry.to_saved()))) for entry in changed]
+        row = (round_number, version, file, _with_checksum(json.dumps(pending.to_json())) if pending else None)
         with database:  # commits, or rolls back
+            database.execute(f"PRAGMA user_version = {VERSION}")
             database.executemany("INSERT OR REPLACE INTO devices VALUES (?, ?)", entries)
             database.execute("INSERT OR REPLACE INTO run VALUES (0, ?, ?, ?, ?)", row)
         if tensors is not None:
             for old in self.folder.glob("tensors-*.safetensors"):
-                if old.name != file:
+                if file is None or old.name != file.partition(" ")[0]:
                     old.unlink(missing_ok=True)
 
     def _write(self, tensors: Mapping[str, Tensor], last: str | None) -> str:
@@ -149,7 +183,13 @@ class Checkpoint:
         if self._durable:
             sync(self.folder / name)
             sync(self.folder)
-        return name
+        return f"{name} {_checksum((self.folder / name).read_bytes())}"
+
+    def _read_tensors(self, stored: str) -> dict[str, Tensor]:
+        name, _, expected = stored.partition(" ")
+        if expected and _checksum((self.folder / name).read_bytes()) != expected:
+            raise ValueError(f"{name} is damaged: its checksum is wrong")
+        return load_file(self.folder / name)
 
     @property
     def _database(self) -> sqlite3.Connection:
@@ -162,3 +202,19 @@ class Checkpoint:
             connection.executescript(SCHEMA)
             self._connection = connection
         return self._connection
+
+
+def _checksum(data: bytes) -> str:
+    return f"{zlib.crc32(data):08x}"
+
+
+def _with_checksum(text: str) -> str:
+    return f"{_checksum(text.encode())} {text}"
+
+
+def _checked(stored: str) -> str:
+    """The text behind its checksum. Raises ValueError where they do not fit."""
+    checksum, _, text = stored.partition(" ")
+    if _checksum(text.encode()) != checksum:
+        raise ValueError("a row is damaged: its checksum is wrong")
+    return text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from lightcl.errors import one_line
 from lightcl.exchange.messages import Greeting
 from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario
@@ -12,6 +13,9 @@ from server.ledger import Entry, Ledger
 from server.listeners import Listener
 from server.mailbox import Mailbox
 from server.nodes import Nodes
+
+MOST_PROBLEMS = 5
+"""Problems of nodes that an error lists."""
 
 
 class NobodyConnected(Exception):
@@ -34,7 +38,9 @@ class Connections:
     def connect(self) -> Greeting:
         """Waits for the nodes of all devices that still have to learn, `server.connect_timeout` at most.
 
-        Returns what they agree on. Raises NobodyConnected where none has come by then.
+        The devices of a simulation are there, so it waits for all of them: otherwise the load of the machine would
+        decide the numbers. Returns what the nodes agree on. Raises NobodyConnected where none has come by then, and in
+        a simulation where one is missing.
         """
         limit, start = self.scenario.server.connect_timeout, time.monotonic()
         wanted, shown = self.ledger.active, -1
@@ -45,17 +51,22 @@ class Connections:
             if connected != shown:
                 self.listener.connected(connected, len(wanted))
                 shown = connected
-            if self.nodes.agreed and not missing and not self.nodes.unanswered:
+            if self.nodes.agreed and not missing and not self.nodes.awaited:
                 break
-            nobody = self.nodes.agreed is None or (wanted and not connected)
-            if self._given_up(start) if nobody else time.monotonic() - start > limit:
+            nobody = self.nodes.agreed is None or bool(wanted and not connected)
+            if self._given_up(start, nobody):
                 break
             self.mailbox.pause(0.2)
-        waited = "".join([f"after {limit:g} s (server.connect_timeout)", *(f"; {p}" for p in self.nodes.problems)])
+        problems = self.nodes.problems
+        more = [f"; and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
+        about = "".join([*(f"; {problem}" for problem in problems[:MOST_PROBLEMS]), *more])
+        waited = f"after {limit:g} s (server.connect_timeout){about}"
         if self.nodes.agreed is None or (wanted and not connected):
             raise NobodyConnected(f"none of {len(wanted)} devices is connected {waited}")
+        if missing and self.mailbox.simulated:
+            raise NobodyConnected(f"{len(missing)} of {len(wanted)} simulated devices are not connected {waited}")
         for entry in missing:  # they take part as soon as they are connected
-            self.listener.refused(entry.number, f"not connected {waited}")
+            self.listener.refused(entry.number, one_line(f"not connected {waited}"))
         self.nodes.settle()
         return self.nodes.agreed
 
@@ -68,7 +79,7 @@ class Connections:
             connected = [entry for entry in active if self.nodes.node_of(entry.number) is not None]
             if connected or not active:
                 return connected
-            if self._given_up(start):
+            if self._given_up(start, nobody=True):
                 for entry in active:
                     entry.dropped = f"not connected for {self.scenario.server.connect_timeout:g} s"
                     self.listener.refused(entry.number, entry.dropped)
@@ -85,18 +96,24 @@ class Connections:
             every = self.scenario.stream.tasks
             self.folder.note_own_data(new, {d: tasks for d, tasks in learned.items() if len(tasks) < every})
             self._own_data |= new
-        if self.nodes.settled or not self.nodes.unanswered:  # before that the next greeting may turn the majority
+        if self.nodes.settled or not self.nodes.awaited:  # before that the next greeting may turn the majority
             for problem in self.nodes.problems:  # also where no device is missing because of it
                 self._warn(problem)
 
-    def _given_up(self, start: float) -> bool:
-        """Whether to stop waiting for any device at all, since `start`.
+    def _given_up(self, start: float, nobody: bool) -> bool:
+        """Whether to stop waiting, since `start`. `nobody`: no device at all can be reached.
 
-        A board that is connected and does not reply may be at work on a message of a server that was killed.
+        A board that is connected and does not reply may be at work on an earlier message: it is waited for as long as a
+        round may take. Where devices have finished, one that has never replied does not hold back their results.
         """
         section, waited = self.scenario.server, time.monotonic() - start
-        if not self.nodes.unanswered or waited <= section.connect_timeout:
-            return waited > section.connect_timeout
+        if self.mailbox.simulated and (self.nodes.unanswered or not self.nodes.problems):
+            return waited > max(section.connect_timeout, section.round_timeout)
+        if waited <= section.connect_timeout:
+            return False
+        at_work = self.nodes.busy if self.ledger.finished else self.nodes.unanswered
+        if not nobody or not at_work:
+            return True
         self._warn(
             f"{self.nodes.unanswered} nodes are connected but have not replied; they may be at work on an earlier "
             f"message. The server waits for them, {section.round_timeout:g} s at most (server.round_timeout)"

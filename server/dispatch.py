@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
+from lightcl.errors import one_line
 from lightcl.exchange.messages import ARRAYS, INSTRUCTION, Instruction, ProtocolError, Refusal
+from lightcl.exchange.tensors import ExchangeError
 from lightcl.records.rows import DeviceRow
 from lightcl.scenario import Scenario
 from server.aggregation import Aggregator
 from server.ledger import Entry, Ledger
 from server.listeners import Listener
-from server.mailbox import Mailbox, record_of
+from server.mailbox import ENDS_THE_RUN, LATE_SECONDS, Mailbox, record_of
 from server.nodes import Nodes
 
 
@@ -46,7 +49,9 @@ class Dispatch:
             content[ARRAYS] = self.aggregator.record
             row.bytes_down += self.aggregator.record_bytes
         node = self.nodes.node_of(entry.number) or 0
-        return Message(content, dst_node_id=node, message_type=kind, ttl=self.scenario.server.round_timeout)
+        return Message(
+            content, dst_node_id=node, message_type=kind, ttl=self.scenario.server.round_timeout + LATE_SECONDS
+        )
 
     def exchange(
         self, sent: Mapping[int, Message], rows: Mapping[int, DeviceRow], phase: str
@@ -66,24 +71,34 @@ class Dispatch:
                 self.refuse(rows[number], "not connected")
             elif reply is None:
                 self.refuse(rows[number], f"no reply within {timeout:g} s")
-            elif reply.has_error():
-                self.refuse(rows[number], f"Flower error {reply.error.code}: {reply.error.reason}")
-            elif "reason" in record_of(reply):
-                self._take_refusal(reply, rows[number])
             else:
-                yield self.ledger[number], reply
+                with self.guarded(rows[number]):
+                    self._check_answers(reply, rows[number])
+                if rows[number].error is None:
+                    yield self.ledger[number], reply
+
+    @contextmanager
+    def guarded(self, row: DeviceRow) -> Iterator[None]:
+        """Whatever goes wrong inside with a device's reply is a failure of this device alone."""
+        try:
+            yield
+        except ENDS_THE_RUN:
+            raise
+        except (ProtocolError, ExchangeError) as error:
+            self.refuse(row, str(error))
+        except Exception as error:  # of any kind: the reply was made elsewhere, and MemoryError is among them
+            self.refuse(row, f"its reply cannot be used ({type(error).__name__}: {error})")
 
     def refuse(self, row: DeviceRow, reason: str) -> None:
         """The device has failed in this round."""
-        row.error = reason
-        self.listener.refused(row.device, reason)
+        row.error = one_line(reason)
+        self.listener.refused(row.device, row.error)
 
-    def _take_refusal(self, reply: Message, row: DeviceRow) -> None:
-        try:
+    def _check_answers(self, reply: Message, row: DeviceRow) -> None:
+        """Raises ProtocolError for a reply that carries no report; a refusal may move the device in the ledger."""
+        if reply.has_error():
+            raise ProtocolError(f"Flower error {reply.error.code}: {reply.error.reason}")
+        if "reason" in record_of(reply):
             refusal = Refusal.from_record(record_of(reply))
-        except ProtocolError as error:
-            self.refuse(row, str(error))
-            return
-        self.refuse(row, refusal.reason)
-        if refusal.task in self.ledger[row.device].tasks:  # the device knows best where it is
-            self.ledger[row.device].follow_(refusal)
+            self.ledger.follow_(row.device, refusal)
+            raise ProtocolError(refusal.reason)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from lightcl.records.folder import DEVICES, ROUNDS, RunFolder
 from lightcl.records.rows import RoundRow
+from lightcl.storage.state import StateError
 from server.aggregation import Aggregator
-from server.checkpoint import Checkpoint, PendingRound, Saved
+from server.checkpoint import Checkpoint, PendingRound, Saved, StateLost
 from server.ledger import Ledger
+from server.listeners import Listener
 
 
 @dataclass
@@ -24,15 +26,68 @@ class Journal:
     ledger: Ledger
     aggregator: Aggregator | None = None
 
-    def restore(self) -> Saved | None:
-        """The last saved point; the ledger returns to it, and rows of later rounds are removed."""
-        saved = self.checkpoint.load()
-        if saved is None:
-            self.folder.forget_after(0)
-            return None
-        self.folder.forget_after(saved.round - 1 if saved.pending else saved.round)
-        self.ledger.restore_(saved.entries)
+    def restore(self, listener: Listener) -> Saved | None:
+        """The last saved point; the ledger returns to it. Of the rows only those of one unfinished round are removed.
+
+        Where the state is lost, damaged or older than the rows, it is rebuilt from them, which is possible where the
+        devices share nothing or all have finished. Raises StateError where it is not, and where rows are missing.
+        """
+        rounds = len(self.folder.rounds())
+        try:
+            saved = self.checkpoint.load()
+            problem = "is missing"
+        except StateLost as error:
+            saved, problem = None, f"cannot be read ({error})"
+            if rounds == 0:  # nothing is lost with it
+                self.checkpoint.set_aside()
+        written = 0 if saved is None else saved.round - bool(saved.pending)
+        # The rows of a round are written before the state after it, so a kill may leave one round more of them.
+        killed = saved is not None and rounds == written + 1
+        if saved and rounds > written and not (killed and self._shares):
+            saved, problem = None, f"is of round {written}"
+        if saved and rounds < written:
+            raise StateError(
+                f"{self.folder.path}: {ROUNDS} and {DEVICES} end with round {rounds}, the server's state with round "
+                f"{written}; restore the rows, or start the run over with --overwrite"
+            )
+        if saved is None and rounds > 0:
+            saved = self._rebuilt(rounds, f"{self.checkpoint.folder} {problem}")
+            if not killed:
+                listener.warned(
+                    f"the server's state in {self.checkpoint.folder} {problem}; it was rebuilt from the rows of "
+                    f"{rounds} rounds, and devices that failed are tried again"
+                )
+            written = rounds
+        self.folder.forget_after(written)
+        if saved:
+            self.ledger.restore_(saved.entries)
         return saved
+
+    @property
+    def _shares(self) -> bool:
+        scenario = self.ledger.scenario
+        return scenario.server.aggregation != "none" or scenario.method.sums_statistics
+
+    def _rebuilt(self, rounds: int, problem: str) -> Saved:
+        """The state after the rows of `rounds` rounds. Raises StateError where rows are not enough."""
+        partition = {device: row.get("tasks") for device, row in self.folder.partition().items()}
+        devices = [row for row in self.folder.devices() if row.round <= rounds]
+        entries = self.ledger.rebuilt(devices, {device: tasks for device, tasks in partition.items() if tasks})
+        if entries is None:
+            raise StateError(
+                f"{problem}, and the rows in {self.folder.path} do not fit the tasks of the devices; restore it from a "
+                "backup, or start the run over with --overwrite"
+            )
+        scenario = self.ledger.scenario
+        if self._shares and not all(entry.finished(scenario) or not entry.tasks for entry in entries):
+            raise StateError(
+                f"{problem}, and {ROUNDS} has rows of {rounds} rounds: the tensors that the fleet shares are lost. "
+                f"Restore {self.checkpoint.folder} from a backup; or keep the rows and begin again in another folder "
+                "(--out), or start the run over with --overwrite"
+            )
+        self.checkpoint.set_aside()
+        self.checkpoint.save(rounds, None, 0, {}, entries)
+        return Saved(rounds, None, 0, {}, entries)
 
     def note_trained(self, round_number: int, pending: PendingRound) -> None:
         """Saves a round whose training is over and whose tests are not; the shared tensors have moved in it."""

@@ -28,7 +28,7 @@ class Listener:
         """The device failed in this round, or is not connected."""
 
     def warned(self, text: str) -> None:
-        """Something is wrong with a node; each text comes once."""
+        """Something is wrong with a node, or with what a device has sent in a round."""
 
     def round_finished(self, row: RoundRow) -> None: ...
 

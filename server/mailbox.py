@@ -5,24 +5,29 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from flwr.app import Message
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from httpx import HTTPError
 
-from lightcl.errors import Stopped
+from lightcl.errors import Failure, Stopped
 from lightcl.exchange.messages import ARRAYS, REPLY, ProtocolError
 from lightcl.exchange.tensors import Arrays
 
 PULL_SECONDS = 0.05
 """Between two looks at a grid that cannot say when a reply arrives: Flower's."""
+LATE_SECONDS = 60.0
+"""A message expires this long after the server has given up waiting for its reply: Flower fails when it is asked for
+the reply to one that has expired."""
 STOP_SECONDS = 0.25
 """The longest wait in which a request to stop is not noticed."""
 DEAD_WORKER = re.compile(r"<class 'ray\.exceptions\.(ActorDiedError|ActorUnavailableError|OutOfMemoryError)'>")
 """The words of Flower's simulation runtime. Not torch's OutOfMemoryError, nor what a ClientApp raised: those are one
-device's failure and stand later in the text."""
+device's failure and stand later in the text. Only a simulation's grid is believed: a board could send these words."""
 
 
 class RunStopped(Stopped):
@@ -33,11 +38,19 @@ class WorkerDied(Exception):
     """A worker of the simulation is gone. Flower continues to give it messages, which all fail at once."""
 
 
+ENDS_THE_RUN = (Stopped, Failure, WorkerDied)
+"""What no guard around a device's reply may take for a fault of the reply."""
+
+
 class Mailbox:
     """Sends messages to nodes and collects their replies; `stop` ends every wait."""
 
     def __init__(self, grid: Grid, stop: threading.Event) -> None:
         self.grid, self._stop = grid, stop
+        self.simulated = bool(getattr(grid, "simulated", type(grid).__name__ == "InMemoryGrid"))
+        """Whether the devices are simulated by this run itself, with Ray (`RayGrid.simulated`) or with Flower's engine:
+        they are all there, however long they take to answer, and their grid says so when a worker dies."""
+        self._one_by_one = False
 
     def connected_nodes(self) -> set[int]:
         return set(self.grid.get_node_ids())
@@ -46,14 +59,39 @@ class Mailbox:
         """Sends; returns the message's id, empty for a node that has just left."""
         return next(iter(self.grid.push_messages([message])), "") or ""
 
-    def pull(self, ids: Collection[str]) -> Iterator[Message]:
-        """The replies that have arrived. Raises WorkerDied."""
-        for reply in self.grid.pull_messages(list(ids)) if ids else ():
-            if reply.has_error() and DEAD_WORKER.match(reply.error.reason or ""):
+    def pull(self, sent: Mapping[str, Message]) -> Iterator[Message]:
+        """The replies that have arrived to the messages `sent`, by id. Raises WorkerDied.
+
+        A reply that Flower cannot read is given as one with an error.
+        """
+        for reply in self._read(sent) if sent else ():
+            if self.simulated and reply.has_error() and DEAD_WORKER.match(reply.error.reason or ""):
                 raise WorkerDied(
                     "a Ray worker died (out of memory?): set fewer simulation.workers, then continue with --resume"
                 )
-            yield reply
+            if reply.metadata.reply_to_message_id in sent:
+                yield reply
+
+    def _read(self, sent: Mapping[str, Message]) -> list[Message]:
+        """Flower decodes the replies that it is asked for together, and one made of garbage takes the others with it:
+        after the first such reply they are asked for one by one."""
+        if not self._one_by_one:
+            try:
+                return list(self.grid.pull_messages(list(sent)))
+            except (*ENDS_THE_RUN, OSError, HTTPError):  # the grid's own trouble
+                raise
+            except Exception:
+                self._one_by_one = True
+        replies: list[Message] = []
+        for message_id, message in sent.items():
+            try:
+                replies += self.grid.pull_messages([message_id])
+            except (*ENDS_THE_RUN, OSError, HTTPError):
+                raise
+            except Exception as error:
+                text = f"the reply cannot be read ({type(error).__name__}: {error})"
+                replies.append(Message(Error(ErrorCode.UNKNOWN, text), reply_to=message))
+        return replies
 
     def send_and_wait(
         self, messages: Mapping[int, Message], timeout: float, done: Callable[[int], None] = lambda _: None
@@ -62,19 +100,21 @@ class Mailbox:
 
         Raises RunStopped and WorkerDied.
         """
-        keys = {}
+        keys, waiting = {}, {}
         for key, message in messages.items():
             message_id = self.push(message)
             if message_id:
-                keys[message_id] = key
+                keys[message_id], waiting[message_id] = key, message
         replies: dict[int, Message] = {}
         deadline = time.monotonic() + timeout
-        while len(replies) < len(keys) and time.monotonic() < deadline:
+        while waiting and time.monotonic() < deadline:
             self._wait_for_replies(deadline)
-            for reply in self.pull([i for i, key in keys.items() if key not in replies]):
-                key = keys[reply.metadata.reply_to_message_id]
-                replies[key] = reply
-                done(key)
+            for reply in list(self.pull(waiting)):
+                message_id = reply.metadata.reply_to_message_id
+                if waiting.pop(message_id, None) is not None:  # not the second reply to one message
+                    key = keys[message_id]
+                    replies[key] = reply
+                    done(key)
         return replies
 
     def _wait_for_replies(self, deadline: float) -> None:

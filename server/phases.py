@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from flwr.app import Message, MessageType
 
-from lightcl.exchange.messages import ProtocolError, Tested
-from lightcl.exchange.tensors import ExchangeError
+from lightcl.errors import one_line
+from lightcl.exchange.messages import Tested, Trained
 from lightcl.records.rows import DeviceRow
 from lightcl.scenario import Scenario
-from server.aggregation import Contribution, contribution
+from server.aggregation import Aggregator, Contribution, Outcome, contribution
 from server.dispatch import Dispatch
 from server.ledger import Entry
-from server.replies import ReplyCheck
+from server.mailbox import ENDS_THE_RUN
+from server.replies import AcceptedTraining, ReplyCheck
 
 Rows = dict[int, DeviceRow]
 
@@ -43,26 +45,62 @@ class Phases:
             )
             for entry in chosen
         }
+        accepted: list[tuple[Entry, Trained, int]] = []  # with the bytes that it sent
         contributions: list[Contribution] = []
         for entry, reply in self.dispatch.exchange(sent, rows, "train"):
             row, goal = rows[entry.number], goals[entry.number]
-            try:
-                accepted = self.check.training(reply, entry, goal)
-            except (ProtocolError, ExchangeError) as error:
-                self.dispatch.refuse(row, str(error))
-                continue
-            report = accepted.report
-            row.add_training_(report)
-            row.bytes_up += accepted.bytes_up
-            new_sums = entry.add_training_(report, self.check.finishes_task(report))
-            arrays = accepted.arrays if new_sums else accepted.without_sums
-            if arrays:
-                contributions.append(contribution(sent[entry.number], arrays, float(report.examples)))
-            if self._tests_at_once(goal):
+            classes = self.dispatch.ledger.classes_of(entry.number)
+            with self.dispatch.guarded(row):
+                checked = self.check.training(reply, entry, goal, classes)
+                if self.dispatch.aggregator is None:
+                    self._add_training_(entry, checked.report, checked.bytes_up, row)
+                else:  # its guard needs all replies to judge one of them
+                    contributions += self._contribution(checked, sent[entry.number], entry, classes)
+                    accepted.append((entry, checked.report, checked.bytes_up))
+                del checked
+            if row.error is None and self._tests_at_once(goal):
                 self._add_test_(self.check.attached_test, entry, reply, row)
-            del reply, accepted, arrays  # before the next reply is decoded
-        if self.dispatch.aggregator is not None:
-            self.dispatch.aggregator.update(contributions, round_number, self.dispatch.mailbox.grid)
+            del reply  # before the next reply is decoded
+        if self.dispatch.aggregator is None:
+            return
+        outcome = self._aggregate_(self.dispatch.aggregator, contributions, round_number)
+        for entry, report, bytes_up in accepted:
+            if entry.number in outcome.refused:
+                self.dispatch.refuse(rows[entry.number], outcome.refused[entry.number])
+                continue
+            self._add_training_(entry, report, bytes_up, rows[entry.number])
+            if entry.number in outcome.summed:
+                entry.add_sums_(report.task)
+
+    def _contribution(
+        self, checked: AcceptedTraining, instruction: Message, entry: Entry, classes: np.ndarray | None
+    ) -> list[Contribution]:
+        """What a reply gives to the shared tensors, if anything."""
+        report = checked.report
+        arrays = checked.arrays if entry.lacks_sums_of(report.task) else checked.without_sums
+        if not arrays:
+            return []
+        images = self.dispatch.ledger.images_of(entry.number, report.task)
+        return [contribution(instruction, arrays, float(report.examples), entry.number, images, classes)]
+
+    def _aggregate_(self, aggregator: Aggregator, contributions: Sequence[Contribution], round_number: int) -> Outcome:
+        """Moves the shared tensors; where that fails, they stay, and no reply is to blame for it."""
+        try:
+            return aggregator.update(contributions, round_number, self.dispatch.mailbox.grid)
+        except ENDS_THE_RUN:
+            raise
+        except Exception as error:  # Flower's strategies have their own kinds, and replies may be made to raise them
+            aggregator.version += 1  # a part of the tensors may have moved
+            why = one_line(f"{type(error).__name__}: {error}")
+            self.dispatch.listener.warned(
+                f"round {round_number}: the replies cannot be averaged ({why}); the shared tensors stay as they are"
+            )
+            return Outcome()
+
+    def _add_training_(self, entry: Entry, report: Trained, bytes_up: int, row: DeviceRow) -> None:
+        entry.add_training_(report)
+        row.add_training_(report)
+        row.bytes_up += bytes_up
 
     def test_(self, entries: Sequence[Entry], rows: Rows) -> None:
         """Every given device is tested where it stands."""
@@ -84,10 +122,7 @@ class Phases:
     def _add_test_(
         self, checked: Callable[[Message, Entry], Tested], entry: Entry, reply: Message, row: DeviceRow
     ) -> None:
-        try:
+        with self.dispatch.guarded(row):
             report = checked(reply, entry)
-        except ProtocolError as error:
-            self.dispatch.refuse(row, str(error))
-            return
-        entry.add_test_(report)
-        row.add_test_(report)
+            entry.add_test_(report)
+            row.add_test_(report)

@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from flwr.app import Message
 
 from lightcl.errors import shown
 from lightcl.exchange.messages import TESTED, ProtocolError, Tested, Trained
-from lightcl.exchange.tensors import LARGEST, STATISTICS, Arrays, check, size_in_bytes, split
+from lightcl.exchange.tensors import LARGEST, STATISTICS, Arrays, ExchangeError, check, size_in_bytes, split
 from lightcl.scenario import Scenario
 from server.aggregation import Aggregator
 from server.ledger import Entry
 from server.mailbox import arrays_of, record_of
+
+COUNT = f"{STATISTICS}count"
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,13 @@ class ReplyCheck:
     channel_sets: str
     aggregator: Aggregator | None
 
-    def training(self, reply: Message, entry: Entry, goal: tuple[int, int]) -> AcceptedTraining:
-        """Raises ProtocolError and ExchangeError."""
+    def training(
+        self, reply: Message, entry: Entry, goal: tuple[int, int], classes: np.ndarray | None = None
+    ) -> AcceptedTraining:
+        """`classes` are the device's training images per class, where the server knows them.
+
+        Raises ProtocolError and ExchangeError.
+        """
         report = Trained.from_record(record_of(reply))
         _expect(report, entry.number, *goal)
         if report.prefix != self.prefix:
@@ -55,6 +63,8 @@ class ReplyCheck:
         sent = arrays_of(reply)
         arrays = self.aggregator.codec.restore(sent) if self.aggregator else sent
         check(arrays, self.aggregator.shapes(self.finishes_task(report)) if self.aggregator else {})
+        if COUNT in arrays:
+            _expect_samples(arrays[COUNT], report.examples, classes)
         return AcceptedTraining(report, arrays, size_in_bytes(sent))
 
     def finishes_task(self, report: Trained) -> bool:
@@ -92,6 +102,17 @@ def _expect(report: Trained | Tested, device: int, task: int, epochs: int) -> No
     given, expected = (report.device, report.task, report.epochs), (device, task, epochs)
     if given != expected:
         raise ProtocolError(f"reply is for (device, task, epoch) {given}, expected {expected}")
+
+
+def _expect_samples(count: np.ndarray, examples: int, classes: np.ndarray | None) -> None:
+    """Class sums are over the images that the device has trained on, each of them once. Raises ExchangeError."""
+    if count.sum() != examples:
+        raise ExchangeError(f"its class sums are over {count.sum():g} samples, but it has trained on {examples} images")
+    if classes is not None and len(classes) == len(count) and (count > classes).any():
+        label = int(np.argmax(count - classes))
+        raise ExchangeError(
+            f"its class sums are over {count[label]:g} samples of class {label}, but it has {classes[label]} of them"
+        )
 
 
 def _expect_measured(**values: float) -> None:

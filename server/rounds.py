@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from typing import NoReturn
+from contextlib import suppress
 
 from flwr.serverapp import Grid
 
 from lightcl import errors
 from lightcl.assembly import build_network
+from lightcl.errors import RequestError
 from lightcl.exchange.messages import Instruction
 from lightcl.networks.pruning import channel_digest
 from lightcl.networks.weights import digest
@@ -22,10 +23,10 @@ from server.checkpoint import Checkpoint, PendingRound, Saved
 from server.connecting import Connections, NobodyConnected
 from server.dispatch import Dispatch
 from server.journal import Journal
-from server.ledger import Entry, Ledger
+from server.ledger import Entry, KnownImages, Ledger
 from server.listeners import EventLog, Listener, Listeners, WarningLog
 from server.mailbox import Mailbox, WorkerDied
-from server.nodes import Nodes
+from server.nodes import Expected, Nodes
 from server.phases import Phases
 from server.replies import ReplyCheck
 from server.selection import Selection
@@ -39,9 +40,10 @@ class Coordinator:
     """Runs a scenario over the devices behind a grid and writes the run folder.
 
     Every device has its own place in its stream: each round trains the least advanced devices. A device that failed is
-    only behind and is tried again, until `max_failures` failures in a row drop it from the run.
+    only behind and is tried again, until too many failures drop it from the run (`Ledger.count_failures_`).
 
     `tasks[d]` are the tasks that device d learns, by the scenario's numbers (`Prepared.tasks`); None: all of them.
+    `images`: those that the server knows its devices to have; None: it does not know.
     `durable`: whether the server's state survives a power cut (see Checkpoint).
     """
 
@@ -53,11 +55,13 @@ class Coordinator:
         listener: Listener,
         tasks: Sequence[tuple[int, ...]] | None = None,
         *,
+        images: KnownImages | None = None,
         durable: bool = True,
     ) -> None:
         self.scenario, self.folder, self.run_id = scenario, folder, run_id
         self.listener = Listeners([WarningLog(), EventLog(folder.path / EVENTS), listener])
-        self.ledger, self.selection = Ledger(scenario, tasks), Selection(scenario)
+        self.ledger, self.selection = Ledger(scenario, tasks, images), Selection(scenario)
+        self._images = images
         self.round = 0
         self.aggregator: Aggregator | None = None
         self.stop = threading.Event()
@@ -67,23 +71,41 @@ class Coordinator:
     # -- the run -----------------------------------------------------------------------------------------------
 
     def run(self, grid: Grid) -> Results:
-        """All rounds that are left. Raises RunFailure where no device can be reached, or a simulation lost a worker."""
-        self.folder.reopen()
+        """All rounds that are left.
+
+        Raises RunFailure where no device can be reached, or a simulation lost a worker, and anything else as it came;
+        failure.json says why, unless the user stopped the run.
+        """
         try:
             return self._run(grid)
         except (NobodyConnected, WorkerDied) as error:  # no device's fault: the round is not recorded, and begins again
-            self._fail(str(error))
+            self._note_failure(str(error))
+            raise RunFailure(str(error)) from error
+        except errors.Stopped:
+            raise
+        except Exception as error:
+            expected = isinstance(error, (errors.Failure, errors.RequestError))
+            self._note_failure(str(error) if expected else f"{type(error).__name__}: {error}")
+            raise
         finally:
             self._journal.checkpoint.close()
 
     def _run(self, grid: Grid) -> Results:
-        saved = self._journal.restore()
+        saved = self._journal.restore(self.listener)
+        self.folder.reopen()
         self.round = saved.round if saved else 0
-        connections = self._connect(grid, saved)
-        if saved and (pending := saved.pending):  # its training is over, so `rounds_left` does not include it
+        pending = saved.pending if saved else None
+        # A run that is over and has only to be written waits for no node.
+        connections = None
+        if self.ledger.active or (pending and self._untested(pending)):
+            connections = self._connect(grid, saved)
+        elif saved and self._lacks_last_version(saved.version):
+            with suppress(NobodyConnected):  # these devices have finished
+                connections = self._connect(grid, saved)
+        if pending:  # its training is over, so `rounds_left` does not include it
             self.listener.round_started(self.round, self.ledger.rounds_left + 1, len(pending.rows))
             self._finish_round(pending, time.monotonic() - pending.training_seconds)
-        while self.ledger.active:
+        while connections and self.ledger.active:
             reachable = connections.reachable()
             if reachable:
                 self.round += 1
@@ -91,7 +113,7 @@ class Coordinator:
         self._send_last_version()
         if not self.ledger.finished:
             reasons = "; ".join(sorted(set(self.ledger.dropped.values()))[:3]) or "none has images enough for a task"
-            self._fail(f"no device finished its stream: {reasons}")
+            raise RunFailure(f"no device finished its stream: {reasons}")
         results = self.ledger.results(self.folder.rounds())
         self.folder.finish(results)
         return results
@@ -100,11 +122,12 @@ class Coordinator:
         """Waits for the devices, then builds what the rounds need."""
         mailbox = Mailbox(grid, self.stop)
         greeting = Instruction(0, self.run_id, self.scenario.model_dump_json(), self.round, 0, 0, 0)
-        self._nodes = Nodes(mailbox, len(self.ledger), self.scenario.stream.tasks, greeting)
+        expected = Expected.of(self.scenario, self._images.terms if self._images else None)
+        self._nodes = Nodes(mailbox, expected, greeting, self.scenario.server.greeting_timeout)
         connections = Connections(self.scenario, mailbox, self._nodes, self.ledger, self.folder, self.listener)
         agreed = connections.connect()
         network = build_network(self.scenario, in_channels=agreed.channels, classes=agreed.classes)
-        aggregator = Aggregator(self.scenario.server, self.scenario.method.build(network))
+        aggregator = Aggregator(self.scenario, self.scenario.method.build(network), self.listener.warned)
         if aggregator.shares:
             self.aggregator = self._journal.aggregator = aggregator
             if saved:
@@ -116,9 +139,10 @@ class Coordinator:
         self._phases = Phases(self.scenario, dispatch, check)
         return connections
 
-    def _fail(self, reason: str) -> NoReturn:
-        self.folder.fail(Failure(reason, self.ledger.dropped))
-        raise RunFailure(reason)
+    def _note_failure(self, reason: str) -> None:
+        with suppress(OSError, RequestError):  # the disk may be the reason
+            if self.folder.results() is None:  # a run that could not be reopened has the results that it had
+                self.folder.fail(Failure(reason, self.ledger.dropped))
 
     # -- a round -----------------------------------------------------------------------------------------------
 
@@ -135,10 +159,20 @@ class Coordinator:
 
     def _finish_round(self, pending: PendingRound, start: float) -> None:
         rows = pending.rows
-        entries = [self.ledger[number] for number in sorted(rows)]
-        self._phases.test_([e for e in entries if not rows[e.number].error and e.only_untested(self.scenario)], rows)
+        if untested := self._untested(pending):
+            self._phases.test_(untested, rows)
         self.ledger.count_failures_(rows)
         self.listener.round_finished(self._journal.note_finished(self.round, pending, start))
+
+    def _untested(self, pending: PendingRound) -> list[Entry]:
+        """The devices of a round that have learned their task and are still to be tested on it."""
+        entries = [self.ledger[number] for number, row in sorted(pending.rows.items()) if not row.error]
+        return [entry for entry in entries if entry.only_untested(self.scenario)]
+
+    def _lacks_last_version(self, version: int) -> bool:
+        """Whether a device finished before the fleet's head had all sums in it."""
+        sums = self.scenario.method.sums_statistics
+        return sums and any(entry.version < version for entry in self.ledger.finished)
 
     def _send_last_version(self) -> None:
         """Tests devices again that finished before the fleet's head had all sums in it: it is their head, too."""

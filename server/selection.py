@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import nsmallest
 
 from lightcl.scenario import Scenario
 from lightcl.seeds import numpy_generator
@@ -25,8 +26,9 @@ class Selection:
 
         Ties are drawn by seed and round.
         """
-        draw = numpy_generator(self._seed, "sampling", round_number).permutation(self._devices)
-        ranked = sorted(
-            reachable, key=lambda entry: (entry.progress(self._scenario), entry.failures, draw[entry.number])
+        draw = numpy_generator(self._seed, "sampling", round_number).permutation(self._devices).tolist()
+        epochs = self._scenario.training.epochs
+        ranked = nsmallest(
+            self._wanted, reachable, key=lambda entry: (entry.progress(epochs), entry.failures, draw[entry.number])
         )
-        return sorted(ranked[: self._wanted], key=lambda entry: entry.number)
+        return sorted(ranked, key=lambda entry: entry.number)

@@ -36,7 +36,7 @@ def train_alone(prepared: Prepared, number: int, folder: RunFolder, progress: Li
     epochs = scenario.training.epochs
     device = EdgeDevice(
         scenario, number, folder.path / "devices" / f"device-{number:05d}", source=prepared.source,
-        share=prepared.shares[number],
+        share=prepared.shares[number], head=prepared.counts.head,
     )  # fmt: skip
     to_learn = device.stream.ids[device.stream.first :]
     done = _tasks_done(device, folder)
@@ -73,5 +73,10 @@ def _tasks_done(device: EdgeDevice, folder: RunFolder) -> int:
         raise RequestError(
             f"--resume: {folder.path / 'rounds.jsonl'} has rows of {reported} tasks, but the device has learned "
             f"{learned}; restore its rows, or start again with --overwrite"
+        )
+    if reported > learned + 1:
+        raise RequestError(
+            f"--resume: {folder.path / 'rounds.jsonl'} has rows of {reported} tasks, but the device's state only of "
+            f"{learned}; restore the state, or start again with --overwrite"
         )
     return min(learned, reported)

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-
 from lightcl.errors import required
 from lightcl.preparation import Prepared, open_run
 from lightcl.records import Run, load_run
@@ -16,6 +14,7 @@ from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario
 from server.aggregation import Aggregator
 from server.app import make_app
+from server.ledger import KnownImages
 from server.listeners import Listener, Listeners
 from server.rounds import Coordinator
 from simulations.runtime import check_cluster, simulate
@@ -56,10 +55,13 @@ def check_simulation(scenario: Scenario) -> None:
 def disk_of_states(prepared: Prepared) -> DiskNeed:
     """The maximum disk space of the fleet's states while the run is in progress."""
     source = prepared.source
-    image_bytes = int(np.prod(source.train.images.shape[1:]))
     return disk_need(
-        prepared.scenario, channels=source.channels, classes=len(source.classes), image_bytes=image_bytes
-    )  # fmt: skip
+        prepared.scenario,
+        image=source.train.images.shape[1:],
+        classes=len(prepared.counts.head),
+        images=prepared.counts.train_used,
+        tasks=[len(tasks) for tasks in prepared.tasks],
+    )
 
 
 def simulate_fleet(prepared: Prepared, folder: RunFolder, listener: Listener) -> None:
@@ -69,8 +71,15 @@ def simulate_fleet(prepared: Prepared, folder: RunFolder, listener: Listener) ->
     """
     check_disk(disk_of_states(prepared), folder.path / "devices")
     run_id = str(folder.read()["run"])
-    coordinator = Coordinator(prepared.scenario, folder, run_id, listener, prepared.tasks, durable=False)
+    images = KnownImages.of(prepared)
+    coordinator = Coordinator(
+        prepared.scenario, folder, run_id, listener, prepared.tasks, images=images, durable=False
+    )  # fmt: skip
     try:
         simulate(make_app(coordinator), folder.path / "devices", prepared.scenario)
+    except KeyboardInterrupt:
+        coordinator.stop.set()
+        folder.interrupt(coordinator.ledger.dropped)  # also where workers that Ctrl-C ended were taken for dead ones
+        raise
     finally:
         coordinator.stop.set()  # the server runs in a thread of this process and must end with it

@@ -28,6 +28,7 @@ from lightcl.scenario import Scenario, load_scenario, method_names
 from lightcl.scenario.variants import as_method
 from lightcl.storage.files import writable
 from simulations.options import methods_named
+from simulations.tables import print_table
 
 BASELINE = "sgd"
 ROWS_OF_A_PLAN = 20
@@ -187,20 +188,19 @@ def table1_run(*, json_to: str | None, overwrite: bool, console: Console) -> Non
         power = 15 if data == DATA[0] else 16  # as the paper writes them
         title = f"Table 1 of the paper, {data}: memory in MiB, then FLOPs of training in 1e{power}"
         console.print(title, style="bold", highlight=False)
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
-        for heading in ("method", *2 * ("paper", "theory", "ratio", "own")):
-            table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+        rows = []
         for cell in (c for c in cells if c.data == data):
             memory, flops = cell.memory / cell.paper_memory, cell.flops / cell.paper_flops
             own = cell.own
-            table.add_row(
+            rows.append([
                 _label(cell.row),
                 f"{cell.paper_memory / MIB:.1f}", f"{cell.memory / MIB:.1f}", f"{memory:.3f}",
                 f"{own.peak / MIB:.1f}" if own else "",
                 *(f"{value / 10**power:.2f}" for value in (cell.paper_flops, cell.flops)), f"{flops:.3f}",
                 f"{own.training_flops / 10**power:.2f}" if own else "",
-            )  # fmt: skip
-        console.print(table)
+            ])  # fmt: skip
+        columns = [f"{kind} {unit}" for unit in ("MiB", "FLOPs") for kind in ("paper", "theory", "ratio of", "own")]
+        print_table(console, ("method", *columns), rows)
     for row in dict.fromkeys(cell.row for cell in cells):
         if row.note:
             console.print(f"[bold]{_label(row)}[/]: {row.note}.", highlight=False)
@@ -262,22 +262,21 @@ def plan_run(
 
 def _print_plan(found: list[Candidate], chosen: Candidate, budget: float, print_all: bool, console: Console) -> None:
     """The candidates around the chosen one, in order of preference; all of them with `print_all`."""
-    table = Table(title=f"Settings in order of preference, for {budget:g} MiB", title_justify="left")
-    for heading in ("", "method", "freeze", "batch", "memory", "MiB", ""):
-        table.add_column(heading, justify="right" if heading in ("batch", "memory", "MiB") else "left")
+    console.print(f"Settings in order of preference, for {budget:g} MiB", style="italic", highlight=False)
     place = found.index(chosen)
     first = 0 if print_all else max(0, place - ROWS_OF_A_PLAN + 5)
     shown = found if print_all else found[first : first + ROWS_OF_A_PLAN]
+    rows = []
     for candidate in shown:
         keys, peak = candidate.keys, candidate.footprint.peak / MIB
         sparsity = f" x{candidate.sparsity:g}" if candidate.sparsity else ""
-        table.add_row(
-            "chosen" if candidate is chosen else "", keys["method.name"] + sparsity, keys["network.freeze"],
-            str(keys["training.batch_size"]), str(keys["method.memory_size"]), f"{peak:.1f}",
-            "fits" if peak <= budget else "",
-            style="bold" if candidate is chosen else None,
-        )  # fmt: skip
-    console.print(table)
+        rows.append([
+            keys["method.name"] + sparsity, keys["network.freeze"], str(keys["training.batch_size"]),
+            str(keys["method.memory_size"]), f"{peak:.1f}",
+            "chosen" if candidate is chosen else "fits" if peak <= budget else "",
+        ])  # fmt: skip
+    headings = ("method", "freeze", "batch", "memory", "MiB", "")
+    print_table(console, headings, rows, left=(0, 1, 5), bold=[n for n, c in enumerate(shown) if c is chosen])
     if any(candidate.sparsity for candidate in shown):
         console.print("x0.5, x1: channel sparsity as a multiple of the method's own", style="dim", highlight=False)
     if len(shown) < len(found):

@@ -1,4 +1,5 @@
-"""The `lightcl` program. Exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted.
+"""The `lightcl` program. Exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted, 141 the reader
+of the output is gone (`| head -1`).
 
 Commands are loaded when they run: `lightcl --help` imports none of them, and a command's own help imports neither
 PyTorch nor Flower. A new command is one line of COMMANDS and one module with a function of that name, or with a
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import sys
 from typing import Annotated, Any
 
@@ -17,10 +17,11 @@ import click
 import typer
 from rich.console import Console
 from rich.markup import escape
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
-from lightcl.errors import Failure, RequestError, Stopped, nearest
-from simulations.options import Command, command_app
+from lightcl.errors import Failure, RequestError, Stopped
+from simulations.entry import INTERRUPTED, end_quietly, handle_signals, output_handle, pipe_closed
+from simulations.options import Command, Group, command_app
 
 COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module, one line of help)
@@ -51,7 +52,7 @@ RESUME_ADVICE = {
 """Printed after an interruption; the other commands write nothing before they are done."""
 
 
-class LazyGroup(TyperGroup):
+class LazyGroup(Group):
     """Lists the commands from the table and imports a command's module only when the command runs."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -64,10 +65,6 @@ class LazyGroup(TyperGroup):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        name = args[0]
-        if name not in COMMANDS and not name.startswith("-"):
-            allowed = ", ".join(COMMANDS)
-            raise click.UsageError(f"No such command {name!r}{nearest(name, COMMANDS)} (commands: {allowed})", ctx)
         resolved, _, rest = super().resolve_command(ctx, args)
         return resolved, load_command(resolved) if resolved else None, rest
 
@@ -79,6 +76,7 @@ def load_command(name: str) -> click.Command:
     if found is None:
         found = command_app()
         found.command(cls=Command)(getattr(module, name.replace("-", "_")))
+    found.info.cls = Group
     command = typer.main.get_command(found)
     command.name = name
     return command
@@ -116,7 +114,8 @@ def _lightcl(
 
 def main() -> None:
     """Entry point: turns exceptions into one screen of text and an exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    handle_signals()
+    output = output_handle()
     try:
         app(prog_name="lightcl")
     except RequestError as error:
@@ -127,9 +126,13 @@ def main() -> None:
         sys.exit(1)
     except (KeyboardInterrupt, Stopped):
         _end_interrupted()
+    except BrokenPipeError:
+        end_quietly()
     except SystemExit as ended:
-        if ended.code == 130:  # Typer turns a KeyboardInterrupt of a command into this
+        if ended.code == INTERRUPTED:  # Typer turns a KeyboardInterrupt of a command into this
             _end_interrupted()
+        if ended.code == 1 and pipe_closed(output):  # Click and Rich turn a BrokenPipeError into this
+            end_quietly()
         raise
 
 
@@ -142,7 +145,7 @@ def _end_interrupted() -> Any:
     advice = RESUME_ADVICE.get(sys.argv[1] if len(sys.argv) > 1 else "", "")
     Console(stderr=True, emoji=False).print(f"interrupted{advice}", highlight=False)
     sys.stdout.flush()
-    os._exit(130)  # Ray, shut down by a signal, aborts when the interpreter ends in the usual way
+    os._exit(INTERRUPTED)  # Ray, shut down by a signal, aborts when the interpreter ends in the usual way
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import click
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from lightcl.errors import RequestError, nearest
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from lightcl.scenario import Scenario
 
 ARGUMENTS = {
-    "scenario": "A YAML file, or the name of a bundled scenario (`lightcl scenarios list`); all keys: "
-    "docs/reference/scenario-keys.md",
+    "scenario": "A YAML file, or the name of a bundled scenario (`lightcl scenarios list`), or - for the standard "
+    "input; all keys: docs/reference/scenario-keys.md",
     "run": "A run folder, as given to --out of simulate or train",
     "runs": "Run folders, or sweep folders (all their runs)",
     "name": "Name of a bundled scenario",
@@ -37,6 +38,19 @@ class Command(TyperCommand):
             if parameter.name in ARGUMENTS and parameter.param_type_name == "argument":
                 parameter.help = ARGUMENTS[parameter.name]
         super().__init__(*args, params=params, **options)
+
+
+class Group(TyperGroup):
+    """A group whose unknown commands are answered with the nearest one, once, and with all there are."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, known = args[0], self.list_commands(ctx)
+        if name not in known and not name.startswith("-"):
+            allowed = ", ".join(known)
+            raise click.UsageError(f"No such command {name!r}{nearest(name, known)} (commands: {allowed})", ctx)
+        return super().resolve_command(ctx, args)
 
 
 ScenarioFile = Annotated[Path, typer.Argument(metavar="SCENARIO")]
@@ -83,12 +97,20 @@ def command_line() -> str:
     return shlex.join(["lightcl", *sys.argv[1:]])
 
 
-def read_scenario(file: Path, changes: Sequence[str] | None, plugins: Sequence[Path] | None) -> Scenario:
-    """Loads the plugins, then the scenario with its changes. Raises RequestError."""
-    from lightcl.scenario import load_scenario
+def read_scenario(
+    file: Path, changes: Sequence[str] | None, plugins: Sequence[Path] | None, *, analyzed: bool = False
+) -> Scenario:
+    """Loads the plugins, then the scenario with its changes; warns of keys without effect. Raises RequestError.
+
+    `analyzed`: for `lightcl analyze`, which reads keys that nothing else does.
+    """
+    from lightcl.scenario import keys_without_effect, load_scenario
 
     use_plugins(plugins or [])
-    return load_scenario(file, changes or [])
+    loaded = load_scenario(file, changes or [])
+    for line in keys_without_effect(loaded, analyzed=analyzed):
+        console(stderr=True).print(f"warning: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    return loaded
 
 
 def use_plugins(files: Sequence[Path]) -> None:

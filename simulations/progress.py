@@ -18,19 +18,19 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
 from lightcl.analysis.generalizability import Generalizability
 from lightcl.metrics import Spread
 from lightcl.records import Results, RoundRow
 from server.listeners import Listener
 from simulations.options import amount
+from simulations.tables import print_table
 
 
 class LiveProgress(Listener):
     """A listener on a console; use it in a `with`."""
 
-    def __init__(self, console: Console, device_rounds: int) -> None:
+    def __init__(self, console: Console, device_rounds: int, starting: str = "starting Flower and Ray") -> None:
         self.console = console
         self._live = Progress(
             SpinnerColumn(),
@@ -42,7 +42,7 @@ class LiveProgress(Listener):
             disable=not console.is_terminal,
             transient=True,
         )
-        self._bar: TaskID = self._live.add_task("starting Flower and Ray", total=device_rounds * 2, note="")
+        self._bar: TaskID = self._live.add_task(starting, total=device_rounds * 2, note="")
         self._accuracy = self._phase = ""
         self._started: float | None = None
         self._done = self._phase_done = self._phase_total = self._round = self._rounds = 0
@@ -138,40 +138,37 @@ class AnalysisProgress:
         self._what = what
 
 
-def block_table(found: Generalizability, threshold: float) -> Table:
+def print_blocks(console: Console, found: Generalizability, threshold: float) -> None:
     """The figures of an analysis: the mean over the tasks and the worst task of every block."""
     point = found.freeze_point(threshold)
     names = list(found.blocks)
     frozen = names[: names.index(point) + 1] if point != "none" else []
     tasks = len(found.blocks[names[0]].stability)
-    table = Table(title=f"How general each block is, over {tasks} {'tasks' if tasks > 1 else 'task'} after the first")
-    table.add_column("block", no_wrap=True)
-    for column in ("memory stability", "lowest", "learning plasticity", "lowest", "readiness"):
-        table.add_column(column, justify="right")
-    table.add_column("")
+    console.print(
+        f"How general each block is, over {tasks} {'tasks' if tasks > 1 else 'task'} after the first",
+        style="italic", highlight=False,
+    )  # fmt: skip
+    rows = []
     for name, block in found.blocks.items():
-        table.add_row(
-            name,
-            *[f"{value:.3f}" for kind in (block.stability, block.plasticity) for value in (fmean(kind), min(kind))],
-            f"{fmean(block.readiness):.3f}",
-            "frozen" if name in frozen else "trained",
-        )
-    return table
+        kinds = (block.stability, block.plasticity)
+        figures = [f"{value:.3f}" for kind in kinds for value in (fmean(kind), min(kind))]
+        rows.append([name, *figures, f"{fmean(block.readiness):.3f}", "frozen" if name in frozen else "trained"])
+    headings = ("block", "memory stability", "lowest", "learning plasticity", "lowest", "readiness", "")
+    print_table(console, headings, rows, left=(0, 6))
 
 
-def accuracy_table(results: Results) -> Table:
+def print_accuracies(console: Console, results: Results) -> None:
     """The final figures of a run, in percent; the report has the percentiles."""
     devices = results.devices_finished
     of = f"mean ± standard deviation over {devices} devices" if devices > 1 else "one device"
-    table = Table(title=f"After the last task, {of}")
-    for column in ("", "average accuracy", "forgetting", "backward transfer"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    console.print(f"After the last task, {of}", style="italic", highlight=False)
+    rows = []
     for name, figures in (("TIL (task known)", results.til), ("CIL (task not known)", results.cil)):
-        if figures is None:  # the method is only tested with the task known
+        if figures is None:  # the method answers only where the task is known
             continue
         spreads = (figures.average_accuracy, figures.forgetting, figures.backward_transfer)
-        table.add_row(name, *[_spread_text(spread, devices) for spread in spreads])
-    return table
+        rows.append([name, *[_spread_text(spread, devices) for spread in spreads]])
+    print_table(console, ("", "average accuracy", "forgetting", "backward transfer"), rows)
 
 
 def _spread_text(spread: Spread, devices: int) -> str:

@@ -30,7 +30,9 @@ def small(**sections: dict[str, Any]) -> Scenario:
 
 
 class InProcessGrid:
-    """`tamper(message, reply)` may change, drop (None) or replace a reply; it stands for a bad network or device."""
+    """`simulated`: whether it stands for a simulation's grid, not for one of boards.
+
+    `tamper(message, reply)` may change, drop (None) or replace a reply; it stands for a bad network or device."""
 
     def __init__(
         self, state: Path, nodes: int, tamper: Callable[[Message, Message], Message | None] | None = None
@@ -42,7 +44,10 @@ class InProcessGrid:
             100 + i: Context(1, 100 + i, {"partition-id": i, "num-partitions": nodes}, RecordDict(), {})
             for i in range(nodes)
         }
-        self.tamper = tamper
+        self.tamper, self.simulated = tamper, False
+        self.raises: dict[str, Exception] = {}
+        """What Flower raises where it cannot read a reply, by the id of the message; others asked for with it are
+        lost."""
         self.sent: list[Message] = []
         self.received: list[Message] = []
         self._replies: dict[str, Message] = {}
@@ -86,7 +91,11 @@ class InProcessGrid:
         for message_id in ids:
             if message_id in self.waiting:
                 self._handle(message_id)
-        return [self._replies.pop(i) for i in ids if i in self._replies]
+        found = [self._replies.pop(i) for i in ids if i in self._replies]
+        for message_id in ids:
+            if error := self.raises.pop(message_id, None):
+                raise error
+        return found
 
 
 class Silent(Listener):

@@ -42,5 +42,4 @@ def training_batches(
 
 def viewed(samples: Samples, view: View, members: Tensor | None = None) -> Batch:
     """A view of all samples; the images are read on demand."""
-    labels = torch.from_numpy(samples.source.labels[samples.indices])
-    return Batch(lambda: view.of(samples.images(), samples.indices), labels, members, samples, view)
+    return Batch(lambda: view.of(samples.images(), samples.indices), samples.targets, members, samples, view)

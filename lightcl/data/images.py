@@ -10,8 +10,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -88,10 +88,9 @@ class Source:
     def channels(self) -> int:
         return int(self.train.images.shape[3])
 
-    @property
-    def labels(self) -> str:
-        """Digest of the class names, in order."""
-        return hashlib.sha256(json.dumps(self.classes).encode()).hexdigest()[:16]
+    def names_digest(self, head: Sequence[int]) -> str:
+        """Digest of the names of the classes that the rows of a head stand for, in their order."""
+        return hashlib.sha256(json.dumps([self.classes[label] for label in head]).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -143,8 +142,35 @@ def iter_batches(images: ImageSet, size: int) -> Iterator[tuple[np.ndarray, np.n
 
 
 def cache_folder() -> Path:
-    """The folder for decoded images and partitions: `$LIGHTCL_CACHE`, else `~/.cache/lightcl`."""
-    return Path(os.environ.get("LIGHTCL_CACHE") or Path.home() / ".cache" / "lightcl")
+    """The folder for decoded images and partitions: `$LIGHTCL_CACHE`, else `~/.cache/lightcl`.
+
+    Raises RequestError where there is no home folder either.
+    """
+    given = os.environ.get("LIGHTCL_CACHE")
+    try:
+        return Path(given) if given else Path.home() / ".cache" / "lightcl"
+    except RuntimeError as error:
+        raise RequestError("there is no home folder for the cache; set LIGHTCL_CACHE to a folder for it") from error
+
+
+@contextmanager
+def _caching() -> Iterator[None]:
+    """Makes a RequestError of what the disk refuses to the cache: no right, no room, a file in its place."""
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(
+            f"the cache {cache_folder()} cannot be written to ({error.strerror or error}); set LIGHTCL_CACHE to a "
+            "folder that can (decoded images and partitions are kept there)"
+        ) from error
+
+
+@contextmanager
+def _temporary_beside(folder: Path) -> Iterator[str]:
+    """A temporary folder on the same disk as `folder`; its parents are made."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        yield temporary
 
 
 def write_entry(folder: Path, files: Mapping[str, np.ndarray | str]) -> None:
@@ -153,8 +179,7 @@ def write_entry(folder: Path, files: Mapping[str, np.ndarray | str]) -> None:
     The files are written into a temporary folder, synced and renamed, so that neither a killed or parallel process nor
     a power failure leaves a partial entry. An existing entry stays; remove an unreadable one first.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+    with _caching(), _temporary_beside(folder) as temporary:
         staging = Path(temporary) / "set"
         staging.mkdir()
         for name, content in files.items():
@@ -171,8 +196,7 @@ def write_entry(folder: Path, files: Mapping[str, np.ndarray | str]) -> None:
 
 def remove_entry(folder: Path) -> None:
     """Removes an entry that cannot be read; other processes never see a part of it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, suppress(OSError):  # there is none
+    with _caching(), _temporary_beside(folder) as temporary, suppress(OSError):  # there is none
         folder.rename(Path(temporary) / "unreadable")
 
 

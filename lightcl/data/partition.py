@@ -69,6 +69,14 @@ class Shares(Sequence[Share]):
             _write(folder, source, fleet, seed)
             self._train, self._test = _read(folder, fleet.devices)
 
+    @classmethod
+    def tried(cls, source: Source, fleet: Fleet, seed: int) -> Shares:
+        """A partition that is computed and not kept in the cache. Raises RequestError as the partitioners do."""
+        shares = cls.__new__(cls)
+        shares._source, shares._fleet, shares._seed = source, fleet, seed
+        shares._train, shares._test = _layouts(source, fleet, seed)
+        return shares
+
     def __len__(self) -> int:
         return self._fleet.devices
 
@@ -97,10 +105,14 @@ class Shares(Sequence[Share]):
         """Training images per device, int64 `[devices]`."""
         return np.diff(self._train.offsets)
 
+    def train_counts(self) -> np.ndarray:
+        """Training images per device and class, int64 `[devices, classes]`; no share is read."""
+        return self._train.counts(self._source.train.labels, len(self._source.classes))
+
     def label_counts(self) -> tuple[np.ndarray, np.ndarray]:
         """Training and test images per device and class, int64 `[devices, classes]` each; no share is read."""
         classes = len(self._source.classes)
-        train = self._train.counts(self._source.train.labels, classes)
+        train = self.train_counts()
         available = np.bincount(self._source.test.labels, minlength=classes)
         if self._fleet.test_data == "share":
             return train, self._test.counts(self._source.test.labels, classes)
@@ -127,10 +139,17 @@ def label_counts(source: Source, shares: Sequence[Share]) -> tuple[np.ndarray, n
     if isinstance(shares, Shares):
         return shares.label_counts()
     classes = len(source.classes)
-    train = [np.bincount(source.train.labels[share.train], minlength=classes) for share in shares]
     test = [np.bincount(source.test.labels[share.test], minlength=classes) for share in shares]
-    empty = np.zeros((0, classes), dtype=np.int64)
-    return (np.stack(train), np.stack(test)) if train else (empty, empty)
+    return train_counts(source, shares), np.stack(test) if test else np.zeros((0, classes), dtype=np.int64)
+
+
+def train_counts(source: Source, shares: Sequence[Share]) -> np.ndarray:
+    """Training images per device and class, int64 `[devices, classes]`."""
+    if isinstance(shares, Shares):
+        return shares.train_counts()
+    classes = len(source.classes)
+    train = [np.bincount(source.train.labels[share.train], minlength=classes) for share in shares]
+    return np.stack(train) if train else np.zeros((0, classes), dtype=np.int64)
 
 
 def matched_counts(train: np.ndarray, available: np.ndarray, limit: int | None = None) -> np.ndarray:
@@ -203,19 +222,21 @@ def _read(folder: Path, devices: int) -> tuple[Layout, Layout]:
 
 def _write(folder: Path, source: Source, fleet: Fleet, seed: int) -> None:
     """Computes a partition and stores it; replaces an entry that cannot be read."""
-    owners = _train_owners(source, fleet, seed)
-    layouts = {
-        "train": Layout.of(owners, fleet.devices),
-        "test": Layout.of(_test_owners(source, owners, fleet, seed), fleet.devices),
-    }
     files: dict[str, np.ndarray | str] = {}
-    for split, layout in layouts.items():
+    for split, layout in zip(("train", "test"), _layouts(source, fleet, seed), strict=True):
         files |= {f"{split}-indices.npy": layout.indices, f"{split}-offsets.npy": layout.offsets}
     with suppress(*UNREADABLE):
         _read(folder, fleet.devices)
         return  # another process was first
     remove_entry(folder)
     write_entry(folder, files)
+
+
+def _layouts(source: Source, fleet: Fleet, seed: int) -> tuple[Layout, Layout]:
+    """The layouts of the training and the test split. Raises RequestError as the partitioners do."""
+    owners = _train_owners(source, fleet, seed)
+    tests = _test_owners(source, owners, fleet, seed)
+    return Layout.of(owners, fleet.devices), Layout.of(tests, fleet.devices)
 
 
 def _train_owners(source: Source, fleet: Fleet, seed: int) -> np.ndarray:

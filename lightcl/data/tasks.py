@@ -16,7 +16,7 @@ from lightcl.seeds import derive, torch_generator
 
 
 class Batch:
-    """`images` `[N, C, H, W]` (uint8, not yet normalized) and `labels` `[N]`, numbered as in the source.
+    """`images` `[N, C, H, W]` (uint8, not yet normalized) and `labels` `[N]`, numbered as the rows of the head.
 
     `images` may be a function: the images are then read on first use, and not at all where a cache has the prefix
     outputs of all of them.
@@ -61,14 +61,27 @@ class Samples:
 
     source: ImageSet
     indices: np.ndarray
+    rows: np.ndarray | None = None
+    """The row of the head for every class of the source, int64 `[C]`, -1 where it has none; None: row c is class c."""
 
     def __len__(self) -> int:
         return len(self.indices)
 
+    @property
+    def labels(self) -> np.ndarray:
+        """The classes of the images as the source numbers them, int64 `[N]`."""
+        labels: np.ndarray = self.source.labels[self.indices]
+        return labels
+
+    @property
+    def targets(self) -> Tensor:
+        """The labels of a batch of all these images: rows of the head, int64 `[N]`."""
+        return torch.from_numpy(self.labels if self.rows is None else self.rows[self.labels])
+
     def load(self, members: np.ndarray | slice = slice(None)) -> Batch:
         """The members (positions among these samples) as a batch, without augmentation; images are read when needed."""
         chosen = self.only(members)
-        return Batch(chosen.images, torch.from_numpy(self.source.labels[chosen.indices]), origin=chosen)
+        return Batch(chosen.images, chosen.targets, origin=chosen)
 
     def images(self) -> Tensor:
         """All images, uint8 `[N, C, H, W]`."""
@@ -76,7 +89,7 @@ class Samples:
 
     def only(self, members: np.ndarray | slice) -> Samples:
         """These members (positions among these samples) alone."""
-        return Samples(self.source, self.indices[members])
+        return Samples(self.source, self.indices[members], self.rows)
 
     def batches(self, size: int) -> Iterator[Batch]:
         for start in range(0, len(self), size):
@@ -88,6 +101,7 @@ class Task:
     """One task of one device: its classes and its private samples of them.
 
     `id` is the number of the task in the scenario's stream, from 0; a device that skips tasks has gaps in its ids.
+    `classes` are numbered as in the source, `rows` as in the head.
     """
 
     id: int
@@ -95,6 +109,12 @@ class Task:
     train: Samples
     held_out: Samples
     test: Samples
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The rows of the head that answer for the classes, ascending."""
+        rows = self.train.rows
+        return self.classes if rows is None else tuple(int(rows[label]) for label in self.classes)
 
 
 @dataclass(frozen=True)
@@ -111,16 +131,25 @@ class Skipped:
 
 
 class TaskStream(Sequence[Task]):
-    """The tasks that a device learns, in order; `skipped` are the scenario's other tasks."""
+    """The tasks that a device learns, in order; `skipped` are the scenario's other tasks.
+
+    `head` are the classes that the rows of the head stand for: those of all streams of the fleet, ascending and
+    numbered as in the source.
+    """
 
     def __init__(
-        self, tasks: Sequence[Task], head_classes: int, joint: bool = False, skipped: tuple[Skipped, ...] = ()
+        self, tasks: Sequence[Task], head: Sequence[int], joint: bool = False, skipped: tuple[Skipped, ...] = ()
     ) -> None:
         self._tasks = tuple(tasks)
         self._positions = {task.id: position for position, task in enumerate(self._tasks)}
-        self.head_classes = head_classes
+        self.head = tuple(head)
         self.joint = joint
         self.skipped = skipped
+
+    @property
+    def head_classes(self) -> int:
+        """Rows of the head."""
+        return len(self.head)
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -155,7 +184,7 @@ def merged(tasks: Sequence[Task]) -> Task:
     """All tasks as one, with the id of the last; `tasks` must not be empty."""
 
     def together(parts: Sequence[Samples]) -> Samples:
-        return Samples(parts[0].source, np.sort(np.concatenate([part.indices for part in parts])))
+        return Samples(parts[0].source, np.sort(np.concatenate([part.indices for part in parts])), parts[0].rows)
 
     return Task(
         tasks[-1].id,
@@ -168,7 +197,10 @@ def merged(tasks: Sequence[Task]) -> Task:
 
 @dataclass(frozen=True)
 class TaskContext:
-    """What a method knows of the task that it learns: its classes, and seeded samples of its training images."""
+    """What a method knows of the task that it learns: its classes, and seeded samples of its training images.
+
+    Classes and labels are rows of the head.
+    """
 
     task: Task
     task_classes: Tensor

@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import torch
 
-from lightcl.assembly import build_network, build_stream
+from lightcl.assembly import build_network, build_stream, fleet_head
 from lightcl.data.partition import Share, share_of
 from lightcl.data.sources import Source, load_source
 from lightcl.data.tasks import Task, TaskContext, TaskStream
 from lightcl.device import hardware
 from lightcl.device.hardware import choose_accelerator, set_up_torch
 from lightcl.device.prefix import fixed_prefix
-from lightcl.device.state import changing_tensors, pack_optimizer, unpack_optimizer_
+from lightcl.device.state import DeviceValues, Position, changing_tensors, pack_optimizer, unpack_optimizer_
 from lightcl.device.training import OnEpoch, autocast, evaluate, make_optimizer, train_epoch
 from lightcl.exchange.messages import Tested, Trained
 from lightcl.exchange.tensors import Arrays, adopt_, outgoing, outgoing_statistics
@@ -33,15 +34,7 @@ from lightcl.scenario import Scenario
 from lightcl.scenario.digest import state_digest
 from lightcl.seeds import derive
 from lightcl.storage.shared import SharedVersions
-from lightcl.storage.state import StateError, StateFolder, under
-
-
-@dataclass(frozen=True)
-class Position:
-    """Progress of a device: its current task, by the scenario's number, and the finished epochs of that task."""
-
-    task: int = 0
-    epochs: int = 0
+from lightcl.storage.state import Damaged, StateError, StateFolder, Stored, under
 
 
 class OutOfStep(Exception):
@@ -56,13 +49,15 @@ class EdgeDevice:
     `share` is the device's part of `source`; the default is its part under the scenario's partition. `folder` holds its
     state; `durable`: whether the state survives a power cut. `network` is the result of `build_network` for the
     scenario; the device takes it over. `shared` is where the devices of one machine keep the tensors that they all
-    receive. Raises RequestError for a scenario that cannot be carried out, StateError for unreadable state.
+    receive. `head` are the classes of the head (`fleet_head`); give them with a `share` where the fleet is known.
+
+    Raises RequestError for a scenario that cannot be carried out, StateError for unreadable state.
     """
 
     def __init__(
         self, scenario: Scenario, number: int, folder: Path, *, source: Source | None = None,
         share: Share | None = None, network: Backbone | None = None, durable: bool = True,
-        shared: SharedVersions | None = None,
+        shared: SharedVersions | None = None, head: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         hardware.reset_peak()  # a simulation's worker runs many devices, large and small ones
         self.scenario, self.number = scenario, number
@@ -70,7 +65,8 @@ class EdgeDevice:
             source = load_source(scenario.source_request())
         if share is None:
             share = share_of(source, scenario.fleet, scenario.seed, number)
-        self.stream: TaskStream = build_stream(scenario, source, share, number)
+            head = fleet_head(scenario, source) if head is None else head
+        self.stream: TaskStream = build_stream(scenario, source, share, number, head)
         self.accelerator = choose_accelerator(scenario.device.accelerator)
         set_up_torch(self.accelerator, scenario.device.threads)
         if network is None:
@@ -83,7 +79,7 @@ class EdgeDevice:
         if scenario.fixed_prefix:
             self.method.prefix_features = fixed_prefix(scenario, self.network, source, self.prefix_digest)
         self.optimizer = make_optimizer(self.method, scenario)
-        self.position = self._start = Position(self.stream.ids[self.stream.first] if self.stream else 0)
+        self.position = self._start = Position(self.stream.ids[self.stream.first] if self.stream else 0, 0)
         self.version = 0
         self.last_report: Trained | None = None
         self.rows: dict[str, dict[int, list[float]]] = {"til": {}, "cil": {}}
@@ -91,6 +87,7 @@ class EdgeDevice:
         self._shared_versions = shared
         self._saved_at = time.monotonic()
         self._optimizer_values: dict[str, Any] = {}  # as of the last save; they belong to the tensors saved with them
+        self._lost: Path | None = None  # the missing file of its shared tensors
         self._restore()
 
     @property
@@ -115,8 +112,10 @@ class EdgeDevice:
         if self.last_report is not None and goal == self.position == Position(
             self.last_report.task, self.last_report.epochs
         ):
+            self._check_complete()
             return replace(self.last_report, version=self.version)
         self._check_step(goal)
+        self._check_complete()
         start = time.monotonic()
         context = self._context(task)
         if self.position.task != task or self.position.epochs == 0:
@@ -133,6 +132,8 @@ class EdgeDevice:
                 self.network.eval()
                 with autocast(self.scenario, self.accelerator):
                     self.method.end_task(context)
+                # The next task has an optimizer of its own, so nobody needs the state of this one.
+                self.optimizer = make_optimizer(self.method, self.scenario)
             elif (
                 epoch + 1 < until_epoch
                 and time.monotonic() - self._saved_at > self.scenario.training.checkpoint_seconds
@@ -163,7 +164,7 @@ class EdgeDevice:
         """
         if self.position != self._start or task not in self.stream.ids:
             raise OutOfStep(f"device {self.number} cannot begin with task {task}: it is at {self.position}")
-        self.position = self._start = Position(task)
+        self.position = self._start = Position(task, 0)
 
     def _check_step(self, goal: Position) -> None:
         total = self.scenario.training.epochs
@@ -193,6 +194,7 @@ class EdgeDevice:
         """
         if not self.stream:
             raise OutOfStep(f"device {self.number} learns no task, so there is nothing to test")
+        self._check_complete()
         start = time.monotonic()
         task = self.position.task
         tested = self._until(task)
@@ -214,7 +216,7 @@ class EdgeDevice:
         if self.last_report is None:  # nothing is trained yet, so the tensors may not be saved
             self._save()
         else:
-            self._state.save(None, self._values())
+            self._state.save(None, self._values().to_json())
         return report
 
     # -- exchange ----------------------------------------------------------------------------------------------
@@ -223,18 +225,38 @@ class EdgeDevice:
         """Adopts shared tensors of a newer version. On ExchangeError nothing has changed."""
         if version > self.version:
             adopt_(self.method, arrays, self.scenario.server.aggregation)
-            self.version = version
+            self.version, self._lost = version, None
             self._save(shared=self._shared_file(arrays) if self._shared_versions else None)
 
     def may_receive(self, task: int, until_epoch: int) -> bool:
         """Whether shared tensors may replace the device's own before it trains `task` until `until_epoch`.
 
         Not if that training is finished or has begun: then the reply was lost or the device was killed meanwhile, and
-        the tensors would undo its progress.
+        the tensors would undo its progress. Always if its own shared tensors are missing.
         """
+        if self._lost:
+            return True
         reported = self.last_report and Position(self.last_report.task, self.last_report.epochs)
         begun = self.position != self._start and self.position != reported
         return not begun and self.position != Position(task, until_epoch)
+
+    def check_version(self, version: int) -> None:
+        """Raises OutOfStep where the device has older shared tensors than the server believes.
+
+        That is the case after a damaged state, when the device went back to the generation before it.
+        """
+        if self.version < version:
+            raise OutOfStep(
+                f"device {self.number} has version {self.version} of the shared tensors, the request is for version "
+                f"{version}; send them again"
+            )
+
+    def _check_complete(self) -> None:
+        if self._lost:
+            raise OutOfStep(
+                f"device {self.number} has no shared tensors: its state refers to {self._lost.name}, which is missing "
+                "or damaged; send the newest version again"
+            )
 
     def check_at(self, task: int, epochs: int) -> None:
         """Raises OutOfStep where the device is not at this point of its stream."""
@@ -253,19 +275,19 @@ class EdgeDevice:
 
     # -- state -------------------------------------------------------------------------------------------------
 
-    def _values(self) -> dict[str, Any]:
-        return {
-            "device": self.number,
-            "scenario": state_digest(self.scenario),
-            "prefix": self.prefix_digest,
-            "channels": self.channel_digest,
-            "accelerator": self.accelerator.type,
-            "position": asdict(self.position),
-            "version": self.version,
-            "report": asdict(self.last_report) if self.last_report else None,
-            "rows": self.rows,
-            "optimizer": self._optimizer_values,
-        }
+    def _values(self) -> DeviceValues:
+        return DeviceValues(
+            device=self.number,
+            scenario=state_digest(self.scenario),
+            prefix=self.prefix_digest,
+            channels=self.channel_digest,
+            accelerator=self.accelerator.type,
+            position=self.position,
+            version=self.version,
+            report=self.last_report,
+            rows={"til": self.rows["til"], "cil": self.rows["cil"]},
+            optimizer=self._optimizer_values,
+        )
 
     def _shared_file(self, received: Mapping[str, np.ndarray]) -> Path | None:
         """The file of the tensors that all devices have after receiving this version; None where the disk is full."""
@@ -273,7 +295,7 @@ class EdgeDevice:
         tensors = {f"network/{n}": tensor for n, tensor in changing_tensors(self.network).items() if n in received}
         try:
             return self._shared_versions.file(self.version, tensors) if tensors else None
-        except OSError:
+        except (OSError, safetensors.SafetensorError):  # the state then holds all of its tensors, or is refused as well
             return None
 
     def _save(self, shared: Path | None = None) -> None:
@@ -281,58 +303,82 @@ class EdgeDevice:
         tensors |= {f"method/{name}": tensor for name, tensor in self.method.state_dict().items()}
         optimizer, self._optimizer_values = pack_optimizer(self.optimizer, list(self.method.trainable()))
         tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
-        self._state.save(tensors, self._values(), shared=shared)
+        self._state.save(tensors, self._values().to_json(), shared=shared)
         self._saved_at = time.monotonic()
 
     def _restore(self) -> None:
-        stored = self._state.load()
+        stored = self._state.load(self._check_stored)
         if stored is None:
             return
-        tensors, values = stored
-        if values["scenario"] != state_digest(self.scenario) or values["device"] != self.number:
+        tensors, values = stored.tensors, DeviceValues.of(stored.values)
+        folder = self._state.folder
+        if values.scenario != state_digest(self.scenario) or values.device != self.number:
             raise StateError(
-                f"{self._state.folder}: holds the state of device {values['device']} under another scenario; "
+                f"{folder}: holds the state of device {values.device} under another scenario; "
                 "use another folder or remove this one"
             )
-        if values.get("channels", self.channel_digest) != self.channel_digest:
+        if values.channels != self.channel_digest:
             raise StateError(
-                f"{self._state.folder}: was saved with other channels ({values['channels']}, now "
+                f"{folder}: was saved with other channels ({values.channels}, now "
                 f"{self.channel_digest}): the pruned weights have changed; use those of the first run"
             )
-        if values.get("prefix", self.prefix_digest) != self.prefix_digest:
+        if values.prefix != self.prefix_digest:
             raise StateError(
-                f"{self._state.folder}: was saved with another frozen prefix ({values['prefix']}, now "
+                f"{folder}: was saved with another frozen prefix ({values.prefix}, now "
                 f"{self.prefix_digest}): the weights have changed; use those of the first run"
             )
-        if values.get("accelerator", self.accelerator.type) != self.accelerator.type:
+        if values.accelerator != self.accelerator.type:
             raise StateError(
-                f"{self._state.folder}: was saved on {values['accelerator']} and would give other numbers on "
+                f"{folder}: was saved on {values.accelerator} and would give other numbers on "
                 f"{self.accelerator.type}; set device.accelerator, use another folder or remove this one"
             )
+        try:
+            self._adopt_(tensors, values)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            raise StateError(
+                f"{folder}: the saved tensors are not those of this method and network ({type(error).__name__}: "
+                f"{error}); use another folder, or remove this one: the device then begins its stream again"
+            ) from error
+        self.position, self.last_report = values.position, values.report
+        self._lost = stored.lost
+        self.version = 0 if self._lost else values.version
+        self.rows = {setting: dict(values.rows[setting]) for setting in ("til", "cil")}
+
+    def _check_stored(self, stored: Stored) -> None:
+        """Raises Damaged for a state that no device of this scenario can have; whose state it is, is not checked."""
+        values = DeviceValues.of(stored.values)
+        if values.scenario != state_digest(self.scenario) or values.device != self.number:
+            return  # its stream is another
+        values.check(self.stream, self.scenario.training.epochs)
+        if values.channels != self.channel_digest:
+            return
+        for name, target in changing_tensors(self.network).items():
+            tensor = stored.tensors.get(f"network/{name}")
+            if tensor is None and not stored.lost:
+                raise Damaged(f"the tensor {name} is missing")
+            if tensor is not None and tensor.shape != target.shape:
+                raise Damaged(f"the tensor {name} has shape {list(tensor.shape)}, expected {list(target.shape)}")
+
+    def _adopt_(self, tensors: Mapping[str, torch.Tensor], values: DeviceValues) -> None:
         with torch.no_grad():
             for name, target in changing_tensors(self.network).items():
-                target.copy_(tensors[f"network/{name}"])
+                if f"network/{name}" in tensors:  # shared tensors may be gone; new ones come before they are needed
+                    target.copy_(tensors[f"network/{name}"])
         self.method.load_state_dict(
             {name: tensor.to(self.accelerator) for name, tensor in under(tensors, "method/").items()}
         )
         self.optimizer = make_optimizer(self.method, self.scenario)
-        self._optimizer_values = values["optimizer"]
+        self._optimizer_values = values.optimizer
         unpack_optimizer_(
             self.optimizer, list(self.method.trainable()), under(tensors, "optimizer/"), self._optimizer_values
         )
-        self.position = Position(**values["position"])
-        self.version = values["version"]
-        self.last_report = Trained(**values["report"]) if values["report"] else None
-        self.rows = {
-            setting: {int(task): row for task, row in rows.items()} for setting, rows in values["rows"].items()
-        }
 
     def _context(self, task: int) -> TaskContext:
-        seen = sorted({c for t in self._until(task) for c in t.classes})
+        seen = sorted({row for t in self._until(task) for row in t.rows})
         to_learn = self.stream.to_learn(self.stream.position_of(task))
         return TaskContext(
             to_learn,
-            torch.tensor(to_learn.classes, device=self.accelerator),
+            torch.tensor(to_learn.rows, device=self.accelerator),
             torch.tensor(seen, device=self.accelerator),
             self.scenario.training.batch_size,
             derive(self.scenario.seed, "device", self.number, "task", task),

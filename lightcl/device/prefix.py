@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightcl.assembly import build_network
+from lightcl.assembly import build_network, fleet_head
 from lightcl.data.augment import View
 from lightcl.data.batches import viewed
 from lightcl.data.images import ImageSet, Source, cache_folder
@@ -228,7 +228,8 @@ def warm(scenario: Scenario, source: Source) -> Iterator[Warmed]:
         )
     accelerator = choose_accelerator(scenario.device.accelerator)
     set_up_torch(accelerator, scenario.device.threads)
-    network = build_network(scenario, in_channels=source.channels, classes=len(source.classes)).to(accelerator).eval()
+    classes = len(fleet_head(scenario, source))
+    network = build_network(scenario, in_channels=source.channels, classes=classes).to(accelerator).eval()
     features = fixed_prefix(scenario, network, source, digest(network.prefix))
     parts = list(_parts(scenario, source, features))
     total, done = sum(len(samples) for samples, _ in parts), 0

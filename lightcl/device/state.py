@@ -1,14 +1,86 @@
-"""What a device saves and restores: the network's changing tensors and the optimizer's state."""
+"""What a device saves and restores: its position, the network's changing tensors and the optimizer's state."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any, Literal, Self
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
+from lightcl.data.tasks import TaskStream
+from lightcl.exchange.messages import Trained
 from lightcl.networks.staged import Backbone
+from lightcl.storage.state import Damaged
+
+
+@dataclass(frozen=True)
+class Position:
+    """Progress of a device: its current task, by the scenario's number, and the finished epochs of that task."""
+
+    task: int
+    epochs: int
+
+
+@dataclass(frozen=True)
+class DeviceValues:
+    """The plain values of a device's state; `prefix` and `channels` are digests."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # a key that is not known may be one that matters
+
+    device: int
+    scenario: str
+    prefix: str
+    channels: str
+    accelerator: str
+    position: Position
+    version: int
+    report: Trained | None
+    rows: dict[Literal["til", "cil"], dict[int, list[float]]]
+    optimizer: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Raises Damaged where a key is missing, is not known, or has a value of another type."""
+        try:
+            found: Self = _adapter().validate_python(values)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"])) or "the manifest"
+            raise Damaged(f"{where}: {first['msg']}") from error
+        return found
+
+    def check(self, stream: TaskStream, epochs: int) -> None:
+        """Raises Damaged for a position, a report or rows that no device with this stream can have."""
+        ids = stream.ids or (0,)
+        reached = [("position", self.position.task, self.position.epochs)]
+        if self.report is not None:
+            reached.append(("report", self.report.task, self.report.epochs))
+        for name, task, done in reached:
+            if task not in ids or not 0 <= done <= epochs:
+                raise Damaged(
+                    f"{name} is task {task}, epoch {done}, but the device learns the tasks "
+                    f"{', '.join(map(str, ids))}, of {epochs} epochs each"
+                )
+        if self.version < 0:
+            raise Damaged(f"version is {self.version}")
+        if self.rows.keys() != {"til", "cil"}:
+            raise Damaged("rows do not have the keys til and cil")
+        for setting, rows in self.rows.items():
+            for task, row in rows.items():
+                if task not in stream.ids or len(row) != stream.position_of(task) + 1:
+                    raise Damaged(f"rows.{setting}: {len(row)} accuracies after task {task}")
+
+
+@cache
+def _adapter() -> TypeAdapter[Any]:
+    return TypeAdapter(DeviceValues)  # takes milliseconds; a device is opened for every message
 
 
 def changing_tensors(network: Backbone) -> dict[str, Tensor]:

@@ -125,13 +125,14 @@ def updates_at_once(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 @torch.no_grad()
 def evaluate(method: Method, tasks: Sequence[Task], scenario: Scenario, device: torch.device) -> list[TaskAccuracy]:
-    """Accuracy on each task. TIL: argmax over the task's classes; CIL: argmax over all classes of the head."""
+    """Accuracy on each task. TIL: argmax over the task's classes; CIL: argmax over all rows of the head, which stand
+    for the classes of the fleet's streams."""
     method.network.eval()
     results = []
     size = min(EVALUATION_BATCH, scenario.training.batch_size)
     for task in tasks:
         samples = task.test if scenario.stream.evaluate_on == "test" else task.held_out
-        classes = torch.tensor(task.classes, device=device)
+        classes = torch.tensor(task.rows, device=device)
         til = cil = 0
         for batch in samples.batches(size):
             batch = batch.to(device)

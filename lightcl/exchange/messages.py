@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
+from lightcl.errors import one_line
+
 INSTRUCTION, REPLY, TESTED, ARRAYS, METRICS = "instruction", "reply", "tested", "arrays", "metrics"
 """Names of the records in a message."""
 
@@ -40,7 +42,8 @@ class _Record:
                 items = types[str(field.type)[5:-1]]
                 fits = all(isinstance(item, items) and not isinstance(item, bool) for item in value)  # type: ignore[arg-type]
             if not fits:
-                raise ProtocolError(f"{cls.__name__}.{field.name} is {value!r}, expected {field.type}")
+                given = one_line(repr(value), 80)
+                raise ProtocolError(f"{cls.__name__}.{field.name} is {given}, expected {field.type}")
             values[field.name] = value
         return cls(**values)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from lightcl.errors import nearest
 from lightcl.section import Section
@@ -12,6 +12,8 @@ from lightcl.section import Section
 StrategyName = Literal[
     "FedAvg", "FedAvgM", "FedAdam", "FedAdagrad", "FedYogi", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan"
 ]
+
+Guard = Literal["clip", "refuse", "off"]
 
 
 class NoOptions(Section):
@@ -87,6 +89,10 @@ class Server(Section):
     such an optimizer; FedMedian, FedTrimmedAvg, Krum, MultiKrum, Bulyan: against outliers."""
     strategy_options: dict[str, Annotated[float, Field(ge=0, le=1e6)]] = Field(default_factory=dict)
     """Its keyword arguments, e.g. {server_momentum: 0.9} or {num_malicious_nodes: 1}; each strategy has its own."""
+    guard: Guard = "clip"
+    """Against replies that would spoil the shared model. Weights: an update much longer than the others of its round is
+    scaled down (clip) or its reply refused (refuse); so are strange batch-norm statistics and too many examples. Class
+    sums that do not fit the fleet's are refused under both. off: replies are only checked for their form."""
     compression: Literal["none", "fp16"] = "none"
     """How shared tensors are sent. none: fp32; fp16: half the bytes, with a relative error of at most 2^-11."""
     fraction: float = Field(default=1.0, gt=0, le=1)
@@ -96,9 +102,20 @@ class Server(Section):
     round_timeout: float = Field(default=86_400.0, gt=0, le=1e8)
     """Time limit of a round in seconds, queueing included."""
     connect_timeout: float = Field(default=600.0, gt=0, le=1e8)
-    """Seconds to wait for all devices to connect; up to `round_timeout` while none has, because boards may be busy."""
+    """Seconds to wait for all devices to connect; up to `round_timeout` while none has, because boards may be busy.
+    A simulation waits for all of its devices, without this limit."""
+    greeting_timeout: float = Field(default=120.0, gt=0, le=1e8)
+    """Seconds that a board may take to introduce itself before it is asked again; starting PyTorch is included."""
     max_failures: int = Field(default=3, ge=1, le=1_000_000)
     """Consecutive failures after which a device is dropped from the run."""
+    max_failures_in_run: int = Field(default=20, ge=1, le=1_000_000)
+    """Failures in all after which a device is dropped from the run; `--resume` counts anew."""
+
+    @field_validator("guard", mode="before")
+    @classmethod
+    def _read_switch(cls, given: object) -> object:
+        """YAML reads the plain word off as false."""
+        return "off" if given is False else given
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -121,10 +121,15 @@ def _check_sums(count: np.ndarray, total: np.ndarray, gram: np.ndarray) -> None:
 
     The head of the entire fleet is solved from them, so one wrong reply would corrupt it for all devices.
     """
-    scatter = from_upper_triangle(torch.from_numpy(np.array(gram)), total.shape[1]).numpy()
+    count, total, gram = (np.array(sums, dtype=np.float64) for sums in (count, total, gram))  # fp32 would overflow
+    scatter = from_upper_triangle(torch.from_numpy(gram), total.shape[1]).numpy()
     rounding = 1e-6 * np.trace(scatter) / len(scatter) + 1e-9
     scatter -= (total / np.maximum(count, 1)[:, None]).T @ total
-    if (total[count == 0] != 0).any() or not np.linalg.eigvalsh(scatter)[0] >= -rounding:
+    try:
+        consistent = not (total[count == 0] != 0).any() and np.linalg.eigvalsh(scatter)[0] >= -rounding
+    except np.linalg.LinAlgError:
+        consistent = False
+    if not consistent:
         raise ExchangeError(
             f"the sums {STATISTICS}... are inconsistent: the scatter matrix is not positive semidefinite"
         )

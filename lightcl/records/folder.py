@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -30,6 +31,8 @@ from lightcl.storage.files import LOCK, exclusive, names_in, saving, writable, w
 
 ANALYSIS = "generalizability.json"
 ROUNDS, DEVICES, EVENTS = "rounds.jsonl", "devices.jsonl", "events.jsonl"
+INTERRUPTED = "interrupted; continue with --resume"
+"""The reason in the failure.json of a run that the user ended early."""
 OWN_IMAGES = "all images of the board"
 """Entry in partition.json for a device with images of its own."""
 OWN = (
@@ -83,10 +86,12 @@ class RunFolder:
     def _check_rows(self) -> None:
         """Raises RequestError where more rows are missing than a kill can explain: a resumed run would lose them."""
         rounds = [row.round for row in self.rounds()]
-        in_devices = {row.round for row in self.devices()}
+        counted = Counter(row.round for row in self.devices())
+        in_devices = set(counted)
         complete = set(range(1, len(rounds) + 1))
         # The device rows of a round are written before its own row; a kill may happen in between.
-        if rounds != sorted(complete) or not complete <= in_devices <= complete | {len(rounds) + 1}:
+        fit = rounds == sorted(complete) and complete <= in_devices <= complete | {len(rounds) + 1}
+        if not fit or any(counted[row.round] != row.devices for row in self.rounds()):
             raise RequestError(
                 f"--resume: rows are missing: rounds.jsonl and devices.jsonl in {self.path} do not cover the same "
                 "rounds; restore them, or start over with --overwrite"
@@ -143,7 +148,8 @@ class RunFolder:
             for device in devices
         }
         rows = self.partition() | own
-        write_atomically(self.path / "partition.json", json.dumps([rows[device] for device in sorted(rows)]))
+        with saving(self.path / "partition.json"):
+            write_atomically(self.path / "partition.json", json.dumps([rows[device] for device in sorted(rows)]))
 
     def read(self) -> dict[str, Any]:
         """run.json. Raises RequestError where there is none or it cannot be read."""
@@ -203,12 +209,17 @@ class RunFolder:
         return rows
 
     def forget_after(self, round_number: int) -> None:
-        """Drops rows of rounds that were not finished when the run was killed; they are written again later."""
+        """Drops rows of rounds that were not finished when the run was killed; they are written again later.
+
+        The last event is dropped, too, where it was cut short: the next one would follow it on its line.
+        """
+        _end_with_a_line_(self.path / EVENTS)
         rounds = [line for row, line in self._read_rows(ROUNDS, RoundRow) if row.round <= round_number]
         devices = [line for row, line in self._read_rows(DEVICES, DeviceRow) if row.round <= round_number]
         for name, kept in ((ROUNDS, rounds), (DEVICES, devices)):
             if (self.path / name).exists():
-                write_atomically(self.path / name, "".join(f"{line}\n" for line in kept))
+                with saving(self.path / name):
+                    write_atomically(self.path / name, "".join(f"{line}\n" for line in kept))
 
     def reopen(self) -> None:
         """Removes results and failure of an earlier end: the run continues and will write new ones."""
@@ -216,11 +227,18 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
 
     def finish(self, results: Results) -> None:
-        write_atomically(self.path / "results.json", json.dumps(results.to_json(), indent=2, allow_nan=False))
+        """Writes how the run ended. Raises Failure where the disk refuses it."""
+        with saving(self.path / "results.json"):
+            write_atomically(self.path / "results.json", json.dumps(results.to_json(), indent=2, allow_nan=False))
 
     def fail(self, failure: Failure) -> None:
         """Records why the run stopped; it is not complete, so it can be resumed."""
         write_atomically(self.path / "failure.json", json.dumps(failure.to_json(), indent=2))
+
+    def interrupt(self, dropped: Mapping[int, str] | None = None) -> None:
+        """Keeps that the user ended a run early, whatever else went wrong while it ended."""
+        if not self.completed:
+            self.fail(Failure(INTERRUPTED, dict(dropped or {})))
 
     def failure(self) -> Failure | None:
         """Why the run failed, or None. Raises RequestError for a broken file."""
@@ -239,3 +257,21 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise RequestError(f"{file} cannot be read ({error})") from error
         return kind.from_json(values, str(file))
+
+
+def _end_with_a_line_(file: Path) -> None:
+    """Cuts off what follows the last line end: half a line, or the zeros that a power cut leaves."""
+    if not file.exists():
+        return
+    with file.open("r+b") as stream:
+        size = end = stream.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - (1 << 16))
+            stream.seek(start)
+            found = stream.read(end - start).rfind(b"\n")
+            if found >= 0:
+                end = start + found + 1
+                break
+            end = start
+        if end < size:
+            stream.truncate(end)

@@ -158,18 +158,19 @@ class Run:
     def dropped(self) -> dict[int, str]:
         """The devices that were dropped from the run, by number, and why.
 
-        Before the end of the run they are derived from consecutive failures, as the server counts them.
+        Before the end of the run they are derived from the failures, as a server that was never restarted counts them.
         """
         end = self.results or self.failure
         if end is not None:
             return end.dropped
-        most = self.scenario.server.max_failures
-        last = {number: rows[-most:] for number, rows in self._by_device().items()}
-        return {
-            number: rows[-1].error or ""
-            for number, rows in sorted(last.items())
-            if len(rows) == most and all(row.error is not None for row in rows)
-        }
+        section = self.scenario.server
+        found = {}
+        for number, rows in sorted(self._by_device().items()):
+            failed = [row.error is not None for row in rows]
+            in_a_row = len(rows) >= section.max_failures and all(failed[-section.max_failures :])
+            if in_a_row or (failed[-1] and sum(failed) >= section.max_failures_in_run):
+                found[number] = rows[-1].error or ""
+        return found
 
     def devices_frame(self) -> pandas.DataFrame:
         """One row per device and round; the columns are the fields of DeviceRow.

@@ -15,7 +15,13 @@ def scenario_digest(scenario: Scenario) -> str:
             "name": True,
             "data": {"path", "download"},
             "training": {"checkpoint_seconds", "update"},
-            "server": {"round_timeout", "connect_timeout", "max_failures"},
+            "server": {
+                "round_timeout",
+                "connect_timeout",
+                "greeting_timeout",
+                "max_failures",
+                "max_failures_in_run",
+            },
             "device": {"accelerator", "prefix_cache_gb"},
             "simulation": True,
         }

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from lightcl.data.augment import Augmentation
 from lightcl.data.images import SourceRequest
 from lightcl.data.section import Data, Fleet, Stream
+from lightcl.errors import shown
 from lightcl.exchange.section import Server
 from lightcl.methods.base import METHODS, MethodParameters, Setting
 from lightcl.methods.lightcl import LightCLParameters
@@ -120,9 +121,12 @@ class Simulation(Section):
         return self
 
 
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,79}")
+
+
 class Scenario(Section):
-    name: str = Field(default="scenario", pattern=r"^[A-Za-z0-9._-]+$", max_length=80)
-    """Letters, digits, dot, dash and underscore; names the default run folder."""
+    name: str = Field(default="scenario", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=80)
+    """Letters, digits, dot, dash and underscore, with no dot in front; names the default run folder."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of everything random: partition, order of classes, batches, initial weights."""
     data: Data = Data()
@@ -134,6 +138,16 @@ class Scenario(Section):
     server: Server = Server()
     device: Device = Device()
     simulation: Simulation = Simulation()
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _check_name(cls, given: object) -> object:
+        if isinstance(given, str) and not _NAME.fullmatch(given):
+            raise ValueError(
+                f"name is {shown(given)} (allowed: 1 to 80 letters, digits, dots, dashes and underscores, with no dot "
+                "in front)"
+            )
+        return given
 
     @model_validator(mode="after")
     def _check(self) -> Self:

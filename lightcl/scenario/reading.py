@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,14 @@ from lightcl.networks.section import NAMED_WEIGHTS
 from lightcl.scenario.model import SECTIONS, Scenario
 from lightcl.scenario.yaml_text import line_of, parse
 
+STANDARD_INPUT = "-"
+"""The name of a scenario that is read from there."""
+MAIN_KEYS = {
+    "data": "source", "stream": "tasks", "fleet": "devices", "network": "name", "method": "name",
+    "training": "epochs", "server": "aggregation", "device": "accelerator", "simulation": "workers",
+}  # fmt: skip
+"""The key of each section that is meant where a value stands in the section's place."""
+
 
 def bundled_scenarios() -> dict[str, Path]:
     """The scenarios that ship with the package, by name."""
@@ -25,11 +34,13 @@ def bundled_scenarios() -> dict[str, Path]:
 
 
 def find_scenario(wanted: Path) -> Path:
-    """A scenario file, or the bundled scenario of that name where there is no such file.
+    """A scenario file, or the bundled scenario of that name where there is no such file; `-` stays as it is.
 
     Raises RequestError for a name without suffix and folder that is neither.
     """
     name = str(wanted)
+    if name == STANDARD_INPUT:
+        return wanted
     if wanted.exists() and not (wanted.is_dir() and name in bundled_scenarios()):
         return wanted
     bundled = bundled_scenarios().get(name)
@@ -99,19 +110,23 @@ def _copy(value: Any) -> Any:
 
 def _read(file: Path) -> tuple[str, yaml.Node | None, dict[str, Any]]:
     """Name, YAML nodes and values of a file. Raises RequestError."""
+    name = "the standard input" if str(file) == STANDARD_INPUT else str(file)
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        text = sys.stdin.read() if str(file) == STANDARD_INPUT else file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # also bytes that are no UTF-8, and a path that no system accepts
+        raise RequestError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     try:
-        tree, values = parse(text, str(file))
+        tree, values = parse(text, name)
     except ValueError as error:
-        raise RequestError(f"{file}: not valid YAML: {error}") from error
+        raise RequestError(f"{name}: not valid YAML: {error}") from error
     if values is None:
-        values = {}
+        raise RequestError(
+            f"{name} is empty: a scenario has at least one key, such as 'seed: 0' (`lightcl scenarios copy quickstart "
+            "FILE` gives a complete one)"
+        )
     if not isinstance(values, dict):
-        raise RequestError(f"{file}: a scenario is a mapping of keys to values, not {type(values).__name__}")
-    return str(file), tree, values
+        raise RequestError(f"{name}: a scenario is a mapping of keys to values, not {type(values).__name__}")
+    return name, tree, values
 
 
 def scenario_from_json(text: str) -> Scenario:
@@ -179,8 +194,10 @@ def _with_absolute_paths(scenario: Scenario) -> Scenario:
 
 def _explain(problem: Mapping[str, Any], origin: Origin, method: object = None) -> str:
     """One line for one of pydantic's errors: file, line, key, what was given, what is allowed."""
-    location = [part for part in problem["loc"] if not (isinstance(part, str) and "[" in part)]  # a dictionary's [key]
+    location = [part for part in problem["loc"] if part != "[key]"] or [*problem["loc"]]  # pydantic's, in a dictionary
     kind, given = problem["type"], problem.get("input")
+    if len(location) == 1 and location[0] in MAIN_KEYS and not isinstance(given, Mapping):
+        return _not_a_section(location[0], given, origin)
     if kind == "unknown_section":  # its class is registered under the key `name`
         location.append("name")
     message = problem["msg"].removeprefix("Value error, ")
@@ -195,7 +212,18 @@ def _explain(problem: Mapping[str, Any], origin: Origin, method: object = None) 
         return f"{where}: unknown key{nearest(str(location[-1]), known)} (allowed here: {', '.join(known)})"
     if kind in ("unknown_section", "unknown_name"):
         return f"{where}: {message}"
+    message = message.replace("Input is not a valid path for <class 'pathlib.Path'>", "Input should be a path")
     return f"{where}: {message[0].lower()}{message[1:]}, not {shown(given)}"
+
+
+def _not_a_section(section: str, given: object, origin: Origin) -> str:
+    """The error for a value in the place of a section, as in `method: sgd`."""
+    where, _ = _place([[section]], origin)
+    value = given if isinstance(given, str | int | float) else "..."
+    return (
+        f"{where}: {section} is a section with keys of its own, not {shown(given)}; write {section}: "
+        f"{{{MAIN_KEYS[section]}: {value}}}, or --set {section}.{MAIN_KEYS[section]}={value}"
+    )
 
 
 def _place(locations: Sequence[Sequence[Any]], origin: Origin) -> tuple[str, str]:

@@ -52,6 +52,8 @@ def parse(text: str, origin: str) -> tuple[yaml.Node | None, Any]:
         raise ValueError(line + ", ".join(filter(None, (error.context, error.problem)))) from error
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).replace('in "<unicode string>", ', "at ").split())) from error
+    except (AttributeError, TypeError, LookupError, OverflowError) as error:  # of a tag's constructor: !!timestamp x
+        raise ValueError("a value does not fit the tag or the type that it is written with") from error
     except RecursionError as error:
         raise ValueError("nested too deeply, or an anchor that holds itself") from error
 

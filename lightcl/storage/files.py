@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import fcntl
 import os
+import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from lightcl.errors import Failure, RequestError
 
 LOCK = ".lock"
+PIECE = 1 << 20
+"""Bytes that are read at a time."""
 
 
 @contextmanager
@@ -70,12 +74,39 @@ def write_atomically(file: Path, text: str, *, durable: bool = True) -> None:
     """
     # The name is this process's own: two that write the same file at once must not take each other's away.
     temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    if durable:
-        sync(temporary)
-    temporary.replace(file)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        if durable:
+            sync(temporary)
+        temporary.replace(file)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # half a file on a full disk
+        raise
     if durable:
         sync(file.parent)
+
+
+def checksum(file: Path) -> int:
+    """The CRC-32 of a file's content: every damage within four bytes changes it, any other but one in 2^32.
+
+    A checksum against accidents, not against forgery. It reads the file piece by piece, 2 to 3 GB per second.
+    """
+    value = 0
+    with file.open("rb", buffering=0) as handle:
+        while piece := handle.read(PIECE):
+            value = zlib.crc32(piece, value)
+    return value
+
+
+def checksum_once(file: Path) -> int:
+    """`checksum`, computed once per process for a file that many states refer to, unless its size or time changes."""
+    status = file.stat()
+    return _checksum_of(Path(os.path.normpath(file)), status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=4)
+def _checksum_of(file: Path, *_: int) -> int:
+    return checksum(file)
 
 
 def sync(path: Path) -> None:

@@ -1,7 +1,8 @@
-"""Tensors that many states have in common, kept once on disk: one file per version, which the states link to.
+"""Tensors that many states have in common, kept once on disk: one file per version, which the states refer to.
 
-A hard link costs no space, and the file system frees the file when the last state that needs it is gone: no one has to
-count references.
+Only the newest version is kept. A state that refers to an older one has lost these tensors (`Stored.lost`), which is
+intended: its device is idle, and receives the newest version before it works again. So the disk that a fleet takes does
+not grow with the number of rounds.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import safetensors
 from safetensors.torch import save_file
 from torch import Tensor
+
+PATTERN = "version-*.safetensors"
 
 
 class SharedVersions:
@@ -21,18 +25,27 @@ class SharedVersions:
         self.folder = folder
 
     def file(self, version: int, tensors: Mapping[str, Tensor]) -> Path:
-        """The file of a version, which the first caller writes. Older files that no state links to are removed.
+        """The file of a version, which the first caller writes. Files of older versions are removed before.
 
-        Whether the file holds the given tensors is for `StateFolder.save` to compare. Raises OSError where the disk
-        refuses it.
+        Whether the file holds the given tensors is for `StateFolder.save` to compare. Raises OSError or SafetensorError
+        where the disk refuses it; nothing of the file is left then.
         """
         path = self.folder / f"version-{version}.safetensors"
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.folder / f".{path.name}.{os.getpid()}.partial"
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-            temporary.replace(path)
-            for old in self.folder.glob("version-*.safetensors"):
-                if old != path and old.stat().st_nlink == 1:
+            for old in self.folder.glob(PATTERN):
+                if _number(old) < version:  # a late message about an older version must not remove a newer one
                     old.unlink(missing_ok=True)
+            temporary = self.folder / f".{path.name}.{os.getpid()}.partial"
+            try:
+                save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+                temporary.replace(path)
+            except (OSError, safetensors.SafetensorError):
+                temporary.unlink(missing_ok=True)
+                raise
         return path
+
+
+def _number(file: Path) -> int:
+    digits = file.stem.removeprefix("version-")
+    return int(digits) if digits.isdecimal() else -1

@@ -1,16 +1,28 @@
 """Crash-safe state on disk: safetensors for tensors, a JSON manifest that names them, and the manifest is the commit.
 
 A save writes the tensors under a new name, syncs them, then replaces the manifest atomically. A process killed at any
-point leaves either the old state or the new one.
+point leaves either the old state or the new one. A folder holds:
+
+    state.json                  the manifest: plain values, and names and checksums of the files of tensors
+    tensors-7.safetensors       the tensors of the seventh save
+    state.previous.json         the manifest before those tensors, and
+    tensors-6.safetensors       its tensors: the older generation, where one is kept
+
+Manifests and tensors have checksums. A generation that does not match its checksum, is missing, or has another form is
+not used: the older generation is used instead, with a warning; without one a StateError says what to do.
+A damaged state never becomes a new start: a manifest without tensors is written before the first tensors, so tensors
+without a manifest are damage.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import safetensors
 import torch
@@ -18,9 +30,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightcl.errors import Failure
-from lightcl.storage.files import sync, write_atomically
+from lightcl.storage.files import checksum, checksum_once, sync, write_atomically
 
 MANIFEST = "state.json"
+PREVIOUS = "state.previous.json"
+CHECKSUM = "checksum"
+"""Key of the manifest's own checksum: the CRC-32 of all its other keys, as `json.dumps` writes them."""
+FILES = "files"
+"""Key of the files of tensors: `own`, and `shared` where tensors are shared; each has `name` and `checksum`."""
+TENSORS = "tensors-*.safetensors"
 Value = TypeVar("Value")
 
 
@@ -28,31 +46,113 @@ class StateError(Failure):
     """A state folder that cannot be read or written; the text names the file."""
 
 
+class Damaged(StateError):
+    """One generation of a state cannot be used; the text says why."""
+
+
+class Stored(NamedTuple):
+    """One generation of a state. `lost` is the file of the shared tensors where it is gone or damaged; they are then
+    missing from `tensors`."""
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+    lost: Path | None = None
+
+
+class _File(NamedTuple):
+    """A file of tensors as a manifest names it, by its path from the state's folder."""
+
+    name: str
+    checksum: int
+
+
+class _Generation(NamedTuple):
+    """A manifest's text and the files that it names; `own` is None where nothing was saved yet."""
+
+    text: str
+    own: _File | None
+    shared: _File | None
+    values: dict[str, Any]
+
+
 class StateFolder:
     """One owner's state: some tensors and a few plain values.
 
-    `durable`: whether a save survives a power cut. Without it a save waits for no disk; it still survives every kill of
-    the process, since what is written is the system's by then, but after a power cut the state may be an older one, or
-    damaged and then refused.
+    `durable`: a save survives a power cut, and the last two generations are kept. Otherwise a save does not wait for
+    the disk, and only the last generation is kept. It survives every kill of the process, because the system has the
+    data by then. After a power cut the state may be an older one, or damaged and then refused.
     """
 
     def __init__(self, folder: Path, *, durable: bool = True) -> None:
         self.folder, self.durable = folder, durable
-        self._stored: str | None = None
-        self._shared: str | None = None
+        self._current: _Generation | None = None  # what the last load or save found or left; None: not known
+        self._fell_back = False  # `_current` is the older generation, and the newest one is damaged
 
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The last saved `(tensors, values)`; None where nothing was ever saved. Raises StateError."""
-        manifest = self.folder / MANIFEST
-        if not manifest.exists():
-            return None
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    def load(self, check: Callable[[Stored], object] | None = None) -> Stored | None:
+        """The last saved `(tensors, values, lost)`; None where nothing was ever saved.
+
+        Where the last generation is damaged, or `check` raises Damaged for it, the one before it with a warning.
+        Raises StateError where neither can be used.
+        """
+        manifest, previous = self.folder / MANIFEST, self.folder / PREVIOUS
         try:
-            values = json.loads(manifest.read_text())
-            self._stored, self._shared = values.pop("tensors"), values.pop("shared", None)
-            tensors = load_file(self.folder / str(self._stored))
-            return (load_file(self.folder / self._shared) | tensors if self._shared else tensors), values
-        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-            raise StateError(f"{manifest}: the saved state cannot be read ({error})") from error
+            if not manifest.exists() and not previous.exists() and not any(self.folder.glob(TENSORS)):
+                return None
+            return self._load(manifest, check)
+        except (OSError, Damaged) as error:
+            reason = _short(error)
+        if previous.exists():
+            try:
+                stored = self._load(previous, check)
+            except (OSError, Damaged) as error:
+                reason = f"{reason}; and {PREVIOUS}: {_short(error)}"
+            else:
+                if stored is not None:
+                    self._fell_back = True
+                    warnings.warn(
+                        f"{manifest}: the last saved state cannot be read ({reason}); the one before it is used, and "
+                        "what was done since then is done again",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
+                    return stored
+        raise StateError(
+            f"{manifest}: the saved state cannot be read ({reason}); restore the files of this folder from a copy, or "
+            "remove the folder: the device then begins its stream again"
+        )
+
+    def _load(self, manifest: Path, check: Callable[[Stored], object] | None) -> Stored | None:
+        """The generation of this manifest. Raises Damaged or OSError."""
+        generation = _read(manifest)
+        if generation.own is None:
+            if generation.values or (self.folder / PREVIOUS).exists():
+                raise Damaged(f"{manifest.name} names no tensors")
+            self._current, self._fell_back = generation, False
+            return None
+        tensors, lost = self._tensors_of(generation.own, checksum), None
+        if generation.shared is not None:
+            try:
+                tensors = self._tensors_of(generation.shared, checksum_once) | tensors
+            except (OSError, Damaged):
+                lost = self.folder / generation.shared.name
+        stored = Stored(tensors, generation.values, lost)
+        if check is not None:
+            check(stored)
+        self._current, self._fell_back = generation, False
+        return stored
+
+    def _tensors_of(self, file: _File, checksum_of: Callable[[Path], int]) -> dict[str, Tensor]:
+        path = self.folder / file.name
+        try:
+            if checksum_of(path) != file.checksum:
+                raise Damaged(f"the checksum of {file.name} does not match: the file is damaged")
+            return load_file(path)
+        except (ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+            raise Damaged(f"{file.name!r} cannot be read as safetensors ({error})") from error
+
+    # -- writing -----------------------------------------------------------------------------------------------
 
     def save(
         self, tensors: Mapping[str, Tensor] | None, values: Mapping[str, Any], *, shared: Path | None = None
@@ -60,52 +160,137 @@ class StateFolder:
         """Replaces the state. `tensors=None` keeps those saved before and writes only the values.
 
         `shared` is a file of tensors that other states hold too (`SharedVersions`): those of `tensors` that are equal
-        to them are not written, and the state links to the file. Raises StateError where the disk refuses it; the state
-        is then the old one.
+        to them are not written, and the state refers to the file. Raises StateError where the disk refuses it; the
+        state is then the old one.
         """
         try:
             self._save(tensors, values, shared)
         except (OSError, safetensors.SafetensorError) as error:
-            raise StateError(f"{self.folder}: the state cannot be saved ({error})") from error
+            raise StateError(
+                f"{self.folder}: the state cannot be saved ({_short(error)}); the one before is still there"
+            ) from error
 
     def _save(self, tensors: Mapping[str, Tensor] | None, values: Mapping[str, Any], shared: Path | None) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self._stored is None:
+        if self._current is None:
             self.load()  # never write over the tensors that the manifest names
-        stored, linked = self._stored, self._shared
-        if tensors is not None or stored is None:
-            number = int(stored.split("-")[1].split(".")[0]) + 1 if stored else 0
-            stored = f"tensors-{number}.safetensors"
-            plain = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or {}).items()}
-            common = self._link(shared, plain) if shared else set()
-            linked = shared.name if shared and common else None
-            save_file({n: t for n, t in plain.items() if n not in common}, self.folder / stored)
-            if self.durable:
-                sync(self.folder / stored)
-        files = {"tensors": stored} | ({"shared": linked} if linked else {})
-        write_atomically(self.folder / MANIFEST, json.dumps({**files, **values}), durable=self.durable)
-        self._stored, self._shared = stored, linked
-        # Older tensors, and what a process left that was killed while it wrote.
-        for pattern in ("tensors-*.safetensors", "version-*.safetensors", f".{MANIFEST}.*.partial"):
-            for file in self.folder.glob(pattern):
-                if file.name not in (stored, linked):
-                    file.unlink(missing_ok=True)
-
-    def _link(self, shared: Path, tensors: Mapping[str, Tensor]) -> set[str]:
-        """The names of the tensors that need not be written, since the linked file has them; empty without a link.
-
-        None of them may differ, or be missing here: a load takes all that the file holds and the state does not.
-        """
-        link = self.folder / shared.name
+        if self._current is None:
+            self._write(MANIFEST, None, None, {})
+        current = self._current
+        assert current is not None
+        if tensors is None and current.own is not None:
+            self._write(MANIFEST, current.own, current.shared, values)
+            self._fell_back = False
+            return
+        name = f"tensors-{_number(current.own) + 1}.safetensors"
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or {}).items()}
+        link, common = self._in_common(shared, plain) if shared else (None, set[str]())
+        path = self.folder / name
         try:
-            if not link.exists():
-                os.link(shared, link)
-            common = load_file(link)
-        except (OSError, safetensors.SafetensorError):  # no hard links here, or another process removed the file
-            return set()
+            save_file({n: t for n, t in plain.items() if n not in common}, path)
+            if self.durable:
+                sync(path)
+            own = _File(name, checksum(path))
+            if self.durable and current.own is not None and not self._fell_back:
+                write_atomically(self.folder / PREVIOUS, current.text)
+            self._write(MANIFEST, own, link, values)
+        except (OSError, safetensors.SafetensorError):
+            if self._current is current:  # no manifest names it
+                path.unlink(missing_ok=True)
+            raise
+        self._fell_back = False
+        self._clean_up({name, current.own.name} if self.durable and current.own else {name})
+
+    def _write(self, name: str, own: _File | None, shared: _File | None, values: Mapping[str, Any]) -> None:
+        """Replaces a manifest, and knows about it as soon as it may be in place."""
+        files = {"own": own and own._asdict()} | ({"shared": shared._asdict()} if shared else {})
+        body = {**values, FILES: files}
+        text = json.dumps(body)
+        signed = f'{text[:-1]}, "{CHECKSUM}": {_crc(text)}}}'
+        before = self._current
+        self._current = _Generation(signed, own, shared, dict(values))
+        try:
+            write_atomically(self.folder / name, signed, durable=self.durable)
+        except OSError:
+            if _text(self.folder / name) != signed:
+                self._current = before
+            raise
+
+    def _clean_up(self, needed: set[str]) -> None:
+        """Removes older tensors, and what a process left that was killed while it wrote."""
+        leftover = [file for file in self.folder.glob(TENSORS) if file.name not in needed]
+        for name in (MANIFEST, PREVIOUS):
+            leftover += self.folder.glob(f".{name}.*.partial")
+        if not self.durable:
+            leftover.append(self.folder / PREVIOUS)
+        for file in leftover:
+            file.unlink(missing_ok=True)
+
+    def _in_common(self, shared: Path, tensors: Mapping[str, Tensor]) -> tuple[_File | None, set[str]]:
+        """The shared file, and the names of the tensors that need not be written since it has them.
+
+        None of its tensors may be missing here: a load takes all that the file holds and the state does not.
+        """
+        try:
+            file = _File(os.path.relpath(shared, self.folder), checksum_once(shared))
+            common = load_file(shared)
+        except (OSError, safetensors.SafetensorError):  # another process removed it, or the disk fails
+            return None, set()
         if not common.keys() <= tensors.keys():
-            return set()
-        return {name for name, tensor in common.items() if torch.equal(tensor, tensors[name])}
+            return None, set()
+        equal = {name for name, tensor in common.items() if torch.equal(tensor, tensors[name])}
+        return (file, equal) if equal else (None, set())
+
+
+def _read(manifest: Path) -> _Generation:
+    """Raises Damaged for anything but a manifest as `StateFolder` writes it, OSError where there is none."""
+    try:
+        text = manifest.read_text(encoding="utf-8")
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise Damaged(f"{manifest.name} holds no JSON object")
+        if values.pop(CHECKSUM, None) != _crc(json.dumps(values)):
+            raise Damaged(f"the checksum of {manifest.name} does not match: the file is damaged")
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{manifest.name} cannot be read as JSON ({error})") from error
+    files = values.pop(FILES, None)
+    if not isinstance(files, dict) or "own" not in files:
+        raise Damaged(f"{manifest.name} names no files")
+    return _Generation(text, _file(files["own"], manifest), _file(files.get("shared"), manifest), values)
+
+
+def _file(entry: object, manifest: Path) -> _File | None:
+    if entry is None:
+        return None
+    if isinstance(entry, dict):
+        name, expected = entry.get("name"), entry.get("checksum")
+        if isinstance(name, str) and isinstance(expected, int):
+            return _File(name, expected)
+    raise Damaged(f"{manifest.name} names a file in a way that is not known")
+
+
+def _number(file: _File | None) -> int:
+    """The number in a file's name; -1 without a file."""
+    digits = file.name.removeprefix("tensors-").removesuffix(".safetensors") if file else ""
+    return int(digits) if digits.isdecimal() else -1
+
+
+def _crc(text: str) -> int:
+    return zlib.crc32(text.encode())
+
+
+def _text(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+
+
+def _short(error: Exception) -> str:
+    """What went wrong, in a few words."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {Path(str(error.filename)).name}" if error.filename else error.strerror
+    return str(error)
 
 
 def under(tensors: Mapping[str, Value], prefix: str) -> dict[str, Value]:

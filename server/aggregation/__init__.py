@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from flwr.app import Array, ArrayRecord
 from flwr.serverapp import Grid
 from torch import Tensor
 
 from lightcl.exchange.compression import codec_named
+from lightcl.exchange.messages import ARRAYS
 from lightcl.exchange.tensors import Arrays, outgoing, size_in_bytes
 from lightcl.methods import Method
-from lightcl.scenario import Server
+from lightcl.scenario import Scenario, Server
+from server.aggregation.guard import UpdateGuard
 from server.aggregation.statistics import ClassSums
 from server.aggregation.weights import Contribution, SharedWeights, build_strategy, contribution
 
-__all__ = ["Aggregator", "Contribution", "build_strategy", "contribution"]
+__all__ = ["Aggregator", "Contribution", "Outcome", "build_strategy", "contribution"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the replies of a round, by device: why some are refused, and whose class sums are in."""
+
+    refused: dict[int, str] = field(default_factory=dict)
+    summed: set[int] = field(default_factory=set)
 
 
 class Aggregator:
-    """The shared tensors under one scenario; `version` counts how often they have moved."""
+    """The shared tensors under one scenario; `version` counts how often they have moved.
 
-    def __init__(self, section: Server, method: Method) -> None:
-        self._weights = SharedWeights(section, outgoing(method.network, section.aggregation))
-        self._sums = ClassSums(method)
+    `warned` is told what was wrong with replies that were accepted all the same.
+    """
+
+    def __init__(self, scenario: Scenario, method: Method, warned: Callable[[str], None]) -> None:
+        section = scenario.server
+        self._weights = SharedWeights(section, outgoing(method.network, section.aggregation), warned)
+        self._sums = ClassSums(method, section.guard, warned)
+        self._guard = UpdateGuard(section.guard, scenario.training.batch_size, warned)
         self.codec = codec_named(section.compression)
         self.version = 0
         self._record: tuple[int, ArrayRecord, int] | None = None
@@ -70,17 +86,36 @@ class Aggregator:
         expected = self._weights.arrays | (self._sums.sums if finished else {})
         return {name: array.shape for name, array in expected.items()}
 
-    def update(self, contributions: Sequence[Contribution], round_number: int, grid: Grid) -> None:
-        """Moves the shared tensors by the checked replies of one round; their tensors are gone afterwards."""
-        sums = [item.sums for item in contributions if item.sums]
-        moved = self._weights.update_(contributions, round_number, grid)
-        self.version += self._sums.update_(sums, round_number) or moved
+    def update(self, contributions: Sequence[Contribution], round_number: int, grid: Grid) -> Outcome:
+        """Moves the shared tensors by the checked replies of one round; their tensors are gone afterwards.
+
+        A reply is refused as a whole: where its sums are, its weights are not averaged, either.
+        """
+        refused = self._sums.unlike_the_fleet(_sums_of(contributions))
+        left = self._guard.bound_examples(_without(contributions, refused), round_number)
+        left, too_far = self._guard.check(left, self._weights.arrays, round_number)
+        summed, unsolved = self._sums.update_(_sums_of(left), round_number)
+        moved = self._weights.update_(_without(left, unsolved), round_number, grid)
+        self.version += bool(summed) or moved
+        for item in contributions:  # those of refused replies, too
+            if item.reply:
+                item.reply.content.array_records[ARRAYS].clear()
+        return Outcome(refused | too_far | unsolved, summed)
 
     def state(self) -> dict[str, Tensor]:
         """The shared tensors and the server optimizer's, for a run that is to be resumed."""
-        return self._weights.state() | self._sums.state()
+        return self._weights.state() | self._sums.state() | self._guard.state()
 
     def restore(self, state: Mapping[str, Tensor], version: int) -> None:
         self._weights.restore_(state)
         self._sums.restore_(state)
+        self._guard.restore_(state)
         self.version = version
+
+
+def _sums_of(contributions: Sequence[Contribution]) -> dict[int, Arrays]:
+    return {item.device: item.sums for item in contributions if item.sums}
+
+
+def _without(contributions: Sequence[Contribution], refused: Mapping[int, str]) -> list[Contribution]:
+    return [item for item in contributions if item.device not in refused]

@@ -1,20 +1,20 @@
-"""Guards around an aggregation. Guards on single updates (norms, weights) belong here, too."""
+"""What the guards around an aggregation share. The guard on weights is in guard.py, that on sums in statistics.py."""
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lightcl.exchange.tensors import Arrays
+FEW = 3
+"""The smallest number of values whose median is honest although one is not."""
 
-logger = logging.getLogger("flwr")
+
+def not_finite(arrays: Mapping[str, np.ndarray]) -> str | None:
+    """The name of a tensor with a value that is not finite, if there is one."""
+    return next((name for name, array in arrays.items() if not np.isfinite(array).all()), None)
 
 
-def adoptable(arrays: Arrays, round_number: int) -> bool:
-    """Whether new shared tensors may replace the old ones: only finite values. If not, it warns."""
-    for name, array in arrays.items():
-        if not np.isfinite(array).all():
-            logger.warning("round %d: the new tensor %r is not finite; the old model is kept", round_number, name)
-            return False
-    return True
+def lower_median(values: Sequence[float] | np.ndarray) -> float:
+    """The median, of an even number the smaller of the two in the middle: an attacker's is mostly the larger one."""
+    return float(np.sort(values)[(len(values) - 1) // 2])

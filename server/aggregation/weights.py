@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from lightcl.exchange.section import StrategyName
 from lightcl.exchange.tensors import STATISTICS, Arrays, is_statistic, split, weighted_average
 from lightcl.scenario import Server
 from lightcl.storage.state import under
-from server.aggregation.robust import adoptable
+from server.aggregation.robust import not_finite
 
 STRATEGIES: dict[StrategyName, type[strategies.FedAvg]] = {
     "FedAvg": strategies.FedAvg,
@@ -54,13 +54,30 @@ class Contribution:
     batch_norm: Arrays
     sums: Arrays
     examples: float
+    device: int = 0
+    images: int | None = None
+    """How many training images the device has for this task, where the server knows it."""
+    classes: np.ndarray | None = None
+    """Its training images per class, int `[classes]`, where the server knows them."""
 
 
-def contribution(instruction: Message, arrays: Arrays, examples: float) -> Contribution:
-    """The contribution of a reply. All of a round are kept until Flower averages them, each tensor only once."""
+def contribution(
+    instruction: Message,
+    arrays: Arrays,
+    examples: float,
+    device: int = 0,
+    images: int | None = None,
+    classes: np.ndarray | None = None,
+) -> Contribution:
+    """The contribution of a reply. All of a round are kept until Flower averages them, each tensor only once.
+
+    Weights are fp32 from here on, the type in which they are used.
+    """
     sums, weights = split(arrays, STATISTICS)
+    weights = {name: array.astype(np.float32, copy=False) for name, array in weights.items()}
     batch_norm = {name: array for name, array in weights.items() if is_statistic(name)}
-    return Contribution(_reply(instruction, weights, examples) if weights else None, batch_norm, sums, examples)
+    reply = _reply(instruction, weights) if weights else None
+    return Contribution(reply, batch_norm, sums, examples, device, images, classes)
 
 
 def build_strategy(section: Server) -> strategies.FedAvg:
@@ -81,8 +98,8 @@ def build_strategy(section: Server) -> strategies.FedAvg:
 class SharedWeights:
     """The shared tensors of a fleet, by name, and the strategy that moves them."""
 
-    def __init__(self, section: Server, arrays: Arrays) -> None:
-        self.arrays = arrays
+    def __init__(self, section: Server, arrays: Arrays, warned: Callable[[str], None]) -> None:
+        self.arrays, self._warned = arrays, warned
         self._strategy = build_strategy(section)
 
     def update_(self, contributions: Sequence[Contribution], round_number: int, grid: Grid) -> bool:
@@ -90,10 +107,15 @@ class SharedWeights:
         replies = [item.reply for item in contributions if item.reply]
         if not replies:
             return False
-        averaged = weighted_average(
-            [item.batch_norm for item in contributions if item.reply],
-            [item.examples for item in contributions if item.reply],
-        )
+        for item in contributions:
+            if item.reply:
+                item.reply.content[METRICS] = MetricRecord({EXAMPLES: item.examples})
+        with_statistics = [item for item in contributions if item.batch_norm]
+        averaged = {name: array for name, array in self.arrays.items() if is_statistic(name)}
+        if with_statistics:
+            averaged = weighted_average(
+                [item.batch_norm for item in with_statistics], [item.examples for item in with_statistics]
+            )
         # Flower replaces the tensors in these collections and changes none in place.
         optimizer = {name: copy(getattr(self._strategy, name, None)) for name in (*OPTIMIZER_STATE, *MOMENTUM_STATE)}
         with _quiet():
@@ -106,7 +128,10 @@ class SharedWeights:
             averaged |= {name: array.numpy().astype(np.float32) for name, array in moved.items()}
         for reply in replies:  # Flower's views of it are reference cycles: all tensors would stay for many rounds
             reply.content[ARRAYS].clear()
-        if moved is None or not adoptable(averaged, round_number):
+        wrong = not_finite(averaged)
+        if wrong is not None:
+            self._warned(f"round {round_number}: the new tensor {wrong!r} is not finite; the old model is kept")
+        if moved is None or wrong is not None:
             for name, value in optimizer.items():  # otherwise one overflow would stay in its moments for good
                 if hasattr(self._strategy, name):
                     setattr(self._strategy, name, value)
@@ -136,10 +161,9 @@ class SharedWeights:
             cast(strategies.FedAvgM, self._strategy).momentum_vector = [momentum[k] for k in sorted(momentum)]
 
 
-def _reply(instruction: Message, arrays: Arrays, weight: float) -> Message:
+def _reply(instruction: Message, arrays: Arrays) -> Message:
     parameters = {name: Array(arrays[name]) for name in sorted(arrays) if not is_statistic(name)}
-    content = RecordDict({ARRAYS: ArrayRecord(parameters), METRICS: MetricRecord({EXAMPLES: weight})})
-    return Message(content, reply_to=instruction)
+    return Message(RecordDict({ARRAYS: ArrayRecord(parameters)}), reply_to=instruction)
 
 
 @contextmanager

@@ -50,10 +50,10 @@ def analyze(
     from lightcl.records.folder import ANALYSIS
     from lightcl.storage.files import names_in, writable, write_atomically
     from simulations.commands.shared import default_folder
-    from simulations.progress import AnalysisProgress, block_table
+    from simulations.progress import AnalysisProgress, print_blocks
 
     given = [] if threshold is None else [f"network.freeze_threshold={threshold}"]
-    loaded, out = read_scenario(scenario, [*(changes or []), *given], plugins), console()
+    loaded, out = read_scenario(scenario, [*(changes or []), *given], plugins, analyzed=True), console()
     check_device(device, loaded)
     required("matplotlib", "simulation", "for the picture of an analysis")
     path = out_folder or default_folder(loaded, f"-analysis-{device}")
@@ -72,7 +72,7 @@ def analyze(
     about = {"command": command_line(), "scenario": loaded.model_dump(mode="json")}
     write_atomically(file, json.dumps(found.record(limit) | about, indent=2))
     picture.write_bytes(plots.png(plots.generalizability(found, limit, plots.LIGHT)))
-    out.print(block_table(found, limit))
+    print_blocks(out, found, limit)
     out.print(
         f"freeze point at threshold {limit:g}: {found.freeze_point(limit)}\n"
         f"figures: {os.path.relpath(file)}; picture: {os.path.relpath(picture)}",

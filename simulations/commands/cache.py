@@ -24,22 +24,22 @@ def _cache() -> None:
 @app.command(cls=Command)
 def ls() -> None:
     """List the stores: content, number of images, size and last use."""
-    from rich.table import Table
-
     from lightcl.device.prefix import prefix_cache
+    from simulations.tables import print_table
 
     out, cache = console(), prefix_cache()
     stores = cache.stores()
-    table = Table("key", "network", "source", "view", "outputs", "type", "MB", "last use", box=None, pad_edge=False)
+    rows = []
     for store in stores:
         about = store.about
         used = datetime.fromtimestamp(store.used).strftime("%Y-%m-%d %H:%M") if store.used else "-"
-        table.add_row(
+        rows.append([
             store.key, str(about.get("network", "?")), str(about.get("source", "?")), _view(about),
             f"{store.rows} of {about.get('count', '?')}", str(about.get("dtype", "?")), f"{store.size / MB:.1f}", used,
-        )  # fmt: skip
+        ])  # fmt: skip
     if stores:
-        out.print(table, highlight=False, markup=False)
+        headings = ("key", "network", "source", "view", "outputs", "type", "MB", "last use")
+        print_table(out, headings, rows, left=(0, 1, 2, 3, 5, 7), widest=40)
     size = sum(store.size for store in stores)
     noun = "store" if len(stores) == 1 else "stores"
     out.print(

@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, JustifyMethod
-from rich.table import Table
+from rich.console import Console
 
 from lightcl.errors import RequestError
 from simulations.options import Plugins, command_line, console, use_plugins
+from simulations.tables import print_table
 
-WIDEST_CELL = 28
-"""Characters; longer cells, which are names, wrap."""
-PADDING = 2
-"""Characters between two columns."""
+
+class By(StrEnum):
+    """What sets devices apart (simulations/reports/breakdown.py)."""
+
+    images = "images"
+    tasks = "tasks"
+
+
 MARKDOWN, RECORDS = "comparison.md", "comparison.json"
 
 
@@ -34,6 +38,9 @@ def compare(
         str | None,
         typer.Option("--baseline", metavar="NAME", help="Run that the others are compared with; default: the first"),
     ] = None,
+    by: Annotated[
+        By | None, typer.Option("--by", help="Break figures and differences down by the devices' images or tasks")
+    ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure the memory of a training step in fresh processes")
     ] = False,
@@ -43,11 +50,12 @@ def compare(
     use_plugins(plugins or [])
     from lightcl.errors import nearest
     from lightcl.storage.files import names_in, writable, write_atomically
+    from simulations.reports.breakdown import break_down, breakdown_drawings, breakdown_json, breakdown_tables
     from simulations.reports.comparison import PAGE, Group, markdown, to_json, write_page
     from simulations.reports.comparison import compare as compare_groups
 
     out = console()
-    groups, baselines = collect(runs), {}
+    groups, baselines = collect(runs), sweep_baselines(runs)
     if len(groups) < 2:
         raise RequestError(
             f"compare: needs at least two scenarios, found {len(groups)} (runs that differ only in seed or device "
@@ -65,12 +73,16 @@ def compare(
         groups = [Group(g.label, g.runs, g.step_bytes or _step_bytes(g, out)) for g in groups]
     title = groups[0].scenario.name if len({g.scenario.name for g in groups}) == 1 else "Comparison of runs"
     comparison = compare_groups(groups, title=title, baselines=baselines, command=command_line())
+    found = break_down(comparison, by.value) if by else None
+    tables = breakdown_tables(comparison, found) if found else []
+    drawings = breakdown_drawings(comparison, found) if found else []
+    values = to_json(comparison) | ({f"by_{found.by}": breakdown_json(found)} if found else {})
     with writable(out_folder):
         out_folder.mkdir(parents=True, exist_ok=True)
-        page = write_page(comparison, out_folder)
-        write_atomically(out_folder / MARKDOWN, markdown(comparison))
-        write_atomically(out_folder / RECORDS, json.dumps(to_json(comparison), indent=2))
-    print_comparison(comparison, out)
+        page = write_page(comparison, out_folder, tables, drawings)
+        write_atomically(out_folder / MARKDOWN, markdown(comparison, tables))
+        write_atomically(out_folder / RECORDS, json.dumps(values, indent=2))
+    print_comparison(comparison, out, tables)
     out.print(f"page: {os.path.relpath(page)}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -97,8 +109,16 @@ def collect(paths: list[Path]) -> list[Any]:
     return groups
 
 
+def sweep_baselines(paths: list[Path]) -> dict[str, str]:
+    """The baseline that a sweep has for each of its points, by label; none for several folders, or an older sweep."""
+    if len(paths) != 1 or not (paths[0] / "sweep.json").exists():
+        return {}
+    points = json.loads((paths[0] / "sweep.json").read_text(encoding="utf-8"))["points"]
+    return {point["label"]: point["baseline"] for point in points if "baseline" in point}
+
+
 def _sweep_groups(folder: Path) -> list[Any]:
-    """One group for each point of a sweep that has a run."""
+    """One group for each point of a sweep that has a run: its complete runs or, while there are none, those begun."""
     from simulations.reports.comparison import Group
     from simulations.reports.run_figures import read_figures
 
@@ -111,7 +131,8 @@ def _sweep_groups(folder: Path) -> list[Any]:
         raise RequestError(f"{folder / 'sweep.json'}: cannot be read ({error!r})") from error
     groups = []
     for label, paths in runs.items():
-        found = tuple(read_figures(path) for path in paths if (path / "run.json").exists())
+        begun = tuple(read_figures(path) for path in paths if (path / "run.json").exists())
+        found = tuple(run for run in begun if run.complete) or begun
         if found:
             footprint = footprints.get(label)
             groups.append(Group(label, found, footprint["measured"]["training"] if footprint else None))
@@ -131,42 +152,12 @@ def _step_bytes(group: Any, console: Console) -> int | None:
     return found.measured.training if found.measured else None
 
 
-def print_comparison(comparison: Any, console: Console) -> None:
-    """Prints the comparison as tables."""
+def print_comparison(comparison: Any, console: Console, more: Sequence[Any] = ()) -> None:
+    """Prints the comparison, and more tables, as tables."""
     from simulations.reports.comparison import table_rows
 
-    for title, headings, rows in table_rows(comparison):
+    for title, headings, rows in [*table_rows(comparison), *more]:
         console.print(title, style="italic", highlight=False, markup=False)
-        for columns in _fitting(headings, rows, console.width):
-            table = Table(box=SIMPLE_HEAD, padding=(0, PADDING - 1, 0, 0), show_edge=False)
-            for column in columns:
-                width = _width(column, headings, rows)
-                justify: JustifyMethod = "left" if column == 0 else "right"
-                table.add_column(headings[column], justify=justify, overflow="fold", min_width=width, max_width=width)
-            for row in rows:
-                table.add_row(*(row[column] for column in columns))
-            console.print(table)
-            console.print()
+        print_table(console, headings, rows)
     for line in comparison.warnings:
         console.print(f"warning: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-
-
-def _width(column: int, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
-    """Characters that a column needs: headings wrap between words only, cells beyond WIDEST_CELL wrap."""
-    cells = max((len(row[column]) for row in rows), default=0)
-    return max(min(cells, WIDEST_CELL), *(len(word) for word in headings[column].split()))
-
-
-def _fitting(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[list[int]]:
-    """The columns of each table: as many as the terminal has room for; every table begins with the names (column 0)."""
-    for_columns = width - _width(0, headings, rows) - PADDING
-    tables: list[list[int]] = []
-    room = 0
-    for column in range(1, len(headings)):
-        needed = _width(column, headings, rows) + PADDING
-        if not tables or room < needed:
-            tables.append([0])
-            room = for_columns
-        tables[-1].append(column)
-        room -= needed
-    return tables

@@ -43,11 +43,11 @@ def open_folder(
 
 def print_results(folder: RunFolder, console: Console, *, report: bool) -> None:
     """The final figures of a run, and its report unless --no-report was given."""
-    from simulations.progress import accuracy_table
+    from simulations.progress import print_accuracies
 
     results = folder.results()
     if results:
-        console.print(accuracy_table(results))
+        print_accuracies(console, results)
         if results.dropped:
             lost = amount(len(results.dropped), "device")
             console.print(f"[yellow]dropped from the run: {lost}[/]", highlight=False)

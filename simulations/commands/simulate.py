@@ -30,6 +30,7 @@ def simulate(
     from lightcl.records.folder import RunFolder
     from server.rounds import RunFailure
     from simulations.commands.shared import default_folder, open_folder, print_report, print_results
+    from simulations.commands.validate import fleet_lines
     from simulations.fleet import check_simulation, disk_of_states, simulate_fleet
     from simulations.progress import LiveProgress
 
@@ -44,6 +45,9 @@ def simulate(
             out.print("the run is already complete", highlight=False)
         else:
             rounds = loaded.server.rounds_per_task * sum(len(tasks) for tasks in prepared.tasks)
+            for line in fleet_lines(prepared):
+                if line.startswith("warning"):
+                    out.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
             out.print(str(disk_of_states(prepared)), highlight=False)
             with LiveProgress(out, rounds) as progress:
                 try:

@@ -53,6 +53,10 @@ def train(
             out.print("the run is already complete", highlight=False)
         else:
             rounds = 1 if loaded.method.joint else len(prepared.tasks[device])
-            with LiveProgress(out, rounds) as progress:
-                train_alone(prepared, device, folder, progress)
+            with LiveProgress(out, rounds, "opening the device") as progress:
+                try:
+                    train_alone(prepared, device, folder, progress)
+                except KeyboardInterrupt:
+                    folder.interrupt()
+                    raise
     print_results(folder, out, report=not no_report)

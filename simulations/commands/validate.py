@@ -35,8 +35,9 @@ def validate(scenario: ScenarioFile, changes: Changes = None, plugins: Plugins =
     Aggregator.check(loaded.server)
     prepared = prepare(loaded)
     checked, out = prepared.scenario, console()
+    name = "the standard input" if str(scenario) == "-" else str(scenario)
     out.print(
-        f"{scenario}: valid. {amount(checked.fleet.devices, 'device')}, {amount(checked.stream.tasks, 'task')} x "
+        f"{name}: valid. {amount(checked.fleet.devices, 'device')}, {amount(checked.stream.tasks, 'task')} x "
         f"{amount(checked.stream.classes_per_task, 'class', 'classes')}, method {checked.method.name}.",
         highlight=False,
         markup=False,

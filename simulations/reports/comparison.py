@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import nan
 from pathlib import Path
@@ -23,10 +23,10 @@ from simulations.options import number_ranges
 from simulations.reports import plots
 from simulations.reports.figures import chance
 from simulations.reports.page import page_environment
-from simulations.reports.pictures import Drawing, Picture, paint
+from simulations.reports.pictures import Drawing, paint
 from simulations.reports.run_figures import FIGURES, RunFigures
 from simulations.reports.statistics import Difference, Mean, paired_difference, unpaired_difference
-from simulations.reports.wording import DASH, duration, signed_points, size
+from simulations.reports.wording import DASH, duration, interval_text, percent, size
 
 PAGE = "comparison.html"
 DATA_KEYS = ("source", "image_size", "test_fraction", "augmentation")
@@ -74,6 +74,11 @@ class Group:
             known = [value for value in values if value == value]
             found.append(fmean(known) if known else nan)
         return found
+
+    @property
+    def shares(self) -> bool:
+        """Whether devices of one run share weights or class sums."""
+        return self.scenario.server.aggregation != "none" or self.scenario.method.sums_statistics
 
     @property
     def process_mib(self) -> float | None:
@@ -143,7 +148,7 @@ def pairing_problems(first: Group, second: Group) -> list[str]:
             # The settings of the test do not change the training data.
             if (keys is None or key in keys) and key != "settings" and left[key] != right[key]:
                 problems.append(f"{section}.{key} is {left[key]} and {right[key]}")
-    if first.seeds != second.seeds:
+    if not set(first.seeds) & set(second.seeds):
         problems.append(f"the seeds are {number_ranges(first.seeds)} and {number_ranges(second.seeds)}")
     if _scope(first) != _scope(second):
         problems.append(f"one has {_scope(first)}, the other {_scope(second)}")
@@ -175,6 +180,26 @@ def difference(first: Group, second: Group, setting: str, key: str) -> Differenc
     return paired_difference(one, other)
 
 
+def difference_over_seeds(first: Group, second: Group, setting: str, key: str) -> Difference | None:
+    """First minus second over the means of each seed, a pair per seed.
+
+    Devices that share weights are not independent of each other, runs of different seeds are. None where there are no
+    pairs, where there is one seed, and where neither group shares anything.
+    """
+    if not (first.shares or second.shares) or pairing_problems(first, second):
+        return None
+    one, other = first.observations(setting, key), second.observations(setting, key)
+    common = sorted(one.keys() & other.keys())
+    seeds = sorted({seed for seed, _ in common})
+    if len(seeds) < 2:
+        return None
+
+    def by_seed(values: Mapping[tuple[int, int], float]) -> dict[int, float]:
+        return {seed: fmean([values[at] for at in common if at[0] == seed]) for seed in seeds}
+
+    return paired_difference(by_seed(one), by_seed(other))
+
+
 def warnings_of(groups: Sequence[Group], baselines: Mapping[str, str]) -> list[str]:
     """What a reader must know before comparing: missing pairs, unfinished runs, dropped devices."""
     by_label = {group.label: group for group in groups}
@@ -191,8 +216,8 @@ def warnings_of(groups: Sequence[Group], baselines: Mapping[str, str]) -> list[s
             one, other = (g.observations("til", "average_accuracy").keys() for g in (group, base))
             if one != other:
                 lines.append(
-                    f"{group.label} and {base.label}: {len(one ^ other)} results have no partner (a device that did "
-                    f"not finish); {len(one & other)} pairs are left"
+                    f"{group.label} and {base.label}: {len(one ^ other)} results have no partner (a device or a seed "
+                    f"that did not finish); {len(one & other)} pairs are left"
                 )
         for run in group.runs:
             if not run.complete:
@@ -217,6 +242,23 @@ class Comparison:
     """By label, then by "til average_accuracy" and so on; without the baselines themselves."""
     warnings: list[str]
     command: str = ""
+    over_seeds: Mapping[str, Mapping[str, Difference | None]] = field(default_factory=dict)
+    """The same over the means of each seed, of the groups in which devices share something."""
+
+    @property
+    def figures(self) -> list[tuple[str, str]]:
+        """Settings and keys that any group has a figure for, in the order of the tables."""
+        return [
+            (s, key)
+            for key in ("average_accuracy", "forgetting")
+            for s in self.settings
+            if any(g.observations(s, key) for g in self.groups)
+        ]
+
+    def short_label(self, label: str) -> str:
+        """The label without the parts that its baseline's label has, too."""
+        base = self.baselines[label].split(", ")
+        return ", ".join(part for part in label.split(", ") if part not in base) or label
 
     @property
     def settings(self) -> list[str]:
@@ -262,15 +304,35 @@ def compare(
         for group in groups
         if chosen[group.label] != group.label
     }
-    return Comparison(title, list(groups), chosen, differences, warnings_of(groups, chosen), command)
+    over_seeds: dict[str, dict[str, Difference | None]] = {}
+    for group in groups:
+        base = by_label[chosen[group.label]]
+        over = {f"{s} {key}": difference_over_seeds(group, base, s, key) for s, key in FIGURES}
+        if base is not group and any(over.values()):
+            over_seeds[group.label] = over
+    return Comparison(title, list(groups), chosen, differences, warnings_of(groups, chosen), command, over_seeds)
+
+
+def number(value: float) -> float | None:
+    """None for NaN, which JSON does not have."""
+    return value if value == value else None
+
+
+def mean_json(mean: Mean | None) -> dict[str, Any] | None:
+    return None if mean is None else {
+        "mean": mean.mean, "standard_error": number(mean.error), "margin": number(mean.margin), "count": mean.count,
+    }  # fmt: skip
+
+
+def difference_json(found: Difference | None) -> dict[str, Any] | None:
+    return None if found is None else {
+        "mean": found.mean, "standard_error": number(found.error), "low": number(found.low),
+        "high": number(found.high), "count": found.count, "paired": found.paired,
+    }  # fmt: skip
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
     """Everything that the page shows, as numbers."""
-
-    def number(value: float) -> float | None:
-        return value if value == value else None
-
     groups = []
     for group in comparison.groups:
         means = {f"{s} {key}": group.mean(s, key) for s, key in FIGURES}
@@ -278,17 +340,11 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         groups.append({
             "name": group.label, "method": group.scenario.method.name, "seeds": group.seeds,
             "devices": len(group.devices), "runs": [str(run.path) for run in group.runs],
-            "figures": {
-                name: m and {"mean": m.mean, "standard_error": number(m.error), "count": m.count}
-                for name, m in means.items()
-            },
+            "figures": {name: mean_json(m) for name, m in means.items()},
             "baseline": comparison.baselines[group.label] if found else None,
-            "differences": {
-                name: d and {
-                    "mean": d.mean, "standard_error": number(d.error), "low": number(d.low), "high": number(d.high),
-                    "count": d.count, "paired": d.paired,
-                }
-                for name, d in found.items()
+            "differences": {name: difference_json(d) for name, d in found.items()},
+            "differences_over_seeds": {
+                name: difference_json(d) for name, d in comparison.over_seeds.get(group.label, {}).items()
             },
             "training_step_bytes": group.step_bytes, "process_mib": group.process_mib,
             "bytes_down": group.bytes_down, "bytes_up": group.bytes_up, "seconds": group.seconds,
@@ -299,10 +355,10 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
 # -- the page ------------------------------------------------------------------------------------------------------
 
 
-def draw(comparison: Comparison) -> list[Picture]:
+def drawings_of(comparison: Comparison) -> list[Drawing]:
     """The pictures for which there is data."""
     groups, settings = comparison.groups, comparison.settings
-    chances = {tuple(sorted(chance(group.scenario).items())) for group in groups}
+    chances = {tuple(sorted(chance(group.scenario, group.runs[0].classes).items())) for group in groups}
     guessing = dict(next(iter(chances))) if len(chances) == 1 else {}
     curves = {s: {g.label: g.curve(s) for g in groups if g.observations(s, "average_accuracy")} for s in settings}
     bars = {
@@ -314,6 +370,18 @@ def draw(comparison: Comparison) -> list[Picture]:
         drawn.append(Drawing("compare-accuracy", "Average accuracy after each task, by run", draw_accuracy))
     if any(bars.values()):
         drawn.append(Drawing("compare-forgetting", "Mean forgetting, by run", partial(plots.forgetting_of_runs, bars)))
+    shown = {
+        s: {
+            label: (d, comparison.over_seeds.get(label, {}).get(f"{s} average_accuracy"))
+            for label, found in comparison.differences.items()
+            if (d := found[f"{s} average_accuracy"])
+        }
+        for s in settings
+    }
+    if any(shown.values()):
+        labels = {label: comparison.short_label(label) for label in comparison.differences}
+        draw_gains = partial(plots.differences_of_runs, shown, labels, comparison.baselines)
+        drawn.append(Drawing("compare-differences", "Difference in average accuracy from the baseline", draw_gains))
     # One kind of memory per picture: that of a training step where it was measured, else that of the processes.
     memory = {g.label: g.step_bytes / MIB if g.step_bytes else None for g in groups}
     label = plots.STEP_MEMORY
@@ -330,12 +398,16 @@ def draw(comparison: Comparison) -> list[Picture]:
     if any(places.values()):
         draw_memory = partial(plots.accuracy_over_memory, places, memory_label=label)
         drawn.append(Drawing("compare-memory", "Accuracy over memory, by run", draw_memory))
-    return paint(drawn)
+    return drawn
 
 
-def write_page(comparison: Comparison, folder: Path) -> Path:
-    """Writes `comparison.html` and `plots/compare-*.png`; returns the page."""
-    pictures = draw(comparison)
+def write_page(
+    comparison: Comparison, folder: Path, tables: Sequence[Table] = (), drawings: Sequence[Drawing] = ()
+) -> Path:
+    """Writes `comparison.html`, with more tables and drawings at its end, and `plots/compare-*.png`; returns the
+    page.
+    """
+    pictures = paint([*drawings_of(comparison), *drawings])
     target = folder / "plots"
     target.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
@@ -344,6 +416,7 @@ def write_page(comparison: Comparison, folder: Path) -> Path:
     page = folder / PAGE
     text = environment.get_template("comparison.html.j2").render(
         comparison=comparison, pictures={picture.name: picture for picture in pictures}, figures=FIGURES, mib=MIB,
+        tables=tables, more=[drawing.name for drawing in drawings],
         light=plots.LIGHT, dark=plots.DARK, links=_links(comparison, folder),
     )  # fmt: skip
     write_atomically(page, text)
@@ -395,30 +468,36 @@ def table_rows(comparison: Comparison) -> list[Table]:
         for label, found in comparison.differences.items():
             shown = [found[f"{s} {key}"] for s, key in columns]
             count = next((f"{d.count}" if d.paired else "unpaired" for d in shown if d), DASH)
-            rows.append([label, comparison.baselines[label], count, *map(_difference_text, shown)])
+            rows.append([label, comparison.baselines[label], count, *map(interval_text, shown)])
         title = "Difference in percentage points, with its 95 % interval (Student's t)"
         tables.append((title, ["run", "minus", "pairs", *names], rows))
+    if comparison.over_seeds:
+        rows = []
+        for label, found in comparison.over_seeds.items():
+            shown = [found[f"{s} {key}"] for s, key in columns]
+            count = next((str(d.count) for d in shown if d), DASH)
+            rows.append([label, comparison.baselines[label], count, *map(interval_text, shown)])
+        title = "The same over the means of each seed: devices that share weights are not independent"
+        tables.append((title, ["run", "minus", "seeds", *names], rows))
     return tables
 
 
-def markdown(comparison: Comparison) -> str:
-    """The tables and the warnings as Markdown."""
+def markdown(comparison: Comparison, more: Sequence[Table] = ()) -> str:
+    """The tables, `more` tables and the warnings as Markdown."""
     lines = [f"# {comparison.title}"]
-    for title, headings, rows in table_rows(comparison):
+    for title, headings, rows in [*table_rows(comparison), *more]:
         lines += ["", f"{title}:", "", f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
         lines += [f"| {' | '.join(row)} |" for row in rows]
     lines += [line for text in comparison.warnings for line in ("", f"Warning: {text}.")]
     return "\n".join(lines) + "\n"
 
 
+def mean_interval(mean: Mean) -> str:
+    """In percent, with half of its 95 % interval."""
+    return percent(mean.mean) + (f" ± {percent(mean.margin)}" if mean.margin == mean.margin else "")
+
+
 def _mean_text(mean: Mean | None) -> str:
     if mean is None:
         return DASH
     return f"{100 * mean.mean:.1f}" + (f" ± {100 * mean.error:.1f}" if mean.error == mean.error else "")
-
-
-def _difference_text(found: Difference | None) -> str:
-    if found is None:
-        return DASH
-    interval = f" [{signed_points(found.low)}, {signed_points(found.high)}]" if found.low == found.low else ""
-    return f"{signed_points(found.mean)}{interval}"

@@ -9,11 +9,18 @@ from functools import cached_property
 import numpy as np
 
 from lightcl.analysis.generalizability import Generalizability
+from lightcl.assembly import stream_plan
 from lightcl.errors import RequestError
 from lightcl.metrics import FEW_TEST_IMAGES, AccuracyMatrix, Spread
 from lightcl.records import DeviceHistory, DeviceRow, RoundRow, Run
 from lightcl.records.folder import ANALYSIS
 from lightcl.scenario import Scenario
+
+
+def recorded_classes(run: Run) -> int | None:
+    """Rows of the head, from run.json; None in the runs of earlier versions and of boards with images of their own."""
+    found = run.about.get("classes")
+    return found if type(found) is int and found > 0 else None
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,11 @@ class ReportedRun:
     @property
     def rounds(self) -> list[RoundRow]:
         return self.run.rounds
+
+    @property
+    def classes(self) -> int | None:
+        """Rows of the head: the classes of all streams of the fleet. None where the run did not record it."""
+        return recorded_classes(self.run)
 
     @cached_property
     def training_images(self) -> dict[int, int]:
@@ -199,10 +211,14 @@ def mean_matrix(matrices: Sequence[AccuracyMatrix]) -> np.ndarray:
     return means
 
 
-def chance(scenario: Scenario) -> dict[str, float]:
-    """`[setting]`: accuracy of guessing among the classes of a task (TIL) or of the entire stream (CIL).
+def chance(scenario: Scenario, classes: int | None = None) -> dict[str, float]:
+    """`[setting]`: accuracy of guessing among the classes of a task (TIL) or of all streams of the fleet (CIL).
 
-    CIL counts the classes of later tasks too: a test uses the entire head from the first task on.
+    CIL counts the classes of later tasks too: a test uses the entire head from the first task on. `classes` are the
+    rows of the head, as the run recorded them; None: not recorded, and CIL is left out where the scenario alone does
+    not say (devices with classes or a class order of their own).
     """
-    classes = scenario.stream.classes_per_task
-    return {"til": 1 / classes, "cil": 1 / (classes * scenario.stream.tasks)}
+    plan = stream_plan(scenario)
+    if classes is None and not plan.own_classes and not plan.stream.per_device_order:
+        classes = plan.stream.classes_per_task * plan.stream.tasks
+    return {"til": 1 / plan.stream.classes_per_task} | ({} if classes is None else {"cil": 1 / classes})

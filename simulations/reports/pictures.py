@@ -68,7 +68,7 @@ def _accuracy(run: ReportedRun) -> list[Drawing]:
         curves = {s: spread_over_tasks(matrices[s]) for s in settings}
         ends = ", ".join(f"{s.upper()} {percent(curves[s][-1].mean)} %" for s in settings if curves[s])
         alt = f"Average accuracy after each task; after the last one: {ends}"
-        drawn.append(_drawing("accuracy", alt, plots.accuracy_over_tasks, curves, chance(run.scenario)))
+        drawn.append(_drawing("accuracy", alt, plots.accuracy_over_tasks, curves, chance(run.scenario, run.classes)))
         if run.scenario.stream.tasks > 1:
             for s in settings:
                 alt = f"Mean accuracy matrix, {s.upper()}"

@@ -35,12 +35,18 @@ class RunFigures:
     """By "til" and "cil", then by device."""
     shares: Mapping[int, Any]
     """The images of each device, as in partition.json."""
+    samples: Mapping[int, int]
+    """Different training images that each device trained on."""
+    learned: Mapping[int, int]
+    """Tasks that each device has learned and was tested on."""
     rounds: int
     bytes_down: int
     bytes_up: int
     seconds: float
     process_mib: float | None
     """The highest resident memory of any process that trained a device, PyTorch and the images included."""
+    classes: int | None = None
+    """Rows of the head; None where the run did not record it."""
 
     @property
     def devices(self) -> list[int]:
@@ -93,9 +99,12 @@ def read_figures(path: Path) -> RunFigures:
         figures=figures,
         matrices={s: {d.number: d.matrix(s) for d in compared if d.matrix(s).last >= 0} for s in ("til", "cil")},
         shares=run.partition,
+        samples={device.number: device.samples for device in compared},
+        learned={device.number: shown_run.learned[device.number] for device in compared},
         rounds=len(run.rounds),
         bytes_down=shown_run.bytes_down,
         bytes_up=shown_run.bytes_up,
         seconds=shown_run.seconds,
         process_mib=max(peaks, default=0.0) or None,
+        classes=shown_run.classes,
     )

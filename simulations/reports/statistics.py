@@ -32,6 +32,11 @@ class Mean:
         deviation = stdev(values) if len(values) > 1 else nan
         return cls(fmean(values), deviation, deviation / sqrt(len(values)), len(values))
 
+    @property
+    def margin(self) -> float:
+        """Half of the 95 % interval of Student's t; NaN for a single observation."""
+        return _quantile(self.count - 1) * self.error if self.count > 1 else nan
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -58,7 +63,7 @@ def paired_difference(first: Mapping[K, float], second: Mapping[K, float]) -> Di
         return None
     found = Mean.of(differences)
     assert found is not None
-    margin = _quantile(found.count - 1) * found.error if found.count > 1 else nan
+    margin = found.margin
     return Difference(found.mean, found.error, found.mean - margin, found.mean + margin, found.count, paired=True)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from math import isnan
 
+from simulations.reports.statistics import Difference
+
 DASH = "–"
 """Shown where there is no figure."""
 
@@ -22,6 +24,14 @@ def points(value: float) -> str:
 def signed_points(value: float) -> str:
     """A difference of accuracies in percentage points, with its sign."""
     return DASH if isnan(value) else minus(f"{100 * value:+.1f}")
+
+
+def interval_text(found: Difference | None) -> str:
+    """A difference of accuracies in percentage points with its 95 % interval, where it has one."""
+    if found is None:
+        return DASH
+    interval = "" if isnan(found.low) else f" [{signed_points(found.low)}, {signed_points(found.high)}]"
+    return f"{signed_points(found.mean)}{interval}"
 
 
 def minus(text: str) -> str:

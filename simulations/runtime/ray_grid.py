@@ -39,6 +39,9 @@ class RayGrid(Grid):
     thread; after `close` they raise RunStopped, and WorkerDied if no worker can run any more.
     """
 
+    simulated = True
+    """For the server's mailbox: the nodes are this run's own."""
+
     def __init__(
         self,
         nodes: int,

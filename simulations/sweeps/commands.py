@@ -23,10 +23,12 @@ def sweep(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key in every run; repeatable")
     ] = None,
     preset: Annotated[
-        str | None, typer.Option("--preset", metavar="NAME|FILE", help="table1, methods, demo, or a sweep file")
+        str | None,
+        typer.Option("--preset", metavar="NAME|FILE", help="aggregation, table1, methods, demo, or a sweep file"),
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option("--only", metavar="VARIANT", help="Run only this variant; repeatable")
+        list[str] | None,
+        typer.Option("--only", metavar="VARIANT", help="Run only this variant or value of an axis; repeatable"),
     ] = None,
     seeds: Annotated[
         str | None, typer.Option("--seeds", metavar="N|LIST", help="How many seeds (5), or which ones (0,1,2)")
@@ -46,7 +48,7 @@ def sweep(
 ) -> None:
     """Run a scenario over a grid of keys and seeds, and summarize all runs in one table, picture and page."""
     use_plugins(plugins or [])  # the runs are processes that inherit them
-    from lightcl.scenario import find_scenario
+    from lightcl.scenario import find_scenario, keys_without_effect
     from simulations.sweeps.description import (
         SweepDescription,
         find_preset,
@@ -57,6 +59,8 @@ def sweep(
     from simulations.sweeps.engine import run_sweep
     from simulations.sweeps.grid import make_sweep, parse_grid, parse_seeds
 
+    if scenario == "-":
+        raise RequestError("sweep: it reads its scenario more than once; give a file, not - (the standard input)")
     if scenario is not None and preset is None:
         bundled = presets().get(scenario)
         if bundled is not None and not Path(scenario).exists():
@@ -81,6 +85,8 @@ def sweep(
     stem = "-".join(["sweep", *names, Path(scenario).stem])
     folder = (out_folder or Path("runs") / stem).absolute()
     plan = make_sweep(description, Path(scenario), changes or [], folder, only or [])
+    for line in dict.fromkeys(line for cell in plan.cells for line in keys_without_effect(cell.scenario)):
+        console(stderr=True).print(f"warning: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     run_sweep(
         plan, jobs=jobs, resume=resume, overwrite=overwrite, only_table=only_table,
         command=command_line(), console=console(),

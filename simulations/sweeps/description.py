@@ -6,13 +6,20 @@
       methods: [sgd, lightcl]           # or all: each with its own defaults
       variants:                         # named sets of keys
         LightCL, β = 0: {method.beta: 0}
-      grid: {server.aggregation: [none, suffix], fleet.alpha: [0.1, 0.5]}
+      axes:                             # like grid, but each value is a named set of keys
+        partition:
+          iid: {fleet.partition: iid}
+          Dirichlet 0.1: {fleet.partition: dirichlet, fleet.alpha: 0.1}
+      skip:                             # combinations that make no sense
+        - {where: {variant: [SGD], partition: [iid]}, reason: why not}
+      grid: {server.aggregation: [none, suffix], training.epochs: [5, 30]}
       seeds: [0, 1, 2]
       devices: []                       # empty: the whole fleet, with Flower
       footprint: true                   # count FLOPs and memory, and measure memory
-      baseline: SGD                     # paired differences are taken from this variant
+      baseline: SGD                     # paired differences are taken from this variant, or, as
+                                        # {partition: iid}, from the point that differs on this axis only
 
-Every key may be left out. Presets are such files; `demo`, `methods` and `table1` are in `presets/`.
+Every key may be left out. Presets are such files; `aggregation`, `demo`, `methods` and `table1` are in `presets/`.
 """
 
 from __future__ import annotations
@@ -26,7 +33,18 @@ from lightcl.errors import RequestError, nearest
 from lightcl.scenario.yaml_text import parse
 from lightcl.section import Section
 
-Spread = Literal["standard-error", "standard-deviation"]
+Spread = Literal["standard-error", "standard-deviation", "interval"]
+VARIANT = "variant"
+"""The name of the variants where they are an axis among others."""
+
+
+class Skip(Section):
+    """Combinations that are left out."""
+
+    where: dict[str, list[str]] = Field(min_length=1)
+    """Names by axis (`variant` for the variants); a point is left out where all of its names are listed."""
+    reason: str = Field(min_length=1)
+    """Said where the sweep is planned and in its summary."""
 
 
 class SweepDescription(Section):
@@ -39,6 +57,10 @@ class SweepDescription(Section):
     """Methods side by side; short for one variant per method that sets `method.name`."""
     variants: dict[str, dict[str, Any]] = Field(default={})
     """Named sets of keys."""
+    axes: dict[str, dict[str, dict[str, Any]]] = Field(default={})
+    """By an axis' name its values, which are named sets of keys; every combination is one point."""
+    skip: list[Skip] = Field(default=[])
+    """Combinations of variants and axes that make no sense."""
     grid: dict[str, list[Any]] = Field(default={})
     """Values of each key; every combination is one point."""
     seeds: list[int] | int | None = None
@@ -48,9 +70,10 @@ class SweepDescription(Section):
     footprint: bool = False
     """Count FLOPs and memory of every point, and measure memory in fresh processes."""
     spread: Spread = "standard-error"
-    """What the summary prints after ± (over the seeds)."""
-    baseline: str | None = None
-    """The point that the others are compared with; default: the first one."""
+    """What the summary prints after ± (over the seeds); interval: half of the 95 % interval of Student's t."""
+    baseline: str | dict[str, str] | None = None
+    """The variant or point that the others are compared with, or by axis the value that replaces the point's own;
+    default: the first variant."""
 
 
 def presets() -> dict[str, Path]:

@@ -44,7 +44,7 @@ def run_sweep(
         write_summary(sweep, _record(sweep), _footprints(sweep), console)
         return
     _check_cells(sweep)
-    for line in sweep.resets:
+    for line in [*sweep.resets, *(f"left out: {line}" for line in sweep.skipped)]:
         console.print(line, style="yellow", highlight=False, markup=False)
     with writable(sweep.folder):
         sweep.folder.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,12 @@ def _begin(sweep: Sweep, command: str, *, overwrite: bool) -> None:
     record["starts"].append(describe_run(command, "sweep"))
     record["sweep"] = sweep.description.model_dump(mode="json")
     record["points"] = [
-        {"label": point.label, "runs": [f"runs/{cell.name}" for cell in sweep.of(point)]} for point in sweep.points
+        {
+            "label": point.label,
+            "baseline": sweep.baseline_of(point).label,
+            "runs": [f"runs/{cell.name}" for cell in sweep.of(point)],
+        }
+        for point in sweep.points
     ]
     write_atomically(file, json.dumps(record, indent=2))
 

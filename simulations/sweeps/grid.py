@@ -1,4 +1,4 @@
-"""The cells of a sweep: points (named variants x grid), each with every seed and every device.
+"""The cells of a sweep: points (named variants x axes x grid), each with every seed and every device.
 
 A point with another method keeps the scenario's keys that this method supports (`as_method`): the keys of the other
 method's section are left out, and `Sweep.resets` lists what else was reset.
@@ -21,7 +21,7 @@ from lightcl.scenario import Scenario, load_scenario, method_names
 from lightcl.scenario.variants import as_method
 from lightcl.scenario.yaml_text import parse
 from simulations.options import check_device
-from simulations.sweeps.description import SweepDescription
+from simulations.sweeps.description import VARIANT, SweepDescription
 
 RESETTABLE = ("network.freeze", "network.frozen_batch_norm", "server.aggregation", "stream.settings")
 """Keys whose value a method may not support (see `as_method`)."""
@@ -40,10 +40,12 @@ class Point:
     changes: tuple[str, ...]
     resets: tuple[str, ...] = ()
     """The part of `changes` that the point's method made necessary."""
+    axes: tuple[tuple[str, str], ...] = ()
+    """The point's value on each axis, by the axis' name."""
 
     @property
     def label(self) -> str:
-        return ", ".join(filter(None, (self.variant, self.setting))) or "scenario"
+        return ", ".join(filter(None, (self.variant, *(value for _, value in self.axes), self.setting))) or "scenario"
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class Sweep:
     """The scenario without the changes of a point."""
     cells: tuple[Cell, ...]
     folder: Path
+    skipped: tuple[str, ...] = ()
+    """The points that are left out and why, one line per rule of `skip`."""
 
     @cached_property
     def points(self) -> list[Point]:
@@ -92,12 +96,17 @@ class Sweep:
         return list(dict.fromkeys(cell.device for cell in self.cells if cell.device is not None))
 
     def baseline_of(self, point: Point) -> Point:
-        """The point that this one is compared with: the baseline variant under the same values of the grid.
+        """The point that this one is compared with: the baseline variant under the same values of axes and grid, or the
+        point with the baseline's values on its axes and the same ones otherwise.
 
-        Without variants it is the first point of all.
+        Without variants it is the first point of all. A point whose baseline is not run is compared with itself.
         """
         wanted = self.description.baseline or self.points[0].variant
-        same = [other for other in self.points if other.setting == point.setting and other.variant]
+        if isinstance(wanted, dict):
+            place = _place(point.variant, point.axes) | wanted
+            at_place = [p for p in self.points if p.setting == point.setting and _place(p.variant, p.axes) == place]
+            return (at_place or [point])[0]
+        same = [p for p in self.points if (p.setting, p.axes) == (point.setting, point.axes) and p.variant]
         by_label = [other for other in self.points if other.label == wanted]
         return next((other for other in same if other.variant == wanted), (by_label or same or self.points)[0])
 
@@ -129,20 +138,29 @@ class Sweep:
 def make_sweep(
     description: SweepDescription, file: Path, changes: Sequence[str], folder: Path, only: Sequence[str] = ()
 ) -> Sweep:
-    """All cells of a sweep over the scenario in `file`; `only` limits it to these variants.
+    """All cells of a sweep over the scenario in `file`; `only` limits it to these variants and values of axes.
 
     Raises RequestError for a key, a value or a combination that the scenario refuses; it names the cell.
     """
     base_changes = [*_texts(description.set), *changes]
     base = load_scenario(file, base_changes)
-    variants = _variants(description, only)
+    axes = _axes(description)
+    _check_axes(description, axes)
     _check_grid(description.grid)
-    points = [
-        _point(name, setting, values, base_changes, base)
-        for name, setting, values in _combinations(variants, description.grid)
-    ]
+    left_out: dict[str, list[str]] = {}
+    points = []
+    for combination in _combinations(_limited(axes, only), description.grid):
+        point = _point(combination, base_changes, base)
+        place = _place(point.variant, point.axes)
+        rules = (rule for rule in description.skip if all(place.get(a) in names for a, names in rule.where.items()))
+        if rule := next(rules, None):
+            left_out.setdefault(rule.reason, []).append(point.label)
+        else:
+            points.append(point)
+    if not points:
+        raise RequestError(f"sweep.skip leaves nothing to run ({'; '.join(left_out)})")
     names = list(dict.fromkeys(name for point in points for name in (point.variant, point.label) if name))
-    if description.baseline is not None and description.baseline not in names and not only:
+    if isinstance(description.baseline, str) and description.baseline not in names and not only:
         raise RequestError(
             f"sweep.baseline {description.baseline!r}: no variant or point has this name (allowed: {', '.join(names)})"
         )
@@ -158,7 +176,8 @@ def make_sweep(
         for point in points
         for device in devices
     ]
-    return Sweep(description, base, tuple(cells), folder)
+    skipped = tuple(f"{reason}: {'; '.join(labels)}" for reason, labels in left_out.items())
+    return Sweep(description, base, tuple(cells), folder, skipped)
 
 
 def parse_grid(text: str) -> tuple[str, list[Any]]:
@@ -190,7 +209,12 @@ def folder_name(label: str) -> str:
     return f"{plain[: LONGEST_NAME - 7]}-{hashlib.sha256(label.encode()).hexdigest()[:6]}"
 
 
-def _variants(description: SweepDescription, only: Sequence[str]) -> dict[str, dict[str, Any]]:
+Axes = dict[str, dict[str, dict[str, Any]]]
+"""By an axis' name: its values, named sets of keys. The variants are the first axis."""
+
+
+def _axes(description: SweepDescription) -> Axes:
+    """The variants and the axes; an axis `variant` without a value where the sweep has no variants."""
     known = method_names()
     methods = known if description.methods == "all" else list(description.methods)
     for method in methods:
@@ -199,12 +223,48 @@ def _variants(description: SweepDescription, only: Sequence[str]) -> dict[str, d
                 f"sweep.methods: unknown method {method!r}{nearest(method, known)} (allowed: {', '.join(known)})"
             )
     variants = {name: {"method.name": name} for name in methods} | description.variants
+    return {VARIANT: variants} | description.axes
+
+
+def _limited(axes: Axes, only: Sequence[str]) -> Axes:
+    """The axes with the values that `--only` names; an axis of which it names none stays as it is."""
+    known = list(dict.fromkeys(name for values in axes.values() for name in values))
     for name in only:
-        if name not in variants:
+        if name not in known:
             raise RequestError(
-                f"--only: unknown variant {name!r}{nearest(name, variants)} (allowed: {', '.join(variants) or 'none'})"
+                f"--only: unknown variant {name!r}{nearest(name, known)} (allowed: {', '.join(known) or 'none'})"
             )
-    return {name: variants[name] for name in only} if only else variants
+    return {
+        axis: {name: keys for name, keys in values.items() if name in only} or values for axis, values in axes.items()
+    }
+
+
+def _check_axes(description: SweepDescription, axes: Axes) -> None:
+    """Raises RequestError for an axis without values, and for names in `skip` and `baseline` that do not exist."""
+    if VARIANT in description.axes:
+        raise RequestError(f"sweep.axes.{VARIANT}: the values of this axis stand under sweep.variants")
+    for axis, named_sets in description.axes.items():
+        if not named_sets:
+            raise RequestError(f"sweep.axes.{axis}: no values")
+    named = [(f"sweep.skip[{i}].where", rule.where) for i, rule in enumerate(description.skip)]
+    if isinstance(description.baseline, dict):
+        named.append(("sweep.baseline", {axis: [value] for axis, value in description.baseline.items()}))
+    for key, where in named:
+        for axis, values in where.items():
+            if axis not in axes:
+                raise RequestError(f"{key}.{axis}: no such axis{nearest(axis, axes)} (allowed: {', '.join(axes)})")
+            for value in values:
+                if value not in axes[axis]:
+                    known = list(axes[axis])
+                    raise RequestError(
+                        f"{key}.{axis}: {value!r} is not on this axis{nearest(value, known)} "
+                        f"(allowed: {', '.join(known) or 'none'})"
+                    )
+
+
+def _place(variant: str, axes: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """A point's value on every axis, the variants included."""
+    return {VARIANT: variant} | dict(axes)
 
 
 def _check_grid(grid: Mapping[str, Sequence[Any]]) -> None:
@@ -218,19 +278,37 @@ def _check_grid(grid: Mapping[str, Sequence[Any]]) -> None:
             raise RequestError(f"--grid {key}: a value is given twice ({', '.join(texts)})")
 
 
-def _combinations(
-    variants: Mapping[str, Mapping[str, Any]], grid: Mapping[str, Sequence[Any]]
-) -> list[tuple[str, str, dict[str, Any]]]:
-    """Every variant with every combination of the grid's values: variant, the values as text, all keys."""
+@dataclass(frozen=True)
+class Combination:
+    """A point before the scenario is looked at."""
+
+    variant: str
+    axes: tuple[tuple[str, str], ...]
+    setting: str
+    """The grid's values as text."""
+    keys: Mapping[str, Any]
+
+
+def _combinations(axes: Axes, grid: Mapping[str, Sequence[Any]]) -> list[Combination]:
+    """Every combination of variants, values on axes and values of the grid. Raises RequestError for a key set twice."""
+    variants = axes[VARIANT] or {"": {}}
+    others = {axis: values for axis, values in axes.items() if axis != VARIANT}
     found = []
     for values in itertools.product(*grid.values()):
-        keys = dict(zip(grid, values, strict=True))
-        setting = ", ".join(_label(key, value) for key, value in keys.items())
-        for name, changes in variants.items() or [("", {})]:
-            twice = set(changes) & set(keys)
-            if twice:
-                raise RequestError(f"sweep: {min(twice)} is set by variant {name!r} and by the grid; choose one")
-            found.append((name, setting, {**changes, **keys}))
+        given = dict(zip(grid, values, strict=True))
+        setting = ", ".join(_label(key, value) for key, value in given.items())
+        for names in itertools.product(*others.values()):
+            for variant, changes in variants.items():
+                place = tuple(zip(others, names, strict=True))
+                keys: dict[str, Any] = dict(changes)
+                setters = dict.fromkeys(keys, f"variant {variant!r}")
+                for by, more in [*((f"{a} {n!r}", others[a][n]) for a, n in place), ("the grid", given)]:
+                    if twice := set(keys) & set(more):
+                        key = min(twice)
+                        raise RequestError(f"sweep: {key} is set by {setters[key]} and by {by}; choose one")
+                    keys |= more
+                    setters |= dict.fromkeys(more, by)
+                found.append(Combination(variant, place, setting, keys))
     return found
 
 
@@ -244,11 +322,12 @@ def _texts(values: Mapping[str, Any]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
-def _point(variant: str, setting: str, values: Mapping[str, Any], base_changes: Sequence[str], base: Scenario) -> Point:
+def _point(combination: Combination, base_changes: Sequence[str], base: Scenario) -> Point:
+    variant, setting, axes, values = combination.variant, combination.setting, combination.axes, combination.keys
     method = values.get("method.name", base.method.name)
     own = _texts(values)
     if method == base.method.name or method not in method_names():  # an unknown one is refused with the scenario
-        return Point(variant, setting, (*base_changes, *own))
+        return Point(variant, setting, (*base_changes, *own), axes=axes)
     adapted = as_method(base, method)
     resets = []
     for key in RESETTABLE:
@@ -258,7 +337,7 @@ def _point(variant: str, setting: str, values: Mapping[str, Any], base_changes: 
             resets.append(f"{key}={json.dumps(found)}")
     # The base's method section applies to the base's method alone.
     kept = [change for change in base_changes if not change.startswith(("method.", "method="))]
-    return Point(variant, setting, (*kept, *resets, *own), tuple(resets))
+    return Point(variant, setting, (*kept, *resets, *own), tuple(resets), axes)
 
 
 def _scenario_of(point: Point, seed: int, file: Path) -> Scenario:

@@ -33,6 +33,11 @@ TABLE, RECORDS, CELLS, PICTURE, PAGE = "summary.md", "summary.json", "summary.cs
 OUTPUTS = (TABLE, RECORDS, CELLS, PICTURE, PAGE, "plots")
 FIGURES = (("cil", "average_accuracy"), ("til", "average_accuracy"), ("cil", "forgetting"), ("til", "forgetting"))
 BASELINE_METHOD = "sgd"
+SPREADS: Mapping[Spread, str] = {
+    "standard-error": "standard error",
+    "standard-deviation": "standard deviation",
+    "interval": "half of the 95 % interval (Student's t)",
+}
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,9 @@ def table(
         "",
         *(f"Changed from the scenario: {line}." for line in sweep.resets),
         *([""] if sweep.resets else []),
-        f"Accuracy and forgetting in percent, mean ± {spread.replace('-', ' ')} over the seeds.",
+        *(f"Left out: {line}." for line in sweep.skipped),
+        *([""] if sweep.skipped else []),
+        f"Accuracy and forgetting in percent, mean ± {SPREADS[spread]} over the seeds.",
     ]
     if sweep.description.footprint:
         lines[-1] += (
@@ -223,7 +230,8 @@ def _points(found: Difference | None) -> str:
 def _percent(figure: Mean | None, spread: Spread) -> str:
     if figure is None:
         return "–"
-    width = figure.error if spread == "standard-error" else figure.deviation
+    widths = {"standard-error": figure.error, "standard-deviation": figure.deviation, "interval": figure.margin}
+    width = widths[spread]
     return f"{100 * figure.mean:.2f}" + (f" ± {100 * width:.2f}" if not isnan(width) else "")
 
 

@@ -22,7 +22,7 @@ def test_a_board_that_can_join(tmp_path: Path) -> None:
     assert all(one.passed for one in checks.values()), checks
     assert checks["node configuration"].text == "board-1, device 1 of the fleet"
     # 1,797 digits, of which 20 % of each class are test images; a third of the others
-    assert "training images of 8x8x1, 10 classes, 2 tasks" in checks["data"].text
+    assert "training images of 8x8x1, 10 classes (4 in the fleet's streams), 2 tasks" in checks["data"].text
     assert "MiB memory free" in checks["accelerator"].text
     assert not list((tmp_path / "state").iterdir())
 

@@ -23,7 +23,9 @@ import typer
 import yaml
 
 from lightcl.errors import RequestError
-from lightcl.scenario import Scenario, bundled_scenarios, load_scenario, scenario_keys
+from lightcl.scenario import Scenario, bundled_scenarios, find_scenario, load_scenario, scenario_keys
+from simulations.sweeps.description import load_description
+from simulations.sweeps.grid import make_sweep
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
@@ -98,8 +100,20 @@ def test_scenarios_in_the_text_are_valid(block: Block, tmp_path: Path) -> None:
     load_scenario(file)
 
 
+SWEEPS = [b for b in BLOCKS if b.language == "yaml" and list(yaml.safe_load(b.text)) == ["sweep"]]
+
+
+@pytest.mark.parametrize("block", SWEEPS, ids=str)
+def test_sweeps_in_the_text_can_be_planned(block: Block, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(block.text, encoding="utf-8")
+    description = load_description(file)
+    assert description.scenario is not None
+    assert make_sweep(description, find_scenario(Path(description.scenario)), [], tmp_path).cells
+
+
 def test_every_yaml_block_is_checked() -> None:
-    assert len(_scenarios()) == sum(block.language == "yaml" for block in BLOCKS) > 3
+    assert len(_scenarios()) + len(SWEEPS) == sum(block.language == "yaml" for block in BLOCKS) > 3
 
 
 def commands_of(text: str) -> Iterator[list[str]]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import lightcl
+from lightcl.data.partition import Share
 from lightcl.data.tasks import Batch
 from lightcl.device.device import OutOfStep
 from lightcl.errors import RequestError
@@ -214,3 +215,21 @@ def test_joint_training_has_one_task(tmp_path: Path) -> None:
     (task,) = device.tasks
     assert task.classes == (0, 1, 2, 3)
     assert device.learn(task, epochs=1).examples == len(task.train) == 72
+
+
+def test_a_device_that_skips_its_first_task_and_classes_that_are_not_the_first_of_the_source() -> None:
+    """Tasks (2, 7) and (5, 9) of ten classes; the device has images of the second alone."""
+    held = toys.source(classes=10, train=20, test=5, size=16)
+    train, test = (np.flatnonzero(np.isin(split.labels, (5, 9))) for split in (held.train, held.test))
+    scenario = toys.scenario(stream={"tasks": 2, "class_order": (2, 7, 5, 9)})
+    with lightcl.open_device(scenario, source=held, share=Share(train, test)) as device:
+        (task,) = device.tasks
+        assert (task.id, task.classes, device.edge.stream.head) == (1, (5, 9), (2, 5, 7, 9))
+        tested = [device.learn(task), device.evaluate()][1]
+        images = held.test.images[test]
+        assert device.logits(images).shape == (10, 4)
+        right = (device.predict(images, task) == held.test.labels[test]).mean()
+        assert [right] == tested.til
+        answers = device.predict(images)
+        assert set(answers) <= {2, 5, 7, 9}
+        assert [(answers == held.test.labels[test]).mean()] == tested.cil

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -79,3 +80,50 @@ def test_who_holds_what_is_told_for_boards_with_and_without_images_of_their_own(
 def test_a_freeze_point_is_not_chosen_from_images_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"network\.freeze is 'auto', .*\(data\.path is not set\)"):
         flwr_run(InProcessGrid(tmp_path / "s", 2), tmp_path / "run", set="network.freeze=auto")
+
+
+def test_a_run_is_not_continued_where_the_images_have_gone_or_come(tmp_path: Path) -> None:
+    """Refused before anything is sent or written."""
+    grid = boards(tmp_path)
+    path = str(grid.nodes[100].node_config["data-path"])
+    here = f"data.path={path}"
+    for name, before, now, said in (
+        ("moved", here, f"data.path={tmp_path}/gone", f"began with images on the server (data.path was '{path}')"),
+        ("gone", here, "", "data.path is None now, where there are none; set data.path"),
+        ("come", "", here, "began without images on the server, but now there are some at"),
+    ):
+        out = tmp_path / name
+        flwr_run(grid, out, set=before)
+        (out / "results.json").unlink()
+        files = {file: file.read_bytes() for file in out.rglob("*.json*")}
+        sent = len(grid.sent)
+        with pytest.raises(RequestError, match=re.escape(said)):
+            flwr_run(grid, out, set=now, resume=True)
+        assert len(grid.sent) == sent
+        assert {file: file.read_bytes() for file in out.rglob("*.json*")} == files
+
+
+def test_boards_with_more_classes_than_the_stream_share_a_head_of_its_size(tmp_path: Path) -> None:
+    """One task of two of the boards' four classes: messages and answers are about these two."""
+    out, grid = tmp_path / "run", boards(tmp_path)
+    flwr_run(grid, out, set="'stream.tasks=1' 'stream.class_order=[1, 3]' 'server.aggregation=suffix+head'")
+    run = load_run(out)
+    assert run.results is not None
+    assert run.results.devices_finished == 2
+    heads = [record["fc.weight"].numpy() for m in grid.received for record in m.content.array_records.values()]
+    assert {head.shape[0] for head in heads} == {2}
+    assert len(heads) == 2
+    assert run.results.til == run.results.cil, "with one task the head has that task's classes alone"
+
+
+def test_boards_that_cut_tasks_from_their_own_classes_have_all_classes_in_the_head(tmp_path: Path) -> None:
+    out, grid = tmp_path / "run", boards(tmp_path)
+    flwr_run(grid, out, set="stream.tasks=1 stream.cut=own server.aggregation=suffix+head")
+    heads = [record["fc.weight"].numpy() for m in grid.received for record in m.content.array_records.values()]
+    assert {head.shape[0] for head in heads} == {4}
+
+
+def test_a_key_without_effect_is_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="flwr"):
+        flwr_run(boards(tmp_path), tmp_path / "run", set="fleet.alpha=0.1")
+    assert "fleet.alpha: 0.1 has no effect" in caplog.text

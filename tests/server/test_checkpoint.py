@@ -10,7 +10,7 @@ import torch
 
 from lightcl.records.rows import DeviceRow
 from lightcl.storage.state import StateError
-from server.checkpoint import DATABASE, Checkpoint, PendingRound
+from server.checkpoint import DATABASE, Checkpoint, PendingRound, StateLost
 from server.ledger import Ledger
 from tests.inprocess import small
 
@@ -77,3 +77,44 @@ def test_a_simulation_does_not_wait_for_the_disk(tmp_path: Path, durable: bool, 
     checkpoint.save(1, None, 0, {}, [])
     connection: sqlite3.Connection = checkpoint._database
     assert connection.execute("PRAGMA synchronous").fetchone() == (synchronous,)
+
+
+def test_a_database_without_room_keeps_the_state_before(tmp_path: Path) -> None:
+    ledger, checkpoint = Ledger(small()), Checkpoint(tmp_path)
+    checkpoint.save(1, None, 1, {"w": torch.ones(1)}, [ledger[0]])
+    (pages,) = checkpoint._database.execute("PRAGMA page_count").fetchone()
+    checkpoint._database.execute(f"PRAGMA max_page_count = {pages}")
+    ledger[0].dropped = "x" * 100_000
+    with pytest.raises(StateError, match=r"cannot be saved .*full"):
+        checkpoint.save(2, None, 2, {"w": torch.zeros(1)}, [ledger[0]])
+    checkpoint.close()
+    saved = Checkpoint(tmp_path).load()
+    assert saved is not None
+    assert (saved.round, saved.version, saved.tensors["w"].item()) == (1, 1, 1.0)
+
+
+def test_every_damage_to_a_saved_state_is_found(tmp_path: Path) -> None:
+    """Each byte of what a device and a round have in the database, and of the tensors, one after the other."""
+    ledger, folder = Ledger(small()), tmp_path / "good"
+    checkpoint = Checkpoint(folder)
+    checkpoint.save(7, PendingRound({7: DeviceRow(7, 1, "node", 0, 2)}, 1.5), 3, {"w": torch.arange(3.0)}, [ledger[1]])
+    checkpoint._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    texts = checkpoint._database.execute("SELECT entry FROM devices UNION SELECT pending FROM run").fetchall()
+    checkpoint.close()
+    assert Checkpoint(folder).load() is not None
+    files = {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix in (".db", ".safetensors")}
+    flipped = {"tensors-0.safetensors": range(len(files["tensors-0.safetensors"])), DATABASE: []}
+    for (text,) in texts:
+        start = files[DATABASE].index(text.encode())
+        flipped[DATABASE] = [*flipped[DATABASE], *range(start, start + len(text))]
+    for name, positions in flipped.items():
+        for number, position in enumerate(positions):
+            damaged = tmp_path / f"{name}-{number}"
+            damaged.mkdir()
+            for other, data in files.items():
+                (damaged / other).write_bytes(data)
+            data = bytearray(files[name])
+            data[position] ^= 4
+            (damaged / name).write_bytes(bytes(data))
+            with pytest.raises(StateLost, match="cannot be read"):
+                Checkpoint(damaged).load()

@@ -140,20 +140,26 @@ def test_class_sums_that_would_spoil_the_fleets_head(tmp_path: Path, factor: flo
     assert said in refusals[0][1]
 
 
-def test_sums_without_a_head_are_left_out(tmp_path: Path) -> None:
+def test_sums_without_a_head_are_left_out() -> None:
     scenario = small(method=PLUS)
     method = scenario.method.build(build_network(scenario, in_channels=1, classes=10))
-    sums = ClassSums(method)
+    warnings: list[str] = []
+    sums = ClassSums(method, "off", warnings.append)
     features = np.random.default_rng(0).normal(size=(50, sums.sums["statistics/total"].shape[1]))
     good = {name: np.zeros_like(array) for name, array in sums.sums.items()}
     good["statistics/count"][3], good["statistics/total"][3] = 50, features.sum(axis=0)
     good["statistics/gram"] = (features.T @ features)[np.triu_indices(features.shape[1])]
-    assert sums.update_([good], 1)
+    assert sums.update_({0: good}, 1) == ({0}, {})
     before, head = {name: array.copy() for name, array in sums.sums.items()}, sums.head
     huge = {name: array * (1.0 if name.endswith("count") else 1e37) for name, array in good.items()}
     negative = good | {"statistics/gram": -1e6 * good["statistics/gram"]}
     for bad in (huge, negative):
-        assert not sums.update_([bad], 2)
+        summed, refused = sums.update_({1: bad}, 2)
+        assert (summed, refused) == (set(), {1: "no finite head can be solved from its class sums"})
         assert sums.head is head
         assert all((sums.sums[name] == array).all() for name, array in before.items())
-    assert sums.update_([good], 3)
+        summed, refused = sums.update_({0: good, 1: bad}, 2)
+        assert (summed, set(refused)) == ({0}, {1}), "the sums of the others of the round count"
+        sums.sums, sums.head = {name: array.copy() for name, array in before.items()}, head
+    assert sums.update_({0: good}, 3) == ({0}, {})
+    assert not warnings

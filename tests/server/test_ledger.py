@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lightcl.exchange.messages import Refusal, Tested, Trained
 from server.ledger import Entry, Ledger
 from server.selection import Selection
@@ -12,7 +14,7 @@ SCENARIO = small(stream={"tasks": 4})
 
 def learn(entry: Entry, task: int) -> None:
     """The device trains a task to its end and is tested on what it has learned."""
-    entry.add_training_(Trained(entry.number, task, 2, 0, "", "", 10, 0.5, 1.0, 1.0), finished_task=True)
+    entry.add_training_(Trained(entry.number, task, 2, 0, "", "", 10, 0.5, 1.0, 1.0))
     tasks = list(entry.tasks[: entry.position + 1])
     entry.add_test_(Tested(entry.number, task, 2, 0, tasks, [0.5] * len(tasks), [], [10] * len(tasks), 1.0))
 
@@ -20,9 +22,9 @@ def learn(entry: Entry, task: int) -> None:
 def test_a_device_walks_its_own_tasks_and_is_finished_after_its_last() -> None:
     ledger = Ledger(SCENARIO, [(1, 3), (), (0, 1, 2, 3)])
     entry = ledger[0]
-    assert (entry.goal(SCENARIO), entry.rounds_left(SCENARIO)) == ((1, 2), 2)
+    assert (entry.goal(SCENARIO), entry.rounds_left([2])) == ((1, 2), 2)
     learn(entry, 1)
-    assert (entry.goal(SCENARIO), entry.rounds_left(SCENARIO)) == ((3, 2), 1)
+    assert (entry.goal(SCENARIO), entry.rounds_left([2])) == ((3, 2), 1)
     assert not entry.finished(SCENARIO)
     learn(entry, 3)
     assert entry.finished(SCENARIO)
@@ -52,13 +54,16 @@ def test_joint_training_waits_for_the_devices_own_last_task() -> None:
     joint = small(stream={"tasks": 4}, method={"name": "joint"})
     entry = Ledger(joint, [(0, 2), (), (3,)])[0]
     assert entry.goal(joint) == (2, 2)
-    assert entry.rounds_left(joint) == 1
+    assert entry.rounds_left([2]) == 1
+    assert [entry.rounds_left([1, 2]), replace(entry, epochs=1).rounds_left([1, 2])] == [2, 1]
+    assert replace(entry, epochs=2).rounds_left([1, 2]) == 0
 
 
 def test_a_board_that_lost_its_state_begins_with_its_own_first_task() -> None:
-    entry = Ledger(SCENARIO, [(1, 3), (), (0,)])[0]
+    ledger = Ledger(SCENARIO, [(1, 3), (), (0,)])
+    entry = ledger[0]
     learn(entry, 1)
-    entry.follow_(Refusal(1, 0, 0, "state lost"))
+    ledger.follow_(0, Refusal(1, 0, 0, "state lost"))
     assert entry.goal(SCENARIO) == (1, 2)
     assert entry.rows["til"] == {}
 

@@ -12,13 +12,20 @@ from ray import exceptions
 from lightcl.exchange.messages import Instruction
 from server import nodes as module
 from server.mailbox import Mailbox, WorkerDied
-from server.nodes import Nodes
+from server.nodes import Expected, Nodes
 from tests.inprocess import InProcessGrid, small
 
 
-def nodes_of(grid: InProcessGrid, devices: int = 3) -> Nodes:
+def nodes_of(
+    grid: InProcessGrid, devices: int = 3, timeout: float = 60.0, images: tuple[int, int, str] | None = None
+) -> Nodes:
     greeting = Instruction(0, "r", small().model_dump_json(), 0, 0, 0, 0)
-    return Nodes(Mailbox(grid, threading.Event()), devices, small().stream.tasks, greeting)
+    return Nodes(
+        Mailbox(grid, threading.Event()),
+        Expected(devices, small().stream.tasks, (4, 100_000), images),
+        greeting,
+        timeout,
+    )
 
 
 def hosts(nodes: Nodes, devices: int = 3) -> list[int | None]:
@@ -182,6 +189,22 @@ def test_terms_for_which_no_network_can_be_built(tmp_path: Path, field: str, val
     assert said in nodes.problems[0]
 
 
+def test_a_head_of_another_size_than_the_scenarios_is_refused(tmp_path: Path) -> None:
+    """Two tasks of two classes, the same on all devices: a head of four rows, whatever a node says."""
+
+    def spoil(message: Message, reply: Message) -> Message:
+        if message.metadata.dst_node_id == 102:
+            reply.content["reply"]["classes"] = 10
+        return reply
+
+    greeting = Instruction(0, "r", small().model_dump_json(), 0, 0, 0, 0)
+    mailbox = Mailbox(named(InProcessGrid(tmp_path, 3, spoil)), threading.Event())
+    nodes = Nodes(mailbox, Expected.of(small(), None), greeting, 60.0)
+    nodes.update()
+    assert hosts(nodes) == [100, 101, None]
+    assert nodes.problems == ["node 'board-2' has images with 10 classes, expected 4"]
+
+
 @pytest.mark.parametrize(("partition", "partitions"), [(3, 4), (1, 2)])
 def test_a_board_with_its_own_images_is_one_of_the_devices(tmp_path: Path, partition: int, partitions: int) -> None:
     """Three devices; a board that says it is the fourth of four, or the second of two nodes."""
@@ -217,6 +240,7 @@ def _raised(kind: str) -> str:
 )
 def test_a_dead_worker_is_told_from_a_device_that_fails(tmp_path: Path, kind: str, stops: bool) -> None:
     grid = InProcessGrid(tmp_path, 3, lambda message, reply: Message(Error(0, _raised(kind)), reply_to=message))
+    grid.simulated = True
     nodes = nodes_of(grid)
     if stops:
         with pytest.raises(WorkerDied, match=r"a Ray worker died .*fewer simulation\.workers"):
@@ -224,3 +248,13 @@ def test_a_dead_worker_is_told_from_a_device_that_fails(tmp_path: Path, kind: st
     else:
         nodes.update()
         assert "said the device" in nodes.problems[0]
+
+
+def test_only_the_grids_of_simulations_are_simulated() -> None:
+    """Flower's are told by their class: a board that connects over the network cannot change it."""
+    from flwr.superlink.grid import HttpGrid, InMemoryGrid
+
+    from simulations.runtime.ray_grid import RayGrid
+
+    grids = [kind.__new__(kind) for kind in (InMemoryGrid, RayGrid, HttpGrid)]
+    assert [Mailbox(grid, threading.Event()).simulated for grid in grids] == [True, True, False]

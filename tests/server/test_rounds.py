@@ -400,9 +400,10 @@ def test_a_dead_worker_ends_the_run_and_costs_no_device_a_failure(tmp_path: Path
             return Message(Error(ErrorCode.UNKNOWN, f"{type(error)}:<'{error}'>"), reply_to=message)
         return reply
 
-    listener = Silent()
+    listener, grid = Silent(), InProcessGrid(tmp_path / "s2", 3, dying)
+    grid.simulated = True
     with pytest.raises(RunFailure, match=r"a Ray worker died .*fewer simulation\.workers.*--resume"):
-        start(scenario, tmp_path / "run", listener).run(InProcessGrid(tmp_path / "s2", 3, dying))
+        start(scenario, tmp_path / "run", listener).run(grid)
     assert not listener.refusals
     assert not (tmp_path / "run" / "results.json").exists()
     assert "Ray worker" in json.loads((tmp_path / "run" / "failure.json").read_text())["reason"]

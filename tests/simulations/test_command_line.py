@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -187,6 +188,18 @@ def test_resume_gives_dropped_devices_another_chance(
     assert lightcl(monkeypatch, *words, "--resume") == 0
     assert "the run is already complete" in capfd.readouterr().out
     assert Path("run/results.json").read_bytes() == before
+
+
+def test_a_device_alone_whose_state_is_gone_keeps_its_rows(
+    scenario: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert lightcl(monkeypatch, "train", scenario, "--out", "run") == 0
+    Path("run/results.json").unlink()
+    shutil.rmtree("run/devices")
+    before = Path("run/rounds.jsonl").read_text()
+    assert lightcl(monkeypatch, "train", scenario, "--out", "run", "--resume") == 2
+    assert "has rows of 2 tasks, but the device's state only of 0" in capfd.readouterr().err
+    assert Path("run/rounds.jsonl").read_text() == before
 
 
 def test_a_damaged_run_folder_is_named_and_not_changed(

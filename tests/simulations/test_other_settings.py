@@ -8,7 +8,7 @@ from rich.console import Console
 from lightcl.preparation import open_run
 from lightcl.records.folder import RunFolder
 from server.rounds import Coordinator
-from simulations.progress import accuracy_table
+from simulations.progress import print_accuracies
 from simulations.reports.page import build_report
 from tests.inprocess import InProcessGrid, Silent, small
 
@@ -26,7 +26,7 @@ def run(path: Path, **sections) -> RunFolder:
 def printed(folder: RunFolder) -> str:
     console = Console(width=100, record=True, quiet=False, file=None)
     with console.capture() as captured:
-        console.print(accuracy_table(folder.results()))
+        print_accuracies(console, folder.results())
     return captured.get()
 
 

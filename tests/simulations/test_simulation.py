@@ -144,7 +144,7 @@ def _in_second_task(run: Path) -> bool:
     for manifest in run.glob("devices/*/*/state.json"):
         try:
             position = json.loads(manifest.read_text())["position"]
-        except (OSError, ValueError):
+        except (OSError, ValueError, KeyError):  # nothing is saved yet
             continue
         if position["task"] == 1 and 0 < position["epochs"] < 6:
             return True

@@ -111,7 +111,7 @@ def rehearsed_workload(scenario: Scenario, image: Image, classes: int) -> Worklo
     from lightcl.assembly import build_stream
 
     short, source = rehearsal(scenario, image, classes)
-    stream = build_stream(short, source, _whole(source), 0)
+    stream = build_stream(short, source, _whole(source), 0, range(classes))
     return workload_of(short, stream, image, choose_accelerator(scenario.device.accelerator).type)
 
 
@@ -231,7 +231,7 @@ def measure_here(scenario: Scenario, image: Image, classes: int, way: Way) -> di
     with tempfile.TemporaryDirectory() as folder:
 
         def prepare() -> None:
-            device = EdgeDevice(scenario, 0, Path(folder), source=source, share=_whole(source))
+            device = EdgeDevice(scenario, 0, Path(folder), source=source, share=_whole(source), head=range(classes))
             devices.append(device)
             for task in device.stream.ids[device.stream.first : -1]:
                 device.train(task, 1)

@@ -193,8 +193,13 @@ class _Step:
         shape, cost, workload = self.shape, self.cost, self.workload
         samples = workload.batch + cost.replayed
         self._allocate_permanent()
-        # Before the first step of a task the memory samples pass through the prefix, possibly more than a batch.
-        self._prefix(max(samples, cost.pattern_samples))
+        # Before the first step of a task the memory samples pass through the prefix, possibly more than a batch; the
+        # task's optimizer has no state yet.
+        state = self.live["optimizer state"]
+        self.allocate("optimizer state", -state)
+        self._prefix(cost.pattern_samples)
+        self.allocate("optimizer state", state)
+        self._prefix(samples)
         if shape.frozen:
             self.allocate("kept activations", samples * shape.features * self.size)
         self._forward(samples)
@@ -209,6 +214,7 @@ class _Step:
         if temporaries := self._optimizer_temporaries:
             self.note("optimizer's step", "temporaries", temporaries)
         self.allocate("gradients", -self.live["gradients"])
+        self.allocate("optimizer state", -self.live["optimizer state"])  # the next task has an optimizer of its own
         self.note("saved state", "temporaries", self._saved_copies)
 
     @property
@@ -218,7 +224,7 @@ class _Step:
         if self.workload.accelerator != "cpu":
             return 0
         copied = sum(c.weights for b in self.shape.trained for c in b.convolutions if c.kernel > 1)
-        return (1 + self.workload.optimizer_copies + self.cost.weight_copies) * copied * FP32
+        return (1 + self.cost.weight_copies) * copied * FP32
 
     @property
     def _optimizer_temporaries(self) -> int:

@@ -9,23 +9,26 @@ tasks and their images for the entire fleet from label counts alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from lightcl.data.images import Source
-from lightcl.data.partition import Share, label_counts
-from lightcl.data.streams.class_incremental import class_groups, class_order
+from lightcl.data.partition import Share, Shares, label_counts, train_counts
+from lightcl.data.streams.class_incremental import class_groups, class_order, head_bounds, head_classes
 from lightcl.data.streams.plan import StreamPlan
 from lightcl.data.tasks import Samples, Skipped, Task, TaskStream
 from lightcl.errors import RequestError
 from lightcl.seeds import numpy_generator
 
 __all__ = [
-    "StreamPlan", "TaskCounts", "check_stream", "class_order", "count_tasks", "cut_stream", "learnable",
-    "learnable_tasks",
+    "StreamPlan", "TaskCounts", "check_stream", "class_order", "count_tasks", "cut_stream", "head_bounds", "head_of",
+    "learnable", "learnable_tasks",
 ]  # fmt: skip
+
+SEEDS_TRIED = 5
+"""Other seeds that are tried before an error advises one."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class TaskCounts:
     """Images of the test split, only of classes for which the device has training images."""
     cut: np.ndarray
     """Whether the device has a task of this number: with `stream.cut: own` it may hold too few classes."""
+    head: tuple[int, ...]
+    """The classes of all streams of the fleet: the rows of the head (`head_of`)."""
 
     @property
     def tested(self) -> np.ndarray:
@@ -78,13 +83,32 @@ class TaskCounts:
         return skipped
 
 
-def cut_stream(plan: StreamPlan, source: Source, share: Share, device: int) -> TaskStream:
+def head_of(plan: StreamPlan, source: Source, shares: Sequence[Share] | None) -> tuple[int, ...]:
+    """The classes that the rows of the head stand for, ascending: those of all streams of the fleet.
+
+    Only under `stream.cut: own` does it depend on the images of each device (`shares[d]` is device d's). None: the
+    images of the fleet are not known, as with boards that have their own; the head then has every class that a stream
+    may use. Raises RequestError as `cut_stream` does.
+    """
+    present = None
+    if shares is not None and plan.own_classes:
+        present = train_counts(source, shares) > 0
+    return head_classes(plan, len(source.classes), present)
+
+
+def cut_stream(
+    plan: StreamPlan, source: Source, share: Share, device: int, head: Sequence[int] | None = None
+) -> TaskStream:
     """Cuts a device's share into tasks; tasks with too few images are skipped and listed in `skipped`.
 
-    A device is tested only on classes for which it has training images. Raises RequestError where the plan works for no
-    device: too few classes, or a crop that may miss the image.
+    `head` are the classes of the head (`head_of`); None: those of a fleet whose images are not known. A device is
+    tested only on classes for which it has training images. Raises RequestError where the plan works for no device:
+    too few classes, or a crop that may miss the image.
     """
     _check_padding(plan, source)
+    head = head_of(plan, source, None) if head is None else head
+    rows = np.full(len(source.classes), -1)
+    rows[list(head)] = np.arange(len(head))
     labels, test_labels = source.train.labels[share.train], source.test.labels[share.test]
     present = np.bincount(labels, minlength=len(source.classes)) > 0
     tasks, skipped = [], []
@@ -104,12 +128,12 @@ def cut_stream(plan: StreamPlan, source: Source, share: Share, device: int) -> T
             Task(
                 number,
                 classes,
-                Samples(source.train, np.sort(members[out:])),
-                Samples(source.train, np.sort(members[:out])),
-                Samples(source.test, test),
+                Samples(source.train, np.sort(members[out:]), rows),
+                Samples(source.train, np.sort(members[:out]), rows),
+                Samples(source.test, test, rows),
             )
         )
-    return TaskStream(tasks, len(source.classes), plan.joint, tuple(skipped))
+    return TaskStream(tasks, head, plan.joint, tuple(skipped))
 
 
 def learnable(plan: StreamPlan, source: Source, share: Share, device: int) -> tuple[int, ...]:
@@ -186,7 +210,8 @@ def _task_counts(plan: StreamPlan, train: np.ndarray, test: np.ndarray, devices:
     """The counts of `devices` with these images per class (`[devices, C]` each)."""
     images, tests, cut = _images_per_task(plan, train, test, devices)
     out = _held_out(plan, images)
-    return TaskCounts(plan, images - out, out, tests, cut)
+    head = head_classes(plan, train.shape[1], train > 0)
+    return TaskCounts(plan, images - out, out, tests, cut, head)
 
 
 def _images_per_task(
@@ -231,6 +256,19 @@ def _nearest_to_learning(
     return device, number, class_groups(plan, device, train[device] > 0)[number]
 
 
+def _seed_that_helps(plan: StreamPlan, source: Source) -> int | None:
+    """The first of a few other seeds under which a device of the fleet can learn a task; None where none helps."""
+    for seed in range(plan.seed + 1, plan.seed + 1 + SEEDS_TRIED):
+        other = replace(plan, seed=seed)
+        try:
+            counts = Shares.tried(source, plan.fleet, seed).label_counts()
+        except RequestError:
+            continue
+        if _task_counts(other, *counts, range(plan.fleet.devices)).learned.any():
+            return seed
+    return None
+
+
 def _advice(plan: StreamPlan, source: Source, classes: Sequence[int], images: int) -> str:
     """How a task of `classes`, for which a device has `images` training images, can get enough of them."""
     available = np.unique(source.train.labels)
@@ -246,7 +284,9 @@ def _advice(plan: StreamPlan, source: Source, classes: Sequence[int], images: in
         return "raise stream.held_out"
     ways = ["use fewer devices"]
     if plan.fleet.partition in ("dirichlet", "inner-dirichlet"):
-        ways += ["a larger fleet.alpha", "another seed"]
+        ways += ["a larger fleet.alpha"]
+        if (seed := _seed_that_helps(plan, source)) is not None:
+            ways += [f"another seed (seed: {seed} works)"]
     if least > 2:
         ways += ["a lower stream.min_samples"]
     if plan.fleet.test_data == "share" and train >= least:  # test images are short

@@ -8,6 +8,9 @@ from lightcl.data.streams.plan import StreamPlan
 from lightcl.errors import RequestError
 from lightcl.seeds import numpy_generator
 
+MOST_CLASSES = 100_000
+"""Classes that a source may have."""
+
 
 def class_order(plan: StreamPlan, classes: int, device: int) -> list[int]:
     """The order in which a device learns the classes: as in the source, given, or shuffled by the scenario's seed.
@@ -40,6 +43,42 @@ def class_groups(plan: StreamPlan, device: int, present: np.ndarray) -> list[tup
         order = [label for label in order if present[label]]
     groups = [tuple(sorted(order[first : first + size])) for first in range(0, tasks * size, size)]
     return [group if len(group) == size else None for group in groups]
+
+
+def head_classes(plan: StreamPlan, classes: int, present: np.ndarray | None) -> tuple[int, ...]:
+    """The classes of all streams of the fleet, ascending: what the rows of the head stand for.
+
+    `classes` is how many the source has. `present` `[devices, C]` says which device has training images of which class;
+    only `stream.cut: own` looks at it. None: nobody knows of all devices, and under `cut: own` the head has every class
+    that the stream may use. Raises RequestError where the classes do not suffice for any device.
+    """
+    size, tasks = plan.stream.classes_per_task, plan.stream.tasks
+    possible = class_order(plan, classes, 0)
+    _check_classes(plan, len(possible))
+    if not plan.own_classes and not plan.stream.per_device_order:
+        return tuple(sorted(possible[: tasks * size]))
+    found: set[int] = set()
+    if not plan.own_classes:
+        for device in range(plan.fleet.devices):
+            found.update(class_order(plan, classes, device)[: tasks * size])
+            if len(found) == len(possible):
+                break
+    elif present is not None:
+        for device, row in enumerate(present if plan.stream.per_device_order else np.unique(present, axis=0)):
+            found.update(label for group in class_groups(plan, device, row) for label in group or ())
+            if len(found) == len(possible):
+                break
+    return tuple(sorted(found or possible))
+
+
+def head_bounds(plan: StreamPlan) -> tuple[int, int]:
+    """The least and the most classes that the head of a fleet can have under a plan, whatever the source."""
+    section = plan.stream
+    wanted = section.tasks * section.classes_per_task
+    listed = len(section.class_order) if isinstance(section.class_order, tuple) else None
+    if plan.own_classes:  # boards with images of their own have every class of the source that the stream may use
+        return section.classes_per_task, listed or MOST_CLASSES
+    return wanted, wanted * plan.fleet.devices if section.per_device_order else wanted
 
 
 def _check_classes(plan: StreamPlan, available: int) -> None:

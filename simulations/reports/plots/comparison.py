@@ -13,12 +13,16 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from simulations.reports.plots.methods import MARKERS, colors_of, wrapped
-from simulations.reports.plots.style import FONT, PIXELS_PER_INCH, Theme, style_axes, task_ticks
+from simulations.reports.plots.style import FONT, LIGHT, PIXELS_PER_INCH, Theme, style_axes, task_ticks
+from simulations.reports.statistics import Difference
 
 T = TypeVar("T")
 
 WIDE = (9.8, 4.0)
 """Inches of a figure with two panels and a legend beside them."""
+MORE, LESS = ("#2fc79a", "#009e73"), ("#e59bc6", "#b3387f")
+"""Of a difference that is clearly above or below zero, on a dark and on a light page; told apart with every color
+vision, and not the colors of TIL and CIL."""
 
 
 def accuracy_of_runs(
@@ -74,6 +78,112 @@ def forgetting_of_runs(bars: Mapping[str, Mapping[str, tuple[float, float]]], th
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.axvline(0, color=theme.muted, linewidth=0.9, zorder=4)
     _legend(figure, [Patch(color=colors[n], label=wrapped(n)) for n in names], theme)
+    return figure
+
+
+def differences_of_runs(
+    differences: Mapping[str, Mapping[str, tuple[Difference, Difference | None]]], labels: Mapping[str, str],
+    baselines: Mapping[str, str], theme: Theme,
+) -> Figure:  # fmt: skip
+    """`differences[setting][label]`: the difference from the baseline over pairs and, where devices share something,
+    over the means of each seed (0..1); a panel per setting.
+
+    `labels[label]` stands beside the row, `baselines[label]` above the rows that have the same one. A row is colored
+    where no interval holds zero.
+    """
+    shown = _shown(differences)
+    names = list(dict.fromkeys(name for values in shown.values() for name in values))
+    rows: dict[str, float] = {}
+    heads: dict[str, float] = {}
+    place = 0.0
+    for base in dict.fromkeys(baselines[name] for name in names):
+        heads[base] = place
+        for name in [name for name in names if baselines[name] == base]:
+            place += 1
+            rows[name] = place
+        place += 1.35
+    figure = Figure(
+        figsize=(WIDE[0], 1.0 + 0.21 * place), dpi=PIXELS_PER_INCH, layout=ConstrainedLayoutEngine(wspace=0.05),
+        facecolor=theme.background,
+    )  # fmt: skip
+    kinds = {"higher": MORE[theme == LIGHT], "lower": LESS[theme == LIGHT], "not clear": theme.muted}
+    first = None
+    for number, (setting, values) in enumerate(shown.items()):
+        axes = first = figure.add_subplot(1, len(shown), 1 + number, facecolor=theme.background, sharey=first)
+        style_axes(axes, theme, f"{setting.upper()} average accuracy minus the baseline's (points)", "", grid=False)
+        axes.grid(axis="x", color=theme.grid, linewidth=0.9)
+        axes.set_axisbelow(True)
+        axes.axvline(0, color=theme.ink, linewidth=1.0, zorder=2)
+        for name, (pairs, seeds) in values.items():
+            known = [d for d in (pairs, seeds) if d and not isnan(d.low)]
+            kind = "not clear"
+            if known and all(d.clear for d in known):
+                kind = "higher" if pairs.mean > 0 else "lower"
+            for d, width in zip((seeds, pairs), (1.1, 4.0), strict=True):
+                if d and not isnan(d.low):
+                    axes.hlines(rows[name], 100 * d.low, 100 * d.high, color=kinds[kind], linewidth=width, zorder=3)
+            axes.plot(
+                100 * pairs.mean, rows[name], "o", color=kinds[kind], markersize=6.5, zorder=4,
+                markeredgecolor=theme.background, markeredgewidth=0.8,
+            )  # fmt: skip
+        if number == 0:
+            axes.set_yticks([*rows.values(), *heads.values()], [*(labels[n] for n in rows), *heads])
+            for tick, head in zip(axes.get_yticklabels(), [False] * len(rows) + [True] * len(heads), strict=True):
+                tick.set_color(theme.muted if head else theme.ink)
+                tick.set_fontstyle("italic" if head else "normal")
+        else:
+            axes.tick_params(axis="y", labelleft=False)
+        axes.set_ylim(place - 0.7, -0.7)
+    handles = [Line2D([], [], color=c, marker="o", markersize=6, linewidth=4, label=k) for k, c in kinds.items()]
+    figure.legend(
+        handles=handles, loc="outside upper right", ncols=len(handles), frameon=False, fontsize=FONT,
+        labelcolor=theme.ink, handletextpad=0.5, columnspacing=1.4,
+    )  # fmt: skip
+    return figure
+
+
+def gains_by_class(
+    panels: Mapping[str, Mapping[str, Sequence[Difference | None]]], classes: Sequence[str], x: str, y: str,
+    theme: Theme,
+) -> Figure:  # fmt: skip
+    """`panels[baseline][label][class]`: difference (0..1) from the baseline; whiskers are the 95 % interval.
+
+    Three panels in a row, all with the same axes.
+    """
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    names = list(dict.fromkeys(name for values in panels.values() for name in values))
+    colors = colors_of(names, theme)
+    figure = Figure(
+        figsize=(3.3 * columns, 0.9 + 2.1 * lines), dpi=PIXELS_PER_INCH, layout="constrained",
+        facecolor=theme.background,
+    )  # fmt: skip
+    first = None
+    for number, (base, values) in enumerate(panels.items()):
+        axes = figure.add_subplot(lines, columns, 1 + number, facecolor=theme.background, sharex=first, sharey=first)
+        first = first or axes
+        style_axes(axes, theme, x if number // columns == lines - 1 else "", y if number % columns == 0 else "")
+        axes.set_title(f"over {base}", fontsize=FONT, color=theme.ink, loc="left")
+        axes.axhline(0, color=theme.ink, linewidth=1.0, zorder=2)
+        for index, (name, gained) in enumerate(values.items()):
+            shift = 0.13 * (index - (len(values) - 1) / 2)
+            known = [(place + shift, d) for place, d in enumerate(gained) if d]
+            heights = [100 * d.mean for _, d in known]
+            margins = [0.0 if isnan(d.low) else 100 * (d.high - d.mean) for _, d in known]
+            axes.errorbar(
+                [at for at, _ in known], heights, yerr=margins, color=colors[name], marker=_marker(names, name),
+                markersize=5, linewidth=1.5, elinewidth=1.2, zorder=3, markeredgecolor=theme.background,
+                markeredgewidth=0.6,
+            )  # fmt: skip
+        axes.set_xticks(range(len(classes)), classes)
+        axes.set_xlim(-0.5, len(classes) - 0.5)
+    handles = [
+        Line2D([], [], color=colors[n], marker=_marker(names, n), markersize=6, linewidth=1.5, label=n) for n in names
+    ]
+    figure.legend(
+        handles=handles, loc="outside upper right", ncols=len(handles), frameon=False, fontsize=FONT,
+        labelcolor=theme.ink, handletextpad=0.5, columnspacing=1.4,
+    )  # fmt: skip
     return figure
 
 

@@ -24,7 +24,7 @@ from lightcl.networks.weights import save_weights
 from lightcl.scenario import method_names
 from lightcl.scenario.digest import scenario_digest
 from lightcl.storage import state
-from lightcl.storage.state import MANIFEST, StateError
+from lightcl.storage.state import StateError
 from tests.lightcl import toys
 from tests.lightcl.storage.killed_device import HANG_IN
 
@@ -414,8 +414,7 @@ def test_what_has_no_influence_on_the_numbers_may_change_between_runs(tmp_path):
 
 def test_state_from_another_kind_of_accelerator_is_refused(tmp_path):
     toys.device(tmp_path).train(0, 1)
-    manifest = tmp_path / MANIFEST
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"accelerator": "tpu"}))
+    toys.edit_manifest_(tmp_path, accelerator="tpu")
     with pytest.raises(StateError, match=r"was saved on tpu .* on cpu; set device.accelerator"):
         toys.device(tmp_path, device={"accelerator": "cpu"})
 

@@ -49,12 +49,13 @@ def test_tensors_of_any_memory_layout_and_with_gradient_are_saved(tmp_path):
     assert torch.equal(stored[0]["turned"], parameter.T)
 
 
-def test_each_save_replaces_the_last_and_leaves_one_file_of_tensors(tmp_path):
-    folder = StateFolder(tmp_path)
+@pytest.mark.parametrize(("durable", "files"), [(True, 4), (False, 2)])
+def test_each_save_replaces_the_last_and_leaves_two_generations_or_one(tmp_path, durable, files):
+    folder = StateFolder(tmp_path, durable=durable)
     for value in range(4):
         folder.save(tensors(value), {"n": value})
     assert read(tmp_path) == (3.0, {"n": 3})
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == files
 
 
 def test_values_alone_are_saved_beside_the_tensors_saved_before(tmp_path):
@@ -100,7 +101,7 @@ def test_death_between_tensors_and_manifest_leaves_the_old_state(tmp_path, monke
     restarted.load()
     restarted.save(tensors(5), {"n": 5})
     assert read(tmp_path) == (5.0, {"n": 5})
-    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
 def test_death_before_the_first_manifest_is_as_if_nothing_was_saved(tmp_path, monkeypatch):

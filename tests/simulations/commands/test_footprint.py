@@ -76,9 +76,9 @@ def test_table1_has_all_cells(monkeypatch, capfd, tmp_path):
     ("words", "said"),
     [
         (["footprint"], "name a SCENARIO, or --table1"),
-        (["footprint", "FILE", "--table1"], "--table1 is the paper's own setting"),
+        (["footprint", "FILE", "--table1"], "--table1 reproduces the paper's setting"),
         (["footprint", "FILE", "--methods", "sdg"], "unknown method 'sdg', did you mean 'sgd'?"),
-        (["footprint", "FILE", "--methods", "sgd", "--all-methods"], "not both"),
+        (["footprint", "FILE", "--methods", "sgd", "--all-methods"], "choose one"),
         (["footprint", "FILE", "--picture", "a.jpg"], "ends in .png"),
         (["footprint", "FILE", "--device", "9"], "the fleet has 2 devices"),
         (["plan", "FILE", "--budget-mb", "0.01"], "nothing fits; the smallest setting needs"),
@@ -97,7 +97,7 @@ def test_table1_has_all_cells(monkeypatch, capfd, tmp_path):
         (["footprint", "FILE", "--json", "a.png", "--picture", "a.png"], "a.png is also the file of --json"),
         (["footprint", "FILE", "--json", f"{'n' * 300}"], "cannot be written to (File name too long)"),
         (["footprint", "FILE", "--methods", ""], "--methods: unknown method ''"),
-        (["footprint", "--table1", "--device", "3"], "--table1 is the paper's own setting"),
+        (["footprint", "--table1", "--device", "3"], "--table1 reproduces the paper's setting"),
         (["footprint", "--table1", "--json", "nowhere/t.json"], "there is no folder nowhere"),
     ],
 )

@@ -17,9 +17,11 @@ from lightcl.metrics import Spread
 from lightcl.records import DeviceRow, Figures, Results, RoundRow
 from lightcl.records.folder import DEVICES, ROUNDS, RunFolder
 from lightcl.scenario import Scenario
-from simulations.commands.compare import collect, compare, print_comparison
+from simulations.commands.compare import By, collect, compare, print_comparison
 from simulations.reports.comparison import Group, build_comparison, difference, group_runs, pairing_problems, to_json
+from simulations.reports.comparison import compare as compare_groups
 from simulations.reports.run_figures import read_figures
+from simulations.reports.statistics import Difference
 
 ENDS = {"sgd": [[0.4, 0.8], [0.2, 0.6]], "lightcl": [[0.8, 0.8], [0.5, 0.7]]}
 """`[device]`: TIL accuracies at the end; CIL is half of them. Both tasks were learned to 0.9 at first.
@@ -29,10 +31,19 @@ SGD: 0.6 and 0.4 on average, forgetting 0.5 and 0.7. LightCL: 0.8 and 0.6, forge
 
 
 def make_run(path: Path, method: str, *, seed: int = 0, alpha: float | None = None, dropped: tuple[int, ...] = (),
-             finish: bool = True, shift: float = 0.0, train: int = 0) -> Path:  # fmt: skip
+             finish: bool = True, shift: float = 0.0, train: int = 0, aggregation: str = "none",
+             images: tuple[int, int] = (5, 5)) -> Path:  # fmt: skip
+    """`images[device]`: training images of each of the two tasks."""
     fleet = {"devices": 2} | ({"partition": "dirichlet", "alpha": alpha} if alpha else {})
     scenario = Scenario.model_validate(
-        {"name": "by-hand", "seed": seed, "stream": {"tasks": 2}, "fleet": fleet, "method": {"name": method}}
+        {
+            "name": "by-hand",
+            "seed": seed,
+            "stream": {"tasks": 2},
+            "fleet": fleet,
+            "method": {"name": method},
+            "server": {"aggregation": aggregation},
+        }
     )
     folder = RunFolder(path)
     partition = [{"device": d, "train": [train, d], "test": [9]} for d in range(2)]
@@ -44,7 +55,7 @@ def make_run(path: Path, method: str, *, seed: int = 0, alpha: float | None = No
             row |= {"bytes_down": 0, "bytes_up": 0, "timing": {"peak_memory_mib": 500.0 + device + task}}
             if device not in dropped:
                 til = [value + shift for value in ([0.9], end)[task]]
-                row |= {"examples": 5, "loss": 1.0, "til": til, "cil": [v / 2 for v in til]}
+                row |= {"examples": images[device], "loss": 1.0, "til": til, "cil": [v / 2 for v in til]}
             rows.append(row)
         folder.append(DEVICES, [DeviceRow.from_json(row) for row in rows])
         timing = {"train_seconds": 3.0, "seconds": 5.0}
@@ -136,9 +147,94 @@ def test_a_dropped_device_leaves_the_other_pairs(tmp_path):
     assert found is not None
     assert (found.count, found.paired) == (1, True)
     assert comparison.warnings == [
-        "lightcl and sgd: 1 results have no partner (a device that did not finish); 1 pairs are left",
+        "lightcl and sgd: 1 results have no partner (a device or a seed that did not finish); 1 pairs are left",
         "lightcl: b dropped device 1",
     ]
+
+
+def sharing(folder: Path) -> tuple[Group, Group]:
+    """Isolated SGD, and LightCL that shares its suffix, over two seeds; the second seed of LightCL is 10 points higher.
+
+    LightCL gains 20 points on each device with seed 0, 30 with seed 1. Device 0 has 10 images, device 1 80.
+    """
+    images = (5, 40)
+    alone = [make_run(folder / f"a{s}", "sgd", seed=s, images=images) for s in (0, 1)]
+    together = [
+        make_run(folder / f"b{s}", "lightcl", seed=s, images=images, shift=0.1 * s, aggregation="suffix")
+        for s in (0, 1)
+    ]
+    return group(*alone, label="SGD, isolated"), group(*together, label="SGD, suffix")
+
+
+def test_where_devices_share_weights_the_seeds_are_compared_too(tmp_path):
+    alone, together = sharing(tmp_path)
+    comparison = build_comparison([alone, together], tmp_path / "out", title="t")
+    found = comparison.over_seeds["SGD, suffix"]["til average_accuracy"]
+    # Seeds' means: +20 and +30: 25, standard error 5; t(0.975, 1) = 12.7062.
+    assert found is not None
+    assert (found.mean, found.count) == (pytest.approx(0.25), 2)
+    assert found.low == pytest.approx(0.25 - 12.7062 * 0.05, abs=1e-5)
+    pairs = comparison.differences["SGD, suffix"]["til average_accuracy"]
+    assert pairs is not None
+    assert (pairs.count, pairs.clear, found.clear) == (4, True, False)
+    assert "SGD, suffix SGD, isolated 2 +25.0 −38.5 … +88.5" in text_of(tmp_path / "out" / "comparison.html")
+    assert comparison.short_label("SGD, suffix") == "suffix"
+    nothing_shared = compare_groups([alone, group(make_run(tmp_path / "c", "lightcl"))], title="t")
+    assert nothing_shared.over_seeds == {}
+
+
+def test_a_breakdown_by_images_by_hand(tmp_path):
+    from simulations.reports.breakdown import break_down, breakdown_tables
+
+    comparison = compare_groups(list(sharing(tmp_path)), title="t")
+    found = break_down(comparison, "images")
+    assert [c.name for c in found.classes] == ["10–19", "50–99"]
+    few, many = found.levels["til average_accuracy"]["SGD, suffix"]
+    # LightCL's ends are 80 and 60 % for the two devices, with seed 1 ten points more.
+    assert few is not None
+    assert many is not None
+    assert (few.mean, many.mean, few.count) == (pytest.approx(0.85), pytest.approx(0.65), 2)
+    gained = found.gains["til forgetting"]["SGD, suffix"][0]
+    # SGD forgets 50 points on device 0, LightCL 10; with seed 1 everything is ten points higher: 10 as well.
+    assert gained is not None
+    assert (gained.mean, gained.count) == (pytest.approx(-0.4), 2)
+    title, headings, rows = breakdown_tables(comparison, found)[1]
+    assert "TIL average accuracy by training images of the device: difference" in title
+    assert headings == ["run", "minus", "10–19", "50–99"]
+    assert rows == [["SGD, suffix", "SGD, isolated", *["+25.0 [−38.5, +88.5] (2)"] * 2]]
+    tasks = break_down(comparison, "tasks")
+    assert [c.name for c in tasks.classes] == ["2"]
+
+
+def test_differences_are_drawn_over_pairs_and_over_seeds():
+    from simulations.reports.plots import DARK, LIGHT, differences_of_runs, gains_by_class, png
+
+    pairs = Difference(0.1, 0.01, 0.08, 0.12, 300, paired=True)
+    seeds = Difference(0.1, 0.05, -0.02, 0.22, 3, paired=True)
+    rows = {"A, suffix": (pairs, seeds), "A, head": (pairs, None), "B, suffix": (pairs, pairs)}
+    labels = {"A, suffix": "suffix", "A, head": "head", "B, suffix": "suffix"}
+    baselines = {"A, suffix": "A, alone", "A, head": "A, alone", "B, suffix": "B, alone"}
+    figure = differences_of_runs({"til": rows, "cil": {"A, head": (pairs, None)}}, labels, baselines, LIGHT)
+    assert png(figure)
+    left = figure.axes[0]
+    assert [label.get_text() for label in left.get_yticklabels()] == [
+        "suffix", "head", "suffix", "A, alone", "B, alone",
+    ]  # fmt: skip
+    colors = [line.get_color() for line in left.lines if line.get_marker() == "o"]
+    assert colors[0] == LIGHT.muted, "the seeds leave it open"
+    assert colors[1] == colors[2] != LIGHT.muted
+    figure = gains_by_class({"A": {"x": [pairs, None], "y": [None, seeds]}}, ["1–9", "10+"], "images", "gain", DARK)
+    assert png(figure)
+
+
+def test_a_seed_that_one_side_lacks_leaves_the_pairs_of_the_others(tmp_path):
+    sgd = group(*(make_run(tmp_path / f"a{s}", "sgd", seed=s) for s in (0, 1)), label="sgd")
+    other = group(make_run(tmp_path / "b", "lightcl", seed=1), label="lightcl")
+    comparison = compare_groups([sgd, other], title="t")
+    found = comparison.differences["lightcl"]["til average_accuracy"]
+    assert found is not None
+    assert (found.paired, found.count) == (True, 2)
+    assert "2 results have no partner" in comparison.warnings[0]
 
 
 def test_the_page_and_its_numbers(tmp_path):
@@ -154,10 +250,12 @@ def test_the_page_and_its_numbers(tmp_path):
     assert "method.name sgd lightcl" in page
     source = (tmp_path / "out" / "comparison.html").read_text()
     assert 'href="../a/report.html"' in source
-    assert source.count("data:image/png") == 6, "three pictures, light and dark"
+    assert source.count("data:image/png") == 8, "four pictures, light and dark"
     assert "http" not in re.sub(r"data:image[^\"]*", "", source), "the page needs nothing but itself"
     names = sorted(file.name for file in (tmp_path / "out" / "plots").iterdir())
-    assert names == ["compare-accuracy.png", "compare-forgetting.png", "compare-memory.png"]
+    assert names == [
+        "compare-accuracy.png", "compare-differences.png", "compare-forgetting.png", "compare-memory.png",
+    ]  # fmt: skip
     values = json.loads(json.dumps(to_json(comparison), allow_nan=False))
     assert values["groups"][1]["differences"]["til forgetting"]["mean"] == pytest.approx(-0.35)
     assert values["groups"][0]["differences"] == {}
@@ -213,8 +311,21 @@ def test_the_runs_of_a_sweep_folder(tmp_path):
     groups = collect([sweep])
     assert [(g.label, len(g.runs), g.step_bytes) for g in groups] == [("sgd", 1, 30 * 2**20), ("lightcl", 1, None)]
     assert groups[0].runs[0].path == runs[0]
+    for point, base in zip(points, ("lightcl", "lightcl"), strict=True):
+        point["baseline"] = base
+    (sweep / "sweep.json").write_text(json.dumps({"points": points, "starts": []}))
+    compare([sweep], out_folder=tmp_path / "out", by=By.images)
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "| sgd | lightcl | 2 | −20.0" in text, "the sweep says what its points are compared with"
+    assert "| sgd | lightcl | −20.0 [−20.0, −20.0] (2) |" in text
+    values = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert values["by_images"]["classes"] == ["10–19"]
+    assert values["by_images"]["differences"]["til forgetting"]["sgd"][0]["count"] == 2
+    names = [file.name for file in (tmp_path / "out" / "plots").iterdir()]
+    assert {"compare-til-by-images.png", "compare-cil-by-images.png"} < set(names)
+    assert "TIL average accuracy by training images of the device" in text_of(tmp_path / "out" / "comparison.html")
     (sweep / "sweep.json").write_text("{}")
-    with pytest.raises(RequestError, match=r"sweep.json cannot be read"):
+    with pytest.raises(RequestError, match=r"sweep.json: cannot be read"):
         collect([sweep])
 
 

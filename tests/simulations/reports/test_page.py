@@ -364,7 +364,12 @@ def test_spreads_over_devices_at_different_tasks() -> None:
 
 
 def test_chance() -> None:
-    assert chance(Scenario(stream=Stream(tasks=3, classes_per_task=4))) == {"til": 1 / 4, "cil": 1 / 12}
+    scenario = Scenario(stream=Stream(tasks=3, classes_per_task=4))
+    assert chance(scenario) == {"til": 1 / 4, "cil": 1 / 12}
+    assert chance(scenario, 12) == chance(scenario)
+    own = Scenario(stream=Stream(tasks=3, classes_per_task=4, cut="own"))
+    assert chance(own) == {"til": 1 / 4}, "nobody recorded the classes of the fleet"
+    assert chance(own, 20) == {"til": 1 / 4, "cil": 1 / 20}
 
 
 def test_worst_median_and_best() -> None:

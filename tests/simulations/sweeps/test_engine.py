@@ -140,6 +140,15 @@ def test_the_standard_deviation_where_the_description_asks_for_it(tmp_path):
     assert "mean ± standard deviation over the seeds" in text
 
 
+def test_the_interval_where_the_description_asks_for_it(tmp_path):
+    made(tmp_path / "out")
+    run(plan(tmp_path / "out", spread="interval"), only_table=True)
+    # TIL: standard error 10, t(0.975, 1) = 12.7062.
+    text = (tmp_path / "out" / "summary.md").read_text()
+    assert "| sgd | 2 | 30.00 ± 63.53 | 60.00 ± 127.06 |" in text
+    assert "mean ± half of the 95 % interval (Student's t) over the seeds" in text
+
+
 def test_runs_that_dropped_devices_are_named_in_the_summary_and_continued(tmp_path, monkeypatch):
     sweep = made(tmp_path / "out")
     file = tmp_path / "out" / "runs" / "sgd-seed-1-device-0" / "results.json"
@@ -194,7 +203,11 @@ def test_a_fleet_is_simulated_and_a_device_trained(tmp_path):
     ("given", "keys", "message"),
     [
         ({"stream": {"tasks": 6}}, {"methods": ["sgd"]}, "cell 'sgd, seed 0, device 0': .*need 12 classes"),
-        ({"network": {"freeze": "auto"}}, {"methods": ["lightcl"], "baseline": None}, "chosen anew for every seed"),
+        (
+            {"network": {"freeze": "auto"}},
+            {"methods": ["lightcl"], "baseline": None},
+            "may choose another block for every seed",
+        ),
         ({"method": SHARING}, {"methods": ["lightcl-plus"], "baseline": None}, "share_statistics needs a fleet"),
     ],
 )
@@ -266,7 +279,10 @@ def test_the_remains_of_a_half_replaced_sweep_are_not_results(tmp_path, monkeypa
 
 def test_a_sweep_that_another_process_runs_is_left_alone(tmp_path):
     sweep = made(tmp_path / "out")
-    with RunFolder(tmp_path / "out").locked(), pytest.raises(RequestError, match="another process is at work"):
+    with (
+        RunFolder(tmp_path / "out").locked(),
+        pytest.raises(RequestError, match="another process is working on this run"),
+    ):
         run(sweep, overwrite=True)
     assert (tmp_path / "out" / "sweep.json").exists()
 

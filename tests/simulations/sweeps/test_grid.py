@@ -35,6 +35,45 @@ def test_points_are_variants_times_the_grid_and_cells_go_seed_by_seed(tmp_path):
     assert sweep.baseline_of(sweep.points[3]) == sweep.points[2], "the baseline has the same values of the grid"
 
 
+AXES = {
+    "sharing": {
+        "isolated": {"server.aggregation": "none"}, "suffix": {"server.aggregation": "suffix"},
+        "sums": {"method.share_statistics": True},
+    },
+    "partition": {"iid": {}, "skewed": {"fleet.partition": "dirichlet", "fleet.alpha": 0.1}},
+}  # fmt: skip
+PLUS_AND_SGD = {"plus": {"method.name": "lightcl-plus"}, "SGD": {"method.name": "sgd"}}
+
+
+def test_axes_are_named_sets_of_keys_without_combinations_that_make_no_sense(tmp_path):
+    skip = [{"where": {"variant": ["SGD"], "sharing": ["sums"]}, "reason": "SGD has no sums"}]
+    keys = {"variants": PLUS_AND_SGD, "axes": AXES, "skip": skip, "baseline": {"sharing": "isolated"}}
+    sweep = cells(tmp_path, **keys)
+    assert [point.label for point in sweep.points] == [
+        "plus, isolated, iid", "SGD, isolated, iid", "plus, isolated, skewed", "SGD, isolated, skewed",
+        "plus, suffix, iid", "SGD, suffix, iid", "plus, suffix, skewed", "SGD, suffix, skewed",
+        "plus, sums, iid", "plus, sums, skewed",
+    ]  # fmt: skip
+    assert sweep.skipped == ("SGD has no sums: SGD, sums, iid; SGD, sums, skewed",)
+    suffix, sums = sweep.cells[6].scenario, sweep.cells[9].scenario
+    assert (suffix.server.aggregation, suffix.fleet.alpha, suffix.method.name) == ("suffix", 0.1, "lightcl-plus")
+    assert (sums.server.aggregation, sums.method.share_statistics) == ("none", True)
+    baselines = [sweep.baseline_of(point).label for point in sweep.points]
+    assert baselines[:4] == ["plus, isolated, iid", "SGD, isolated, iid", *baselines[2:4]]
+    assert baselines[7:] == ["SGD, isolated, skewed", "plus, isolated, iid", "plus, isolated, skewed"]
+    limited = cells(tmp_path, only=("SGD", "suffix", "isolated", "skewed"), **keys)
+    assert [point.label for point in limited.points] == ["SGD, isolated, skewed", "SGD, suffix, skewed"]
+    alone = cells(tmp_path, only=("suffix", "iid"), **keys)
+    assert all(alone.baseline_of(point) == point for point in alone.points), "the baseline is not run"
+
+
+def test_a_named_baseline_has_the_same_values_on_the_axes(tmp_path):
+    axes = {"partition": AXES["partition"]}
+    sweep = cells(tmp_path, variants=PLUS_AND_SGD, axes=axes, grid={"training.epochs": [2, 5]}, baseline="SGD")
+    assert sweep.points[6].label == "plus, skewed, training.epochs=5"
+    assert sweep.baseline_of(sweep.points[6]).label == "SGD, skewed, training.epochs=5"
+
+
 def test_a_method_keeps_what_it_can_of_the_scenario_and_resets_are_listed(tmp_path):
     changes = ["server.aggregation=suffix", "method.beta=0", "network.freeze=layer2.0"]
     sweep = cells(tmp_path, changes, grid={"method.name": ["lightcl", "pnn"]})
@@ -42,8 +81,8 @@ def test_a_method_keeps_what_it_can_of_the_scenario_and_resets_are_listed(tmp_pa
     assert (lightcl.method.beta, lightcl.network.freeze, lightcl.server.aggregation) == (0, "layer2.0", "suffix")
     assert (pnn.method.name, pnn.network.freeze, pnn.server.aggregation) == ("pnn", None, "none")
     assert sweep.resets == [
-        "network.freeze is the method's own, not layer2.0, for pnn",
-        "server.aggregation is none, not suffix, for pnn",
+        "network.freeze is the method's own instead of layer2.0 for pnn",
+        "server.aggregation is none instead of suffix for pnn",
     ]
     assert [cell.name for cell in sweep.cells] == ["lightcl-seed-0", "pnn-seed-0"]
 
@@ -75,6 +114,26 @@ def test_every_preset_can_be_planned_and_opens_with_its_command(tmp_path, name):
         ({"grid": {"method.beta": [1]}, "variants": {"x": {"method.beta": 0}}}, "choose one"),
         ({"methods": ["sdg"]}, "unknown method 'sdg', did you mean 'sgd'"),
         ({"methods": ["sgd"], "baseline": "lightcl"}, "sweep.baseline 'lightcl'"),
+        ({"axes": {"sharing": {}}}, "sweep.axes.sharing: no values"),
+        ({"axes": {"variant": AXES["sharing"]}}, "stand under sweep.variants"),
+        ({"axes": {"a": {"x": {"seed": 1}, "y": {"trainig.epochs": 1}}}}, "cell 'y': .*unknown key"),
+        (
+            {"axes": {"a": {"x": {"training.epochs": 1}}}, "grid": {"training.epochs": [1]}},
+            "training.epochs is set by a 'x' and by the grid; choose one",
+        ),
+        (
+            {"axes": AXES, "skip": [{"where": {"sharig": ["sums"]}, "reason": "r"}]},
+            r"sweep.skip\[0\].where.sharig: no such axis, did you mean 'sharing'",
+        ),
+        (
+            {"axes": AXES, "skip": [{"where": {"sharing": ["sum"]}, "reason": "r"}]},
+            r"sweep.skip\[0\].where.sharing: 'sum' is not on this axis, did you mean 'sums'",
+        ),
+        ({"axes": AXES, "baseline": {"sharing": "alone"}}, "sweep.baseline.sharing: 'alone' is not on this axis"),
+        (
+            {"axes": {"a": {"x": {}}}, "skip": [{"where": {"a": ["x"]}, "reason": "no sense"}]},
+            "sweep.skip leaves nothing to run .no sense",
+        ),
         ({"devices": [10]}, r"--device 10: the fleet has 10 devices"),
         ({"seeds": []}, "at least one seed"),
         ({"seeds": 0}, "at least one seed"),

@@ -1,0 +1,104 @@
+"""A hostile board as a real process: what the server refuses or limits, and that the others finish."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.simulations.test_deployment import (
+    CHECKOUT,
+    Processes,
+    free_port,
+    neutral,
+    processes,
+    wait_for,
+)
+
+__all__ = ["neutral", "processes"]  # fixtures
+
+pytestmark = pytest.mark.slow
+
+SCENARIO = """
+name: three-boards
+network: {weights: none, width: 4}
+stream: {tasks: 1}
+fleet: {devices: 3, test_data: whole}
+training: {epochs: 1, batch_size: 16}
+server: {aggregation: suffix}
+"""
+PLUGIN = '''
+"""Each training of this board is sent with other tensors; messages may come to processes of their own."""
+
+from pathlib import Path
+
+import numpy as np
+
+from lightcl.device.device import EdgeDevice
+
+SENT = Path(__file__).with_name("sent")
+honest = EdgeDevice.outgoing
+
+
+def outgoing(self):
+    arrays = honest(self)
+    times = len(SENT.read_text()) if SENT.exists() else 0
+    SENT.write_text("x" * (times + 1))
+    if times < 2:
+        return {name: np.full(array.shape, (1e300, 1e39)[times]) for name, array in arrays.items()}
+    return {name: array if "running" in name else array + np.float32(1e6) for name, array in arrays.items()}
+
+
+EdgeDevice.outgoing = outgoing
+'''
+
+
+def wait_for_port(port: int, processes: Processes) -> None:
+    """`flwr run` gives up at once where the SuperLink does not listen so far."""
+    for _ in range(600):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.5)
+    raise AssertionError(processes.logs())
+
+
+def test_a_hostile_board_among_three(processes: Processes, tmp_path: Path) -> None:
+    """fp64 values of 1e300, then of 1e39: refused. Then weights of a million: limited."""
+    scenario, plugin = tmp_path / "three-boards.yaml", tmp_path / "hostile.py"
+    scenario.write_text(SCENARIO)
+    plugin.write_text(PLUGIN)
+    port = free_port()
+    processes.start(
+        "superlink", "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port),
+        "--disable-runtime-dependency-installation",
+    )  # fmt: skip
+    for number in range(3):
+        config = f'partition-id={number} num-partitions=3 name="board-{number}" state-dir="{tmp_path}/board-{number}"'
+        if number == 1:
+            processes.environment["LIGHTCL_PLUGINS"] = str(plugin)
+        processes.start(
+            f"supernode-{number}", "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}",
+            "--host", "127.0.0.1", "--port", str(free_port()), "--node-config", config,
+        )  # fmt: skip
+        processes.environment.pop("LIGHTCL_PLUGINS", None)
+    home = tmp_path / "flwr"
+    home.mkdir(exist_ok=True)
+    (home / "config.toml").write_text(f'[superlink.boards]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
+    out = tmp_path / "run"
+    run_config = f'scenario="{scenario}" out="{out}"'
+    wait_for_port(port, processes)
+    processes.start("flwr-run", "flwr", "run", str(CHECKOUT), "boards", "--stream", "--run-config", run_config)
+    wait_for(out / "results.json", processes, 1200)
+
+    assert json.loads((out / "results.json").read_text())["devices_finished"] == 3
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    refused = [(event["device"], event["reason"]) for event in events if event["event"] == "refused"]
+    assert [device for device, _ in refused] == [1, 1]
+    assert all("beyond 3.4e+38, the range of fp32" in reason for _, reason in refused)
+    warned = [event["text"] for event in events if event["event"] == "warned"]
+    assert len(warned) == 1
+    assert warned[0].startswith("round 3: server.guard: device 1: its update has norm ")
