@@ -34,6 +34,8 @@ from lightcl.storage.files import checksum, checksum_once, sync, write_atomicall
 
 MANIFEST = "state.json"
 PREVIOUS = "state.previous.json"
+GENERATIONS = 2
+"""States that are kept where a save must survive a power cut: on boards and by `lightcl train`."""
 CHECKSUM = "checksum"
 """Key of the manifest's own checksum: the CRC-32 of all its other keys, as `json.dumps` writes them."""
 FILES = "files"
@@ -103,7 +105,7 @@ class StateFolder:
             return self._load(manifest, check)
         except (OSError, Damaged) as error:
             reason = _short(error)
-        if previous.exists():
+        if _present(previous):
             try:
                 stored = self._load(previous, check)
             except (OSError, Damaged) as error:
@@ -296,3 +298,11 @@ def _short(error: Exception) -> str:
 def under(tensors: Mapping[str, Value], prefix: str) -> dict[str, Value]:
     """What stands under `prefix`, by the rest of its name; the inverse of `{f"{prefix}{name}": ...}`."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _present(file: Path) -> bool:
+    """Whether a file is there, also where nobody may look at it."""
+    try:
+        return file.exists()
+    except OSError:
+        return True

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).parents[2]
-START_RAY = {"fleet_rival", "fleet_scale"}
+START_RAY = {"fleet_rival", "fleet_runtime", "fleet_scale"}
 """Several times each, so that they take a minute or more."""
 SCRIPTS = sorted(file for file in (CHECKOUT / "benchmarks").glob("*.py") if file.name != "__init__.py")
 

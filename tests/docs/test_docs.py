@@ -171,7 +171,7 @@ def test_commands_in_the_text_exist_with_these_options(words: list[str], tmp_pat
     if changes:
         named = [word for word in words if word in bundled_scenarios()]
         file = tmp_path / "empty.yaml"
-        file.write_text("", encoding="utf-8")
+        file.write_text("name: empty\n", encoding="utf-8")
         try:
             load_scenario(Path(named[0]) if named else file, changes)
         except RequestError as error:

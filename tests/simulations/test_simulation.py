@@ -63,7 +63,7 @@ def test_neither_workers_nor_engine_change_a_number_and_one_device_alone_learns_
     assert rows(alone) == [row for row in rows(one) if row["device"] == 2]
 
 
-@pytest.mark.parametrize("engine", ["ray", "flower"])
+@pytest.mark.parametrize("engine", ["ray", pytest.param("flower", marks=pytest.mark.slow)])
 def test_averaged_suffixes_are_the_same_on_both_engines(scenario: Path, engine: str) -> None:
     """Tensors travel through Ray's object store on one and through Flower's link state on the other."""
     changes = ("--set", "server.aggregation=suffix", "--set", "simulation.keep_states=none")
@@ -89,6 +89,7 @@ def test_a_simulation_killed_in_a_task_continues_to_the_same_numbers(scenario: P
     assert results[0]["til"] == results[1]["til"]
 
 
+@pytest.mark.slow
 def test_the_prefix_cache_changes_no_number_not_even_in_a_run_that_is_killed(
     scenario: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +125,7 @@ def test_a_worker_that_dies_is_replaced_and_changes_no_number(scenario: Path) ->
     assert rows(hurt) == rows(whole)
 
 
+@pytest.mark.slow
 def test_with_flowers_engine_a_worker_that_dies_ends_the_run_and_resume_loses_nothing(scenario: Path) -> None:
     whole, hurt = scenario.parent / "whole", scenario.parent / "hurt"
     change = ("--set", "server.aggregation=suffix", "--set", "training.epochs=6")

@@ -26,6 +26,7 @@ from lightcl.methods.base import StepCost
 from lightcl.networks.staged import Backbone
 from lightcl.networks.winograd import parts
 from lightcl.scenario import Scenario
+from lightcl.storage.state import GENERATIONS
 
 Category = Literal[
     "parameters", "gradients", "optimizer state", "kept activations", "frozen part", "temporaries", "buffer",
@@ -140,7 +141,7 @@ def footprint(network: Backbone, cost: StepCost, workload: Workload) -> Footprin
     step = _Step(shape, cost, workload)
     step.play()
     disk: dict[Disk, int] = {
-        "state": step.saved,
+        "state": GENERATIONS * step.saved,
         "prefix cache": workload.cached_outputs * shape.features * workload.cache_bytes,
     }
     return Footprint(

@@ -19,7 +19,7 @@ def begun(path) -> RunFolder:
 
 def test_a_run_that_another_process_writes_is_not_overwritten(tmp_path):
     folder = begun(tmp_path)
-    with folder.locked(), pytest.raises(RequestError, match="another process is at work"):
+    with folder.locked(), pytest.raises(RequestError, match="another process is working on this run"):
         RunFolder(tmp_path).prepare(resume=False, overwrite=True)
     assert folder.exists
     assert [row.round for row in folder.rounds()] == [1, 2]

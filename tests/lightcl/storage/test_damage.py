@@ -197,7 +197,7 @@ def test_a_folder_that_may_not_be_written_or_read_is_a_state_error(tmp_path: Pat
     state.load()
     for file in (tmp_path, folder):
         file.chmod(0o555)
-    for parent in tmp_path.parents[:2]:
+    for parent in tmp_path.parents[:3]:
         parent.chmod(0o755)
     try:
         with nobody(), pytest.raises(StateError, match=r"cannot be saved \(Permission denied|Permission denied"):

@@ -195,7 +195,7 @@ def test_updated_at_once_one_gradient_exists_at_a_time(precision, held):
     "changes",
     [
         {"method": {"name": "lightcl"}},
-        {"method": {"name": "sgd"}, "training": {"momentum": 0.9}},
+        {"method": {"name": "sgd"}},
         {"method": {"name": "er"}},
         {"method": {"name": "ewc"}},
     ],
