@@ -7,12 +7,14 @@ a cell keeps its scenario.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rich.console import Console
 
-from lightcl.analysis.footprint.comparison import footprint_of
+from lightcl.analysis.footprint.comparison import MethodFootprint, footprint_of
 from lightcl.analysis.footprint.measured import MeasurementFailure
 from lightcl.data.sources import load_source
 from lightcl.errors import RequestError
@@ -29,6 +31,8 @@ from simulations.sweeps.processes import run_cells
 from simulations.sweeps.summary import OUTPUTS, write_summary
 
 RECORD, FOOTPRINT = "sweep.json", "footprint.json"
+MEASUREMENTS = 4
+"""The most at a time: each is a process with PyTorch and a network."""
 OWN = (RECORD, FOOTPRINT, *OUTPUTS, "scenarios", "logs", "runs", LOCK)
 
 
@@ -172,17 +176,20 @@ def _measure_memory(sweep: Sweep, console: Console) -> dict[str, str]:
     """Counts and measures the points that have no footprint yet; returns the reasons for failures."""
     known = _footprints(sweep)
     failures: dict[str, str] = {}
-    for point in sweep.points:
-        if point.label in known:
-            continue
-        cell = sweep.of(point)[0]
-        console.print(f"measuring the memory of {point.label} in a fresh process", style="dim", highlight=False)
-        source = load_source(cell.scenario.source_request())
-        try:
-            found = footprint_of(cell.scenario, source, cell.device, measuring=True, process=False)
-            known[point.label] = found.to_json()
-        except MeasurementFailure as error:
-            failures[f"memory of {point.label}"] = str(error)
-        else:
-            write_atomically(sweep.folder / FOOTPRINT, json.dumps(known, indent=2))
+    missing = [point for point in sweep.points if point.label not in known]
+    with ThreadPoolExecutor(min(MEASUREMENTS, os.cpu_count() or 1)) as pool:  # each measures in a process of its own
+        measured = {point.label: pool.submit(_footprint_of, sweep.of(point)[0]) for point in missing}
+        for label, found in measured.items():
+            console.print(f"measuring the memory of {label} in a fresh process", style="dim", highlight=False)
+            try:
+                known[label] = found.result().to_json()
+            except MeasurementFailure as error:
+                failures[f"memory of {label}"] = str(error)
+            else:
+                write_atomically(sweep.folder / FOOTPRINT, json.dumps(known, indent=2))
     return failures
+
+
+def _footprint_of(cell: Cell) -> MethodFootprint:
+    source = load_source(cell.scenario.source_request())
+    return footprint_of(cell.scenario, source, cell.device, measuring=True, process=False)

@@ -28,14 +28,17 @@ network: {weights: none, width: 4}
 stream: {tasks: 1}
 fleet: {devices: 3, test_data: whole}
 training: {epochs: 1, batch_size: 16}
-server: {aggregation: suffix}
+server: {aggregation: suffix, max_failures: 5}
 """
 PLUGIN = '''
 """Each training of this board is sent with other tensors; messages may come to processes of their own."""
 
+import io
+import sys
 from pathlib import Path
 
 import numpy as np
+from flwr.app import Array
 
 from lightcl.device.device import EdgeDevice
 
@@ -43,10 +46,18 @@ SENT = Path(__file__).with_name("sent")
 honest = EdgeDevice.outgoing
 
 
+def of_terabytes(array):
+    """The header of 8 TB, and no data after it."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (10**12,)})
+    return Array(dtype="float64", shape=(10**12,), stype="numpy.ndarray", data=header.getvalue())
+
+
 def outgoing(self):
     arrays = honest(self)
     times = len(SENT.read_text()) if SENT.exists() else 0
     SENT.write_text("x" * (times + 1))
+    sys.modules["client.app"].Array = of_terabytes if times == 2 else Array
     if times < 2:
         return {name: np.full(array.shape, (1e300, 1e39)[times]) for name, array in arrays.items()}
     return {name: array if "running" in name else array + np.float32(1e6) for name, array in arrays.items()}
@@ -67,7 +78,7 @@ def wait_for_port(port: int, processes: Processes) -> None:
 
 
 def test_a_hostile_board_among_three(processes: Processes, tmp_path: Path) -> None:
-    """fp64 values of 1e300, then of 1e39: refused. Then weights of a million: limited."""
+    """fp64 values of 1e300, then of 1e39, then a header of 8 TB: refused. Then weights of a million: limited."""
     scenario, plugin = tmp_path / "three-boards.yaml", tmp_path / "hostile.py"
     scenario.write_text(SCENARIO)
     plugin.write_text(PLUGIN)
@@ -97,8 +108,9 @@ def test_a_hostile_board_among_three(processes: Processes, tmp_path: Path) -> No
     assert json.loads((out / "results.json").read_text())["devices_finished"] == 3
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     refused = [(event["device"], event["reason"]) for event in events if event["event"] == "refused"]
-    assert [device for device, _ in refused] == [1, 1]
-    assert all("beyond 3.4e+38, the range of fp32" in reason for _, reason in refused)
+    assert [device for device, _ in refused] == [1, 1, 1]
+    assert all("beyond 3.4e+38, the range of fp32" in reason for _, reason in refused[:2])
+    assert "cannot be decoded" in refused[2][1]
     warned = [event["text"] for event in events if event["event"] == "warned"]
     assert len(warned) == 1
-    assert warned[0].startswith("round 3: server.guard: device 1: its update has norm ")
+    assert warned[0].startswith("round 4: server.guard: device 1: its update has norm ")
