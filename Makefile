@@ -30,7 +30,7 @@ $(READY): pyproject.toml
 	@touch $@
 
 demo: $(if $(wildcard $(READY)),$(READY),$(SIMULATION)) ## Compare SGD, LightCL and LightCL-plus on the same ten devices: a table and a page
-	@$(BIN)/lightcl sweep demo --jobs 3 --set simulation.workers=1 --out runs/demo --overwrite
+	@$(BIN)/lightcl sweep demo --out runs/demo --overwrite
 
 test: $(READY) ## Run the test suite in two processes (without the slow tests)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
