@@ -7,8 +7,8 @@ a cell keeps its scenario.
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -31,8 +31,6 @@ from simulations.sweeps.processes import run_cells
 from simulations.sweeps.summary import OUTPUTS, write_summary
 
 RECORD, FOOTPRINT = "sweep.json", "footprint.json"
-MEASUREMENTS = 4
-"""The most at a time: each is a process with PyTorch and a network."""
 OWN = (RECORD, FOOTPRINT, *OUTPUTS, "scenarios", "logs", "runs", LOCK)
 
 
@@ -54,9 +52,7 @@ def run_sweep(
         sweep.folder.mkdir(parents=True, exist_ok=True)
     with RunFolder(sweep.folder).locked():
         _begin(sweep, command, overwrite=overwrite)
-        # Memory first: it is quick, and the summary of an unfinished sweep then includes it.
-        failures = _measure_memory(sweep, console) if sweep.description.footprint else {}
-        failures |= run_cells(sweep, jobs, console)
+        failures = _run_and_measure(sweep, jobs, console)
         write_summary(sweep, _record(sweep), _footprints(sweep), console)
     if failures:
         reasons = "\n".join(f"{cell}: {reason}" for cell, reason in failures.items())
@@ -172,21 +168,37 @@ def _footprints(sweep: Sweep) -> dict[str, Any]:
     return dict(json.loads(file.read_text())) if file.exists() else {}
 
 
-def _measure_memory(sweep: Sweep, console: Console) -> dict[str, str]:
+def _run_and_measure(sweep: Sweep, jobs: int, console: Console) -> dict[str, str]:
+    """Runs the cells and, beside them, measures memory where the sweep wants it; returns the reasons for failures.
+
+    A measurement counts tensors in a process of its own, so that runs beside it change nothing.
+    """
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as beside:
+        wanted = sweep.description.footprint
+        measured = beside.submit(_measure_memory, sweep, console, stop) if wanted else None
+        try:
+            failures = run_cells(sweep, jobs, console)
+        except BaseException:
+            stop.set()  # after the measurement in progress
+            raise
+        return failures | (measured.result() if measured else {})
+
+
+def _measure_memory(sweep: Sweep, console: Console, stop: threading.Event) -> dict[str, str]:
     """Counts and measures the points that have no footprint yet; returns the reasons for failures."""
     known = _footprints(sweep)
     failures: dict[str, str] = {}
-    missing = [point for point in sweep.points if point.label not in known]
-    with ThreadPoolExecutor(min(MEASUREMENTS, os.cpu_count() or 1)) as pool:  # each measures in a process of its own
-        measured = {point.label: pool.submit(_footprint_of, sweep.of(point)[0]) for point in missing}
-        for label, found in measured.items():
-            console.print(f"measuring the memory of {label} in a fresh process", style="dim", highlight=False)
-            try:
-                known[label] = found.result().to_json()
-            except MeasurementFailure as error:
-                failures[f"memory of {label}"] = str(error)
-            else:
-                write_atomically(sweep.folder / FOOTPRINT, json.dumps(known, indent=2))
+    for point in sweep.points:
+        if point.label in known or stop.is_set():
+            continue
+        console.print(f"measuring the memory of {point.label} in a fresh process", style="dim", highlight=False)
+        try:
+            known[point.label] = _footprint_of(sweep.of(point)[0]).to_json()
+        except MeasurementFailure as error:
+            failures[f"memory of {point.label}"] = str(error)
+        else:
+            write_atomically(sweep.folder / FOOTPRINT, json.dumps(known, indent=2))
     return failures
 
 
