@@ -67,6 +67,19 @@ EdgeDevice.outgoing = outgoing
 '''
 
 
+KILLED = '''
+"""The first process of this board is killed with the greeting in its hands."""
+
+import os
+from pathlib import Path
+
+MARK = Path(__file__).with_name("killed")
+if not MARK.exists():
+    MARK.touch()
+    os.kill(os.getpid(), 9)
+'''
+
+
 def wait_for_port(port: int, processes: Processes) -> None:
     """`flwr run` gives up at once where the SuperLink does not listen so far."""
     for _ in range(600):
@@ -77,11 +90,11 @@ def wait_for_port(port: int, processes: Processes) -> None:
     raise AssertionError(processes.logs())
 
 
-def test_a_hostile_board_among_three(processes: Processes, tmp_path: Path) -> None:
-    """fp64 values of 1e300, then of 1e39, then a header of 8 TB: refused. Then weights of a million: limited."""
+def run_three_boards(processes: Processes, tmp_path: Path, scenario_text: str, plugin_text: str) -> Path:
+    """Runs the scenario on three boards, of which the second has the plugin; returns the finished run's folder."""
     scenario, plugin = tmp_path / "three-boards.yaml", tmp_path / "hostile.py"
-    scenario.write_text(SCENARIO)
-    plugin.write_text(PLUGIN)
+    scenario.write_text(scenario_text)
+    plugin.write_text(plugin_text)
     port = free_port()
     processes.start(
         "superlink", "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port),
@@ -105,6 +118,12 @@ def test_a_hostile_board_among_three(processes: Processes, tmp_path: Path) -> No
     processes.start("flwr-run", "flwr", "run", str(CHECKOUT), "boards", "--stream", "--run-config", run_config)
     wait_for(out / "results.json", processes, 1200)
 
+    return out
+
+
+def test_a_hostile_board_among_three(processes: Processes, tmp_path: Path) -> None:
+    """fp64 values of 1e300, then of 1e39, then a header of 8 TB: refused. Then weights of a million: limited."""
+    out = run_three_boards(processes, tmp_path, SCENARIO, PLUGIN)
     assert json.loads((out / "results.json").read_text())["devices_finished"] == 3
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     refused = [(event["device"], event["reason"]) for event in events if event["event"] == "refused"]
@@ -114,3 +133,11 @@ def test_a_hostile_board_among_three(processes: Processes, tmp_path: Path) -> No
     warned = [event["text"] for event in events if event["event"] == "warned"]
     assert len(warned) == 1
     assert warned[0].startswith("round 4: server.guard: device 1: its update has norm ")
+
+
+def test_a_board_that_is_killed_with_its_greeting_is_asked_again(processes: Processes, tmp_path: Path) -> None:
+    """The node stays the same for the server, and no reply ever comes."""
+    text = SCENARIO.replace("max_failures: 5", "greeting_timeout: 30")
+    out = run_three_boards(processes, tmp_path, text, KILLED)
+    assert (tmp_path / "killed").exists()
+    assert json.loads((out / "results.json").read_text())["devices_finished"] == 3
