@@ -63,7 +63,8 @@ def test_neither_workers_nor_engine_change_a_number_and_one_device_alone_learns_
     assert rows(alone) == [row for row in rows(one) if row["device"] == 2]
 
 
-@pytest.mark.parametrize("engine", ["ray", pytest.param("flower", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ray", "flower"])
 def test_averaged_suffixes_are_the_same_on_both_engines(scenario: Path, engine: str) -> None:
     """Tensors travel through Ray's object store on one and through Flower's link state on the other."""
     changes = ("--set", "server.aggregation=suffix", "--set", "simulation.keep_states=none")
@@ -112,6 +113,7 @@ def test_the_prefix_cache_changes_no_number_not_even_in_a_run_that_is_killed(
     assert rows(full) == rows(off)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_replaced_and_changes_no_number(scenario: Path) -> None:
     """SIGKILL to one of two workers while it trains, as the kernel does when memory runs out."""
     whole, hurt = scenario.parent / "whole", scenario.parent / "hurt"
@@ -179,7 +181,7 @@ def _in_second_task(run: Path) -> bool:
     return False
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sign", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_ends_the_run_and_ray(scenario: Path, sign: signal.Signals) -> None:
     out = scenario.parent / "stopped"
     process = subprocess.Popen(
