@@ -14,22 +14,13 @@ export RAY_USAGE_STATS_ENABLED = 0
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# What the demo needs, without the tools of development: a third of a minute less.
-SIMULATION := $(VENV)/.simulation
-
-$(SIMULATION): pyproject.toml
-	@echo "Creating $(VENV) and installing the project (PyTorch is large: this takes a few minutes) ..."
-	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[simulation]'
-	@touch $@
-
 $(READY): pyproject.toml
 	@echo "Creating $(VENV) and installing the project (PyTorch is large: this takes a few minutes) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-demo: $(if $(wildcard $(READY)),$(READY),$(SIMULATION)) ## Compare SGD, LightCL and LightCL-plus on the same ten devices: a table and a page
+demo: $(READY) ## Compare SGD, LightCL and LightCL-plus on the same ten devices: a table and a page
 	@$(BIN)/lightcl sweep demo --out runs/demo --overwrite
 
 test: $(READY) ## Run the test suite in two processes (without the slow tests)

@@ -41,7 +41,7 @@ from lightcl.exchange.messages import (
     ProtocolError,
     Refusal,
 )
-from lightcl.exchange.tensors import Arrays, ExchangeError
+from lightcl.exchange.tensors import ExchangeError, decoded
 from lightcl.networks.staged import Backbone
 from lightcl.scenario import Scenario, scenario_from_json
 from lightcl.storage.files import exclusive
@@ -203,20 +203,6 @@ def _with_device(
             return work(device, instruction, receive)
         except Refusable as error:
             return _refusal(error, device)
-
-
-def decoded(record: ArrayRecord) -> Arrays:
-    """The tensors of a message. Raises ExchangeError for bytes that are no array."""
-    arrays: Arrays = {}
-    for name, array in record.items():
-        try:
-            tensor: object = array.numpy()
-        except Exception as error:  # damaged bytes raise whatever the parser of their header meets
-            raise ExchangeError(f"tensor {name!r} cannot be decoded ({type(error).__name__})") from error
-        if not isinstance(tensor, np.ndarray):  # an archive of arrays
-            raise ExchangeError(f"tensor {name!r} cannot be decoded: it is no array")
-        arrays[name] = tensor
-    return arrays
 
 
 @contextmanager

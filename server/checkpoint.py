@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from lightcl.errors import RequestError
 from lightcl.records.rows import DeviceRow
-from lightcl.storage.files import sync
+from lightcl.storage.files import checksum, sync, text_checksum
 from lightcl.storage.state import MANIFEST, StateError
 from server.ledger import Entry
 
@@ -183,11 +182,11 @@ class Checkpoint:
         if self._durable:
             sync(self.folder / name)
             sync(self.folder)
-        return f"{name} {_checksum((self.folder / name).read_bytes())}"
+        return f"{name} {checksum(self.folder / name):08x}"
 
     def _read_tensors(self, stored: str) -> dict[str, Tensor]:
         name, _, expected = stored.partition(" ")
-        if expected and _checksum((self.folder / name).read_bytes()) != expected:
+        if expected and f"{checksum(self.folder / name):08x}" != expected:
             raise ValueError(f"{name} is damaged: its checksum is wrong")
         return load_file(self.folder / name)
 
@@ -204,17 +203,13 @@ class Checkpoint:
         return self._connection
 
 
-def _checksum(data: bytes) -> str:
-    return f"{zlib.crc32(data):08x}"
-
-
 def _with_checksum(text: str) -> str:
-    return f"{_checksum(text.encode())} {text}"
+    return f"{text_checksum(text):08x} {text}"
 
 
 def _checked(stored: str) -> str:
     """The text behind its checksum. Raises ValueError where they do not fit."""
-    checksum, _, text = stored.partition(" ")
-    if _checksum(text.encode()) != checksum:
+    expected, _, text = stored.partition(" ")
+    if f"{text_checksum(text):08x}" != expected:
         raise ValueError("a row is damaged: its checksum is wrong")
     return text

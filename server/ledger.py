@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from lightcl.data.partition import label_counts
+from lightcl.data.partition import train_counts
 from lightcl.errors import one_line
 from lightcl.exchange.messages import Refusal, Tested, Trained
 from lightcl.preparation import Prepared
@@ -132,7 +132,7 @@ class KnownImages:
 
     @classmethod
     def of(cls, prepared: Prepared) -> Self:
-        counts, (by_class, _) = prepared.counts, label_counts(prepared.source, prepared.shares)
+        counts, by_class = prepared.counts, train_counts(prepared.source, prepared.shares)
         if prepared.scenario.method.joint:  # its one task is all of them
             by_task = np.broadcast_to(counts.train_used[:, None], counts.train.shape)
         else:

@@ -8,15 +8,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from httpx import HTTPError
 
 from lightcl.errors import Failure, Stopped
-from lightcl.exchange.messages import ARRAYS, REPLY, ProtocolError
-from lightcl.exchange.tensors import Arrays
+from lightcl.exchange.messages import ARRAYS, REPLY
+from lightcl.exchange.tensors import Arrays, decoded
 
 PULL_SECONDS = 0.05
 """Between two looks at a grid that cannot say when a reply arrives: Flower's."""
@@ -138,14 +137,5 @@ def record_of(reply: Message, name: str = REPLY) -> Any:
 
 
 def arrays_of(reply: Message) -> Arrays:
-    """The tensors of a reply, as they were sent. Raises ProtocolError for bytes that are not tensors."""
-    arrays = {}
-    for name, array in (reply.content.array_records.get(ARRAYS) or {}).items():
-        try:
-            decoded: object = array.numpy()
-        except Exception as error:  # NumPy raises many kinds for bytes that a device made up, MemoryError among them
-            raise ProtocolError(f"its tensor {name!r} cannot be decoded ({type(error).__name__}: {error})") from error
-        if not isinstance(decoded, np.ndarray):  # an archive of arrays
-            raise ProtocolError(f"its tensor {name!r} cannot be decoded: it is no array")
-        arrays[name] = decoded
-    return arrays
+    """The tensors of a reply. Raises ExchangeError."""
+    return decoded(reply.content.array_records.get(ARRAYS) or {})

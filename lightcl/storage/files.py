@@ -98,6 +98,11 @@ def checksum(file: Path) -> int:
     return value
 
 
+def text_checksum(text: str) -> int:
+    """The CRC-32 of a text in UTF-8."""
+    return zlib.crc32(text.encode())
+
+
 def checksum_once(file: Path) -> int:
     """`checksum`, computed once per process for a file that many states refer to, unless its size or time changes."""
     status = file.stat()

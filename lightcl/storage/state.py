@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import os
 import warnings
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -30,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightcl.errors import Failure
-from lightcl.storage.files import checksum, checksum_once, sync, write_atomically
+from lightcl.storage.files import checksum, checksum_once, sync, text_checksum, write_atomically
 
 MANIFEST = "state.json"
 PREVIOUS = "state.previous.json"
@@ -208,7 +207,7 @@ class StateFolder:
         files = {"own": own and own._asdict()} | ({"shared": shared._asdict()} if shared else {})
         body = {**values, FILES: files}
         text = json.dumps(body)
-        signed = f'{text[:-1]}, "{CHECKSUM}": {_crc(text)}}}'
+        signed = f'{text[:-1]}, "{CHECKSUM}": {text_checksum(text)}}}'
         before = self._current
         self._current = _Generation(signed, own, shared, dict(values))
         try:
@@ -251,7 +250,7 @@ def _read(manifest: Path) -> _Generation:
         values = json.loads(text)
         if not isinstance(values, dict):
             raise Damaged(f"{manifest.name} holds no JSON object")
-        if values.pop(CHECKSUM, None) != _crc(json.dumps(values)):
+        if values.pop(CHECKSUM, None) != text_checksum(json.dumps(values)):
             raise Damaged(f"the checksum of {manifest.name} does not match: the file is damaged")
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{manifest.name} cannot be read as JSON ({error})") from error
@@ -275,10 +274,6 @@ def _number(file: _File | None) -> int:
     """The number in a file's name; -1 without a file."""
     digits = file.name.removeprefix("tensors-").removesuffix(".safetensors") if file else ""
     return int(digits) if digits.isdecimal() else -1
-
-
-def _crc(text: str) -> int:
-    return zlib.crc32(text.encode())
 
 
 def _text(file: Path) -> str | None:

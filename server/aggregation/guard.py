@@ -102,8 +102,11 @@ class UpdateGuard:
         usual = self._usual_norms(items, norms, current)
         factor = FACTOR if len(items) >= FEW else FACTOR_OF_FEW
         least = SMALLEST * _norm(current)
-        ranges = {item.device: (norm, most) for item, norm, most in zip(items, norms, usual, strict=True)}
-        too_long = {device: (norm, most) for device, (norm, most) in ranges.items() if norm > max(factor * most, least)}
+        too_long = {
+            item.device: (norm, most)
+            for item, norm, most in zip(items, norms, usual, strict=True)
+            if norm > max(factor * most, least)
+        }
         absurd = {device for device, (norm, most) in too_long.items() if norm > FAR * max(most, least)}
         strange = _strange_batch_norm(items, current)
         opposed = _opposed(items, cosines) if cosines is not None else set()

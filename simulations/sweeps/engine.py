@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rich.console import Console
 
-from lightcl.analysis.footprint.comparison import MethodFootprint, footprint_of
+from lightcl.analysis.footprint.comparison import footprint_of
 from lightcl.analysis.footprint.measured import MeasurementFailure
 from lightcl.data.sources import load_source
 from lightcl.errors import RequestError
@@ -52,7 +50,9 @@ def run_sweep(
         sweep.folder.mkdir(parents=True, exist_ok=True)
     with RunFolder(sweep.folder).locked():
         _begin(sweep, command, overwrite=overwrite)
-        failures = _run_and_measure(sweep, jobs, console)
+        # Memory first: it is quick, and the summary of an unfinished sweep then includes it.
+        failures = _measure_memory(sweep, console) if sweep.description.footprint else {}
+        failures |= run_cells(sweep, jobs, console)
         write_summary(sweep, _record(sweep), _footprints(sweep), console)
     if failures:
         reasons = "\n".join(f"{cell}: {reason}" for cell, reason in failures.items())
@@ -168,40 +168,21 @@ def _footprints(sweep: Sweep) -> dict[str, Any]:
     return dict(json.loads(file.read_text())) if file.exists() else {}
 
 
-def _run_and_measure(sweep: Sweep, jobs: int, console: Console) -> dict[str, str]:
-    """Runs the cells and, beside them, measures memory where the sweep wants it; returns the reasons for failures.
-
-    A measurement counts tensors in a process of its own, so that runs beside it change nothing.
-    """
-    stop = threading.Event()
-    with ThreadPoolExecutor(1) as beside:
-        wanted = sweep.description.footprint
-        measured = beside.submit(_measure_memory, sweep, console, stop) if wanted else None
-        try:
-            failures = run_cells(sweep, jobs, console)
-        except BaseException:
-            stop.set()  # after the measurement in progress
-            raise
-        return failures | (measured.result() if measured else {})
-
-
-def _measure_memory(sweep: Sweep, console: Console, stop: threading.Event) -> dict[str, str]:
+def _measure_memory(sweep: Sweep, console: Console) -> dict[str, str]:
     """Counts and measures the points that have no footprint yet; returns the reasons for failures."""
     known = _footprints(sweep)
     failures: dict[str, str] = {}
     for point in sweep.points:
-        if point.label in known or stop.is_set():
+        if point.label in known:
             continue
+        cell = sweep.of(point)[0]
         console.print(f"measuring the memory of {point.label} in a fresh process", style="dim", highlight=False)
+        source = load_source(cell.scenario.source_request())
         try:
-            known[point.label] = _footprint_of(sweep.of(point)[0]).to_json()
+            found = footprint_of(cell.scenario, source, cell.device, measuring=True, process=False)
+            known[point.label] = found.to_json()
         except MeasurementFailure as error:
             failures[f"memory of {point.label}"] = str(error)
         else:
             write_atomically(sweep.folder / FOOTPRINT, json.dumps(known, indent=2))
     return failures
-
-
-def _footprint_of(cell: Cell) -> MethodFootprint:
-    source = load_source(cell.scenario.source_request())
-    return footprint_of(cell.scenario, source, cell.device, measuring=True, process=False)

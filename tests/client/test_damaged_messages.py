@@ -10,9 +10,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.app import decoded
 from lightcl.exchange.messages import Instruction
-from lightcl.exchange.tensors import ExchangeError
+from lightcl.exchange.tensors import ExchangeError, decoded
 from tests.client.test_app import ask
 from tests.inprocess import InProcessGrid, small
 

@@ -100,23 +100,34 @@ def wait_for(file: Path, processes: Processes, seconds: float) -> None:
         time.sleep(0.5)
 
 
-def test_two_supernodes_learn_what_two_simulated_devices_learn(processes: Processes, tmp_path: Path) -> None:
-    scenario = tmp_path / "two-boards.yaml"
-    scenario.write_text(SCENARIO)
+def start_boards(processes: Processes, tmp_path: Path, boards: int, plugins: dict[int, Path] | None = None) -> int:
+    """Starts a SuperLink, which `flwr run` knows as boards, and a SuperNode per board; returns the SuperLink's port."""
     port = free_port()
     processes.start(
         "superlink", "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port),
         "--disable-runtime-dependency-installation",
     )  # fmt: skip
-    for number in range(2):
-        config = f'partition-id={number} num-partitions=2 name="board-{number}" state-dir="{tmp_path}/board-{number}"'
+    for number in range(boards):
+        config = (
+            f'partition-id={number} num-partitions={boards} name="board-{number}" state-dir="{tmp_path}/board-{number}"'
+        )
+        if plugins and number in plugins:
+            processes.environment["LIGHTCL_PLUGINS"] = str(plugins[number])
         processes.start(
             f"supernode-{number}", "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}",
             "--host", "127.0.0.1", "--port", str(free_port()), "--node-config", config,
         )  # fmt: skip
+        processes.environment.pop("LIGHTCL_PLUGINS", None)
     home = tmp_path / "flwr"
     home.mkdir(exist_ok=True)
     (home / "config.toml").write_text(f'[superlink.boards]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
+    return port
+
+
+def test_two_supernodes_learn_what_two_simulated_devices_learn(processes: Processes, tmp_path: Path) -> None:
+    scenario = tmp_path / "two-boards.yaml"
+    scenario.write_text(SCENARIO)
+    start_boards(processes, tmp_path, 2)
     out = tmp_path / "run"
     run_config = f'scenario="{scenario}" out="{out}"'
     processes.start("flwr-run", "flwr", "run", str(CHECKOUT), "boards", "--stream", "--run-config", run_config)

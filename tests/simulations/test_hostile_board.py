@@ -12,9 +12,9 @@ import pytest
 from tests.simulations.test_deployment import (
     CHECKOUT,
     Processes,
-    free_port,
     neutral,
     processes,
+    start_boards,
     wait_for,
 )
 
@@ -95,23 +95,7 @@ def run_three_boards(processes: Processes, tmp_path: Path, scenario_text: str, p
     scenario, plugin = tmp_path / "three-boards.yaml", tmp_path / "hostile.py"
     scenario.write_text(scenario_text)
     plugin.write_text(plugin_text)
-    port = free_port()
-    processes.start(
-        "superlink", "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port),
-        "--disable-runtime-dependency-installation",
-    )  # fmt: skip
-    for number in range(3):
-        config = f'partition-id={number} num-partitions=3 name="board-{number}" state-dir="{tmp_path}/board-{number}"'
-        if number == 1:
-            processes.environment["LIGHTCL_PLUGINS"] = str(plugin)
-        processes.start(
-            f"supernode-{number}", "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}",
-            "--host", "127.0.0.1", "--port", str(free_port()), "--node-config", config,
-        )  # fmt: skip
-        processes.environment.pop("LIGHTCL_PLUGINS", None)
-    home = tmp_path / "flwr"
-    home.mkdir(exist_ok=True)
-    (home / "config.toml").write_text(f'[superlink.boards]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
+    port = start_boards(processes, tmp_path, 3, {1: plugin})
     out = tmp_path / "run"
     run_config = f'scenario="{scenario}" out="{out}"'
     wait_for_port(port, processes)

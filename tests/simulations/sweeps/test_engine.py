@@ -270,7 +270,7 @@ def test_the_remains_of_a_half_replaced_sweep_are_not_results(tmp_path, monkeypa
     (tmp_path / "out" / ".lock").touch()
     seen = []
     monkeypatch.setattr("simulations.sweeps.engine.run_cells", lambda sweep, jobs, console: seen.append(sweep) or {})
-    monkeypatch.setattr("simulations.sweeps.engine._measure_memory", lambda sweep, console, stop: {})
+    monkeypatch.setattr("simulations.sweeps.engine._measure_memory", lambda sweep, console: {})
     run(sweep)
     assert len(seen) == 1
     assert RunFolder(sweep.run_folder(sweep.cells[0])).results() is None
