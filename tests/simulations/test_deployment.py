@@ -100,8 +100,18 @@ def wait_for(file: Path, processes: Processes, seconds: float) -> None:
         time.sleep(0.5)
 
 
-def start_boards(processes: Processes, tmp_path: Path, boards: int, plugins: dict[int, Path] | None = None) -> int:
-    """Starts a SuperLink, which `flwr run` knows as boards, and a SuperNode per board; returns the SuperLink's port."""
+def wait_for_port(port: int, processes: Processes) -> None:
+    """`flwr run` gives up at once where the SuperLink does not listen so far."""
+    for _ in range(600):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.5)
+    raise AssertionError(processes.logs())
+
+
+def start_boards(processes: Processes, tmp_path: Path, boards: int, plugins: dict[int, Path] | None = None) -> None:
+    """Starts a SuperLink, which `flwr run` knows as boards, and a SuperNode per board."""
     port = free_port()
     processes.start(
         "superlink", "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port),
@@ -121,7 +131,7 @@ def start_boards(processes: Processes, tmp_path: Path, boards: int, plugins: dic
     home = tmp_path / "flwr"
     home.mkdir(exist_ok=True)
     (home / "config.toml").write_text(f'[superlink.boards]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
-    return port
+    wait_for_port(port, processes)
 
 
 def test_two_supernodes_learn_what_two_simulated_devices_learn(processes: Processes, tmp_path: Path) -> None:
