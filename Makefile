@@ -14,10 +14,11 @@ export RAY_USAGE_STATS_ENABLED = 0
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+# --no-compile: byte-compiling all of PyTorch takes a third of the installation; Python compiles what is imported.
 $(READY): pyproject.toml
 	@echo "Creating $(VENV) and installing the project (PyTorch is large: this takes a few minutes) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]'
 	@touch $@
 
 demo: $(READY) ## Compare SGD, LightCL and LightCL-plus on the same ten devices: a table and a page
