@@ -7,6 +7,8 @@ READY  := $(VENV)/.ready
 export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
 export RAY_USAGE_STATS_ENABLED = 0
+# What the installation below leaves uncompiled is compiled once, at its first import, and not by every process again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint typecheck bench docs clean

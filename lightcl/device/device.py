@@ -21,9 +21,10 @@ from lightcl.data.sources import Source, load_source
 from lightcl.data.tasks import Task, TaskContext, TaskStream
 from lightcl.device import hardware
 from lightcl.device.hardware import choose_accelerator, set_up_torch
+from lightcl.device.optimizers import make_optimizer
 from lightcl.device.prefix import fixed_prefix
 from lightcl.device.state import DeviceValues, Position, changing_tensors, pack_optimizer, unpack_optimizer_
-from lightcl.device.training import OnEpoch, autocast, evaluate, make_optimizer, train_epoch
+from lightcl.device.training import OnEpoch, autocast, evaluate, train_epoch
 from lightcl.exchange.messages import Tested, Trained
 from lightcl.exchange.tensors import Arrays, adopt_, outgoing, outgoing_statistics
 from lightcl.metrics import AccuracyMatrix

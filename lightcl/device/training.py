@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightcl.data.batches import training_batches
 from lightcl.data.tasks import Task, TaskContext
+from lightcl.device.optimizers import step, updates_at_once
 from lightcl.errors import Failure
 from lightcl.methods import Method
 from lightcl.scenario import Scenario
@@ -31,18 +32,6 @@ class TaskAccuracy:
     til: float
     cil: float
     images: int
-
-
-def make_optimizer(method: Method, scenario: Scenario) -> torch.optim.Optimizer:
-    """`training.optimizer` over all parameters that the method trains, in the order of `method.trainable()`."""
-    training = scenario.training
-    parameters = list(method.trainable().values())
-    if training.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
-        )
-    kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
 
 
 def train_epoch(
@@ -76,7 +65,7 @@ def train_epoch(
             loss.backward()  # type: ignore[no-untyped-call]
             if not at_once:
                 method.before_step(batch, context)
-                optimizer.step()
+                step(optimizer)
             method.after_step(batch, context)
             # Here and not before the next backward pass, so that the next forward pass, `end_task` and the evaluation
             # need no memory for gradients that are no longer used.
@@ -91,36 +80,6 @@ def train_epoch(
             f"training.learning_rate ({scenario.training.learning_rate}) or a smaller weight of the method's own terms"
         )
     return mean
-
-
-@contextmanager
-def updates_at_once(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Inside a `with`, the backward pass updates each parameter by plain SGD as soon as its gradient is complete.
-
-    Autograd calls the hook of a parameter after the last operation that used it, so the update changes nothing that the
-    backward pass still reads, and the gradient is released before the next one is computed. The update is that of
-    torch.optim.SGD without momentum: p ← p - lr (g + weight decay · p).
-    """
-    handles = []
-    for group in optimizer.param_groups:
-        rate, decay = group["lr"], group["weight_decay"]
-
-        @torch.no_grad()
-        def step(parameter: Tensor, rate: float = rate, decay: float = decay) -> None:
-            gradient = parameter.grad
-            if gradient is None:
-                return
-            parameter.grad = None
-            if decay:
-                gradient = gradient.add(parameter, alpha=decay)
-            parameter.add_(gradient, alpha=-rate)
-
-        handles += [parameter.register_post_accumulate_grad_hook(step) for parameter in group["params"]]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

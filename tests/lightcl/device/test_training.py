@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from lightcl.data.sources import ImageSet
 from lightcl.data.tasks import Samples, Task
 from lightcl.device import training
-from lightcl.device.training import TaskAccuracy, TrainingFailure, evaluate, make_optimizer, train_epoch
+from lightcl.device.optimizers import make_optimizer, updates_at_once
+from lightcl.device.training import TaskAccuracy, TrainingFailure, evaluate, train_epoch
 from lightcl.methods import Method
 from lightcl.methods.sgd import SGDParameters
 from lightcl.networks.resnet import StagedResNet
@@ -238,7 +239,7 @@ def test_at_once_two_gradients_never_exist_together():
     network = toys.network(freeze="layer3").train()
     optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.1)
     most = []
-    with training.updates_at_once(optimizer):
+    with updates_at_once(optimizer):
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.register_post_accumulate_grad_hook(
                 lambda _: most.append(sum(p.grad is not None for p in network.parameters()))
