@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from client.commands import read_node_config, run_checks
+from client.commands.check import read_node_config, run_checks
 from lightcl.errors import RequestError
 from tests.inprocess import small
 from tests.simulations.test_command_line import lightcl

@@ -1,4 +1,4 @@
-"""`lightcl device ...`: commands for the person who sets up a board. Light at import."""
+"""`lightcl device check`: whether a board can take part in a scenario. Light at import."""
 
 from __future__ import annotations
 
@@ -20,13 +20,6 @@ if TYPE_CHECKING:
     from lightcl.data.sources import Source
     from lightcl.scenario import Scenario
 
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
 
 @dataclass(frozen=True)
 class Check:
@@ -37,12 +30,6 @@ class Check:
     text: str
 
 
-@app.callback()
-def _device() -> None:
-    """Commands for a board."""
-
-
-@app.command()
 def check(
     scenario: Annotated[Path, typer.Argument(metavar="SCENARIO")],
     node_config: Annotated[

@@ -1,0 +1,22 @@
+"""`lightcl device ...`: commands for the person who sets up a board, one file each. Light at import."""
+
+from __future__ import annotations
+
+import typer
+
+from client.commands.check import check
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _device() -> None:
+    """Commands for a board."""
+
+
+app.command()(check)
