@@ -9,7 +9,7 @@ from lightcl.scenario.model import Scenario
 
 
 def scenario_digest(scenario: Scenario) -> str:
-    """Changes with every key that can decide a device's numbers; where the data lies and how long one waits cannot."""
+    """A digest of every key that can change a device's numbers; the location of the data and the timeouts cannot."""
     decisive = scenario.model_dump_json(
         exclude={
             "name": True,
@@ -30,8 +30,8 @@ def scenario_digest(scenario: Scenario) -> str:
 
 
 def state_digest(scenario: Scenario) -> str:
-    """The scenario's, but for where a weights file lies: of what is in it, a state's network holds what is trained, and
-    its digests of prefix and channels speak for the rest."""
+    """The scenario's digest without the path of a weights file: a state has the trained part of the network and checks
+    the rest by digests of prefix and channels."""
     network = scenario.network
     if network.weights not in NAMED_WEIGHTS:
         network = network.model_copy(update={"weights": "a file"})

@@ -147,7 +147,7 @@ def _method_in(text: str) -> object:
 
 
 def _reach(change: tuple[str, object]) -> tuple[int, bool]:
-    """Sorts what replaces a whole section before what sets a key in it, so that neither order of typing loses a key."""
+    """Sort key: changes of a whole section come before changes of its keys, so that the order given loses none."""
     key, _ = change
     return key.count("."), key != "method.name"
 
@@ -183,7 +183,7 @@ def _apply_(values: dict[str, Any], key: str, value: object, origin: Origin) -> 
 
 
 def _with_absolute_paths(scenario: Scenario) -> Scenario:
-    """Workers run in other folders, so paths are settled where the user typed them."""
+    """Workers run in other folders, so relative paths are resolved in the user's folder."""
     data, network = scenario.data, scenario.network
     if data.path is not None:
         data = data.model_copy(update={"path": data.path.expanduser().absolute()})

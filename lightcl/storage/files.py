@@ -31,7 +31,7 @@ def exclusive(folder: Path, *, wait: bool = True) -> Iterator[None]:
 
 @contextmanager
 def writable(path: Path, option: str = "--out") -> Iterator[None]:
-    """Makes a RequestError about the option of what the disk refuses: no right, no room, a name that is too long."""
+    """Turns an error of the disk (no permission, no room, too long a name) into a RequestError about the option."""
     try:
         yield
     except OSError as error:
@@ -40,7 +40,7 @@ def writable(path: Path, option: str = "--out") -> Iterator[None]:
 
 @contextmanager
 def saving(file: Path) -> Iterator[None]:
-    """Makes a Failure of what the disk refuses in the middle of a run, most often for lack of room."""
+    """Turns an error of the disk in the middle of a run, most often for lack of room, into a Failure."""
     try:
         yield
     except OSError as error:
