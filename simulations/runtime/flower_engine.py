@@ -7,8 +7,6 @@ with nodes x messages: use it for fleets of a few hundred devices.
 
 from __future__ import annotations
 
-import logging
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from flwr.simulation import run_simulation
 from lightcl.scenario import Scenario
 from simulations.runtime.devices import make_app
 from simulations.runtime.gpus import gpu_share
+from simulations.runtime.ray_engine import connected
 
 
 def run(
@@ -29,22 +28,14 @@ def run(
     workers = scenario.simulation.workers
     gpus = torch.cuda.device_count() if scenario.device.accelerator != "cpu" and torch.cuda.is_available() else 0
     try:
-        run_simulation(
-            server_app=server,
-            client_app=make_client(state),
-            num_supernodes=scenario.fleet.devices,
-            backend_config={
-                "init_args": {
-                    "address": "local",  # neither RAY_ADDRESS nor another Ray on this machine is meant
-                    "num_cpus": workers,
-                    "log_to_driver": False,
-                    "logging_level": logging.ERROR,
-                    "include_dashboard": False,
-                    "configure_logging": False,
-                    "_temp_dir": tempfile.gettempdir() + "/ray",
+        with connected(scenario):  # Flower's engine takes the Ray that is there
+            run_simulation(
+                server_app=server,
+                client_app=make_client(state),
+                num_supernodes=scenario.fleet.devices,
+                backend_config={
+                    "client_resources": {"num_cpus": 1, "num_gpus": gpu_share(gpus, workers) if gpus else 0.0}
                 },
-                "client_resources": {"num_cpus": 1, "num_gpus": gpu_share(gpus, workers) if gpus else 0.0},
-            },
-        )
+            )
     except SystemExit as error:  # Ray turns SIGTERM into it
         raise KeyboardInterrupt from error

@@ -24,7 +24,7 @@ from flwr.app import ArrayRecord, Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
-from lightcl.errors import RequestError
+from lightcl.errors import Failure, RequestError
 from lightcl.scenario import Scenario
 from simulations.runtime.address import ANSWER_SECONDS, check_reachable, listens
 from simulations.runtime.devices import make_app
@@ -38,6 +38,9 @@ MOST_NODES = 64
 """Virtual nodes of a large fleet. Each is greeted once per run, and each hosts 1/64 of the devices."""
 STOP_SECONDS = 10.0
 """How long the server's thread may take to notice that the run ends."""
+STARTS = 10
+"""How often a local Ray may fail to start in time, before the run gives up."""
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
 
 
 @dataclass(frozen=True)
@@ -186,27 +189,11 @@ def _serve(server: ServerApp, grid: RayGrid, connection: Connection) -> None:
 def connected(scenario: Scenario) -> Iterator[Connection]:
     """Connects to Ray for the duration of a `with` block."""
     address = scenario.simulation.address
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
-    if address is None:
-        options |= {
-            "address": "local",  # neither RAY_ADDRESS nor another Ray on this machine is meant
-            "num_cpus": scenario.simulation.workers,
-            "include_dashboard": False,
-            "_temp_dir": tempfile.gettempdir() + "/ray",
-        }
-    else:
-        check_reachable(address)
-        options["address"] = address
-        if address.startswith("ray://"):
-            options = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
     with _own_signals():
-        try:
-            ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            if address is None:
-                raise
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise RequestError(f"simulation.address is {address!r}, but Ray cannot connect: {first}") from error
+        if address is None:
+            _start_local(scenario.simulation.workers)
+        else:
+            _connect(address)
     if address is not None and not address.startswith("ray://"):
         address = ray.get_runtime_context().gcs_address
     try:
@@ -214,6 +201,40 @@ def connected(scenario: Scenario) -> Iterator[Connection]:
     finally:
         with _own_signals():
             ray.shutdown()
+
+
+def _start_local(workers: int) -> None:
+    """Starts Ray on this machine. Ray gives its processes 30 s, which a busy machine may exceed: then it tries again.
+
+    Raises Failure where Ray was too slow `STARTS` times.
+    """
+    for _ in range(STARTS):
+        try:
+            ray.init(
+                address="local",  # neither RAY_ADDRESS nor another Ray on this machine is meant
+                num_cpus=workers,
+                include_dashboard=False,
+                _temp_dir=tempfile.gettempdir() + "/ray",
+                **QUIET,
+            )
+        except Exception as error:
+            if "timed out" not in str(error):  # Ray has no class of its own for it
+                raise
+            ray.shutdown()
+        else:
+            return
+    raise Failure(f"Ray did not start within 30 s, {STARTS} times in a row; is this machine overloaded?")
+
+
+def _connect(address: str) -> None:
+    """Connects to a cluster. Raises RequestError where that is not possible."""
+    check_reachable(address)
+    options = {name: value for name, value in QUIET.items() if name != "configure_logging"}
+    try:
+        ray.init(address=address, **(options if address.startswith("ray://") else QUIET))
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RequestError(f"simulation.address is {address!r}, but Ray cannot connect: {first}") from error
 
 
 @contextmanager
