@@ -19,7 +19,7 @@ from server.link.flower import MARK, environment, program
 from server.link.folder import ServerFolder
 
 LOG_BYTES, LOG_FILES = 10 << 20, 3
-STOP_SECONDS = 10.0
+STOP_SECONDS = 5.0
 LONG_LIFE_SECONDS = 300.0
 """A SuperLink that has lived this long starts again at once when it dies."""
 LONGEST_PAUSE_SECONDS = 60.0
@@ -133,7 +133,7 @@ def _ending(code: int) -> str:
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
-def end_marked(folder: Path, seconds: float = 5.0) -> int:
+def end_marked(folder: Path, seconds: float = 3.0) -> int:
     """Ends every process that carries this server's mark, first asking; returns how many there were.
 
     They are children of SuperLink, in sessions of their own, and survive where the server is killed.
