@@ -26,6 +26,8 @@ from server.link.limits import Limits
 
 PATH = re.compile(r"/v1/fleet/[a-z-]+")
 BEGINS_REPLY, CONTINUES_REPLY = "/v1/fleet/push-messages", "/v1/fleet/push-object"
+KNOCKS = ("/v1/fleet/register-node", "/v1/fleet/activate-node")
+"""How a SuperNode begins. Flower itself refuses a key that it does not know, so that SuperNodes say why they end."""
 KEY_HEADER = "flwr-public-key"
 MOST_BODY_BYTES = 32 << 20
 """Of one request; Flower sends tensors in pieces of 5 MiB."""
@@ -82,6 +84,12 @@ class Gateway:
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         await send({"type": "http.response.body", "body": answer.body})
 
+    async def close(self) -> None:
+        """Closes the connections to SuperLink; the next request opens new ones."""
+        client, self._client = self._client, None
+        if client is not None:
+            await client.aclose()
+
     async def _answer(self, scope: Scope, receive: Receive) -> _Answer:
         path = scope["path"]
         if scope["method"] != "POST" or not PATH.fullmatch(path):
@@ -90,10 +98,11 @@ class Gateway:
             return _Answer.text(503, "the server is starting")
         headers = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
         key = next((value for name, value in headers if name == KEY_HEADER), "")
-        if self.keys is not None and key not in self.keys:
+        known = self.keys is None or key in self.keys
+        if not known and path not in KNOCKS:
             return _Answer.text(401, "this key is not registered; on the server run: lightcl server add-device")
-        # The key is not proved here, so nobody can use up what another machine may send.
-        sender = f"{(scope.get('client') or ('',))[0]} {key}"
+        # The key is not proved here, so nobody can use up what another machine may send; and strangers count together.
+        sender = f"{(scope.get('client') or ('',))[0]} {key if known else 'strangers'}"
         wait = self._limits.wait_for(sender)
         if wait > LONGEST_WAIT_SECONDS:
             return _Answer.text(503, "too many requests")

@@ -149,6 +149,8 @@ def test_who_is_refused(processes: Processes, tmp_path: Path) -> None:
     # The board that lost its key gets a new one; the old one is refused from then on.
     processes.stop(honest)
     server.call("add-device", "board-0", "--replace")
+    registered = lambda: (tmp_path / "server.log").read_text().count("registered board board-0") == 2  # noqa: E731
+    wait_until(registered, "the new key is registered", processes, 60)
     again = server.board(0, name="board-0-new")
     wait_until(lambda: server.states()["board-0"] == "online", "board-0 is online again", processes, 90)
     assert again.poll() is None
