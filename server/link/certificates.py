@@ -9,6 +9,7 @@ import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from lightcl.errors import RequestError
@@ -141,6 +142,7 @@ def check_public_key(text: str, where: str = "--public-key") -> str:
     return " ".join(text.split()[:2])
 
 
+@lru_cache(maxsize=10_000)
 def as_flower_sends_it(public_key: str) -> bytes:
     """The bytes by which a SuperNode names its key (PEM), of a key in OpenSSH's format."""
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key

@@ -25,7 +25,7 @@ Type=exec
 ExecStart={program} server run --folder {folder}
 Environment=FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 PYTHONUNBUFFERED=1
 Restart=always
-RestartSec=5
+RestartSec=10
 # 130: stopped by SIGTERM or Ctrl-C.
 SuccessExitStatus=130
 TimeoutStopSec=60

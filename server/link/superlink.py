@@ -51,6 +51,20 @@ def check_port(host: str, port: int) -> None:
             ) from error
 
 
+def superlink_command(folder: ServerFolder, port: int) -> list[str]:
+    """Flower's program with its arguments. Raises RequestError where it is not installed."""
+    command = [
+        program("flower-superlink", environment(folder)), "--host", "127.0.0.1", "--port", str(port),
+        "--database", str(folder.database), "--disable-runtime-dependency-installation",
+    ]  # fmt: skip
+    if folder.settings.insecure:
+        return [*command, "--insecure"]
+    return [
+        *command, "--enable-supernode-auth", "--ssl-ca-certfile", str(folder.authority),
+        "--ssl-certfile", str(folder.certificate), "--ssl-keyfile", str(folder.certificate),
+    ]  # fmt: skip
+
+
 class SuperLink:
     """One SuperLink at a time, on `port` of this machine alone: boards reach it through the gateway."""
 
@@ -60,20 +74,6 @@ class SuperLink:
         self._process: subprocess.Popen[bytes] | None = None
         self._started = self._next_start = 0.0
         self._log = RotatingFileHandler(folder.log, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8")
-
-    def command(self) -> list[str]:
-        """The program with its arguments."""
-        folder = self.folder
-        command = [
-            program("flower-superlink", environment(folder)), "--host", "127.0.0.1", "--port", str(self.port),
-            "--database", str(folder.database), "--disable-runtime-dependency-installation",
-        ]  # fmt: skip
-        if folder.settings.insecure:
-            return [*command, "--insecure"]
-        return [
-            *command, "--enable-supernode-auth", "--ssl-ca-certfile", str(folder.authority),
-            "--ssl-certfile", str(folder.certificate), "--ssl-keyfile", str(folder.certificate),
-        ]  # fmt: skip
 
     def keep_up(self) -> str | None:
         """Starts it where it does not run, with growing pauses; returns what to say about that."""
@@ -101,8 +101,8 @@ class SuperLink:
         self._started = time.monotonic()
         # A session of its own: Ctrl-C in the terminal ends it through `stop` alone.
         self._process = subprocess.Popen(
-            self.command(), env=environment(self.folder), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, start_new_session=True,
+            superlink_command(self.folder, self.port), env=environment(self.folder), stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         if self._process.stdout is not None:
             threading.Thread(target=self._copy, args=(self._process.stdout,), daemon=True).start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +19,7 @@ from server.link.flower import Flower, FlowerError
 from server.link.folder import ServerFolder, write_private
 from server.link.gateway import GatewayServer
 from server.link.runs import MOST_FAILURES, Run, Runs
-from server.link.superlink import SuperLink, check_port, end_marked, free_port
+from server.link.superlink import SuperLink, check_port, end_marked, free_port, superlink_command
 
 TICK_SECONDS = 1.0
 LOOK_SECONDS = 10.0
@@ -52,7 +53,12 @@ class Supervisor:
             while not idle():
                 self._tick()
                 time.sleep(TICK_SECONDS)
+        except KeyboardInterrupt:
+            self.say("stopping; lightcl server run continues unfinished runs")
+            raise
         finally:
+            for number in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C would leave processes behind
+                signal.signal(number, signal.SIG_IGN)
             self.gateway.app.open = False
             self.superlink.stop()
             self.gateway.stop()
@@ -262,7 +268,7 @@ def only_server(folder: ServerFolder) -> Iterator[None]:
 def check_before_start(folder: ServerFolder) -> None:
     """What can be known before anything starts. Raises RequestError."""
     folder.check_certificates()
-    SuperLink(folder, 0).command()
+    superlink_command(folder, 0)
     Devices(folder).all()
     Runs(folder).all()
     check_port(folder.settings.listen, folder.settings.port)

@@ -13,6 +13,8 @@ import pytest
 
 from lightcl.exchange.join import new_key
 from server.link.certificates import own_addresses
+from server.link.devices import Devices
+from server.link.folder import ServerFolder
 from server.link.superlink import marked
 from tests.deployment.processes import (
     LightServer,
@@ -157,6 +159,29 @@ def test_who_is_refused(processes: Processes, tmp_path: Path) -> None:
     old = server.board(0, name="board-0-old", key=(tmp_path / "board-0" / "key").read_text())
     wait_until(lambda: old.poll() is not None, "the old key has been refused", processes, 90)
     assert old.returncode != 0
+
+
+def test_a_server_that_forgot_its_boards_finds_them_again(processes: Processes, tmp_path: Path) -> None:
+    server = LightServer(processes, tmp_path, 2)
+
+    def run_once() -> dict[str, str]:
+        """Starts and stops a server; the numbers by which Flower knows the boards."""
+        running = server.run()
+        assert server.states() == {"board-0": "never seen", "board-1": "never seen"}
+        running.terminate()
+        assert running.wait(60) == 130
+        assert marked(server.folder) == [], "it has ended everything that it started"
+        assert not (server.folder / "running.json").exists()
+        return {one.name: one.node for one in Devices(ServerFolder.open(server.folder)).all()}
+
+    first = run_once()
+    devices = Devices(ServerFolder.open(server.folder))
+    devices.note_node(devices.all()[1], "")  # as if it was killed before it could write the number down
+    assert run_once() == first
+    server.folder.joinpath("superlink.db").unlink()
+    again = run_once()
+    assert again.keys() == first.keys()
+    assert not set(again.values()) & {*first.values(), ""}
 
 
 def authority_context(file: str) -> Any:
