@@ -11,7 +11,7 @@ export RAY_USAGE_STATS_ENABLED = 0
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint typecheck bench docs clean
+.PHONY: help demo test test-slow test-deploy lint typecheck bench docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test: $(READY) ## Run the test suite in two processes (without the slow tests)
 
 test-slow: $(READY) ## Run the slow tests: real SuperLink and SuperNode processes, `flwr run`
 	@$(BIN)/python -m pytest -m slow
+
+test-deploy: $(READY) ## Run the tests of a fleet of boards: TLS, keys, killed processes
+	@$(BIN)/python -m pytest -m slow tests/deployment
 
 lint: $(READY) ## Check style, types and the direction of imports
 	@$(BIN)/ruff check .

@@ -42,7 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("simulations.commands.compare", "Compare runs side by side, as a table and a page"),
     "cache": ("simulations.commands.cache", "List, delete and fill the cache of prefix outputs"),
     "device": ("client.commands", "Check a board before it joins a fleet"),
-    "server": ("server.commands", "Check a scenario on a server that has no images"),
+    "server": ("server.commands", "Run the server of a fleet of boards"),
 }
 
 RESUME_ADVICE = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lightcl.errors import RequestError
-from server.commands import check_scenario
+from server.commands.check import check_scenario
 from tests.inprocess import small
 from tests.simulations.test_command_line import lightcl
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.simulations.test_deployment import (
+from tests.deployment.processes import (
     CHECKOUT,
     Processes,
     neutral,

@@ -1,4 +1,4 @@
-"""`lightcl server ...`: commands for the person who runs the server of a fleet of boards. Light at import."""
+"""`lightcl server check`: what can be checked of a scenario without images. Light at import."""
 
 from __future__ import annotations
 
@@ -12,20 +12,7 @@ from lightcl.errors import RequestError
 if TYPE_CHECKING:
     from lightcl.scenario import Scenario
 
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
 
-
-@app.callback()
-def _server() -> None:
-    """Commands for the server of a fleet of boards."""
-
-
-@app.command()
 def check(
     scenario: Annotated[Path, typer.Argument(metavar="SCENARIO")],
     changes: Annotated[

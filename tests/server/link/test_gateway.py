@@ -1,0 +1,150 @@
+"""The gateway before SuperLink: what it passes on, what it refuses, and what it cuts off."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import httpx
+import pytest
+import uvicorn
+
+from server.link import gateway as module
+from server.link.gateway import Gateway
+from server.link.limits import Limits
+from server.link.superlink import free_port
+
+
+class Upstream:
+    """An HTTP server that keeps what it gets and answers with the body backwards."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, dict[bytes, bytes], bytes]] = []
+
+    async def __call__(self, scope: module.Scope, receive: module.Receive, send: module.Send) -> None:
+        body = await module._body(receive)
+        self.requests.append((scope["path"], dict(scope["headers"]), body))
+        headers = [(b"content-type", b"application/x-protobuf"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 201, "headers": headers})
+        await send({"type": "http.response.body", "body": body[::-1]})
+
+
+@pytest.fixture
+def upstream() -> Iterator[tuple[Upstream, str]]:
+    app, port = Upstream(), free_port()
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, lifespan="off", log_level="critical"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield app, f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
+
+
+def opened(url: str, keys: frozenset[str] | None = frozenset({"good"}), reply_bytes: int = 1000) -> Gateway:
+    gateway = Gateway(url, Limits(100, reply_bytes), keys, None)
+    gateway.open = True
+    return gateway
+
+
+def post(
+    gateway: Gateway, *requests: tuple[str, bytes], key: str = "good", method: str = "POST"
+) -> list[httpx.Response]:
+    async def ask() -> list[httpx.Response]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(gateway), base_url="http://gateway") as client:
+            headers = {"Flwr-Public-Key": key, "flwr-signature": "s", "connection": "close"}
+            answers = [await client.request(method, path, content=body, headers=headers) for path, body in requests]
+        await gateway.close()
+        return answers
+
+    return asyncio.run(ask())
+
+
+def test_requests_of_boards_are_passed_on_as_they_are(upstream: tuple[Upstream, str]) -> None:
+    app, url = upstream
+    (answer,) = post(opened(url), ("/v1/fleet/pull-messages", b"abc"))
+    assert (answer.status_code, answer.content) == (201, b"cba")
+    assert answer.headers["content-type"] == "application/x-protobuf"
+    ((path, headers, body),) = app.requests
+    assert (path, body, headers[b"flwr-public-key"], headers[b"flwr-signature"]) == (
+        "/v1/fleet/pull-messages", b"abc", b"good", b"s",
+    )  # fmt: skip
+
+
+def test_nothing_else_is_passed_on(upstream: tuple[Upstream, str]) -> None:
+    app, url = upstream
+    gateway = opened(url)
+    paths = [
+        "/", "/docs", "/v1/control/start-run", "/v1/control/register-node", "/v1/runtime/pull-pending-tasks",
+        "/v1/fleet/", "/v1/fleet/a/../../control/start-run", "/v1/fleet/..%2fcontrol", "/v1/fleet/x%0a", "//v1/fleet/x",
+    ]  # fmt: skip
+    assert {one.status_code for one in post(gateway, *((path, b"") for path in paths))} == {404}
+    assert post(gateway, ("/v1/fleet/pull-messages", b""), method="GET")[0].status_code == 404
+    assert app.requests == []
+    assert gateway.refused == len(paths) + 1
+
+
+def test_only_known_keys_are_let_in_and_not_before_the_server_is_ready(upstream: tuple[Upstream, str]) -> None:
+    app, url = upstream
+    gateway = opened(url)
+    pull = ("/v1/fleet/pull-messages", b"")
+    assert post(gateway, pull, key="other")[0].status_code == 401
+    gateway.keys = frozenset({"other"})
+    assert post(gateway, pull)[0].status_code == 401
+    gateway.open = False
+    assert post(gateway, pull, key="other")[0].status_code == 503
+    assert app.requests == []
+    assert post(opened(url, keys=None), pull, key="any")[0].status_code == 201
+
+
+def test_strangers_may_knock_and_count_together(upstream: tuple[Upstream, str]) -> None:
+    """Flower refuses them; what they send with one key after the other uses up one allowance."""
+    app, url = upstream
+    gateway = Gateway(url, Limits(1, 1000, clock=lambda: 0.0), frozenset(), None)
+    gateway.open = True
+    knocks = [("/v1/fleet/activate-node", b"")]
+    for number in range(2):
+        assert [one.status_code for one in post(gateway, *knocks * 10, key=str(number))] == [201] * 10
+    for _ in range(11):
+        gateway._limits.wait_for("127.0.0.1 strangers")
+    assert post(gateway, *knocks, key="21")[0].status_code == 503
+    assert len(app.requests) == 20
+
+
+def test_a_reply_that_is_too_long_is_cut_off(upstream: tuple[Upstream, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    app, url = upstream
+    begin, more = "/v1/fleet/push-messages", "/v1/fleet/push-object"
+    answers = post(opened(url), (begin, b"x" * 100), (more, b"x" * 900), (more, b"x"), (begin, b"x" * 1000))
+    assert [one.status_code for one in answers] == [201, 201, 413, 201]
+    assert "most_reply_mib" in answers[2].text
+    assert [len(body) for _, _, body in app.requests] == [100, 900, 1000]
+    monkeypatch.setattr(module, "MOST_BODY_BYTES", 50)
+    (answer,) = post(opened(url), ("/v1/fleet/pull-messages", b"x" * 51))
+    assert answer.status_code == 413
+
+
+def test_a_board_that_asks_too_often_is_slowed_down_then_refused(
+    upstream: tuple[Upstream, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, url = upstream
+    waited: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waited.append(seconds)
+
+    gateway = Gateway(url, Limits(1, 1000, clock=lambda: 0.0), frozenset({"good", "calm"}), None)
+    gateway.open = True
+    monkeypatch.setattr(module, "asyncio", SimpleNamespace(sleep=sleep))
+    answers = post(gateway, *[("/v1/fleet/pull-messages", b"")] * 31)
+    assert [one.status_code for one in answers] == [201] * 30 + [503]
+    assert [seconds for seconds in waited if seconds] == [float(number) for number in range(1, 11)]
+    assert post(gateway, ("/v1/fleet/pull-messages", b""), key="calm")[0].status_code == 201
+
+
+def test_without_superlink_boards_are_asked_to_try_again() -> None:
+    (answer,) = post(opened(f"http://127.0.0.1:{free_port()}"), ("/v1/fleet/pull-messages", b""))
+    assert (answer.status_code, answer.text) == (503, "SuperLink does not answer (ConnectError)")
