@@ -12,7 +12,7 @@ from lightcl.errors import RequestError
 from lightcl.exchange.join import new_key
 from lightcl.storage.files import sync
 
-KEY_SUFFIX, CERTIFICATE_SUFFIX = ".key", ".ca.pem"
+KEY_SUFFIX, PUBLIC_SUFFIX, CERTIFICATE_SUFFIX = ".key", ".key.pub", ".ca.pem"
 
 
 def write_files(
@@ -37,6 +37,8 @@ def write_files(
             public = public_key(own)
         else:
             texts[own], public = new_key()
+    if public:
+        texts[file.with_suffix(PUBLIC_SUFFIX)] = f"{public}\n"
     texts[file] = config.to_toml()  # the last one: without it the others are nothing
     existing = [path for path in texts if path.exists()]
     if existing and not overwrite:

@@ -81,13 +81,15 @@ def init(
     _ask(values)
 
     from client.board.config import config_of
-    from client.board.setup import write_files
+    from client.board.setup import PUBLIC_SUFFIX, write_files
 
     board = config_of(values, "lightcl device init", Path.cwd())
     board, public = write_files(file, board, certificate=certificate_text, key=key_text, overwrite=overwrite)
     typer.echo(f"{file}: {board.name}, device {board.device} of {board.devices}, server {board.server}")
     if public:
-        typer.echo(f"\nThe public key of this board; give it to `lightcl server add-device --public-key`:\n{public}")
+        copy = file.with_suffix(PUBLIC_SUFFIX)
+        typer.echo(f"\nThe public key of this board, also in {copy}:\n{public}")
+        typer.echo("Copy the file to the server, and there: lightcl server add-device NAME --public-key FILE")
     if board.insecure:
         typer.echo("The connection is not encrypted, and anyone who can reach the server can join.")
     typer.echo("\nNext: lightcl device doctor, then lightcl device run")
