@@ -1,9 +1,9 @@
-"""What a board's process costs: Flower's SuperNode, which starts a process for each message, against `lightcl device run`.
+"""What a board costs: `flower-supernode`, which starts a process for each message, against `lightcl device run`.
 
-For each way a SuperLink, two boards and `flwr run` are started on loopback, without TLS. Printed per way: resident memory
-of one board's processes (sum of PSS) before the first message and after the last, and the seconds of a round beyond the
-devices' own training and testing (median over the rounds after the first), for rounds of one message (training) and of
-two (training, then the test with the shared model).
+For each way a SuperLink, two boards and `flwr run` are started on loopback, without TLS. Printed per way: resident
+memory of one board's processes (sum of PSS) before the first message and after the last, and the seconds of a round
+beyond the devices' own training and testing (median over the rounds after the first), for rounds of one message
+(training) and of two (training, then the test with the shared model).
 
     python benchmarks/board_process.py [--toy] [--way flower|lightcl]
 """

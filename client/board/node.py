@@ -99,6 +99,7 @@ def answer_all(link: Connection, config: BoardConfig, status: Status, app: Calla
                 _answer(link, config, status, app, *received)
                 quiet_since = time.monotonic()
                 continue
+            status.contact()
         except RunNotRunningException:
             status.note("the run has ended on the server; its message is dropped")
         time.sleep(pause(time.monotonic() - quiet_since))
@@ -120,22 +121,25 @@ def _answer(
     from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
 
     run_id = envelope.metadata.run_id
-    message = pull_and_inflate_object_from_tree(
-        tree, partial(link.pull_object, run_id), partial(link.confirm, run_id), return_type=Message
-    )
-    message.metadata.__dict__["_message_id"] = tree.object_id  # the content is sent without it
-    context = Context(run_id, link.node_id, config.node_config(), RecordDict(), {})
+    stopped: SystemExit | None = None
     begun = time.monotonic()
-    status.working(message)
     try:
-        reply = app()(message=message, context=context)
-    except Exception as error:  # a programming error; what can go wrong with a device is a reply already
-        status.note(f"the message could not be answered: {type(error).__name__}: {error}")
+        message = pull_and_inflate_object_from_tree(
+            tree, partial(link.pull_object, run_id), partial(link.confirm, run_id), return_type=Message
+        )
+        message.metadata.__dict__["_message_id"] = tree.object_id  # the content is sent without it
+        status.working(message)
+        reply = app()(message=message, context=Context(run_id, link.node_id, config.node_config(), RecordDict(), {}))
+    except SystemExit as error:  # SIGTERM: the server asks again as soon as it hears of it, and need not wait
+        stopped, reply = error, Message(Error(ErrorCode.UNKNOWN, "the board was stopped"), reply_to=envelope)
+    except Exception as error:  # a programming error or a damaged message; what can go wrong with a device is a reply
         reason = f"{type(error).__name__}: {error}"
-        reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+        reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=envelope)
     seconds = time.monotonic() - begun
     _send(link, reply, seconds)
     status.answered(reply, seconds)
+    if stopped is not None:
+        raise stopped
 
 
 def _send(link: Connection, reply: Message, seconds: float) -> None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from flwr.app import Message
 
 FILE = "status.json"
+CONTACT_SECONDS = 60.0
+"""How often an idle node writes that the server still answers: seldom, for the sake of an SD card."""
 
 
 class Status:
@@ -28,8 +30,13 @@ class Status:
         self._write()
 
     def connected(self, node_id: int, server: str) -> None:
-        self._write(connected=True, connected_since=time.time(), node_id=str(node_id))
+        self._write(connected=True, connected_since=time.time(), contact=time.time(), node_id=str(node_id))
         self.note(f"connected to {server} as node {node_id}")
+
+    def contact(self) -> None:
+        """The server has answered."""
+        if time.time() - self.values["contact"] > CONTACT_SECONDS:
+            self._write(contact=time.time())
 
     def disconnected(self, reason: str) -> None:
         self._write(connected=False, busy=None)
@@ -53,7 +60,7 @@ class Status:
         content: Mapping[str, Any] = (reply.content.config_records.get(REPLY) or {}) if reply.has_content() else {}
         problem = content.get("reason") or (reply.error.reason if reply.has_error() else None)
         last = {**busy, "ended": time.time(), "seconds": round(seconds, 2), "problem": problem}
-        self._write(busy=None, last=last)
+        self._write(busy=None, last=last, contact=time.time())
         said = f" (refused: {problem})" if problem else ""
         self.note(
             f"{last.get('type')} round {last.get('round')} task {last.get('task')}: answered in {seconds:.1f} s{said}"

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from client.board.status import CONTACT_SECONDS
 from client.commands.shared import ConfigFile, duration, load
 from lightcl.errors import RequestError
 
@@ -58,7 +59,9 @@ def _lines(name: str, server: str, values: dict[str, Any]) -> Iterator[str]:
     since = f" for {duration(now - values['started'])}" if values["running"] and "started" in values else ""
     yield f"board       {name}: {'running' + since if values['running'] else 'not running'}"
     if values["connected"]:
-        yield f"server      {server}: connected for {duration(now - values.get('connected_since', now))}"
+        silent = now - values.get("contact", now)
+        quiet = f", silent for {duration(silent)}" if silent > 2 * CONTACT_SECONDS and not values.get("busy") else ""
+        yield f"server      {server}: connected for {duration(now - values.get('connected_since', now))}{quiet}"
     else:
         yield f"server      {server}: not connected"
     busy, last = values.get("busy"), values.get("last")
