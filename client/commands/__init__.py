@@ -5,6 +5,11 @@ from __future__ import annotations
 import typer
 
 from client.commands.check import check
+from client.commands.doctor import doctor
+from client.commands.init import init
+from client.commands.install import install
+from client.commands.run import run
+from client.commands.status import logs, status
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,4 +24,5 @@ def _device() -> None:
     """Commands for a board."""
 
 
-app.command()(check)
+for command in (init, doctor, run, status, logs, install, check):
+    app.command()(command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import tomllib
@@ -54,7 +55,7 @@ def check(
     if as_json:
         sys.stdout.write(json.dumps([asdict(one) for one in checks], indent=2) + "\n")
     else:
-        _print(checks)
+        print_checks(checks)
     if not all(one.passed for one in checks):
         raise typer.Exit(1)
 
@@ -72,8 +73,11 @@ def read_node_config(text: str) -> dict[str, Any]:
     return values
 
 
-def run_checks(scenario: Scenario, node_config: Mapping[str, Any]) -> list[Check]:
-    """All checks in order. After a node configuration that is invalid, the others are not run."""
+def run_checks(scenario: Scenario, node_config: Mapping[str, Any], memory_mb: int = 0) -> list[Check]:
+    """All checks in order. After a node configuration that is invalid, the others are not run.
+
+    `memory_mb` is the board's budget for all its processes; 0: all that is free.
+    """
     from client.app import local_settings
 
     found: list[Check] = []
@@ -100,6 +104,7 @@ def run_checks(scenario: Scenario, node_config: Mapping[str, Any]) -> list[Check
     run("accelerator", lambda: _check_accelerator(own))
     if data is not None:
         run("network", lambda: _check_network(own, *data))
+        run("memory", lambda: _check_memory(own, data[0], local, memory_mb))
     return found
 
 
@@ -147,32 +152,15 @@ def _check_data(local: Local, scenario: Scenario) -> tuple[str, tuple[Source, in
 
 
 def _check_accelerator(scenario: Scenario) -> tuple[str, None]:
-    """Runs a small product on the accelerator and compares it with the CPU's."""
-    import os
-
+    """Runs a training step on the accelerator and compares it with the CPU's."""
     import torch
 
+    from client.board.kernel import check_kernels, memory_text
     from lightcl.device.hardware import choose_accelerator
 
     device = choose_accelerator(scenario.device.accelerator)
-    left = torch.arange(64.0).reshape(8, 8)
-    try:
-        product = (left.to(device) @ left.T.to(device)).cpu()
-    except RuntimeError as error:
-        raise RequestError(
-            f"{device}: the accelerator does not compute ({error}); install a PyTorch that fits it, or set "
-            'accelerator="cpu" in the node configuration'
-        ) from error
-    if not torch.equal(product, left @ left.T):  # small integers: exact in fp32
-        raise RequestError(f"{device}: wrong result of a matrix product; set accelerator to cpu")
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        name = torch.cuda.get_device_name(device)
-    else:
-        page = os.sysconf("SC_PAGE_SIZE")
-        free, total = page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")
-        name = f"cpu, {os.cpu_count()} cores"
-    return f"{name}; {free / 2**20:.0f} of {total / 2**20:.0f} MiB memory free; torch {torch.__version__}", None
+    found = check_kernels(device)
+    return f"{memory_text(device)}; torch {torch.__version__}; {found}", None
 
 
 def _check_network(scenario: Scenario, source: Source, classes: int) -> tuple[str, None]:
@@ -188,7 +176,36 @@ def _check_network(scenario: Scenario, source: Source, classes: int) -> tuple[st
     return f"{parameters} parameters, frozen up to {frozen}, method {scenario.method.name}", None
 
 
-def _print(checks: list[Check]) -> None:
+def _check_memory(scenario: Scenario, source: Source, local: Local, memory_mb: int) -> tuple[str, None]:
+    """The count of a training step's memory, beside what this process has loaded already, against what is free."""
+    from lightcl.analysis.footprint.comparison import footprint_of
+    from lightcl.device.hardware import resident
+
+    if scenario.network.freeze == "auto":
+        return "not counted: the server chooses the freeze point when the run starts", None
+    step = footprint_of(scenario, source, None if local.own_data else local.partition, measuring=False).counted.peak
+    loaded, free = resident("VmRSS") or 0, available_memory()
+    text = (
+        f"a training step takes {step / 2**20:.0f} MiB beside {loaded / 2**20:.0f} MiB for Python, PyTorch and images; "
+        f"{free / 2**20:.0f} MiB available"
+    )
+    if step > free:
+        raise RequestError(f"{text}; end other programs, or run `lightcl plan` for a scenario that fits")
+    if memory_mb and loaded + step > memory_mb * 10**6:
+        raise RequestError(
+            f"{text}; memory_mb is {memory_mb}: raise it, or run `lightcl plan` for a scenario that fits"
+        )
+    return text, None
+
+
+def available_memory() -> int:
+    """Bytes that can be allocated without swapping, as Linux estimates it."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def print_checks(checks: list[Check]) -> None:
+    """One line per check."""
     from rich.console import Console
     from rich.markup import escape
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).parents[2]
-START_RAY = {"fleet_rival", "fleet_runtime", "fleet_scale"}
-"""Several times each, so that they take a minute or more."""
+SLOW = {"board_process", "fleet_rival", "fleet_runtime", "fleet_scale"}
+"""They start Ray several times, or a SuperLink with boards, so that they take a minute or more."""
 SCRIPTS = sorted(file for file in (CHECKOUT / "benchmarks").glob("*.py") if file.name != "__init__.py")
 
 
@@ -21,7 +21,7 @@ def test_there_are_scripts() -> None:
 
 @pytest.mark.parametrize(
     "script",
-    [pytest.param(file, id=file.stem, marks=[pytest.mark.slow] if file.stem in START_RAY else []) for file in SCRIPTS],
+    [pytest.param(file, id=file.stem, marks=[pytest.mark.slow] if file.stem in SLOW else []) for file in SCRIPTS],
 )
 def test_a_benchmark_runs_and_prints_a_table(script: Path, tmp_path: Path) -> None:
     done = subprocess.run(

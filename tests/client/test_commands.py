@@ -18,7 +18,7 @@ from tests.simulations.test_command_line import lightcl
 def test_a_board_that_can_join(tmp_path: Path) -> None:
     config = {"partition-id": 1, "name": "board-1", "state-dir": str(tmp_path / "state"), "accelerator": "cpu"}
     checks = {one.name: one for one in run_checks(small(), config)}
-    assert list(checks) == ["node configuration", "state folder", "data", "accelerator", "network"]
+    assert list(checks) == ["node configuration", "state folder", "data", "accelerator", "network", "memory"]
     assert all(one.passed for one in checks.values()), checks
     assert checks["node configuration"].text == "board-1, device 1 of the fleet"
     # 1,797 digits, of which 20 % of each class are test images; a third of the others
@@ -81,7 +81,7 @@ def test_the_node_configuration_is_read_as_flower_reads_it() -> None:
 def test_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     state = f'state-dir="{tmp_path}"'
     assert lightcl(monkeypatch, "device", "check", "quickstart", "--node-config", state, "--json") == 0
-    assert [one["passed"] for one in json.loads(capfd.readouterr().out)] == [True] * 5
+    assert [one["passed"] for one in json.loads(capfd.readouterr().out)] == [True] * 6
     assert lightcl(monkeypatch, "device", "check", "quickstart", "--node-config", f"partition-id=10 {state}") == 1
     assert "failed data: partition-id is 10" in capfd.readouterr().out
     assert lightcl(monkeypatch, "device", "check", "quickstart", "--node-config", "name=x") == 2
