@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from lightcl.device.telemetry import Battery, EnergyCounter, Gauge, PowerGauge, Sensors, Temperature, free_disk_mb
+from lightcl.device.telemetry import Battery, Gauge, PowerGauge, Sensors, Temperature, free_disk_mb
+from lightcl.exchange.messages import Telemetry
 
 COVERED = 0.9
 """A sensor that was silent for more than a tenth of the time says nothing about the energy of all of it."""
@@ -134,6 +135,29 @@ class Tally:
         return sum(self._throttled) / len(self._throttled) if self._throttled else None
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What a training has cost, over all the times that the device has backed off from it and gone on.
+
+    `images` are counted in each epoch; `joules` is None where they are not known for all of it.
+    """
+
+    images: int = 0
+    seconds: float = 0.0
+    joules: float | None = 0.0
+    hottest: Temperature | None = None
+
+    def plus(self, images: int, seconds: float, tally: Tally | None) -> Spent:
+        joules = tally.joules if tally else None
+        known = [found for found in (self.hottest, tally and tally.hottest) if found]
+        return Spent(
+            self.images + images,
+            self.seconds + seconds,
+            None if joules is None or self.joules is None else self.joules + joules,
+            max(known, key=lambda found: found.celsius, default=None),
+        )
+
+
 @dataclass
 class Board:
     """The machine under a device: its sensors, its limits, and the folder whose disk fills."""
@@ -148,6 +172,26 @@ class Board:
     def condition(self) -> Condition:
         sensors = self.sensors
         return Condition(sensors.hottest(), free_disk_mb(self.folder), sensors.battery(), sensors.throttled())
+
+    def telemetry(self, meter: Meter, spent: Spent) -> Telemetry:
+        """What the server is told of a finished training; `meter` has measured the last part of it."""
+        tally, now, limits = meter.tally, meter.now, self.limits
+        return Telemetry(
+            images_per_second=spent.images / spent.seconds if spent.seconds > 0 else None,
+            temperature_c=spent.hottest.celsius if spent.hottest else None,
+            temperature_sensor=spent.hottest.sensor if spent.hottest else None,
+            power_watts=tally.watts,
+            energy_joules=spent.joules,
+            joules_per_image=spent.joules / spent.images if spent.joules is not None and spent.images else None,
+            power_source=None if spent.joules is None else self.sensors.power_source,
+            throttled=tally.throttled,
+            free_disk_mb=now.free_disk_mb,
+            battery_percent=now.battery.percent if now.battery else None,
+            uptime_seconds=self.sensors.uptime(),
+            limit_temperature_c=limits.temperature_c,
+            limit_free_disk_mb=limits.free_disk_mb,
+            limit_battery_percent=limits.battery_percent,
+        )
 
 
 class Meter:
@@ -178,9 +222,10 @@ class Meter:
         self.now = self.board.condition()
         self.tally.add_(self.board.clock(), self.now)
 
-    def crossed(self, *, again: bool = False) -> LimitReached | None:
-        """The limit that the latest sample crosses, if any; reads no sensor, so that it may be asked at each step."""
-        return self.board.limits.crossed(self.now, again=again)
+    def check(self, *, again: bool = False) -> None:
+        """Raises LimitReached where the latest sample is outside the limits; reads no sensor, so each step may ask."""
+        if reached := self.board.limits.crossed(self.now, again=again):
+            raise reached
 
     def _run(self) -> None:
         while not self._stop.wait(self.board.interval):

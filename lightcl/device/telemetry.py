@@ -10,6 +10,7 @@ energy counters (x86: the processor only). A desktop GPU is added by NVML, which
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -86,10 +87,10 @@ class Sensors:
 
     def temperatures(self) -> list[Temperature]:
         """All sensors that give a plausible value."""
-        found = [Temperature(name, value / 1000) for name, file in self._temperatures if (value := _integer(file))]
-        if self._gpu and (value := self._gpu.temperature()):
-            found.append(Temperature("GPU", value))
-        return [sensor for sensor in found if COLDEST < sensor.celsius < HOTTEST]
+        found = [(name, _scaled(_integer(file), 1000)) for name, file in self._temperatures]
+        if self._gpu:
+            found.append(("GPU", self._gpu.temperature()))
+        return [Temperature(name, t) for name, t in found if t is not None and COLDEST < t < HOTTEST]
 
     def hottest(self) -> Temperature | None:
         return max(self.temperatures(), key=lambda sensor: sensor.celsius, default=None)
@@ -157,11 +158,10 @@ class Gpu:
     """In degrees Celsius."""
 
 
-def nvml_gpu(uuid: str, nvml: Any = None) -> Gpu | None:
-    """The GPU with this UUID, where pynvml is installed and answers. `nvml`: the module; for tests."""
+def nvml_gpu(uuid: str, library: Any = None) -> Gpu | None:
+    """The GPU with this UUID, where pynvml is installed and answers. `library`: the module; for tests."""
     try:
-        if nvml is None:
-            import pynvml as nvml
+        nvml = library or importlib.import_module("pynvml")
         nvml.nvmlInit()
         handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
     except Exception:  # no library, no driver, no such GPU: each has an error of its own
@@ -259,9 +259,12 @@ def _iio_rails(root: Path) -> list[PowerGauge]:
 def _ina238(hwmon: Iterable[Path]) -> PowerGauge | None:
     """The power that the board takes in, where an INA238 measures it, in microwatts."""
     for folder in hwmon:
-        file = folder / "power1_input"
-        if _text(folder / "name") == "ina238" and _watts(_integer(file), 1e6) is not None:
-            return PowerGauge("INA238", lambda: _watts(_integer(file), 1e6))
+
+        def watts(file: Path = folder / "power1_input") -> float | None:
+            return _watts(_integer(file), 1e6)
+
+        if _text(folder / "name") == "ina238" and watts() is not None:
+            return PowerGauge("INA238", watts)
     return None
 
 
@@ -302,6 +305,10 @@ def _integer(file: Path) -> int | None:
         return int(_text(file) or "")
     except ValueError:
         return None
+
+
+def _scaled(value: int | None, divisor: float) -> float | None:
+    return None if value is None else value / divisor
 
 
 def _product(first: int | None, second: int | None) -> int | None:
