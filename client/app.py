@@ -27,8 +27,9 @@ from lightcl.data.partition import Share, Shares
 from lightcl.data.sources import Source, SourceRequest, load_source
 from lightcl.data.streams import learnable
 from lightcl.device.device import EdgeDevice, OutOfStep
+from lightcl.device.hardware import choose_accelerator, gpu_uuid
 from lightcl.device.metering import Board, LimitReached, Limits
-from lightcl.device.telemetry import Sensors
+from lightcl.device.telemetry import Sensors, nvml_gpu
 from lightcl.device.training import TrainingFailure
 from lightcl.errors import RequestError
 from lightcl.exchange.compression import codec_named
@@ -79,12 +80,13 @@ class Local:
     root: Path = Path("/")
     """Where the sensors' `sys` and `proc` are."""
 
-    def board(self, folder: Path) -> Board | None:
+    def board(self, folder: Path, accelerator: str) -> Board | None:
         """The machine under a device with this state folder; None in a simulation, where nothing is measured."""
         if not self.durable:
             return None
+        uuid = gpu_uuid(choose_accelerator(accelerator))
         limits = Limits(self.limit_temperature_c, self.limit_free_disk_mb, self.limit_battery_percent)
-        return Board(folder, Sensors(self.root), limits)
+        return Board(folder, Sensors(self.root, nvml_gpu(uuid) if uuid else None), limits)
 
     @property
     def overrides(self) -> Overrides:
@@ -208,7 +210,7 @@ def _with_device(
             network=_fresh_network(
                 instruction.scenario, local.overrides, source.channels, len(head), many=not local.durable
             ),
-            board=local.board(folder),
+            board=local.board(folder, scenario.device.accelerator),
         )  # fmt: skip
 
         def receive() -> None:
