@@ -2,7 +2,8 @@
 
 On a board, local matters come from the SuperNode's `--node-config`: `partition-id` (which device of the fleet this is;
 with `num-partitions`, which devices: see Greeting), `name`, `data-path`, `weights-path`, `own-data` (all of the
-local data is this device's), `state-dir`, `accelerator`, `threads`.
+local data is this device's), `state-dir`, `accelerator`, `threads`; and beyond which heat, disk and battery the board
+backs off: `limit-temperature-c`, `limit-free-disk-mb`, `limit-battery-percent`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from lightcl.data.partition import Share, Shares
 from lightcl.data.sources import Source, SourceRequest, load_source
 from lightcl.data.streams import learnable
 from lightcl.device.device import EdgeDevice, OutOfStep
+from lightcl.device.hardware import choose_accelerator, gpu_uuid
+from lightcl.device.metering import Board, LimitReached, Limits
+from lightcl.device.telemetry import Sensors, nvml_gpu
 from lightcl.device.training import TrainingFailure
 from lightcl.errors import RequestError
 from lightcl.exchange.compression import codec_named
@@ -35,7 +39,9 @@ from lightcl.exchange.messages import (
     INSTRUCTION,
     METRICS,
     REPLY,
+    TELEMETRY,
     TESTED,
+    BackOff,
     Greeting,
     Instruction,
     ProtocolError,
@@ -65,9 +71,22 @@ class Local:
     own_data: bool = False
     accelerator: str | None = None
     threads: int | None = None
+    limit_temperature_c: float | None = None
+    limit_free_disk_mb: float | None = None
+    limit_battery_percent: float | None = None
 
     durable: bool = True
     """Whether a saved state survives a power cut; in a simulation it does not, and a save waits for no disk."""
+    root: Path = Path("/")
+    """Where the sensors' `sys` and `proc` are."""
+
+    def board(self, folder: Path, accelerator: str) -> Board | None:
+        """The machine under a device with this state folder; None in a simulation, where nothing is measured."""
+        if not self.durable:
+            return None
+        uuid = gpu_uuid(choose_accelerator(accelerator))
+        limits = Limits(self.limit_temperature_c, self.limit_free_disk_mb, self.limit_battery_percent)
+        return Board(folder, Sensors(self.root, nvml_gpu(uuid) if uuid else None), limits)
 
     @property
     def overrides(self) -> Overrides:
@@ -109,15 +128,15 @@ def default_state_folder() -> Path:
     return Path(os.environ.get("LIGHTCL_STATE") or Path.home() / ".local" / "state" / "lightcl")
 
 
-def make_app(state: Path | None = None, *, durable: bool = True) -> ClientApp:
+def make_app(state: Path | None = None, *, durable: bool = True, root: Path = Path("/")) -> ClientApp:
     """The app; `state` is where devices keep theirs when the node's configuration does not say.
 
-    `durable`: whether their states survive a power cut.
+    `durable`: whether their states survive a power cut. `root`: where the sensors' `sys` and `proc` are.
     """
     app = ClientApp()
 
     def settings(context: Context) -> Callable[[], Local]:
-        return lambda: replace(local_settings(context.node_config, state), durable=durable)
+        return lambda: replace(local_settings(context.node_config, state), durable=durable, root=root)
 
     @app.query()
     def greet(message: Message, context: Context) -> Message:
@@ -191,6 +210,7 @@ def _with_device(
             network=_fresh_network(
                 instruction.scenario, local.overrides, source.channels, len(head), many=not local.durable
             ),
+            board=local.board(folder, scenario.device.accelerator),
         )  # fmt: skip
 
         def receive() -> None:
@@ -201,6 +221,9 @@ def _with_device(
 
         try:
             return work(device, instruction, receive)
+        except LimitReached as reached:
+            position = (device.position.task, device.position.epochs, device.version)
+            return _reply(BackOff(*position, reason=reached.reason, retry_after=reached.seconds).to_record())
         except Refusable as error:
             return _refusal(error, device)
 
@@ -230,6 +253,8 @@ def _train(device: EdgeDevice, instruction: Instruction, receive: Callable[[], N
         device.check_version(instruction.version)
     trained = device.train(instruction.task, instruction.until_epoch)
     content = _reply(trained.to_record())
+    if device.telemetry:
+        content[TELEMETRY] = ConfigRecord(device.telemetry.to_record())
     arrays = codec_named(device.scenario.server.compression).compress(device.outgoing())
     if arrays:
         content[ARRAYS] = ArrayRecord({name: Array(array) for name, array in arrays.items()})
@@ -264,6 +289,16 @@ def local_settings(node: Mapping[str, object], state: Path | None) -> Local:
             raise RequestError(f"--node-config {key} is {value!r}, expected a whole number")
         return int(str(value))
 
+    def limit(key: str) -> float | None:
+        value = node.get(key)
+        try:
+            found = None if value is None or isinstance(value, bool) else float(str(value))
+        except ValueError:
+            found = None
+        if value is not None and (found is None or not 0 <= found < float("inf")):
+            raise RequestError(f"--node-config {key} is {value!r}, expected a number from 0")
+        return found
+
     own_data = node.get("own-data", False)
     if not isinstance(own_data, bool):
         raise RequestError(f"--node-config own-data is {own_data!r}, expected true or false (without quotes)")
@@ -283,6 +318,9 @@ def local_settings(node: Mapping[str, object], state: Path | None) -> Local:
         own_data=own_data,
         accelerator=str(node["accelerator"]) if node.get("accelerator") else None,
         threads=number("threads", 0) or None,
+        limit_temperature_c=limit("limit-temperature-c"),
+        limit_free_disk_mb=limit("limit-free-disk-mb"),
+        limit_battery_percent=limit("limit-battery-percent"),
     )
 
 

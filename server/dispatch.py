@@ -18,6 +18,10 @@ from server.ledger import Entry, Ledger
 from server.listeners import Listener
 from server.mailbox import ENDS_THE_RUN, LATE_SECONDS, Mailbox, record_of
 from server.nodes import Nodes
+from server.replies import back_off_of
+
+LEAST_BACK_OFF = 1.0
+"""Seconds: a device that wants to be asked at once is not asked in an endless hurry."""
 
 
 @dataclass
@@ -64,10 +68,29 @@ class Dispatch:
         timeout = self.scenario.server.round_timeout
         self.nodes.forget_absent()
         reachable = {number: m for number, m in sent.items() if self.nodes.node_of(number) == m.metadata.dst_node_id}
-        replies = self.mailbox.send_and_wait(reachable, timeout, lambda n: self.listener.device_done(n, phase))
+        lost: set[int] = set()  # devices that backed off, and are not there any more
+
+        def again(number: int) -> Message | None:
+            self.nodes.forget_absent()
+            node = self.nodes.node_of(number)
+            if node is None:
+                lost.add(number)
+                return None
+            old = reachable[number]
+            if self.aggregator and ARRAYS in old.content:
+                rows[number].bytes_down += self.aggregator.record_bytes
+            return Message(old.content, dst_node_id=node, message_type=old.metadata.message_type, ttl=old.metadata.ttl)
+
+        replies = self.mailbox.send_and_wait(
+            reachable,
+            timeout,
+            lambda number: self.listener.device_done(number, phase),
+            lambda number, reply: self._postponed(reply, rows[number]),
+            again,
+        )
         for number in sorted(sent):
             reply = replies.pop(number, None)
-            if number not in reachable:
+            if number not in reachable or number in lost:
                 self.refuse(rows[number], "not connected")
             elif reply is None:
                 self.refuse(rows[number], f"no reply within {timeout:g} s")
@@ -76,6 +99,26 @@ class Dispatch:
                     self._check_answers(reply, rows[number])
                 if rows[number].error is None:
                     yield self.ledger[number], reply
+
+    def _postponed(self, reply: Message, row: DeviceRow) -> float | None:
+        """After how many seconds a device outside its limits is asked again; None where the reply is not about that.
+
+        None, too, where the device has used up its waits of this round (`server.longest_back_off`), or says nonsense:
+        the reply is then a failure.
+        """
+        try:
+            found = back_off_of(reply)
+        except ENDS_THE_RUN:
+            raise
+        except Exception:  # of any kind: the reply was made elsewhere
+            return None
+        left = self.scenario.server.longest_back_off - (row.backed_off_seconds or 0.0)
+        if found is None or left <= 0:
+            return None
+        seconds = min(max(found.retry_after, LEAST_BACK_OFF), left)
+        row.add_back_off_(seconds, found.reason)
+        self.listener.backed_off(row.device, found.reason, seconds)
+        return seconds
 
     @contextmanager
     def guarded(self, row: DeviceRow) -> Iterator[None]:
@@ -98,6 +141,9 @@ class Dispatch:
         """Raises ProtocolError for a reply that carries no report; a refusal may move the device in the ledger."""
         if reply.has_error():
             raise ProtocolError(f"Flower error {reply.error.code}: {reply.error.reason}")
+        if found := back_off_of(reply):
+            waited = row.backed_off_seconds or 0.0
+            raise ProtocolError(f"backed off for {waited:g} s in this round (server.longest_back_off): {found.reason}")
         if "reason" in record_of(reply):
             refusal = Refusal.from_record(record_of(reply))
             self.ledger.follow_(row.device, refusal)

@@ -27,6 +27,9 @@ class Listener:
     def refused(self, device: int, reason: str) -> None:
         """The device failed in this round, or is not connected."""
 
+    def backed_off(self, device: int, reason: str, seconds: float) -> None:
+        """The device is outside limits of its own and is asked again after this time."""
+
     def warned(self, text: str) -> None:
         """Something is wrong with a node, or with what a device has sent in a round."""
 
@@ -59,6 +62,10 @@ class Listeners(Listener):
         for listener in self._listeners:
             listener.refused(device, reason)
 
+    def backed_off(self, device: int, reason: str, seconds: float) -> None:
+        for listener in self._listeners:
+            listener.backed_off(device, reason, seconds)
+
     def warned(self, text: str) -> None:
         for listener in self._listeners:
             listener.warned(text)
@@ -79,6 +86,9 @@ class LogListener(Listener):
 
     def refused(self, device: int, reason: str) -> None:
         logger.warning("device %d: %s", device, reason)
+
+    def backed_off(self, device: int, reason: str, seconds: float) -> None:
+        logger.info("device %d backs off for %.0f s: %s", device, seconds, reason)
 
     def round_finished(self, row: RoundRow) -> None:
         tested = [(setting, spread) for setting in ("til", "cil") if (spread := row.accuracy(setting))]
@@ -114,6 +124,9 @@ class EventLog(Listener):
 
     def refused(self, device: int, reason: str) -> None:
         self._write("refused", device=device, reason=reason)
+
+    def backed_off(self, device: int, reason: str, seconds: float) -> None:
+        self._write("backed_off", device=device, reason=reason, seconds=seconds)
 
     def warned(self, text: str) -> None:
         self._write("warned", text=text)

@@ -93,27 +93,46 @@ class Mailbox:
         return replies
 
     def send_and_wait(
-        self, messages: Mapping[int, Message], timeout: float, done: Callable[[int], None] = lambda _: None
+        self,
+        messages: Mapping[int, Message],
+        timeout: float,
+        done: Callable[[int], None] = lambda _: None,
+        postponed: Callable[[int, Message], float | None] = lambda *_: None,
+        again: Callable[[int], Message | None] = lambda _: None,
     ) -> dict[int, Message]:
         """Replies by the keys of `messages`; those that did not arrive within `timeout` seconds are missing.
 
-        Raises RunStopped and WorkerDied.
+        `postponed` gives the seconds after which a key's reply asks to be asked again, or None; then `again` makes the
+        message for it, or None, and the key is missing. Raises RunStopped and WorkerDied.
         """
-        keys, waiting = {}, {}
-        for key, message in messages.items():
-            message_id = self.push(message)
-            if message_id:
-                keys[message_id], waiting[message_id] = key, message
+        keys: dict[str, int] = {}
+        waiting: dict[str, Message] = {}
+        due: dict[int, float] = {}
         replies: dict[int, Message] = {}
+
+        def send(key: int, message: Message | None) -> None:
+            if message and (message_id := self.push(message)):
+                keys[message_id], waiting[message_id] = key, message
+
+        for key, message in messages.items():
+            send(key, message)
         deadline = time.monotonic() + timeout
-        while waiting and time.monotonic() < deadline:
-            self._wait_for_replies(deadline)
+        while (waiting or due) and time.monotonic() < deadline:
+            for key in [key for key, at in due.items() if at <= time.monotonic()]:
+                del due[key]
+                send(key, again(key))
+            self._wait_for_replies(min([deadline, *due.values()]))
             for reply in list(self.pull(waiting)):
                 message_id = reply.metadata.reply_to_message_id
-                if waiting.pop(message_id, None) is not None:  # not the second reply to one message
-                    key = keys[message_id]
+                if waiting.pop(message_id, None) is None:  # the second reply to one message
+                    continue
+                key = keys[message_id]
+                seconds = postponed(key, reply)
+                if seconds is None:
                     replies[key] = reply
                     done(key)
+                else:
+                    due[key] = time.monotonic() + seconds
         return replies
 
     def _wait_for_replies(self, deadline: float) -> None:

@@ -9,14 +9,14 @@ import numpy as np
 from flwr.app import Message, MessageType
 
 from lightcl.errors import one_line
-from lightcl.exchange.messages import Tested, Trained
+from lightcl.exchange.messages import Telemetry, Tested, Trained
 from lightcl.records.rows import DeviceRow
 from lightcl.scenario import Scenario
 from server.aggregation import Aggregator, Contribution, Outcome, contribution
 from server.dispatch import Dispatch
 from server.ledger import Entry
 from server.mailbox import ENDS_THE_RUN
-from server.replies import AcceptedTraining, ReplyCheck
+from server.replies import AcceptedTraining, ReplyCheck, telemetry_of
 
 Rows = dict[int, DeviceRow]
 
@@ -45,18 +45,19 @@ class Phases:
             )
             for entry in chosen
         }
-        accepted: list[tuple[Entry, Trained, int]] = []  # with the bytes that it sent
+        accepted: list[tuple[Entry, Trained, int, Telemetry | None]] = []  # with the bytes that it sent
         contributions: list[Contribution] = []
         for entry, reply in self.dispatch.exchange(sent, rows, "train"):
             row, goal = rows[entry.number], goals[entry.number]
             classes = self.dispatch.ledger.classes_of(entry.number)
             with self.dispatch.guarded(row):
                 checked = self.check.training(reply, entry, goal, classes)
+                telemetry = self._telemetry(reply, entry)
                 if self.dispatch.aggregator is None:
-                    self._add_training_(entry, checked.report, checked.bytes_up, row)
+                    self._add_training_(entry, checked.report, checked.bytes_up, telemetry, row)
                 else:  # its guard needs all replies to judge one of them
                     contributions += self._contribution(checked, sent[entry.number], entry, classes)
-                    accepted.append((entry, checked.report, checked.bytes_up))
+                    accepted.append((entry, checked.report, checked.bytes_up, telemetry))
                 del checked
             if row.error is None and self._tests_at_once(goal):
                 self._add_test_(self.check.attached_test, entry, reply, row)
@@ -64,11 +65,11 @@ class Phases:
         if self.dispatch.aggregator is None:
             return
         outcome = self._aggregate_(self.dispatch.aggregator, contributions, round_number)
-        for entry, report, bytes_up in accepted:
+        for entry, report, bytes_up, telemetry in accepted:
             if entry.number in outcome.refused:
                 self.dispatch.refuse(rows[entry.number], outcome.refused[entry.number])
                 continue
-            self._add_training_(entry, report, bytes_up, rows[entry.number])
+            self._add_training_(entry, report, bytes_up, telemetry, rows[entry.number])
             if entry.number in outcome.summed:
                 entry.add_sums_(report.task)
 
@@ -97,10 +98,24 @@ class Phases:
             )
             return Outcome()
 
-    def _add_training_(self, entry: Entry, report: Trained, bytes_up: int, row: DeviceRow) -> None:
+    def _add_training_(
+        self, entry: Entry, report: Trained, bytes_up: int, telemetry: Telemetry | None, row: DeviceRow
+    ) -> None:
         entry.add_training_(report)
         row.add_training_(report)
         row.bytes_up += bytes_up
+        if telemetry:
+            row.add_telemetry_(telemetry)
+
+    def _telemetry(self, reply: Message, entry: Entry) -> Telemetry | None:
+        """What a board's sensors said; where it cannot be used it is left out, and the reply is as good without it."""
+        try:
+            return telemetry_of(reply)
+        except ENDS_THE_RUN:
+            raise
+        except Exception as error:  # of any kind: the reply was made elsewhere
+            self.dispatch.listener.warned(one_line(f"device {entry.number}: its telemetry is dropped ({error})"))
+            return None
 
     def test_(self, entries: Sequence[Entry], rows: Rows) -> None:
         """Every given device is tested where it stands."""

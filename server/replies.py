@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from flwr.app import Message
 
-from lightcl.errors import shown
-from lightcl.exchange.messages import TESTED, ProtocolError, Tested, Trained
+from lightcl.errors import one_line, shown
+from lightcl.exchange.messages import TELEMETRY, TESTED, BackOff, ProtocolError, Telemetry, Tested, Trained
 from lightcl.exchange.tensors import LARGEST, STATISTICS, Arrays, ExchangeError, check, size_in_bytes, split
 from lightcl.scenario import Scenario
 from server.aggregation import Aggregator
@@ -17,6 +17,24 @@ from server.ledger import Entry
 from server.mailbox import arrays_of, record_of
 
 COUNT = f"{STATISTICS}count"
+
+
+LONGEST_SENSOR = 80
+BOUNDS = {
+    "images_per_second": (0.0, 1e9),
+    "temperature_c": (-100.0, 200.0),
+    "power_watts": (0.0, 1e6),
+    "energy_joules": (0.0, 1e13),
+    "joules_per_image": (0.0, 1e9),
+    "throttled": (0.0, 1.0),
+    "free_disk_mb": (0.0, 1e12),
+    "battery_percent": (0.0, 100.0),
+    "uptime_seconds": (0.0, 1e10),
+    "limit_temperature_c": (0.0, 1e6),
+    "limit_free_disk_mb": (0.0, 1e12),
+    "limit_battery_percent": (0.0, 1e6),
+}
+"""Least and most of the numbers of a board's telemetry."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +114,35 @@ class ReplyCheck:
             raise ProtocolError(f"a test of {min(report.images)} images")
         _expect_measured(seconds=report.seconds)
         return report
+
+
+def telemetry_of(reply: Message) -> Telemetry | None:
+    """What a board's sensors said, if the reply carries it. Raises ProtocolError."""
+    record = record_of(reply, TELEMETRY)
+    if not record:
+        return None
+    found = Telemetry.from_record(record)
+    for name, (least, most) in BOUNDS.items():
+        value = getattr(found, name)
+        if value is not None and not least <= value <= most:
+            raise ProtocolError(f"{name} is {value}, expected a number from {least:g} to {most:g}")
+    sensor, source = found.temperature_sensor, found.power_source
+    return replace(
+        found,
+        temperature_sensor=sensor and one_line(sensor, LONGEST_SENSOR),
+        power_source=source and one_line(source, LONGEST_SENSOR),
+    )
+
+
+def back_off_of(reply: Message) -> BackOff | None:
+    """The wish to be asked later, if that is what a reply says. Raises ProtocolError."""
+    record = record_of(reply)
+    if "retry_after" not in record:
+        return None
+    found = BackOff.from_record(record)
+    if not 0 <= found.retry_after <= LARGEST:
+        raise ProtocolError(f"it backs off for {found.retry_after} seconds, expected a finite number from 0")
+    return replace(found, reason=one_line(found.reason))
 
 
 def _expect(report: Trained | Tested, device: int, task: int, epochs: int) -> None:

@@ -93,6 +93,9 @@ class LiveProgress(Listener):
     def refused(self, device: int, reason: str) -> None:
         self.console.print(f"[yellow]device {device}:[/] {escape(reason)}", highlight=False)
 
+    def backed_off(self, device: int, reason: str, seconds: float) -> None:
+        self.console.print(f"device {device} backs off for {seconds:.0f} s: {escape(reason)}", highlight=False)
+
     def _show(self) -> None:
         verb = "training" if self._phase == "train" else "testing"
         self._live.update(

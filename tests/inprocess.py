@@ -32,14 +32,19 @@ def small(**sections: dict[str, Any]) -> Scenario:
 class InProcessGrid:
     """`simulated`: whether it stands for a simulation's grid, not for one of boards.
 
-    `tamper(message, reply)` may change, drop (None) or replace a reply; it stands for a bad network or device."""
+    `tamper(message, reply)` may change, drop (None) or replace a reply; it stands for a bad network or device.
+    `root`: where the sensors of all nodes are; the default folder is missing, so that there are none."""
 
     def __init__(
-        self, state: Path, nodes: int, tamper: Callable[[Message, Message], Message | None] | None = None
+        self,
+        state: Path,
+        nodes: int,
+        tamper: Callable[[Message, Message], Message | None] | None = None,
+        root: Path | None = None,
     ) -> None:
         # Flower's runtimes set this before an app runs; a Message cannot be made without.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
-        self.app = make_app(state)
+        self.app = make_app(state, root=root or state / "no-sensors")
         self.nodes = {
             100 + i: Context(1, 100 + i, {"partition-id": i, "num-partitions": nodes}, RecordDict(), {})
             for i in range(nodes)
@@ -99,10 +104,18 @@ class InProcessGrid:
 
 
 class Silent(Listener):
-    """A listener that remembers what was refused."""
+    """A listener that remembers what was refused, warned of, and put off."""
 
     def __init__(self) -> None:
         self.refusals: list[tuple[int, str]] = []
+        self.warnings: list[str] = []
+        self.waits: list[tuple[int, str, float]] = []
+
+    def warned(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def backed_off(self, device: int, reason: str, seconds: float) -> None:
+        self.waits.append((device, reason, seconds))
 
     def refused(self, device: int, reason: str) -> None:
         self.refusals.append((device, reason))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from lightcl.data.sources import Source, load_source
 from lightcl.data.tasks import Task, TaskContext, TaskStream
 from lightcl.device import hardware
 from lightcl.device.hardware import choose_accelerator, set_up_torch
+from lightcl.device.metering import Board, LimitReached, Meter, Spent
 from lightcl.device.optimizers import make_optimizer
 from lightcl.device.prefix import fixed_prefix
 from lightcl.device.state import DeviceValues, Position, changing_tensors, pack_optimizer, unpack_optimizer_
-from lightcl.device.training import OnEpoch, autocast, evaluate, train_epoch
-from lightcl.exchange.messages import Tested, Trained
+from lightcl.device.training import EpochProgress, OnEpoch, autocast, evaluate, train_epoch
+from lightcl.exchange.messages import Telemetry, Tested, Trained
 from lightcl.exchange.tensors import Arrays, adopt_, outgoing, outgoing_statistics
 from lightcl.metrics import AccuracyMatrix
 from lightcl.networks.pruning import channel_digest
@@ -37,6 +39,9 @@ from lightcl.scenario.digest import state_digest
 from lightcl.seeds import derive
 from lightcl.storage.shared import SharedVersions
 from lightcl.storage.state import Damaged, StateError, StateFolder, Stored, under
+
+LOSSES = "training/losses"
+"""The tensor of a state with the losses of an unfinished epoch's steps: it has as many values as steps are done."""
 
 
 class OutOfStep(Exception):
@@ -52,6 +57,7 @@ class EdgeDevice:
     state; `durable`: whether the state survives a power cut. `network` is the result of `build_network` for the
     scenario; the device takes it over. `shared` is where the devices of one machine keep the tensors that they all
     receive. `head` are the classes of the head (`fleet_head`); give them with a `share` where the fleet is known.
+    `board` is the machine that the training is measured on; None: nothing is measured, and there are no limits.
 
     Raises RequestError for a scenario that cannot be carried out, StateError for unreadable state.
     """
@@ -59,7 +65,7 @@ class EdgeDevice:
     def __init__(
         self, scenario: Scenario, number: int, folder: Path, *, source: Source | None = None,
         share: Share | None = None, network: Backbone | None = None, durable: bool = True,
-        shared: SharedVersions | None = None, head: Sequence[int] | None = None,
+        shared: SharedVersions | None = None, head: Sequence[int] | None = None, board: Board | None = None,
     ) -> None:  # fmt: skip
         hardware.reset_peak()  # a simulation's worker runs many devices, large and small ones
         self.scenario, self.number = scenario, number
@@ -86,6 +92,11 @@ class EdgeDevice:
         self.position = self._start = Position(self.stream.ids[self.stream.first] if self.stream else 0, 0)
         self.version = 0
         self.last_report: Trained | None = None
+        self.telemetry: Telemetry | None = None
+        """Of the last report's training; None where nothing is measured."""
+        self._board = board
+        self._unfinished: Spent | None = None
+        self._losses: list[torch.Tensor] = []  # of the steps of an unfinished epoch
         self.rows: dict[str, dict[int, list[float]]] = {"til": {}, "cil": {}}
         self._state = StateFolder(folder, durable=durable)
         self._shared_versions = shared
@@ -110,7 +121,8 @@ class EdgeDevice:
 
         The same request twice trains once and returns the same report. Raises OutOfStep where the request
         does not follow from the device's position, TrainingFailure where the loss is no longer a number; after that the
-        device must be opened again, from its last saved state.
+        device must be opened again, from its last saved state. Raises LimitReached where the board is outside its
+        limits: the step at hand is done and the state is saved, and the same request continues there.
         """
         goal = Position(task, until_epoch)
         if self.last_report is not None and goal == self.position == Position(
@@ -121,32 +133,24 @@ class EdgeDevice:
         self._check_step(goal)
         self._check_complete()
         start = time.monotonic()
-        context = self._context(task)
-        if self.position.task != task or self.position.epochs == 0:
-            self.position = Position(task, 0)
-            self.network.train()
-            with autocast(self.scenario, self.accelerator):
-                self.method.begin_task(context)
-            self.optimizer = make_optimizer(self.method, self.scenario)
-        loss = float("nan")
-        for epoch in range(self.position.epochs, until_epoch):
-            loss = train_epoch(self.method, self.optimizer, context, self.scenario, epoch)
-            self.position = Position(task, epoch + 1)
-            if epoch + 1 == self.scenario.training.epochs:
-                self.network.eval()
-                with autocast(self.scenario, self.accelerator):
-                    self.method.end_task(context)
-                # The next task has an optimizer of its own, so nobody needs the state of this one.
-                self.optimizer = make_optimizer(self.method, self.scenario)
-            elif (
-                epoch + 1 < until_epoch
-                and time.monotonic() - self._saved_at > self.scenario.training.checkpoint_seconds
-            ):
-                self._save()
-            if on_epoch:
-                on_epoch(task, epoch + 1, loss)
+        context, progress = self._context(task), EpochProgress(self._losses)
+        paused: LimitReached | None = None
+        with Meter(self._board) if self._board else nullcontext() as meter:
+            try:
+                loss = self._train(goal, context, progress, meter, on_epoch)
+            except LimitReached as reached:
+                paused = reached
         self.method.prefix_features.release()  # the saved state is a copy of the weights
+        tally = meter.tally if meter else None
+        spent = (self._unfinished or Spent()).plus(progress.images, time.monotonic() - start, tally)
+        if paused:
+            if progress.images:
+                self._unfinished = spent
+                self._save()
+            raise paused
         peak = hardware.peak() / 2**20
+        self._unfinished = None
+        self.telemetry = self._board.telemetry(meter, spent) if self._board and meter else None
         self.last_report = Trained(
             device=self.number,
             task=task,
@@ -156,11 +160,48 @@ class EdgeDevice:
             channel_sets=self.channel_digest,
             examples=len(context.task.train),
             loss=loss,
-            seconds=time.monotonic() - start,
+            seconds=spent.seconds,
             peak_memory_mib=peak,
         )
         self._save()
         return self.last_report
+
+    def _train(
+        self, goal: Position, context: TaskContext, progress: EpochProgress, meter: Meter | None,
+        on_epoch: OnEpoch | None,
+    ) -> float:  # fmt: skip
+        """The epochs up to the goal; the mean loss of the last one. Raises LimitReached."""
+        if meter:
+            meter.check(again=self._unfinished is not None)
+            progress.check = meter.check
+        begun = self.position.task == goal.task and (self.position.epochs > 0 or bool(progress.losses))
+        if not begun:
+            self.position = Position(goal.task, 0)
+            self.network.train()
+            with autocast(self.scenario, self.accelerator):
+                self.method.begin_task(context)
+            self.optimizer = make_optimizer(self.method, self.scenario)
+        loss = float("nan")
+        for epoch in range(self.position.epochs, goal.epochs):
+            loss = train_epoch(self.method, self.optimizer, context, self.scenario, epoch, progress)
+            progress.losses = self._losses = []
+            self.position = Position(goal.task, epoch + 1)
+            if epoch + 1 == self.scenario.training.epochs:
+                self.network.eval()
+                with autocast(self.scenario, self.accelerator):
+                    self.method.end_task(context)
+                # The next task has an optimizer of its own, so nobody needs the state of this one.
+                self.optimizer = make_optimizer(self.method, self.scenario)
+            elif (
+                epoch + 1 < goal.epochs
+                and time.monotonic() - self._saved_at > self.scenario.training.checkpoint_seconds
+            ):
+                self._save()
+            if on_epoch:
+                on_epoch(goal.task, epoch + 1, loss)
+            if meter and epoch + 1 < goal.epochs:
+                meter.check()
+        return loss
 
     def skip_to(self, task: int) -> None:
         """Starts a device that has learned nothing at `task`, as if there were no earlier tasks.
@@ -242,7 +283,7 @@ class EdgeDevice:
         if self._lost:
             return True
         reported = self.last_report and Position(self.last_report.task, self.last_report.epochs)
-        begun = self.position != self._start and self.position != reported
+        begun = bool(self._losses) or (self.position != self._start and self.position != reported)
         return not begun and self.position != Position(task, until_epoch)
 
     def check_version(self, version: int) -> None:
@@ -292,6 +333,8 @@ class EdgeDevice:
             report=self.last_report,
             rows={"til": self.rows["til"], "cil": self.rows["cil"]},
             optimizer=self._optimizer_values,
+            telemetry=self.telemetry,
+            unfinished=self._unfinished,
         )
 
     def _shared_file(self, received: Mapping[str, np.ndarray]) -> Path | None:
@@ -308,6 +351,8 @@ class EdgeDevice:
         tensors |= {f"method/{name}": tensor for name, tensor in self.method.state_dict().items()}
         optimizer, self._optimizer_values = pack_optimizer(self.optimizer, list(self.method.trainable()))
         tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
+        if self._losses:
+            tensors[LOSSES] = torch.stack(self._losses)
         self._state.save(tensors, self._values().to_json(), shared=shared)
         self._saved_at = time.monotonic()
 
@@ -345,6 +390,7 @@ class EdgeDevice:
                 f"{error}); use another folder, or remove this one: the device then begins its stream again"
             ) from error
         self.position, self.last_report = values.position, values.report
+        self.telemetry, self._unfinished = values.telemetry, values.unfinished
         self._lost = stored.lost
         self.version = 0 if self._lost else values.version
         self.rows = {setting: dict(values.rows[setting]) for setting in ("til", "cil")}
@@ -372,6 +418,8 @@ class EdgeDevice:
         self.method.load_state_dict(
             {name: tensor.to(self.accelerator) for name, tensor in under(tensors, "method/").items()}
         )
+        if LOSSES in tensors:
+            self._losses = list(tensors[LOSSES].to(self.accelerator).unbind())
         self.optimizer = make_optimizer(self.method, self.scenario)
         self._optimizer_values = values.optimizer
         unpack_optimizer_(

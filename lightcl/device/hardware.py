@@ -46,6 +46,14 @@ def choose_accelerator(wanted: str) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def gpu_uuid(accelerator: torch.device) -> str | None:
+    """The name by which NVML knows the GPU that a device trains on; None without one."""
+    if accelerator.type != "cuda":
+        return None
+    uuid = getattr(torch.cuda.get_device_properties(accelerator), "uuid", None)
+    return f"GPU-{uuid}" if uuid else None
+
+
 @cache
 def keep_freed_memory() -> bool:
     """Lets glibc keep up to `KEPT` freed bytes for the next tensors; returns whether it does.

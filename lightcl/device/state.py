@@ -12,7 +12,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from lightcl.data.tasks import TaskStream
-from lightcl.exchange.messages import Trained
+from lightcl.device.metering import Spent
+from lightcl.exchange.messages import Telemetry, Trained
 from lightcl.networks.staged import Backbone
 from lightcl.storage.state import Damaged
 
@@ -27,7 +28,10 @@ class Position:
 
 @dataclass(frozen=True)
 class DeviceValues:
-    """The plain values of a device's state; `prefix` and `channels` are digests."""
+    """The plain values of a device's state; `prefix` and `channels` are digests.
+
+    `telemetry` belongs to the report; `unfinished` is the cost so far of a training that it has backed off from.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # a key that is not known may be one that matters
 
@@ -41,9 +45,16 @@ class DeviceValues:
     report: Trained | None
     rows: dict[Literal["til", "cil"], dict[int, list[float]]]
     optimizer: dict[str, Any]
+    telemetry: Telemetry | None = None
+    unfinished: Spent | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without the last two keys where there is nothing to say: only boards have them."""
+        values = asdict(self)
+        for name in ("telemetry", "unfinished"):
+            if values[name] is None:
+                del values[name]
+        return values
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,20 +34,34 @@ class TaskAccuracy:
     images: int
 
 
+@dataclass
+class EpochProgress:
+    """The losses of an epoch's steps that are done. `check` is called before each further step but the first, and may
+    end the epoch there by an exception."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    check: Callable[[], None] = lambda: None
+    images: int = 0
+    """Images of the steps done since this object was made."""
+
+
 def train_epoch(
     method: Method,
     optimizer: torch.optim.Optimizer,
     context: TaskContext,
     scenario: Scenario,
     epoch: int,
+    progress: EpochProgress | None = None,
 ) -> float:
     """One pass over the current task's training samples; returns the mean loss of its steps.
 
-    The batches depend only on the scenario's seed, the device, the task and the epoch (through `context.seed`).
-    Raises TrainingFailure where the loss is no longer a number.
+    The batches depend only on the scenario's seed, the device, the task and the epoch (through `context.seed`), so that
+    an epoch continues after the steps that `progress` has losses of; each call does at least one more.
+    Raises TrainingFailure where the loss is no longer a number, and what `progress.check` raises.
     """
     method.network.train()
-    losses: list[Tensor] = []
+    progress = progress or EpochProgress()
+    losses, done = progress.losses, len(progress.losses)
     batches = training_batches(
         method.select(context.task.train, context, epoch),
         context.batch_size,
@@ -59,7 +73,11 @@ def train_epoch(
     )
     at_once = scenario.training.update == "at-once"
     with updates_at_once(optimizer) if at_once else nullcontext():
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            if number < done:  # drawn all the same: the batches of an epoch share one generator
+                continue
+            if number > done:
+                progress.check()
             with autocast(scenario, context.device):
                 loss = method.loss(batch, context)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -71,6 +89,7 @@ def train_epoch(
             # need no memory for gradients that are no longer used.
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.detach())
+            progress.images += len(batch.labels)
     with autocast(scenario, context.device):
         method.end_epoch(context, epoch)
     mean = float(torch.stack(losses).mean())

@@ -11,6 +11,7 @@ from typing import Any, Self
 from lightcl.errors import one_line
 
 INSTRUCTION, REPLY, TESTED, ARRAYS, METRICS = "instruction", "reply", "tested", "arrays", "metrics"
+TELEMETRY = "telemetry"
 """Names of the records in a message."""
 
 EXAMPLES = "num-examples"
@@ -22,10 +23,13 @@ class ProtocolError(Exception):
 
 
 class _Record:
-    """Conversion to and from Flower's flat ConfigRecords, with the types checked on the way in."""
+    """Conversion to and from Flower's flat ConfigRecords, with the types checked on the way in.
+
+    A field that may be None is left out where it is.
+    """
 
     def to_record(self) -> dict[str, Any]:
-        return asdict(self)  # type: ignore[call-overload, no-any-return]
+        return {name: value for name, value in asdict(self).items() if value is not None}  # type: ignore[call-overload]
 
     @classmethod
     def from_record(cls, record: Any) -> Self:
@@ -33,13 +37,17 @@ class _Record:
         types = {
             "bool": bool, "str": str, "int": int, "float": (int, float), "list[float]": list, "list[int]": list,
         }  # fmt: skip
-        values = {}
+        values: dict[str, Any] = {}
         for field in fields(cls):  # type: ignore[arg-type]
             value = record.get(field.name) if hasattr(record, "get") else None
-            kind = types[str(field.type)]
+            name = str(field.type).removesuffix(" | None")
+            if value is None and name != field.type:
+                values[field.name] = None
+                continue
+            kind = types[name]
             fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)  # type: ignore[arg-type]
             if fits and isinstance(value, list):
-                items = types[str(field.type)[5:-1]]
+                items = types[name[5:-1]]
                 fits = all(isinstance(item, items) and not isinstance(item, bool) for item in value)  # type: ignore[arg-type]
             if not fits:
                 given = one_line(repr(value), 80)
@@ -133,3 +141,45 @@ class Refusal(_Record):
     epochs: int
     version: int
     reason: str
+
+
+@dataclass(frozen=True)
+class BackOff(_Record):
+    """A board is outside limits of its own (heat, disk, battery) and has saved its work.
+
+    It wants to be asked for the same again after `retry_after` seconds. `task`, `epochs` and `version` are its position
+    in its stream.
+    """
+
+    task: int
+    epochs: int
+    version: int
+    reason: str
+    retry_after: float
+
+
+@dataclass(frozen=True)
+class Telemetry(_Record):
+    """From a board, beside `Trained`: what its sensors said during the training. None: it has no such sensor."""
+
+    images_per_second: float | None = None
+    """Training images, each counted in each epoch."""
+    temperature_c: float | None = None
+    """The highest of the training, in degrees Celsius."""
+    temperature_sensor: str | None = None
+    power_watts: float | None = None
+    """The mean of the training."""
+    energy_joules: float | None = None
+    joules_per_image: float | None = None
+    power_source: str | None = None
+    """What the energy was measured by: it may be that of the entire board, or of its processor."""
+    throttled: float | None = None
+    """The share of the training, 0 to 1, in which heat slowed the processors down."""
+    free_disk_mb: float | None = None
+    """Of the disk with the device's state, after the training, in 10^6 bytes."""
+    battery_percent: float | None = None
+    uptime_seconds: float | None = None
+    limit_temperature_c: float | None = None
+    """The board's own limits."""
+    limit_free_disk_mb: float | None = None
+    limit_battery_percent: float | None = None

@@ -50,6 +50,13 @@ class DeviceHistory:
     seconds: float
     failures: int
     tasks: tuple[int, ...]
+    joules: float | None = None
+    """The energy of all its trainings; None where it did not measure each of them."""
+
+    @property
+    def joules_per_task(self) -> float | None:
+        """Energy per task that it has learned, those trainings included that had to be repeated."""
+        return self.joules / self.tasks_done if self.joules is not None and self.tasks_done else None
 
     @property
     def tasks_done(self) -> int:
@@ -87,6 +94,8 @@ class DeviceHistory:
                 if tested:
                     accuracies[row.task] = tested
         samples = {row.task: row.examples for row in rows if row.examples is not None}
+        energies = [row.energy_joules for row in rows if row.examples is not None]
+        measured = [energy for energy in energies if energy is not None]
         return cls(
             number=rows[-1].device,
             name=rows[-1].name,
@@ -96,6 +105,7 @@ class DeviceHistory:
             seconds=float(sum((row.train_seconds or 0.0) + (row.evaluate_seconds or 0.0) for row in rows)),
             failures=sum(row.error is not None for row in rows),
             tasks=tuple(range(tasks) if learns is None else learns),
+            joules=sum(measured) if measured and len(measured) == len(energies) else None,
         )
 
 

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any, Self, TypeVar
 
 from lightcl.errors import RequestError, shown
-from lightcl.exchange.messages import Tested, Trained
+from lightcl.exchange.messages import Telemetry, Tested, Trained
 from lightcl.metrics import NAN, AccuracyMatrix, Spread, fleet_summary
 
 T = TypeVar("T")
@@ -48,6 +48,25 @@ class DeviceRow:
     train_seconds: float | None = None
     peak_memory_mib: float | None = None
     evaluate_seconds: float | None = None
+    images_per_second: float | None = None
+    """This and what follows: from the sensors of a board (see Telemetry), None in a simulation."""
+    temperature_c: float | None = None
+    temperature_sensor: str | None = None
+    power_watts: float | None = None
+    energy_joules: float | None = None
+    joules_per_image: float | None = None
+    power_source: str | None = None
+    throttled: float | None = None
+    free_disk_mb: float | None = None
+    battery_percent: float | None = None
+    uptime_seconds: float | None = None
+    limit_temperature_c: float | None = None
+    limit_free_disk_mb: float | None = None
+    limit_battery_percent: float | None = None
+    backed_off_seconds: float | None = None
+    """How long the server waited for the device to come back inside its limits."""
+    backed_off_reason: str | None = None
+    """The last limit that it was outside."""
 
     @property
     def tested(self) -> list[int]:
@@ -59,6 +78,14 @@ class DeviceRow:
         self.examples, self.loss = report.examples, report.loss
         self.train_seconds, self.peak_memory_mib = report.seconds, report.peak_memory_mib
 
+    def add_telemetry_(self, telemetry: Telemetry) -> None:
+        for name, value in asdict(telemetry).items():
+            setattr(self, name, value)
+
+    def add_back_off_(self, seconds: float, reason: str) -> None:
+        self.backed_off_seconds = (self.backed_off_seconds or 0.0) + seconds
+        self.backed_off_reason = reason
+
     def add_test_(self, report: Tested) -> None:
         self.til, self.images = report.til, report.images
         self.tasks = None if report.tasks == list(range(len(report.til))) else report.tasks
@@ -66,7 +93,7 @@ class DeviceRow:
         self.evaluate_seconds = report.seconds
 
     def to_json(self) -> dict[str, Any]:
-        timing = {name: getattr(self, name) for name in DEVICE_TIMING}
+        timing = {name: getattr(self, name) for name in (*DEVICE_TIMING, *DEVICE_TIMING_TEXTS)}
         row = {
             "round": self.round,
             "device": self.device,
@@ -85,6 +112,8 @@ class DeviceRow:
     def from_json(cls, values: object, where: str = "row") -> Self:
         """Raises RequestError naming `where` and the field."""
         row, timing = _row_and_timing(values, where)
+        measured: dict[str, Any] = {name: timing.optional(name, _number) for name in DEVICE_TIMING}
+        measured |= {name: timing.optional(name, _text) for name in DEVICE_TIMING_TEXTS}
         return cls(
             round=row.get("round", _integer),
             device=row.get("device", _integer),
@@ -100,11 +129,16 @@ class DeviceRow:
             images=row.optional("images", _integers),
             cil=row.optional("cil", _numbers),
             error=row.optional("error", _text),
-            **{name: timing.optional(name, _number) for name in DEVICE_TIMING},
+            **measured,
         )
 
 
-DEVICE_TIMING = ("train_seconds", "peak_memory_mib", "evaluate_seconds")
+DEVICE_TIMING = (
+    "train_seconds", "peak_memory_mib", "evaluate_seconds", "images_per_second", "temperature_c", "power_watts",
+    "energy_joules", "joules_per_image", "throttled", "free_disk_mb", "battery_percent", "uptime_seconds",
+    "limit_temperature_c", "limit_free_disk_mb", "limit_battery_percent", "backed_off_seconds",
+)  # fmt: skip
+DEVICE_TIMING_TEXTS = ("temperature_sensor", "power_source", "backed_off_reason")
 """The fields that depend on the machine; on disk they are under "timing"."""
 
 

@@ -19,6 +19,7 @@ def scenario_digest(scenario: Scenario) -> str:
                 "round_timeout",
                 "connect_timeout",
                 "greeting_timeout",
+                "longest_back_off",
                 "max_failures",
                 "max_failures_in_run",
             },

@@ -76,6 +76,8 @@ def columns_of(run: ReportedRun) -> list[Column]:
         Column("seconds", "Time (s)", lambda d: d.seconds, 1),
         Column("failures", "Failures", lambda d: d.failures),
     ]
+    if run.joules is not None:
+        columns.append(Column("joules_per_task", "Energy per task (J)", lambda d: d.joules_per_task, 1))
     if run.run.dropped:
         columns.append(Column("dropped", "Dropped", lambda d: "dropped" if d.number in run.run.dropped else "", None))
     return columns

@@ -119,6 +119,34 @@ class ReportedRun:
             for s, found in rows.items()
         }
 
+    @cached_property
+    def measured(self) -> list[DeviceRow]:
+        """The rows with something from a board's sensors."""
+        keys = ("temperature_c", "power_watts", "energy_joules", "battery_percent")
+        return [row for row in self.run.devices if any(getattr(row, key) is not None for key in keys)]
+
+    @cached_property
+    def backed_off(self) -> list[DeviceRow]:
+        """The rows of devices that the server waited for because they were outside their own limits."""
+        return [row for row in self.run.devices if row.backed_off_seconds is not None]
+
+    @cached_property
+    def joules(self) -> float | None:
+        """The energy of all trainings of the devices that measured each of theirs."""
+        known = [device.joules for device in self.run.histories if device.joules is not None]
+        return sum(known) if known else None
+
+    @cached_property
+    def joules_per_task(self) -> float | None:
+        """The same for each task that these devices have learned."""
+        known = [device for device in self.run.histories if device.joules is not None]
+        tasks = sum(device.tasks_done for device in known)
+        return sum(device.joules or 0.0 for device in known) / tasks if tasks else None
+
+    @property
+    def power_sources(self) -> list[str]:
+        return sorted({row.power_source for row in self.measured if row.power_source})
+
     @property
     def dropped_by_reason(self) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {}

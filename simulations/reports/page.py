@@ -20,7 +20,7 @@ from simulations.reports import plots
 from simulations.reports.devices import Column, columns_of, devices_csv, named_devices
 from simulations.reports.figures import ReportedRun, reported
 from simulations.reports.pictures import Picture, drawings_of, paint
-from simulations.reports.wording import duration, percent, points, signed_points, size
+from simulations.reports.wording import duration, energy, percent, points, signed_points, size
 
 DISTRIBUTIONS_FROM = 51
 """With this many devices or more, the page shows distributions and names the worst, median and best device."""
@@ -64,6 +64,7 @@ def page_environment() -> jinja2.Environment:
     environment.filters |= {
         "duration": duration,
         "size": size,
+        "energy": energy,
         "signed": signed_points,
         "ranges": number_ranges,
         "base64": lambda data: base64.b64encode(data).decode("ascii"),

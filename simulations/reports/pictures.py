@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -50,6 +51,8 @@ def drawings_of(run: ReportedRun, *, distributions: bool) -> list[Drawing]:
     if distributions:
         drawn += _distributions(run)
     drawn += _rounds(run)
+    if run.measured:
+        drawn += _boards(run)
     if run.choice:
         alt = "Memory stability, learning plasticity and readiness of every block"
         drawn.append(_drawing("generalizability", alt, plots.generalizability, run.choice.found, run.choice.threshold))
@@ -128,3 +131,37 @@ def _rounds(run: ReportedRun) -> list[Drawing]:
         alt = f"Sent in each round; together {size(sum(down))} down and {size(sum(up))} up"
         drawn.append(_drawing("bytes", alt, plots.bytes_per_round, numbers, down, up))
     return drawn
+
+
+def _boards(run: ReportedRun) -> list[Drawing]:
+    """What the boards' sensors said, with the limits that the boards have set themselves."""
+    kinds: list[tuple[str, str, str, str | None]] = [
+        ("temperature", "highest temperature (°C)", "temperature_c", "limit_temperature_c"),
+        ("power", "mean power (W)", "power_watts", None),
+        ("energy", "energy (J)", "energy_joules", None),
+        ("memory", "peak memory of the process (MiB)", "peak_memory_mib", None),
+        ("battery", "battery (%)", "battery_percent", "limit_battery_percent"),
+        ("disk", "free disk (MB)", "free_disk_mb", "limit_free_disk_mb"),
+    ]
+    drawn = []
+    for name, label, value, limit in kinds:
+        lines = _lines(run, value)
+        limits = sorted({v for row in run.run.devices if limit and (v := getattr(row, limit)) is not None})
+        if any(lines.values()) and (name != "disk" or limits):
+            alt = f"{label[0].upper()}{label[1:]} of {len(lines)} boards in each round"
+            drawn.append(_drawing(f"board-{name}", alt, plots.measured_over_rounds, lines, label, limits))
+    return drawn
+
+
+def _lines(run: ReportedRun, key: str) -> dict[str, list[plots.Measured]]:
+    """The values of each device that measures anything, by its name and, where two have the same, its number."""
+    names = {row.device: row.name or f"device {row.device}" for row in run.measured}
+    counts = Counter(names.values())
+    names = {number: f"{name} ({number})" if counts[name] > 1 else name for number, name in sorted(names.items())}
+    lines: dict[str, list[plots.Measured]] = {name: [] for name in names.values()}
+    for row in run.run.devices:
+        value = getattr(row, key)
+        if value is not None and row.device in names:
+            marked = plots.Measured(row.round, value, bool(row.throttled), row.backed_off_seconds is not None)
+            lines[names[row.device]].append(marked)
+    return lines

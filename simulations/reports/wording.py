@@ -53,3 +53,13 @@ def size(count: float) -> str:
         if count >= factor:
             return f"{count / factor:.1f}\u00a0{unit}"
     return f"{count:.0f}\u00a0bytes"
+
+
+def energy(joules: float | None) -> str:
+    """Joules in a unit that fits; a dash where the energy is not known."""
+    if joules is None:
+        return DASH
+    for factor, unit in ((1e6, "MJ"), (1e3, "kJ")):
+        if joules >= factor:
+            return f"{joules / factor:.2f}\u00a0{unit}"
+    return f"{joules:.1f}\u00a0J"

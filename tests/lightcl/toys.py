@@ -16,6 +16,7 @@ from lightcl.data.partition import Share
 from lightcl.data.sources import ImageSet, Source
 from lightcl.data.tasks import Samples, Task, TaskContext
 from lightcl.device.device import EdgeDevice
+from lightcl.device.metering import Board
 from lightcl.networks.resnet import StagedResNet
 from lightcl.scenario import Scenario
 from lightcl.storage.state import CHECKSUM, MANIFEST
@@ -90,10 +91,10 @@ def scenario(**sections: Any) -> Scenario:
     return Scenario.model_validate(values | nested | plain)
 
 
-def device(folder: Path, number: int = 0, **sections: Any) -> EdgeDevice:
+def device(folder: Path, number: int = 0, board: Board | None = None, **sections: Any) -> EdgeDevice:
     """A device that holds all of `source(size=16)`: layer4 still has 2x2 positions."""
     held = source(size=16)
-    return EdgeDevice(scenario(**sections), number, folder, source=held, share=whole(held))
+    return EdgeDevice(scenario(**sections), number, folder, source=held, share=whole(held), board=board)
 
 
 def task(number: int, classes: Sequence[int], held: Source | None = None) -> Task:

@@ -83,10 +83,10 @@ def style_axes(axes: Axes, theme: Theme, x: str, y: str, *, grid: bool = True) -
         axes.set_axisbelow(True)
 
 
-def legend_above(axes: Axes, theme: Theme, handles: Sequence[Any]) -> None:
-    """Above the axes, where it hides nothing."""
+def legend_above(axes: Axes, theme: Theme, handles: Sequence[Any], columns: int | None = None) -> None:
+    """Above the axes, where it hides nothing; in one line, or in this many columns."""
     axes.legend(
-        handles=handles, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=len(handles), frameon=False,
+        handles=handles, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns or len(handles), frameon=False,
         fontsize=FONT, labelcolor=theme.ink, handlelength=1.5, handletextpad=0.5, columnspacing=1.4, borderpad=0.2,
     )  # fmt: skip
 

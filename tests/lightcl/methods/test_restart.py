@@ -1,8 +1,10 @@
-"""A method that is killed after any epoch and restored from its tensors continues with the same numbers."""
+"""A method that is restored after any epoch, or between any two steps, continues with the same numbers."""
 
 import pytest
 
 from lightcl.device.device import EdgeDevice
+from lightcl.device.metering import Board, LimitReached
+from lightcl.device.telemetry import Sensors
 from tests.lightcl import toys
 from tests.lightcl.device.test_device import everything
 
@@ -37,6 +39,43 @@ def test_restored_after_every_epoch(tmp_path, method):
     toys.assert_same(everything(killed), everything(straight))
     assert killed.rows == straight.rows
     assert killed.method.state_dict()
+
+
+class Hot:
+    """Limits that end a training at every fourth question, which comes before its fourth step."""
+
+    temperature_c = free_disk_mb = battery_percent = None
+
+    def __init__(self):
+        self.asked = 0
+
+    def crossed(self, condition, *, again=False):
+        self.asked += 1
+        return LimitReached("it is hot", 1.0) if self.asked % 4 == 0 else None
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: "-".join(str(v) for v in m.values() if isinstance(v, str)))
+def test_restored_between_steps(tmp_path, method):
+    """A board that backs off in the middle of an epoch continues there, whatever its method."""
+    sections = {"method": method, "training": {"epochs": 3, "momentum": 0.9}, "network": {"freeze": "layer2"}}
+    straight = toys.device(tmp_path / "straight", **sections)
+    paused = 0
+    for task in (0, 1):
+        straight.train(task, 3)
+        straight.evaluate()
+        while True:
+            board = Board(tmp_path, Sensors(tmp_path), Hot())
+            device = toys.device(tmp_path / "hot", board=board, **sections)
+            try:
+                report = device.train(task, 3)
+                break
+            except LimitReached:
+                paused += 1
+        device.evaluate()
+        assert report.loss == straight.last_report.loss
+    assert paused >= 6
+    toys.assert_same(everything(device), everything(straight))
+    assert device.rows == straight.rows
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
