@@ -42,6 +42,7 @@ from lightcl.exchange.messages import (
     Refusal,
 )
 from lightcl.exchange.tensors import ExchangeError, decoded
+from lightcl.export.model import Description
 from lightcl.networks.staged import Backbone
 from lightcl.scenario import Scenario, scenario_from_json
 from lightcl.storage.files import exclusive
@@ -192,6 +193,8 @@ def _with_device(
                 instruction.scenario, local.overrides, source.channels, len(head), many=not local.durable
             ),
         )  # fmt: skip
+        if local.durable:  # a board: `lightcl device predict` and `serve` read its state without the server
+            Description.of(scenario, instruction.device, source, device.stream.head).write(folder)
 
         def receive() -> None:
             record = message.content.array_records.get(ARRAYS)

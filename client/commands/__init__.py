@@ -5,6 +5,8 @@ from __future__ import annotations
 import typer
 
 from client.commands.check import check
+from client.commands.predict import predict
+from client.commands.serve import serve
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,3 +22,5 @@ def _device() -> None:
 
 
 app.command()(check)
+app.command()(predict)
+app.command()(serve)
