@@ -63,7 +63,7 @@ def export(model: Model, format_name: str, file: Path, images: np.ndarray) -> Co
         if not compared.passed:
             raise Failure(
                 f"the {format_name} file does not answer as PyTorch does: the largest difference of a score is "
-                f"{compared.largest:.1e} (allowed: {LARGEST:.0e}), and {compared.same} of {compared.images} predictions "
+                f"{compared.largest:.1e} (allowed: {LARGEST:.0e}), {compared.same} of {compared.images} predictions "
                 "are the same; it was not kept"
             )
         with writable(file, "--out"):

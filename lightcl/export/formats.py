@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lightcl.errors import RequestError, required
-from lightcl.export.model import Model
+from lightcl.export.model import BATCH, Model
 
 KEY = "lightcl"
 """The key of the metadata in every format."""
@@ -169,10 +169,12 @@ def _open_safetensors(file: Path, network: Scores) -> Run:
 
 def _write_executorch(network: Scores, example: Tensor, file: Path, about: str) -> None:
     exir = required("executorch.exir", "executorch", "for --format executorch")
+    largest = example.new_zeros(BATCH, *example.shape[1:])  # memory is planned for the batch of the example
     with _quiet():
-        program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("batch", max=1024)},))
+        batch = torch.export.Dim("batch", max=BATCH)
+        program = torch.export.export(network, (largest,), dynamic_shapes=({0: batch},))
         edge = exir.to_edge_transform_and_lower(program, constant_methods={KEY: about})
-    file.write_bytes(edge.to_executorch().buffer)
+        file.write_bytes(edge.to_executorch().buffer)
 
 
 def _open_executorch(file: Path, network: Scores) -> Run:

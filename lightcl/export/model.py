@@ -121,7 +121,7 @@ class Model:
 
     @torch.no_grad()
     def _scores(self, images: np.ndarray) -> np.ndarray:
-        tensor = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+        tensor = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)  # a copy: a decoded image is read-only
         logits = self.method.predict(Batch(tensor, torch.zeros(len(tensor), dtype=torch.int64)))
         scores: np.ndarray = logits.float().softmax(1).numpy()
         return scores
@@ -167,16 +167,15 @@ def _model(about: Description, stored: Stored, folder: Path) -> Model:
             raise StateError(f"{folder}: the state's {name} is {found}, expected {expected}: it belongs to another run")
     if stored.lost:
         raise StateError(
-            f"{folder}: the state refers to tensors that all devices shared ({stored.lost.name}), which were replaced by "
-            "a newer version; choose a device that took part in the last round"
+            f"{folder}: the state refers to tensors that all devices shared ({stored.lost.name}), and a newer version "
+            "has replaced them; choose a device that took part in the last round"
         )
     method = scenario.method.build(network)
     try:
         _adopt_(network, method, stored.tensors)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        raise Damaged(
-            f"{folder}: the tensors are not those of this network ({type(error).__name__}: {error})"
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise Damaged(f"{folder}: the tensors are not those of this network ({reason})") from error
     network.eval()
     network.requires_grad_(False)
     return Model(about, method, values)

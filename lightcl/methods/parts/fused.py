@@ -15,8 +15,8 @@ UNKNOWN = -1e9
 class FusedInference(nn.Module):
     """The scores of lightcl-plus, up to a constant per image: float32 images `[N, C, H, W]` in 0..1 -> `[N, classes]`.
 
-    With h the suffix's pooled output and φ the pooled feature maps of the prefix, one linear layer on `[h, φ]` gives the
-    logits of the suffix (rows 0 to C-1) and, weighted, the sum of both classifiers (rows C to 2C-1). From the latter
+    With h the suffix's pooled output and φ the pooled feature maps of the prefix, one linear layer on `[h, φ]` gives
+    the logits of the suffix (rows 0 to C-1) and the weighted sum of both classifiers (rows C to 2C-1). From the latter
     the log-sum-exp of the former over each task is subtracted. The closed-form classifier's own normalization is a
     constant per image and left out.
     """
