@@ -27,17 +27,12 @@ DeviceNumber = Annotated[
     int | None,
     typer.Option("--device", min=0, help="Number of the device; default: 0 of a run, the newest state of a board"),
 ]
-Plugins = Annotated[
-    list[Path] | None,
-    typer.Option("--plugin", metavar="FILE", help="Load methods, networks or data sources from a .py file; repeatable"),
-]
 
 
 def predict(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...")],
     folder: From = None,
     device: DeviceNumber = None,
-    plugins: Plugins = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answers as JSON")] = False,
 ) -> None:
     """Classify image files with the newest finished model of a device, also while it trains.
@@ -48,7 +43,7 @@ def predict(
 
     from lightcl.export.model import read_model
 
-    place = find(folder, device, plugins)
+    place = find(folder, device)
     model = read_model(*place)
     pictures = np.stack([model.read_image(str(image), str(image)) for image in images])
     answers = [answer(model, scores) for scores in model.scores(pictures)]
@@ -62,13 +57,11 @@ def predict(
     sys.stdout.write(f"model: device {place.about.device}, {model.label}\n")
 
 
-def find(folder: Path | None, device: int | None, plugins: list[Path] | None) -> Place:
+def find(folder: Path | None, device: int | None) -> Place:
     """The place of the model that the options name. Raises RequestError."""
     from client.app import default_state_folder
     from lightcl.export.folders import find_model
-    from lightcl.plugins import load_plugins
 
-    load_plugins(plugins or [])
     return find_model(folder or default_state_folder(), device)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from client.commands.predict import DeviceNumber, From, Plugins, find
+from client.commands.predict import DeviceNumber, From, find
 
 
 def serve(
@@ -15,7 +15,6 @@ def serve(
     device: DeviceNumber = None,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one, which is printed")] = 8090,
     threads: Annotated[int, typer.Option("--threads", min=1, max=256, help="Threads that compute the answers")] = 1,
-    plugins: Plugins = None,
 ) -> None:
     """Answer HTTP requests on 127.0.0.1 with the newest finished model of a device, while training goes on.
 
@@ -27,7 +26,7 @@ def serve(
     from client.endpoint import Endpoint, Follower
 
     torch.set_num_threads(threads)
-    place = find(folder, device, plugins)
+    place = find(folder, device)
     with Follower(place) as follower, Endpoint(follower, port) as endpoint:
         sys.stdout.write(f"serving device {place.about.device} at {endpoint.url}\n")
         sys.stdout.flush()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import numpy as np
 import torch
 
 from lightcl.data.images import Source
-from lightcl.errors import Failure, RequestError
+from lightcl.errors import Failure, RequestError, one_line
 from lightcl.export.formats import Run, export_module, find_format, metadata
 from lightcl.export.model import BATCH, Model
 from lightcl.seeds import numpy_generator
@@ -58,8 +60,9 @@ def export(model: Model, format_name: str, file: Path, images: np.ndarray) -> Co
     try:
         with writable(file, "--out"):
             file.parent.mkdir(parents=True, exist_ok=True)
+        with _other_errors(format_name):
             kind.write(network, example, temporary, metadata(model))
-        compared = compare(model, kind.open(temporary, network), images)
+            compared = compare(model, kind.open(temporary, network), images)
         if not compared.passed:
             raise Failure(
                 f"the {format_name} file does not answer as PyTorch does: the largest difference of a score is "
@@ -84,6 +87,20 @@ def compare(model: Model, run: Run, images: np.ndarray) -> Comparison:
     largest = max(float(np.abs(found - expected).max()), float(np.abs(alone - expected[:1]).max()))
     same = int((found.argmax(1) == expected.argmax(1)).sum())
     return Comparison(len(images), largest, same)
+
+
+@contextmanager
+def _other_errors(format_name: str) -> Iterator[None]:
+    """Makes a Failure of what an exporter or a runtime raises: each has its own errors, without a common base."""
+    try:
+        yield
+    except (RequestError, Failure):
+        raise
+    except Exception as error:
+        raise Failure(
+            f"the model cannot be written or run as {format_name} ({type(error).__name__}: {one_line(str(error))}); "
+            "try another --format"
+        ) from error
 
 
 def _shape(model: Model) -> tuple[int, int, int]:
