@@ -48,6 +48,7 @@ from lightcl.exchange.messages import (
     Refusal,
 )
 from lightcl.exchange.tensors import ExchangeError, decoded
+from lightcl.export.model import Description
 from lightcl.networks.staged import Backbone
 from lightcl.scenario import Scenario, scenario_from_json
 from lightcl.storage.files import exclusive
@@ -212,6 +213,8 @@ def _with_device(
             ),
             board=local.board(folder, scenario.device.accelerator),
         )  # fmt: skip
+        if local.durable:  # a board: `lightcl device predict` and `serve` read its state without the server
+            Description.of(scenario, instruction.device, source, device.stream.head).write(folder)
 
         def receive() -> None:
             record = message.content.array_records.get(ARRAYS)

@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "footprint": ("simulations.commands.footprint", "Count FLOPs and memory of training, per method"),
     "plan": ("simulations.commands.plan", "Fit a LightCL scenario into a memory budget"),
     "pretrain": ("simulations.commands.pretrain", "Train the network whose first blocks are frozen as the prefix"),
+    "export": ("simulations.commands.export", "Export a trained model to ONNX, TorchScript or safetensors"),
     "report": ("simulations.commands.report", "Rebuild the report of a run"),
     "sweep": (
         "simulations.sweeps.commands",

@@ -8,7 +8,9 @@ from client.commands.check import check
 from client.commands.doctor import doctor
 from client.commands.init import init
 from client.commands.install import install
+from client.commands.predict import predict
 from client.commands.run import run
+from client.commands.serve import serve
 from client.commands.status import logs, status
 
 app = typer.Typer(
@@ -24,5 +26,5 @@ def _device() -> None:
     """Commands for a board."""
 
 
-for command in (init, doctor, run, status, logs, install, check):
+for command in (init, doctor, run, status, logs, install, check, predict, serve):
     app.command()(command)

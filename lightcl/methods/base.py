@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from lightcl.data.section import Data, Fleet, Stream
 from lightcl.data.tasks import Batch, Samples, TaskContext
+from lightcl.errors import RequestError
+from lightcl.networks.inference import Inference
 from lightcl.networks.section import Network
 from lightcl.networks.staged import Backbone, OnMap
 from lightcl.registry import Registry
@@ -218,6 +220,19 @@ class Method:
     def predict(self, batch: Batch) -> Tensor:
         """Logits `[N, head]`; the network is in evaluation mode and gradients are off. The labels are not read."""
         return self.logits_of(batch)
+
+    def inference(self) -> nn.Module:
+        """`predict` as a module for export: float32 images `[N, C, H, W]` in 0..1 to logits `[N, head]`.
+
+        The logits may differ from those of `predict` by a constant per image, which no softmax sees. A method that
+        overrides `predict` overrides this, too. Raises RequestError where it does not.
+        """
+        if type(self).predict is not Method.predict:
+            raise RequestError(
+                f"method {self.parameters.name} cannot be exported: it overrides Method.predict, but not "
+                "Method.inference"
+            )
+        return Inference(self.network)
 
     # -- the network -------------------------------------------------------------------------------------------
 

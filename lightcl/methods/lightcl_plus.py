@@ -30,7 +30,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightcl.data.tasks import Batch, TaskContext
@@ -38,6 +38,8 @@ from lightcl.errors import RequestError
 from lightcl.methods.base import StepCost, register
 from lightcl.methods.lightcl import LightCL, LightCLParameters
 from lightcl.methods.parts.closed_form import LinearHead, Statistics, discriminant_head, statistics_bytes
+from lightcl.methods.parts.fused import FusedInference
+from lightcl.networks.inference import Inference
 from lightcl.networks.staged import Backbone
 from lightcl.storage.state import under
 
@@ -163,6 +165,17 @@ class LightCLPlus(LightCL):
             return suffix_logits
         # The two experts differ in what is normalized: LDA over all known classes, the suffix within each task.
         return head.log_posteriors(phi) + self.parameters.suffix_weight * self._within_tasks(suffix_logits)
+
+    def inference(self) -> nn.Module:
+        """`predict` with both classifiers as one linear layer (`FusedInference`)."""
+        head = self._head(torch.device("cpu"))
+        if not bool(head.known.any()):
+            return Inference(self.network)
+        sums = self.statistics_of
+        center = sums.total.sum(0) / sums.count.sum().clamp_min(1)
+        return FusedInference(
+            self.network, self.maps, self.grid, head, self.task_of, self.parameters.suffix_weight, center
+        )
 
     def _within_tasks(self, logits: Tensor) -> Tensor:
         """Log-softmax over the classes of each task; for classes that only other devices have seen, of guessing."""

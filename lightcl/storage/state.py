@@ -124,6 +124,14 @@ class StateFolder:
             "remove the folder: the device then begins its stream again"
         )
 
+    def load_previous(self) -> Stored | None:
+        """The older generation, for a reader; None where there is none or it cannot be read."""
+        reader = StateFolder(self.folder, durable=self.durable)  # so that the next save here follows the newest
+        try:
+            return reader._load(self.folder / PREVIOUS, None)
+        except (OSError, Damaged):
+            return None
+
     def _load(self, manifest: Path, check: Callable[[Stored], object] | None) -> Stored | None:
         """The generation of this manifest. Raises Damaged or OSError."""
         generation = _read(manifest)

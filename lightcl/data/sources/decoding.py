@@ -47,6 +47,14 @@ def resized(picture: Image.Image, size: int) -> Image.Image:
     return picture if picture.size == (size, size) else picture.resize((size, size), Image.Resampling.BILINEAR)
 
 
+def fitted(picture: Image.Image, height: int, width: int, channels: int) -> np.ndarray:
+    """The image as uint8 `[height, width, channels]`, resized as `resized` does and converted to gray or RGB."""
+    if picture.size != (width, height):
+        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+    array = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
+    return array.reshape(height, width, channels)
+
+
 def image_set(pictures: Sequence[Image.Image], places: Sequence[str], labels: Sequence[Any]) -> ImageSet:
     """Stacks decoded images; one RGB image makes all RGB.
 
