@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,6 +209,7 @@ def _start_local(workers: int) -> None:
     Raises Failure where Ray was too slow `STARTS` times.
     """
     for _ in range(STARTS):
+        before = _children()
         try:
             ray.init(
                 address="local",  # neither RAY_ADDRESS nor another Ray on this machine is meant
@@ -221,9 +222,23 @@ def _start_local(workers: int) -> None:
             if "timed out" not in str(error):  # Ray has no class of its own for it
                 raise
             ray.shutdown()
+            for pid in _children() - before:  # Ray forgets them, and they would slow down the next start
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         else:
             return
     raise Failure(f"Ray did not start within 30 s, {STARTS} times in a row; is this machine overloaded?")
+
+
+def _children() -> set[int]:
+    """The processes that this one has started and that still run (Linux)."""
+    found = set()
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            _, parent, *_ = (place / "stat").read_text().rpartition(")")[2].split()
+            if int(parent) == os.getpid():
+                found.add(int(place.name))
+    return found
 
 
 def _connect(address: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 from typing import Any
 
 import pytest
@@ -35,6 +37,25 @@ def test_a_slow_start_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
         assert connection.address is None
     assert len(calls) == 3
     assert all(call["address"] == "local" for call in calls)
+
+
+def test_what_a_slow_start_has_left_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[subprocess.Popen[bytes]] = []
+    other = subprocess.Popen(["sleep", "60"])
+
+    def init(**options: Any) -> None:
+        if not left:
+            left.append(subprocess.Popen(["sleep", "60"]))
+            raise TOO_SLOW
+
+    monkeypatch.setattr(ray_engine.ray, "init", init)
+    try:
+        with connected(Scenario()):
+            assert left[0].wait(10) == -signal.SIGKILL
+            assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_it_gives_up_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
