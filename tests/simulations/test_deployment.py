@@ -110,10 +110,8 @@ def wait_for_port(port: int, processes: Processes) -> None:
     raise AssertionError(processes.logs())
 
 
-def start_boards(
-    processes: Processes, tmp_path: Path, boards: int, plugins: dict[int, Path] | None = None, settings: str = ""
-) -> None:
-    """Starts a SuperLink, which `flwr run` knows as boards, and a SuperNode per board, each with these `settings`."""
+def start_boards(processes: Processes, tmp_path: Path, boards: int, plugins: dict[int, Path] | None = None) -> None:
+    """Starts a SuperLink, which `flwr run` knows as boards, and a SuperNode per board."""
     port = free_port()
     processes.start(
         "superlink", "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port),
@@ -122,7 +120,6 @@ def start_boards(
     for number in range(boards):
         config = (
             f'partition-id={number} num-partitions={boards} name="board-{number}" state-dir="{tmp_path}/board-{number}"'
-            f" {settings}"
         )
         if plugins and number in plugins:
             processes.environment["LIGHTCL_PLUGINS"] = str(plugins[number])

@@ -23,15 +23,16 @@ fleet: {devices: 2, test_data: whole}
 training: {epochs: 1, batch_size: 16}
 """
 PLUGIN = '''
-"""The sensors of this board are files in the folder beside this one."""
+"""This board has a limit, and its sensors are files in the folder beside this one."""
 
 from pathlib import Path
 
+from lightcl.device.metering import Board, Limits
 from lightcl.device.telemetry import Sensors
 
 ROOT = Path(__file__).with_name("root")
-real = Sensors.__init__
-Sensors.__init__ = lambda self, root=ROOT, gpu=None: real(self, ROOT)
+real = Board.__init__
+Board.__init__ = lambda self, folder, sensors, limits: real(self, folder, Sensors(ROOT), Limits(85.0))
 '''
 
 
@@ -41,7 +42,7 @@ def test_a_hot_board_is_asked_again_and_finishes(processes: Processes, tmp_path:
     board.zone(1, "gpu-thermal", 90_000)
     # The board wants a minute; the server gives it 10 seconds.
     (tmp_path / "two-boards.yaml").write_text(SCENARIO + "server: {longest_back_off: 10}\n")
-    start_boards(processes, tmp_path, 2, {1: tmp_path / "sensors.py"}, "limit-temperature-c=85")
+    start_boards(processes, tmp_path, 2, {1: tmp_path / "sensors.py"})
     out = tmp_path / "run"
     run_config = f'scenario="{tmp_path / "two-boards.yaml"}" out="{out}"'
     processes.start("flwr-run", "flwr", "run", str(CHECKOUT), "boards", "--stream", "--run-config", run_config)
