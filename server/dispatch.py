@@ -20,7 +20,7 @@ from server.mailbox import ENDS_THE_RUN, LATE_SECONDS, Mailbox, record_of
 from server.nodes import Nodes
 from server.replies import back_off_of
 
-LEAST_BACK_OFF = 1.0
+LEAST_BACK_OFF = 5.0
 """Seconds: a device that wants to be asked at once is not asked in an endless hurry."""
 
 

@@ -5,9 +5,13 @@ Its rows are those that the server writes for the device under `server.aggregati
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 
 from lightcl.device.device import EdgeDevice
+from lightcl.device.metering import Board
+from lightcl.device.telemetry import Sensors
 from lightcl.errors import RequestError
 from lightcl.preparation import Prepared
 from lightcl.records import DeviceRow, Results, RoundRow
@@ -26,6 +30,10 @@ def check_alone(scenario: Scenario) -> None:
         )
 
 
+TELEMETRY = "LIGHTCL_TELEMETRY"
+"""Environment variable; 1: this machine's sensors are read. Its energy is the device's only where nothing else runs."""
+
+
 def train_alone(prepared: Prepared, number: int, folder: RunFolder, progress: LiveProgress) -> None:
     """Trains and tests device `number` on the tasks that the folder has no row of yet; the folder is open and locked.
 
@@ -34,9 +42,10 @@ def train_alone(prepared: Prepared, number: int, folder: RunFolder, progress: Li
     """
     scenario = prepared.scenario
     epochs = scenario.training.epochs
+    state = folder.path / "devices" / f"device-{number:05d}"
     device = EdgeDevice(
-        scenario, number, folder.path / "devices" / f"device-{number:05d}", source=prepared.source,
-        share=prepared.shares[number], head=prepared.counts.head,
+        scenario, number, state, source=prepared.source, share=prepared.shares[number], head=prepared.counts.head,
+        board=_board(state),
     )  # fmt: skip
     to_learn = device.stream.ids[device.stream.first :]
     done = _tasks_done(device, folder)
@@ -54,6 +63,8 @@ def train_alone(prepared: Prepared, number: int, folder: RunFolder, progress: Li
         tested = device.evaluate()
         listeners.device_done(number, "evaluate")
         row.add_training_(trained)
+        if device.telemetry:
+            row.add_telemetry_(device.telemetry)
         row.add_test_(tested)
         folder.append(DEVICES, [row])
         summary = RoundRow.of([row], int(device.finished), training_seconds, time.monotonic() - start)
@@ -64,6 +75,10 @@ def train_alone(prepared: Prepared, number: int, folder: RunFolder, progress: Li
             [device.rows], scenario.stream.tasks, ids=[device.stream.ids], devices=1, dropped={}, rounds=folder.rounds()
         )
     )
+
+
+def _board(state: Path) -> Board | None:
+    return Board(state, Sensors()) if os.environ.get(TELEMETRY) == "1" else None
 
 
 def _tasks_done(device: EdgeDevice, folder: RunFolder) -> int:

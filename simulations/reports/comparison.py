@@ -26,7 +26,7 @@ from simulations.reports.page import page_environment
 from simulations.reports.pictures import Drawing, paint
 from simulations.reports.run_figures import FIGURES, RunFigures
 from simulations.reports.statistics import Difference, Mean, paired_difference, unpaired_difference
-from simulations.reports.wording import DASH, duration, interval_text, percent, size
+from simulations.reports.wording import DASH, duration, energy, interval_text, percent, size
 
 PAGE = "comparison.html"
 DATA_KEYS = ("source", "image_size", "test_fraction", "augmentation")
@@ -94,6 +94,11 @@ class Group:
     def bytes_up(self) -> float:
         """Per run."""
         return fmean(run.bytes_up for run in self.runs)
+
+    @property
+    def joules(self) -> Mean | None:
+        """Energy per learned task, over the devices and seeds that measured it; None where none did."""
+        return Mean.of([energy for run in self.runs for energy in run.joules.values()])
 
     @property
     def seconds(self) -> float:
@@ -275,6 +280,10 @@ class Comparison:
         return any(group.process_mib and not group.step_bytes for group in self.groups)
 
     @property
+    def has_energy(self) -> bool:
+        return any(group.joules for group in self.groups)
+
+    @property
     def differing_keys(self) -> list[tuple[str, list[str]]]:
         """Scenario keys in which the groups that have them differ, with the values by group (DASH: no such key)."""
         flat = [_flat(_decisive(group.scenario)) for group in self.groups]
@@ -348,6 +357,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
             },
             "training_step_bytes": group.step_bytes, "process_mib": group.process_mib,
             "bytes_down": group.bytes_down, "bytes_up": group.bytes_up, "seconds": group.seconds,
+            "joules_per_task": mean_json(group.joules),
         })  # fmt: skip
     return {"title": comparison.title, "warnings": comparison.warnings, "groups": groups}
 
@@ -460,8 +470,10 @@ def table_rows(comparison: Comparison) -> list[Table]:
         cells += [_mean_text(group.mean(s, key)) for s, key in columns]
         cells += [f"{group.step_bytes / MIB:.1f}" if group.step_bytes else DASH] * step
         cells += [f"{group.process_mib:.0f}" if group.process_mib else DASH] * process
+        cells += [_energy_text(group.joules)] * comparison.has_energy
         rows.append([*cells, size(group.bytes_down), size(group.bytes_up), duration(group.seconds)])
-    headings = ["run", "seeds", "devices", *names, *memory, "down", "up", "time per run"]
+    spent = ["energy per learned task"] * comparison.has_energy
+    headings = ["run", "seeds", "devices", *names, *memory, *spent, "down", "up", "time per run"]
     tables = [("Percent; mean ± standard error over devices and seeds", headings, rows)]
     if comparison.differences:
         rows = []
@@ -495,6 +507,12 @@ def markdown(comparison: Comparison, more: Sequence[Table] = ()) -> str:
 def mean_interval(mean: Mean) -> str:
     """In percent, with half of its 95 % interval."""
     return percent(mean.mean) + (f" ± {percent(mean.margin)}" if mean.margin == mean.margin else "")
+
+
+def _energy_text(mean: Mean | None) -> str:
+    if mean is None:
+        return DASH
+    return energy(mean.mean) + (f" ± {energy(mean.error)}" if mean.error == mean.error else "")
 
 
 def _mean_text(mean: Mean | None) -> str:

@@ -69,7 +69,7 @@ def page_environment() -> jinja2.Environment:
         "ranges": number_ranges,
         "base64": lambda data: base64.b64encode(data).decode("ascii"),
     }
-    environment.globals |= {"percent": percent, "points": points}
+    environment.globals |= {"percent": percent, "points": points, "energy": energy}
     return environment
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ class RunFigures:
     """The highest resident memory of any process that trained a device, PyTorch and the images included."""
     classes: int | None = None
     """Rows of the head; None where the run did not record it."""
+    joules: Mapping[int, float] = field(default_factory=dict)
+    """Energy per learned task, of the devices that measured all of their trainings."""
 
     @property
     def devices(self) -> list[int]:
@@ -107,4 +109,5 @@ def read_figures(path: Path) -> RunFigures:
         seconds=shown_run.seconds,
         process_mib=max(peaks, default=0.0) or None,
         classes=shown_run.classes,
+        joules={device.number: energy for device in compared if (energy := device.joules_per_task) is not None},
     )

@@ -58,6 +58,8 @@ class Row:
     bytes_down: float | None = None
     """Of the entire run, mean over the seeds."""
     bytes_up: float | None = None
+    joules: float | None = None
+    """Energy per learned task, mean over the devices and seeds that measured it; None where none did."""
 
     def to_json(self) -> dict[str, Any]:
         values: dict[str, Any] = {
@@ -69,6 +71,7 @@ class Row:
             "seconds": self.seconds,
             "bytes_down": self.bytes_down,
             "bytes_up": self.bytes_up,
+            "joules_per_task": self.joules,
         }
         for name, figure in self.figures.items():
             values[name] = figure and {
@@ -84,8 +87,8 @@ def results_of(sweep: Sweep, cell: Cell) -> Any | None:
     return read_results(sweep.run_folder(cell))
 
 
-def row_of(sweep: Sweep, point: Point, footprint: Mapping[str, Any] | None) -> Row:
-    """One point, over the seeds whose runs are all complete."""
+def row_of(sweep: Sweep, point: Point, footprint: Mapping[str, Any] | None, group: Group | None = None) -> Row:
+    """One point, over the seeds whose runs are all complete; `group` are its complete runs, for their energy."""
     by_seed: list[list[Any]] = []
     for seed in sweep.seeds:
         results = [results_of(sweep, cell) for cell in sweep.of(point) if cell.seed == seed]
@@ -111,6 +114,7 @@ def row_of(sweep: Sweep, point: Point, footprint: Mapping[str, Any] | None) -> R
         mean([fmean(r["seconds"] for r in results) for results in by_seed]),
         mean([sum(r["bytes_down"] for r in results) for results in by_seed]),
         mean([sum(r["bytes_up"] for r in results) for results in by_seed]),
+        spent.mean if group and (spent := group.joules) else None,
     )
 
 
@@ -176,6 +180,8 @@ def _main_table(sweep: Sweep, rows: Sequence[Row], spread: Spread) -> list[str]:
         headings += ["TFLOPs", "MiB, theory", "MiB, measured", "measured / theory", "measured / SGD"]
     sent = any(row.bytes_down or row.bytes_up for row in rows)
     headings += ["MB down", "MB up"] if sent else []
+    measured_energy = any(row.joules is not None for row in rows)
+    headings += ["J per learned task"] if measured_energy else []
     headings += ["seconds per run"]
     measured = {row.label: row.measured for row in rows}
     setting = {point.label: point.setting for point in sweep.points}
@@ -189,6 +195,7 @@ def _main_table(sweep: Sweep, rows: Sequence[Row], spread: Spread) -> list[str]:
             cells += [_significant(row.flops, 1e12), _number(row.counted, MIB, 1), _number(row.measured, MIB, 1)]
             cells += [_ratio(row.measured, row.counted), _ratio(row.measured, sgd.get(setting[row.label]))]
         cells += [_number(row.bytes_down, 1e6, 1), _number(row.bytes_up, 1e6, 1)] if sent else []
+        cells += [_significant(row.joules, 1)] if measured_energy else []
         lines.append(f"| {' | '.join([*cells, _number(row.seconds, 1, 0)])} |")
     return lines
 
@@ -313,8 +320,8 @@ def write_summary(
     """Writes and prints the summary of all complete runs."""
     from simulations.reports.plots import LIGHT, accuracy_over_memory, png
 
-    rows = [row_of(sweep, point, footprints.get(point.label)) for point in sweep.points]
     groups = {group.label: group for group in groups_of(sweep, footprints)}
+    rows = [row_of(sweep, p, footprints.get(p.label), groups.get(p.label)) for p in sweep.points]
     differences = {}
     for point in sweep.points:
         base = sweep.baseline_of(point)

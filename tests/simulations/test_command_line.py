@@ -12,9 +12,11 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import ServerApp
 
+from lightcl.device.telemetry import Sensors
 from lightcl.scenario import Scenario, scenario_keys
 from simulations import main as command_line
 from tests.inprocess import InProcessGrid
+from tests.lightcl.device.boards import orin
 
 SCENARIO = """\
 name: tiny
@@ -200,6 +202,21 @@ def test_a_device_alone_whose_state_is_gone_keeps_its_rows(
     assert lightcl(monkeypatch, "train", scenario, "--out", "run", "--resume") == 2
     assert "has rows of 2 tasks, but the device's state only of 0" in capfd.readouterr().err
     assert Path("run/rounds.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_device_alone_reads_sensors_where_it_is_told_to(
+    scenario: Path, monkeypatch: pytest.MonkeyPatch, measured: bool
+) -> None:
+    root = Path("root").absolute()
+    orin(root)
+    monkeypatch.setattr("simulations.alone.Sensors", lambda: Sensors(root))
+    if measured:
+        monkeypatch.setenv("LIGHTCL_TELEMETRY", "1")
+    assert lightcl(monkeypatch, "train", scenario, "--out", "run") == 0
+    for line in Path("run/devices.jsonl").read_text().splitlines():
+        assert json.loads(line)["timing"].get("power_source") == ("VDD_IN" if measured else None)
+    assert Path("run/plots/board-energy.png").exists() == measured
 
 
 def test_a_damaged_run_folder_is_named_and_not_changed(

@@ -18,7 +18,15 @@ from lightcl.records import DeviceRow, Figures, Results, RoundRow
 from lightcl.records.folder import DEVICES, ROUNDS, RunFolder
 from lightcl.scenario import Scenario
 from simulations.commands.compare import By, collect, compare, print_comparison
-from simulations.reports.comparison import Group, build_comparison, difference, group_runs, pairing_problems, to_json
+from simulations.reports.comparison import (
+    Group,
+    build_comparison,
+    difference,
+    group_runs,
+    markdown,
+    pairing_problems,
+    to_json,
+)
 from simulations.reports.comparison import compare as compare_groups
 from simulations.reports.run_figures import read_figures
 from simulations.reports.statistics import Difference
@@ -32,8 +40,8 @@ SGD: 0.6 and 0.4 on average, forgetting 0.5 and 0.7. LightCL: 0.8 and 0.6, forge
 
 def make_run(path: Path, method: str, *, seed: int = 0, alpha: float | None = None, dropped: tuple[int, ...] = (),
              finish: bool = True, shift: float = 0.0, train: int = 0, aggregation: str = "none",
-             images: tuple[int, int] = (5, 5)) -> Path:  # fmt: skip
-    """`images[device]`: training images of each of the two tasks."""
+             images: tuple[int, int] = (5, 5), joules: float = 0.0) -> Path:  # fmt: skip
+    """`images[device]`: training images of each task. `joules`: of device 0 per task; device 1 has half of it."""
     fleet = {"devices": 2} | ({"partition": "dirichlet", "alpha": alpha} if alpha else {})
     scenario = Scenario.model_validate(
         {
@@ -53,6 +61,8 @@ def make_run(path: Path, method: str, *, seed: int = 0, alpha: float | None = No
         for device, end in enumerate(ENDS[method]):
             row = {"round": task + 1, "device": device, "name": f"d{device}", "task": task, "epochs": 1}
             row |= {"bytes_down": 0, "bytes_up": 0, "timing": {"peak_memory_mib": 500.0 + device + task}}
+            if joules:
+                row["timing"]["energy_joules"] = joules / (device + 1)
             if device not in dropped:
                 til = [value + shift for value in ([0.9], end)[task]]
                 row |= {"examples": images[device], "loss": 1.0, "til": til, "cil": [v / 2 for v in til]}
@@ -76,6 +86,21 @@ def group(*paths: Path, label: str = "g", step: int | None = None) -> Group:
 def text_of(page: Path) -> str:
     source = re.sub(r"<style>.*?</style>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", source)).split())
+
+
+def test_energy_per_learned_task_is_compared_where_it_was_measured(tmp_path):
+    measured = group(make_run(tmp_path / "a", "sgd", joules=3000.0), label="sgd")
+    other = group(make_run(tmp_path / "b", "lightcl"), label="lightcl")
+    assert measured.runs[0].joules == {0: 3000.0, 1: 1500.0}
+    comparison = build_comparison([measured, other], tmp_path / "c", title="t")
+    (first, second) = to_json(comparison)["groups"]
+    assert (first["joules_per_task"]["mean"], second["joules_per_task"]) == (2250.0, None)
+    table = markdown(comparison)
+    assert "| energy per learned task |" in table
+    assert "| 2.25\u00a0kJ ± 750.0\u00a0J |" in table
+    assert "2.25 kJ ± 750.0 J" in text_of(tmp_path / "c" / "comparison.html")
+    without = compare_groups([other, group(make_run(tmp_path / "d", "sgd"), label="sgd")], title="t")
+    assert "energy" not in markdown(without)
 
 
 def test_a_run_is_read(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import html
 import json
 import re
@@ -166,6 +167,24 @@ def test_bytes_are_reported_where_tensors_were_sent(tmp_path: Path) -> None:
     text = text_of(build_report(make_run(tmp_path, TWO_DEVICES, [round_row(1, 700), round_row(2, 900)], results())))
     assert "Only metrics left" not in text
     assert "1.6 kB down and 3.2 kB up over the run, on average 400 bytes and 800 bytes per device and round" in text
+
+
+@pytest.mark.usefixtures("_unpainted")
+def test_what_boards_measured_is_shown_where_a_run_has_it(tmp_path: Path) -> None:
+    rows = [device_row(d, t) for t in range(2) for d in range(2)]
+    for number, row in enumerate(rows):
+        row["timing"] |= {"energy_joules": 100.0 * (number + 1), "power_source": "VDD_IN", "temperature_c": 60.0}
+    rows[3]["timing"] |= {"backed_off_seconds": 90.0, "backed_off_reason": "gpu has 90 °C", "throttled": 0.5}
+    rows[2]["timing"].pop("energy_joules")  # device 0 did not measure its second task
+    folder = make_run(tmp_path, rows, TWO_ROUNDS, results())
+    text = text_of(build_report(folder))
+    # Device 1 used 200 and 400 J for its two tasks.
+    assert "Training took 600.0 J, 300.0 J per learned task (measured by: VDD_IN). The server waited 90.0 s" in text
+    assert "last: gpu has 90 °C" in text
+    drawn = {file.stem for file in (folder.path / "plots").iterdir()}
+    assert {name for name in drawn if name.startswith("board-")} == {"board-temperature", "board-energy"}
+    table = list(csv.DictReader((folder.path / "devices.csv").open(encoding="utf-8")))
+    assert [row["joules_per_task"] for row in table] == ["", "300.0"]
 
 
 @pytest.mark.usefixtures("_unpainted")

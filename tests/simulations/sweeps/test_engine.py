@@ -182,6 +182,19 @@ def test_missing_figures_in_the_summary_are_dashes(tmp_path):
     assert "commit unknown" in text
 
 
+def test_energy_has_a_column_where_a_run_measured_it(tmp_path):
+    sweep = plan(tmp_path / "out", "er", "sgd")
+    start = {"command": "c", "git_commit": None, "libraries": {"torch": "2"}, "machine": "Linux"}
+    figures = {f"{s} {k}": None for s in ("cil", "til") for k in ("average_accuracy", "forgetting")}
+    rows = [Row("er", 1, figures, joules=1234.5), Row("sgd", 1, figures)]
+    text = table(sweep, {"starts": [start]}, rows, {})
+    assert "| J per learned task | seconds per run |" in text
+    assert [line.split("|")[-3].strip() for line in text.splitlines() if line.startswith(("| er", "| sgd"))] == [
+        "1230",
+        "–",
+    ]
+
+
 def test_complete_runs_are_not_run_again_and_begun_ones_continue(tmp_path):
     assert run_cells(made(tmp_path / "out"), 1, QUIET) == {}  # nothing is left to run
     begun = plan(tmp_path / "other", "sgd")

@@ -1,0 +1,70 @@
+"""`Mailbox.send_and_wait` where replies ask to be asked again: with a grid of this file and no device."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from server.mailbox import Mailbox
+from tests.inprocess import InProcessGrid
+
+
+class Grid:
+    """Replies to each message at once, and counts those of each node."""
+
+    simulated = False
+
+    def __init__(self) -> None:
+        self.sent: list[int] = []
+        self._replies: dict[str, Message] = {}
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            ids.append(f"message-{len(self.sent)}")
+            message.metadata.__dict__["_message_id"] = ids[-1]
+            self.sent.append(message.metadata.dst_node_id)
+            number = self.sent.count(message.metadata.dst_node_id)
+            self._replies[ids[-1]] = Message(RecordDict({"reply": ConfigRecord({"number": number})}), reply_to=message)
+        return ids
+
+    def pull_messages(self, ids: Iterable[str]) -> list[Message]:
+        return [self._replies.pop(i) for i in list(ids) if i in self._replies]
+
+
+def message_for(node: int) -> Message:
+    return Message(RecordDict(), dst_node_id=node, message_type="train")
+
+
+def number_of(reply: Message) -> int:
+    return int(reply.content.config_records["reply"]["number"])  # type: ignore[arg-type]
+
+
+def wait(tmp_path: Path, grid: Grid, **hooks: object) -> dict[int, int]:
+    InProcessGrid(tmp_path, 0)  # sets what Flower's messages need
+    mailbox = Mailbox(grid, threading.Event())  # type: ignore[arg-type]
+    sent = {key: message_for(node) for key, node in ((0, 100), (1, 101))}
+    replies = mailbox.send_and_wait(sent, 60, **hooks)  # type: ignore[arg-type]
+    return {key: number_of(reply) for key, reply in replies.items()}
+
+
+def test_a_reply_that_asks_for_later_is_not_done(tmp_path: Path) -> None:
+    grid, done = Grid(), []
+    found = wait(
+        tmp_path, grid, done=done.append,
+        postponed=lambda key, reply: 0.01 if key == 1 and number_of(reply) < 3 else None,
+        again=lambda key: message_for(100 + key),
+    )  # fmt: skip
+    assert found == {0: 1, 1: 3}
+    assert grid.sent == [100, 101, 101, 101]
+    assert done == [0, 1]
+
+
+def test_a_device_that_is_gone_by_then_is_missing(tmp_path: Path) -> None:
+    grid = Grid()
+    found = wait(tmp_path, grid, postponed=lambda key, _: 0.01 if key == 1 else None, again=lambda _: None)
+    assert found == {0: 1}
+    assert grid.sent == [100, 101]
