@@ -22,7 +22,7 @@ from server.link.runs import MOST_FAILURES, Run, Runs
 from server.link.superlink import SuperLink, check_port, end_marked, free_port, superlink_command
 
 TICK_SECONDS = 1.0
-LOOK_SECONDS = 10.0
+LOOK_SECONDS = 20.0
 """Between two questions to Flower whether a run is still going: each starts a Python process."""
 
 
