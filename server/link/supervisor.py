@@ -22,6 +22,8 @@ from server.link.runs import MOST_FAILURES, Run, Runs
 from server.link.superlink import SuperLink, check_port, end_marked, free_port, superlink_command
 
 TICK_SECONDS = 1.0
+REFUSED_SECONDS = 10.0
+"""After Flower has refused to start a run."""
 LOOK_SECONDS = 20.0
 """Between two questions to Flower whether a run is still going: each starts a Python process."""
 
@@ -150,6 +152,7 @@ class Supervisor:
             "scenario": str(self.runs.scenario_file(run)), "set": "", "out": run.out, "resume": resume,
         }  # fmt: skip
         rounds = run.progress.rounds
+        self._next_start = time.monotonic() + REFUSED_SECONDS
         number = self.flower.start(config)
         self.runs.save(replace(run, state="going", flower=number, starts=run.starts + 1))
         verb = f"continues after round {rounds}" if resume else "starts"
