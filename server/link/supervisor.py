@@ -84,12 +84,8 @@ class Supervisor:
             else:
                 self._register(everything=False)
             self._advance()
-        except FlowerError as error:
-            if str(error) != self._shown:  # it may be on its way down: the next tick sees
-                self._shown = str(error)
-                self.say(f"warning: {error}")
-        except (RequestError, OSError) as error:
-            if str(error) != self._shown:
+        except (FlowerError, RequestError, OSError) as error:
+            if str(error) != self._shown:  # SuperLink may be on its way down: the next tick sees
                 self._shown = str(error)
                 self.say(f"warning: {one_line(str(error))}")
 
