@@ -36,7 +36,8 @@ def init(
     from server.link.folder import ServerFolder, Settings
 
     addresses = [check_address(one) for one in address or []] or own_addresses()
-    settings = Settings(addresses[0], port, devices=devices, insecure=insecure)
+    listen = "::" if ":" in addresses[0] else "0.0.0.0"
+    settings = Settings(addresses[0], port, listen, devices=devices, insecure=insecure)
     made = ServerFolder.create(folder, settings, addresses, overwrite=overwrite)
     typer.echo(f"server folder: {made.path}")
     typer.echo(f"boards connect to {settings.server}")

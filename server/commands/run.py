@@ -30,7 +30,7 @@ def run(
 
     from lightcl.errors import Failure, RequestError
     from server.link.folder import ServerFolder
-    from server.link.runs import Runs, prepare
+    from server.link.runs import Runs, ask_apart
     from server.link.supervisor import Supervisor, check_before_start, only_server
 
     def say(text: str) -> None:
@@ -42,9 +42,7 @@ def run(
     with only_server(found):
         check_before_start(found)
         if scenario is not None:
-            loaded, place = prepare(scenario, changes or [], out, found.settings.devices)
-            _, text = Runs(found).ask(str(scenario), changes or [], loaded, place)
-            say(text)
+            say(ask_apart(found, scenario, changes or [], out))
         runs = Runs(found)
         asked = {one.number for one in runs.all() if one.open}
         Supervisor(found, say).run(lambda: until_done and not any(one.open for one in runs.all()))

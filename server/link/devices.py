@@ -60,7 +60,11 @@ class Devices:
         write_private(self._files / f"{device.name}.toml", tomli_w.dumps(asdict(device)))
 
     def note_node(self, device: Device, node: str) -> None:
-        self.save(replace(device, node=node, retired=""))
+        """Keeps by which number Flower knows a board, unless the board has got another key meanwhile."""
+        with exclusive(self._files):
+            now = Device.read(self._files / f"{device.name}.toml")
+            if now.public_key == device.public_key:
+                self.save(replace(now, node=node, retired=""))
 
     def add(
         self, name: str, *, public_key: str | None = None, number: int | None = None, replaces: bool = False

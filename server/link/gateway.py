@@ -31,6 +31,9 @@ KNOCKS = ("/v1/fleet/register-node", "/v1/fleet/activate-node")
 KEY_HEADER = "flwr-public-key"
 MOST_BODY_BYTES = 32 << 20
 """Of one request; Flower sends tensors in pieces of 5 MiB."""
+BODY_SECONDS = 300.0
+"""In which a request must have arrived: 5 MiB at 150 kbit per second."""
+MOST_CONNECTIONS = 1000
 LONGEST_WAIT_SECONDS = 10.0
 """A request that would have to wait longer is refused with 503, after which SuperNodes try again."""
 UPSTREAM_SECONDS = 60.0
@@ -108,7 +111,10 @@ class Gateway:
             return _Answer.text(503, "too many requests")
         await asyncio.sleep(wait)
         try:
-            body = await _body(receive)
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await _body(receive)
+        except TimeoutError:
+            return _Answer.text(408, f"a request may take {BODY_SECONDS:g} s to arrive")
         except _TooLarge:
             return _Answer.text(413, f"a request may have {MOST_BODY_BYTES} bytes")
         begins = path == BEGINS_REPLY
@@ -159,7 +165,8 @@ class GatewayServer:
         certificate = str(folder.certificate) if secure else None
         config = uvicorn.Config(
             self.app, host=settings.listen, port=settings.port, lifespan="off", log_level="critical", access_log=False,
-            server_header=False, timeout_graceful_shutdown=3, ssl_certfile=certificate, ssl_keyfile=certificate,
+            server_header=False, limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=3,
+            ssl_certfile=certificate, ssl_keyfile=certificate,
         )  # fmt: skip
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, name="gateway", daemon=True)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 from lightcl.errors import RequestError
-from lightcl.records.folder import RunFolder
 from lightcl.storage.files import exclusive
 from server.link.folder import ServerFolder, write_private
+from server.link.progress import Progress
 
 if TYPE_CHECKING:
     from lightcl.scenario import Scenario
@@ -46,8 +48,8 @@ class Run:
         return self.state in ("waiting", "going")
 
     @property
-    def results(self) -> RunFolder:
-        return RunFolder(Path(self.out))
+    def progress(self) -> Progress:
+        return Progress(Path(self.out))
 
     def after_end(self, rounds: int, reason: str) -> Run:
         """The run after a start that ended without a result, when `rounds` of its rounds are finished.
@@ -89,6 +91,8 @@ class Runs:
 
     def ask(self, given: str, changes: list[str], scenario: Scenario, out: Path) -> tuple[Run, str]:
         """Remembers a run, or opens the one in `out` again; returns it and what to say. Raises RequestError."""
+        from lightcl.records.folder import RunFolder
+
         out, text = out.absolute(), scenario.to_yaml()
         with exclusive(self._files):
             before = next((run for run in self.all() if run.out == str(out)), None)
@@ -97,7 +101,7 @@ class Runs:
                     f"--out: {out} holds run {before.number} ({before.given}), which is another scenario; name another "
                     "folder"
                 )
-            if before and before.results.results() is not None:
+            if before and before.progress.complete:
                 return before, f"run {before.number} is complete already: {out}"
             if before and before.open:
                 return before, f"run {before.number} continues: {out}"
@@ -115,6 +119,20 @@ class Runs:
 
     def _file(self, run: Run, kind: str) -> Path:
         return self._files / f"{run.number:04d}.{kind}"
+
+
+def ask_apart(folder: ServerFolder, given: Path, changes: list[str], out: Path | None) -> str:
+    """Checks a request and remembers it (`prepare`, `Runs.ask`), in a process of its own: it loads PyTorch.
+
+    Returns what to say. Raises RequestError.
+    """
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as apart:
+        return apart.submit(_ask, folder, given, changes, out).result()
+
+
+def _ask(folder: ServerFolder, given: Path, changes: list[str], out: Path | None) -> str:
+    scenario, place = prepare(given, changes, out, folder.settings.devices)
+    return Runs(folder).ask(str(given), changes, scenario, place)[1]
 
 
 def prepare(given: Path, changes: list[str], out: Path | None, boards: int) -> tuple[Scenario, Path]:

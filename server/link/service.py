@@ -45,7 +45,7 @@ def unit(folder: ServerFolder, *, user: bool) -> str:
         raise RequestError(f"{program} is not there; install lightcl-fleet into this environment first")
     return _UNIT.format(
         user="" if user else f"User={getpass.getuser()}\n",
-        home=_quoted(Path.home()),
+        home=str(Path.home()).replace("%", "%%"),  # this key takes no quotes
         program=_quoted(program),
         folder=_quoted(folder.path),
         target="default.target" if user else "multi-user.target",

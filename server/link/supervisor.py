@@ -9,22 +9,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 
 from lightcl.errors import RequestError, one_line
-from lightcl.records.folder import EVENTS
-from lightcl.records.rows import RoundRow
 from lightcl.storage.files import exclusive
 from server.link.devices import Devices, flower_keys
 from server.link.flower import Flower, FlowerError
 from server.link.folder import ServerFolder, write_private
 from server.link.gateway import GatewayServer
+from server.link.progress import EventWatch, Say
 from server.link.runs import MOST_FAILURES, Run, Runs
 from server.link.superlink import SuperLink, check_port, end_marked, free_port, superlink_command
 
 TICK_SECONDS = 1.0
-LOOK_SECONDS = 10.0
+REFUSED_SECONDS = 10.0
+"""After Flower has refused to start a run."""
+LOOK_SECONDS = 20.0
 """Between two questions to Flower whether a run is still going: each starts a Python process."""
-Say = Callable[[str], None]
 
 
 class Supervisor:
@@ -83,12 +84,8 @@ class Supervisor:
             else:
                 self._register(everything=False)
             self._advance()
-        except FlowerError as error:
-            if str(error) != self._shown:  # it may be on its way down: the next tick sees
-                self._shown = str(error)
-                self.say(f"warning: {error}")
-        except (RequestError, OSError) as error:
-            if str(error) != self._shown:
+        except (FlowerError, RequestError, OSError) as error:
+            if str(error) != self._shown:  # SuperLink may be on its way down: the next tick sees
                 self._shown = str(error)
                 self.say(f"warning: {one_line(str(error))}")
 
@@ -135,9 +132,9 @@ class Supervisor:
         if run is None:
             return
         if self._watch is None or self._watch.run != run.number:
-            self._watch = EventWatch(run, self.say)
+            self._watch = EventWatch(run.number, Path(run.out), self.say)
         self._watch.show()
-        if run.results.results() is not None:
+        if run.progress.complete:
             self._finish(run)
         elif run.flower and run.state == "going":
             if time.monotonic() >= self._next_look:
@@ -146,11 +143,12 @@ class Supervisor:
             self._start(run)
 
     def _start(self, run: Run) -> None:
-        resume = run.results.exists
+        resume = run.progress.begun
         config: dict[str, str | bool] = {
             "scenario": str(self.runs.scenario_file(run)), "set": "", "out": run.out, "resume": resume,
         }  # fmt: skip
-        rounds = len(run.results.rounds()) if resume else 0
+        rounds = run.progress.rounds
+        self._next_start = time.monotonic() + REFUSED_SECONDS
         number = self.flower.start(config)
         self.runs.save(replace(run, state="going", flower=number, starts=run.starts + 1))
         verb = f"continues after round {rounds}" if resume else "starts"
@@ -174,12 +172,11 @@ class Supervisor:
         status, details = self.flower.status(run.flower)
         if status in ("pending", "starting", "running"):
             return
-        if run.results.results() is not None:  # written since the last look
+        if run.progress.complete:  # written since the last look
             self._finish(run)
             return
-        failure = run.results.failure()  # of this start: the next one removes it
-        reason = one_line(failure.reason if failure else details or f"Flower says {status}")
-        ended = run.after_end(len(run.results.rounds()) if run.results.exists else 0, reason)
+        reason = one_line(run.progress.failure() or details or f"Flower says {status}")
+        ended = run.after_end(run.progress.rounds, reason)
         self.runs.save(ended)
         self._next_start = time.monotonic() + ended.pause
         self.say(f"run {run.number} failed: {reason}")
@@ -192,61 +189,10 @@ class Supervisor:
             self.say(f"run {run.number} starts again in {ended.pause:g} s (failure {ended.failures})")
 
     def _finish(self, run: Run) -> None:
-        results = run.results.results()
+        results = run.progress.results()
         self.runs.save(replace(run, state="done", reason=""))
-        if results is not None:
-            self.say(
-                f"run {run.number} is complete: {results.devices_finished} of {results.devices} devices finished; "
-                f"lightcl report {run.out}"
-            )
-
-
-class EventWatch:
-    """Shows what happens in a run, from its event log; what happened before it began to watch is not shown again."""
-
-    def __init__(self, run: Run, say: Say) -> None:
-        self.run, self.say = run.number, say
-        self._file = run.results.path / EVENTS
-        with suppress(OSError):
-            self._at = self._file.stat().st_size
-            return
-        self._at = 0
-
-    def show(self) -> None:
-        for line in self._new_lines():
-            with suppress(ValueError, KeyError, TypeError, RequestError):
-                if text := self._text(json.loads(line)):
-                    self.say(f"run {self.run}: {text}")
-
-    def _new_lines(self) -> Iterator[str]:
-        with suppress(OSError), self._file.open("rb") as file:
-            if self._file.stat().st_size < self._at:  # the run began anew
-                self._at = 0
-            file.seek(self._at)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                self._at += len(line)
-                yield line.decode(errors="replace")
-
-    @staticmethod
-    def _text(event: dict[str, object]) -> str:
-        name = event.pop("event")
-        event.pop("time", None)
-        if name == "connected":
-            return f"{event['devices']} of {event['wanted']} devices connected"
-        if name == "round_started":
-            return f"round {event['round']}: {event['devices']} devices, about {event['rounds_left']} rounds left"
-        if name == "refused":
-            return f"device {event['device']}: {event['reason']}"
-        if name == "warned":
-            return f"warning: {event['text']}"
-        if name == "round_finished":
-            row = RoundRow.from_json(event, "event")
-            found = [(setting, spread) for setting in ("til", "cil") if (spread := row.accuracy(setting))]
-            accuracy = ", ".join(f"{setting.upper()} {100 * spread.mean:.1f} %" for setting, spread in found)
-            return f"round {row.round} finished" + (f": {accuracy}" if accuracy else "")
-        return ""
+        finished, devices = results.get("devices_finished", "?"), results.get("devices", "?")
+        self.say(f"run {run.number} is complete: {finished} of {devices} devices finished; lightcl report {run.out}")
 
 
 @contextmanager

@@ -112,6 +112,8 @@ def test_a_board_may_bring_its_own_key_and_get_a_new_one(folder: ServerFolder) -
     assert (again.device, again.node, again.retired) == (0, "", "77")
     assert again.public_key != public
     assert len(flower_keys([one, again])) == 2
+    devices.note_node(one, "78")  # the old key's number comes late
+    assert devices.all() == [again]
     with pytest.raises(RequestError, match="no board 'roof'"):
         devices.add("roof", replaces=True)
 

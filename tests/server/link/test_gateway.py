@@ -138,11 +138,33 @@ def test_a_board_that_asks_too_often_is_slowed_down_then_refused(
 
     gateway = Gateway(url, Limits(1, 1000, clock=lambda: 0.0), frozenset({"good", "calm"}), None)
     gateway.open = True
-    monkeypatch.setattr(module, "asyncio", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(module, "asyncio", SimpleNamespace(sleep=sleep, timeout=asyncio.timeout))
     answers = post(gateway, *[("/v1/fleet/pull-messages", b"")] * 31)
     assert [one.status_code for one in answers] == [201] * 30 + [503]
     assert [seconds for seconds in waited if seconds] == [float(number) for number in range(1, 11)]
     assert post(gateway, ("/v1/fleet/pull-messages", b""), key="calm")[0].status_code == 201
+
+
+def test_a_request_that_does_not_arrive_is_given_up(
+    upstream: tuple[Upstream, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, url = upstream
+    monkeypatch.setattr(module, "BODY_SECONDS", 0.01)
+    sent: list[module.MutableMapping[str, object]] = []
+
+    async def receive() -> module.MutableMapping[str, object]:
+        await asyncio.Event().wait()
+        raise AssertionError("nothing comes")
+
+    async def send(message: module.MutableMapping[str, object]) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/fleet/push-object", "headers": [(b"flwr-public-key", b"good")],
+    }  # fmt: skip
+    asyncio.run(opened(url)(scope, receive, send))
+    assert sent[0]["status"] == 408
+    assert app.requests == []
 
 
 def test_without_superlink_boards_are_asked_to_try_again() -> None:

@@ -13,9 +13,11 @@ from lightcl.records.folder import RunFolder
 from lightcl.records.rows import Failure
 from lightcl.scenario import load_scenario
 from server.link.folder import ServerFolder, Settings
+from server.link.progress import EventWatch, Progress
 from server.link.runs import Run, Runs, prepare
-from server.link.supervisor import EventWatch, only_server
-from tests.inprocess import small
+from server.link.supervisor import only_server
+from tests.inprocess import InProcessGrid, small
+from tests.server.test_rounds import start
 from tests.simulations.test_command_line import lightcl
 
 
@@ -114,11 +116,10 @@ def test_the_freeze_point_needs_images(tmp_path: Path) -> None:
 
 
 def test_events_are_shown_once_and_only_whole_ones(tmp_path: Path) -> None:
-    out = RunFolder(tmp_path)
     old = {"time": "t", "event": "connected", "devices": 1, "wanted": 2}
     (tmp_path / "events.jsonl").write_text(json.dumps(old) + "\n")
     shown: list[str] = []
-    watch = EventWatch(Run(7, "x", str(out.path), "now"), shown.append)
+    watch = EventWatch(7, tmp_path, shown.append)
     watch.show()
     assert shown == []
     with (tmp_path / "events.jsonl").open("a") as file:
@@ -134,8 +135,20 @@ def test_events_are_shown_once_and_only_whole_ones(tmp_path: Path) -> None:
     assert shown[1:] == ["run 7: device 1: hot"]
 
 
-def test_a_failure_of_the_run_is_read_from_its_folder(tmp_path: Path) -> None:
-    RunFolder(tmp_path).fail(Failure("the disk is full", {}))
-    failure = Run(1, "x", str(tmp_path), "now").results.failure()
-    assert failure is not None
-    assert failure.reason == "the disk is full"
+def test_a_run_folder_is_read_as_the_run_writes_it(tmp_path: Path) -> None:
+    folder, progress = RunFolder(tmp_path / "run"), Progress(tmp_path / "run")
+    assert (progress.begun, progress.complete, progress.rounds, progress.failure()) == (False, False, 0, "")
+    shown: list[str] = []
+    watch = EventWatch(1, folder.path, shown.append)
+    results = start(small(stream={"tasks": 1}), folder.path).run(InProcessGrid(tmp_path / "states", 3))
+    assert (progress.begun, progress.complete, progress.rounds) == (True, True, results.rounds)
+    assert progress.results()["devices_finished"] == 3
+    watch.show()
+    row = folder.rounds()[-1]
+    assert row.til is not None
+    assert shown[-1].startswith(f"run 1: round {row.round} finished: TIL {100 * row.til.mean:.1f} %")
+    folder.fail(Failure("the disk is full", {}))
+    assert progress.failure() == "the disk is full"
+    with (folder.path / "rounds.jsonl").open("a") as file:
+        file.write('{"round": 9')
+    assert progress.rounds == results.rounds, "half a line is no round"
