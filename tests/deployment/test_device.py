@@ -161,12 +161,11 @@ def test_a_killed_board_loses_no_finished_work(processes: Processes, tmp_path: P
         processes.start(f"board-{number}", "bash", "-c", loop)
     out = flwr_run(processes, tmp_path, ALONE)
     draw, disturbed = random.Random(0), 0
-    while disturbed < 5 and wait_until_busy(tmp_path / "board-0" / "state", out):
+    while disturbed < 4 and wait_until_busy(tmp_path, out):
         time.sleep(draw.uniform(0, 2))
-        supervisor, *node = processes_of(tmp_path, 0)
-        whom, how = draw.choice(
-            [(node, signal.SIGKILL), ([supervisor, *node], signal.SIGKILL), ([supervisor], signal.SIGTERM)]
-        )
+        both = processes_of(tmp_path, 0)
+        ways = [(both[:1], signal.SIGTERM), (both[1:], signal.SIGKILL), (both, signal.SIGKILL)]
+        whom, how = ways[disturbed % 3]
         for process in whom:
             process.send_signal(how)
         disturbed += 1
@@ -228,13 +227,13 @@ def said(processes: Processes, file: Path, words: str, times: int) -> None:
         time.sleep(0.2)
 
 
-def wait_until_busy(state: Path, out: Path) -> bool:
-    """Whether the board trains now; False when the run ends before."""
+def wait_until_busy(tmp_path: Path, out: Path) -> bool:
+    """Whether the first board trains now; False when the run ends before."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not (out / "results.json").exists():
-        status = read_status(state / ".board")
-        busy = status.get("busy") or {}
-        if busy.get("type") == "train" and psutil.pid_exists(int(status["pid"])):
+        status = read_status(tmp_path / "board-0" / "state" / ".board")
+        busy = status.get("busy") or {}  # also where the node was killed meanwhile
+        if busy.get("type") == "train" and status["pid"] in [one.pid for one in processes_of(tmp_path, 0)[1:]]:
             return True
         time.sleep(0.1)
     return False
