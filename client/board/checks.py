@@ -187,7 +187,7 @@ def check_accepted(config: BoardConfig, file: Path) -> str:
         return "`lightcl device run` is running; see `lightcl device status`"
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "client.board.node", str(file), "--probe"], stdin=subprocess.PIPE,
+            [sys.executable, "-P", "-m", "client.board.node", str(file), "--probe"], stdin=subprocess.DEVNULL,
             capture_output=True, text=True, timeout=_PROBE_SECONDS, check=False,
             env={"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", **os.environ},
         )  # fmt: skip

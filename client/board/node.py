@@ -216,16 +216,16 @@ def probe(config: BoardConfig) -> None:
 def main() -> None:
     """`python -m client.board.node CONFIG [--probe]`, started by `lightcl device run` and `doctor`.
 
-    It ends with its standard input. `--probe` joins and leaves at once.
+    It ends with its standard input. `--probe` joins and leaves at once instead.
     """
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config = read_config(Path(sys.argv[1]))
-    _end_with_parent()
     try:
         if "--probe" in sys.argv[2:]:
             probe(config)
         else:
+            _end_with_parent()
             serve(config, Status(config.board_folder))
     except (Failure, RequestError) as error:
         print(error, file=sys.stderr)  # noqa: T201

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from client.board.status import read_status
 from lightcl.storage.state import StateFolder
+from tests.client.test_board import certificate
 from tests.simulations.test_deployment import (
     BIN,
     CHECKOUT,
@@ -83,9 +85,14 @@ def configure(processes: Processes, tmp_path: Path, server: str, number: int) ->
     return file
 
 
+def scenario_file(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "two-boards.yaml"
+    file.write_text(text)
+    return file
+
+
 def flwr_run(processes: Processes, tmp_path: Path, text: str) -> Path:
-    scenario, out = tmp_path / "two-boards.yaml", tmp_path / "run"
-    scenario.write_text(text)
+    scenario, out = scenario_file(tmp_path, text), tmp_path / "run"
     run_config = f'scenario="{scenario}" out="{out}"'
     processes.start("flwr-run", "flwr", "run", str(CHECKOUT), "boards", "--stream", "--run-config", run_config)
     return out
@@ -114,6 +121,9 @@ def processes_of(tmp_path: Path, number: int) -> list[psutil.Process]:
 def test_two_boards_learn_what_two_simulated_devices_learn(processes: Processes, tmp_path: Path) -> None:
     server = start_superlink(processes, tmp_path)
     files = [configure(processes, tmp_path, server, number) for number in range(2)]
+    doctor = device(processes, "doctor", str(scenario_file(tmp_path, TOGETHER)), "--config", str(files[0]))
+    assert doctor.returncode == 0, doctor.stdout
+    assert "ok     server: the server lets this board join" in doctor.stdout
     running = [
         processes.start(f"board-{number}", LIGHTCL, "device", "run", "--config", str(file))
         for number, file in enumerate(files)
@@ -151,12 +161,11 @@ def test_a_killed_board_loses_no_finished_work(processes: Processes, tmp_path: P
         processes.start(f"board-{number}", "bash", "-c", loop)
     out = flwr_run(processes, tmp_path, ALONE)
     draw, disturbed = random.Random(0), 0
-    while disturbed < 5 and wait_until_busy(tmp_path / "board-0" / "state", out):
+    while disturbed < 4 and wait_until_busy(tmp_path, out):
         time.sleep(draw.uniform(0, 2))
-        supervisor, *node = processes_of(tmp_path, 0)
-        whom, how = draw.choice(
-            [(node, signal.SIGKILL), ([supervisor, *node], signal.SIGKILL), ([supervisor], signal.SIGTERM)]
-        )
+        both = processes_of(tmp_path, 0)
+        ways = [(both[:1], signal.SIGTERM), (both[1:], signal.SIGKILL), (both, signal.SIGKILL)]
+        whom, how = ways[disturbed % 3]
         for process in whom:
             process.send_signal(how)
         disturbed += 1
@@ -169,13 +178,62 @@ def test_a_killed_board_loses_no_finished_work(processes: Processes, tmp_path: P
         assert_same_state(final_state(tmp_path / f"board-{number}" / "state"), final_state(expected, number))
 
 
-def wait_until_busy(state: Path, out: Path) -> bool:
-    """Whether the board trains now; False when the run ends before."""
+def test_a_refused_key_is_tried_again(processes: Processes, tmp_path: Path) -> None:
+    """With TLS and keys: the board is refused until its key is added, and for about a minute after a kill."""
+    authority, key = certificate(tmp_path, datetime.now(UTC) + timedelta(days=400))
+    port = free_port()
+    processes.start(
+        "superlink", "flower-superlink", "--ssl-ca-certfile", str(authority), "--ssl-certfile", str(authority),
+        "--ssl-keyfile", str(key), "--enable-supernode-auth", "--host", "127.0.0.1", "--port", str(port),
+        "--disable-runtime-dependency-installation",
+    )  # fmt: skip
+    wait_for_port(port, processes)
+    file = tmp_path / "board-0" / "device.toml"
+    made = device(
+        processes, "init", "--config", str(file), "--server", f"127.0.0.1:{port}", "--name", "board-0", "--device", "0",
+        "--devices", "1", "--certificate", str(authority), "--state", str(tmp_path / "board-0" / "state"),
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    doctor = device(processes, "doctor", "--config", str(file))
+    assert doctor.returncode == 1
+    assert "failed server: the server refused this board" in doctor.stdout
+    assert "ok     tls: the server's certificate is valid until" in doctor.stdout
+
+    running = processes.start("board-0", LIGHTCL, "device", "run", "--config", str(file))
+    said(processes, file, "the server refused this board", 1)
+    (tmp_path / "flwr").mkdir(exist_ok=True)
+    (tmp_path / "flwr" / "config.toml").write_text(
+        f'[superlink.boards]\naddress = "127.0.0.1:{port}"\nroot-certificates = "{authority}"\n'
+    )
+    subprocess.run(
+        [BIN / "flwr", "supernode", "register", file.with_suffix(".key.pub"), "boards"], check=True,
+        env=processes.environment, timeout=60,
+    )  # fmt: skip
+    said(processes, file, "connected to", 1)
+    assert "ok     server: `lightcl device run` is running" in device(processes, "doctor", "--config", str(file)).stdout
+    processes_of(tmp_path, 0)[1].send_signal(signal.SIGKILL)
+    said(processes, file, "killed by signal 9", 1)
+    said(processes, file, "connected to", 2)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(40) == 0
+
+
+def said(processes: Processes, file: Path, words: str, times: int) -> None:
+    """Waits until the board's log has the words so many times."""
+    deadline = time.monotonic() + 200
+    log = file.parent / "state" / ".board" / "log"
+    while not log.exists() or log.read_text().count(words) < times:
+        assert time.monotonic() < deadline, f"not in the log: {words}\n{processes.logs()}"
+        time.sleep(0.2)
+
+
+def wait_until_busy(tmp_path: Path, out: Path) -> bool:
+    """Whether the first board trains now; False when the run ends before."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not (out / "results.json").exists():
-        status = read_status(state / ".board")
-        busy = status.get("busy") or {}
-        if busy.get("type") == "train" and psutil.pid_exists(int(status["pid"])):
+        status = read_status(tmp_path / "board-0" / "state" / ".board")
+        busy = status.get("busy") or {}  # also where the node was killed meanwhile
+        if busy.get("type") == "train" and status["pid"] in [one.pid for one in processes_of(tmp_path, 0)[1:]]:
             return True
         time.sleep(0.1)
     return False
