@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
@@ -17,6 +19,7 @@ from lightcl.export.model import Model, read_model
 from lightcl.storage.state import MANIFEST
 
 POLL_SECONDS = 1.0
+NO_MODEL = "no model yet: the first one comes with the first task that is learned"
 MOST_BYTES = 32 * 2**20
 """Of an image file."""
 READ_TIMEOUT = 30.0
@@ -24,47 +27,42 @@ READ_TIMEOUT = 30.0
 
 
 class Follower:
-    """Keeps the newest finished model of a state folder, whose training may go on in another process.
+    """Keeps the newest finished model that `find` leads to, whose training may go on in another process.
 
-    A thread looks at the manifest once per second and reads the state after it was replaced. Until the new model is
-    complete, and where the state cannot be read, the model before it answers.
+    A thread looks once per second whether the state was replaced, or a newer run has begun, and then reads it. Until
+    the new model is complete, and where the state cannot be read, the model before it answers.
     """
 
-    def __init__(self, place: Place) -> None:
-        """Raises RequestError where nothing was trained yet, StateError for a state that cannot be read."""
-        self.place = place
+    def __init__(self, find: Callable[[], Place]) -> None:
+        self.find = find
+        self.model: Model | None = None
+        """None until there is a model."""
         self.problem: str | None = None
         """Why the newest state is not used, or None."""
-        self._seen = self._manifest()
-        self.model: Model = read_model(*place)
+        self._seen: tuple[Path, int, int] | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="follower", daemon=True)
+        self.look()
 
     def look(self) -> None:
         """Reads the state if it was replaced since the last time."""
-        manifest = self._manifest()
-        if manifest == self._seen:
-            return
         try:
-            model = read_model(*self.place)
+            place = self.find()
+            status = (place.folder / MANIFEST).stat()
+            saved = (place.folder, status.st_ino, status.st_mtime_ns)
+            if saved == self._seen:
+                return
+            model = read_model(*place)
         except (RequestError, Failure, OSError) as error:  # the next look tries again
             self.problem = str(error)
             return
-        self._seen, self.problem = manifest, None
-        if model.finished or not self.model.finished:
+        self._seen, self.problem = saved, None
+        if model.finished or self.model is None or not self.model.finished:
             self.model = model
 
     def _follow(self) -> None:
         while not self._stop.wait(POLL_SECONDS):
             self.look()
-
-    def _manifest(self) -> tuple[int, int] | None:
-        """Changes with every save; None while there is no state."""
-        try:
-            status = (self.place.folder / MANIFEST).stat()
-        except OSError:
-            return None
-        return status.st_ino, status.st_mtime_ns
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -115,13 +113,18 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path != "/health":
             self._send(HTTPStatus.NOT_FOUND, {"error": f"no such page; allowed: {', '.join(self.paths)}"})
             return
-        values: dict[str, Any] = {"model": follower.model.version_values, "classes": follower.model.about.classes}
-        self._send(HTTPStatus.OK, values | ({"problem": follower.problem} if follower.problem else {}))
+        model, problem = follower.model, {"problem": follower.problem} if follower.problem else {}
+        if model is None:
+            self._send(HTTPStatus.SERVICE_UNAVAILABLE, {"error": NO_MODEL} | problem)
+            return
+        self._send(HTTPStatus.OK, {"model": model.version_values, "classes": model.about.classes} | problem)
 
     def do_POST(self) -> None:
         try:
             content = self._body()
             model = self.server.follower.model  # one model for the whole answer
+            if model is None:
+                raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, NO_MODEL)
             try:
                 image = model.read_image(content, "the request's body")
             except RequestError as error:

@@ -12,7 +12,6 @@ import typer
 if TYPE_CHECKING:
     import numpy as np
 
-    from lightcl.export.folders import Place
     from lightcl.export.model import Model
 
 From = Annotated[
@@ -41,9 +40,11 @@ def predict(
     """
     import numpy as np
 
+    from client.app import default_state_folder
+    from lightcl.export.folders import find_model
     from lightcl.export.model import read_model
 
-    place = find(folder, device)
+    place = find_model(folder or default_state_folder(), device)
     model = read_model(*place)
     pictures = np.stack([model.read_image(str(image), str(image)) for image in images])
     answers = [answer(model, scores) for scores in model.scores(pictures)]
@@ -55,14 +56,6 @@ def predict(
     for image, found in zip(images, answers, strict=True):
         sys.stdout.write(f"{image!s:<{width}}  {found['class']}  {found['score']:.1%}\n")
     sys.stdout.write(f"model: device {place.about.device}, {model.label}\n")
-
-
-def find(folder: Path | None, device: int | None) -> Place:
-    """The place of the model that the options name. Raises RequestError."""
-    from client.app import default_state_folder
-    from lightcl.export.folders import find_model
-
-    return find_model(folder or default_state_folder(), device)
 
 
 def answer(model: Model, scores: np.ndarray) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from client.commands.predict import DeviceNumber, From, find
+from client.commands.predict import DeviceNumber, From
 
 
 def serve(
@@ -23,11 +23,20 @@ def serve(
     """
     import torch
 
+    from client.app import default_state_folder
     from client.endpoint import Endpoint, Follower
+    from lightcl.export.folders import find_model
 
     torch.set_num_threads(threads)
-    place = find(folder, device)
-    with Follower(place) as follower, Endpoint(follower, port) as endpoint:
-        sys.stdout.write(f"serving device {place.about.device} at {endpoint.url}\n")
+    place = folder or default_state_folder()
+    if (place / "run.json").exists():  # one run, so its model stays at one place, which takes a while to find
+        found = find_model(place, device)
+        follower = Follower(lambda: found)
+    else:
+        follower = Follower(lambda: find_model(place, device))
+    with follower, Endpoint(follower, port) as endpoint:
+        sys.stdout.write(f"serving {place} at {endpoint.url}\n")
+        if follower.model is None:
+            sys.stdout.write(f"no model yet ({follower.problem}); waiting for the first one\n")
         sys.stdout.flush()
         endpoint.serve_forever()

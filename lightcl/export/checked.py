@@ -57,10 +57,11 @@ def export(model: Model, format_name: str, file: Path, images: np.ndarray) -> Co
     network = export_module(model)
     temporary = file.with_name(f".{file.stem}.{os.getpid()}.partial{kind.suffix}")
     example = torch.zeros(2, *_shape(model))  # with one image, exporters take the batch for a constant
+    with writable(file, "--out"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()  # before the work: exporters raise errors of their own where they cannot write
     try:
-        with writable(file, "--out"):
-            file.parent.mkdir(parents=True, exist_ok=True)
-        with _other_errors(format_name):
+        with writable(file, "--out"), _other_errors(format_name):
             kind.write(network, example, temporary, metadata(model))
             compared = compare(model, kind.open(temporary, network), images)
         if not compared.passed:
@@ -94,7 +95,7 @@ def _other_errors(format_name: str) -> Iterator[None]:
     """Makes a Failure of what an exporter or a runtime raises: each has its own errors, without a common base."""
     try:
         yield
-    except (RequestError, Failure):
+    except (RequestError, Failure, OSError):
         raise
     except Exception as error:
         raise Failure(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import http.client
 import json
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +99,7 @@ def test_a_board_answers_from_its_state_dir_without_the_server(tmp_path: Path) -
 
 def test_the_endpoint_answers_with_class_score_and_version(tmp_path: Path, picture: Path) -> None:
     train(scenario(), tmp_path / "state")
-    with Follower(find_model(tmp_path / "state")) as follower, serving(follower) as server:
+    with Follower(partial(find_model, tmp_path / "state")) as follower, serving(follower) as server:
         status, answer = ask(server, "POST", "/predict", picture.read_bytes())
         scores = follower.model.scores(follower.model.read_image(str(picture), "")[None])[0]
         assert status == 200
@@ -110,7 +114,7 @@ def test_the_endpoint_answers_with_class_score_and_version(tmp_path: Path, pictu
 def test_what_a_bad_request_gets(tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(scenario(), tmp_path / "state", tasks=1)
     monkeypatch.setattr(endpoint, "MOST_BYTES", 1000)
-    with Follower(find_model(tmp_path / "state")) as follower, serving(follower) as server:
+    with Follower(partial(find_model, tmp_path / "state")) as follower, serving(follower) as server:
         status, answer = ask(server, "POST", "/predict", b"no image")
         assert status == 400
         assert "the image does not decode" in answer["error"]
@@ -127,7 +131,7 @@ def test_the_follower_changes_to_finished_models_alone(tmp_path: Path) -> None:
     """A checkpoint after each epoch (`checkpoint_seconds: 0`): after two, both generations are in the middle of it."""
     train(FOUR_EPOCHS, tmp_path, tasks=1)
     place = find_model(tmp_path)
-    follower = Follower(place)
+    follower = Follower(lambda: place)
     device = EdgeDevice(FOUR_EPOCHS, 0, tmp_path)
     newest, followed = [], []
 
@@ -146,7 +150,7 @@ def test_the_follower_changes_to_finished_models_alone(tmp_path: Path) -> None:
 
 def test_a_state_that_cannot_be_read_leaves_the_model_before_it(tmp_path: Path) -> None:
     train(scenario(), tmp_path, tasks=1)
-    follower = Follower(find_model(tmp_path))
+    follower = Follower(partial(find_model, tmp_path))
     first = follower.model
     text = (tmp_path / "state.json").read_text()
     (tmp_path / "state.json").write_text("{")
@@ -160,5 +164,99 @@ def test_a_state_that_cannot_be_read_leaves_the_model_before_it(tmp_path: Path) 
     assert (tmp_path / DESCRIPTION).exists()
 
 
-def test_serve_waits_for_nothing_where_there_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert lightcl(monkeypatch, "device", "serve", "--from", tmp_path, "--port", 0) == 2
+def test_an_endpoint_that_starts_before_the_first_model_waits_for_it(
+    tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint, "POLL_SECONDS", 0.05)
+    boards = tmp_path / "boards"
+    with Follower(partial(find_model, boards)) as follower, serving(follower) as server:
+        for method, path in (("POST", "/predict"), ("GET", "/health")):
+            status, answer = ask(server, method, path, picture.read_bytes())
+            assert status == 503
+            assert answer["error"].startswith("no model yet")
+        train(scenario(), boards / "first" / "device-00000", tasks=1)
+        assert _answer_of(server, picture, task=0)["model"]["finished"]
+        # A newer run of the same board takes over as soon as it has a model.
+        train(scenario(), boards / "second" / "device-00000", tasks=2)
+        assert _answer_of(server, picture, task=1)["model"]["finished"]
+        assert follower.find().folder == boards / "second" / "device-00000"
+
+
+def _answer_of(server: Endpoint, picture: Path, task: int) -> dict:
+    """The first answer by a model of this task."""
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        status, answer = ask(server, "POST", "/predict", picture.read_bytes())
+        if status == 200 and answer["model"]["task"] == task:
+            return answer
+        time.sleep(0.05)
+    raise AssertionError(f"no answer by a model of task {task}")
+
+
+@pytest.mark.slow
+def test_serve_answers_while_training_is_killed_and_goes_on(tmp_path: Path, picture: Path) -> None:
+    """Real processes: `lightcl train`, killed with -9 and resumed, and `lightcl device serve` beside it."""
+    file, run = tmp_path / "scenario.yaml", tmp_path / "run"
+    file.write_text(
+        "stream: {tasks: 5}\nfleet: {devices: 1}\nnetwork: {weights: none, width: 16}\n"
+        "training: {epochs: 25, checkpoint_seconds: 0}\ndevice: {accelerator: cpu}\n"
+    )
+    words = [sys.executable, "-m", "simulations.main"]
+    command = [*words, "train", str(file), "--out", str(run), "--no-report"]
+    trainer = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    server = None
+    try:
+        _wait_for((run / "devices" / "device-00000" / "state.json").exists)
+        serve = [*words, "device", "serve", "--from", str(run), "--port", "0"]
+        server = subprocess.Popen(serve, stdout=subprocess.PIPE, text=True)
+        assert server.stdout is not None
+        port = int(server.stdout.readline().rsplit(":", 1)[1])
+        tasks, finished, killed = [], [], False
+        until = time.monotonic() + 300
+        while trainer.poll() is None or tasks[-1] < 4:
+            assert time.monotonic() < until
+            status, answer = _post(port, picture)
+            assert status in (200, 503)
+            if status == 503:  # before the first save of tensors
+                assert not tasks
+                continue
+            finished.append(answer["model"]["finished"])
+            tasks.append(answer["model"]["task"])
+            if tasks[-1] >= 1 and not killed:
+                killed = True
+                trainer.kill()
+                trainer.wait(30)
+                assert _post(port, picture)[0] == 200
+                trainer = subprocess.Popen([*command, "--resume"], stdout=subprocess.DEVNULL)
+            time.sleep(0.05)
+        assert killed
+        assert trainer.wait(60) == 0
+        assert finished == sorted(finished), "after a finished model, none in the middle of a task"
+        assert tasks == sorted(tasks), "it never goes back to an older model"
+        model = read_model(*find_model(run))
+        scores = model.scores(model.read_image(str(picture), "")[None])[0]
+        _, answer = _post(port, picture)
+        assert answer["class"] == model.about.classes[scores.argmax()]
+        assert answer["score"] == pytest.approx(float(scores.max()), abs=1e-6)
+    finally:
+        for process in (trainer, server):
+            if process is not None and process.poll() is None:
+                process.kill()
+                process.wait(30)
+
+
+def _post(port: int, picture: Path) -> tuple[int, dict]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request("POST", "/predict", picture.read_bytes())
+        reply = connection.getresponse()
+        return reply.status, json.loads(reply.read())
+    finally:
+        connection.close()
+
+
+def _wait_for(there: Callable[[], bool]) -> None:
+    until = time.monotonic() + 120
+    while not there():
+        assert time.monotonic() < until
+        time.sleep(0.05)

@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 
 from lightcl.data.sources import load_source
+from lightcl.device.device import EdgeDevice
 from lightcl.errors import RequestError
 from lightcl.export.folders import find_model
 from lightcl.export.model import DESCRIPTION, Description, read_model
 from lightcl.preparation import open_run
 from lightcl.records.folder import RunFolder
+from lightcl.storage.shared import SharedVersions
 from lightcl.storage.state import MANIFEST, StateError, StateFolder
 from tests.lightcl.export.trained import describe, scenario, train
 from tests.lightcl.toys import edit_manifest_
@@ -101,6 +103,19 @@ def test_a_state_of_another_scenario_is_refused(tmp_path: Path) -> None:
     (tmp_path / DESCRIPTION).write_text("{}")
     with pytest.raises(RequestError, match="not the description of a model"):
         find_model(tmp_path)
+
+
+def test_a_state_whose_shared_tensors_are_replaced_has_no_model(tmp_path: Path) -> None:
+    """A device of a simulation that did not take part in the last rounds."""
+    shared = scenario(server={"aggregation": "suffix"})
+    device = EdgeDevice(shared, 0, tmp_path / "state", shared=SharedVersions(tmp_path / "shared"), durable=False)
+    device.train(0, 1)
+    device.receive(device.outgoing(), version=1)
+    describe(device)
+    assert read_model(*find_model(tmp_path / "state")).version == 1
+    (tmp_path / "shared" / "version-1.safetensors").unlink()
+    with pytest.raises(StateError, match=r"version-1.safetensors\), and a newer version has replaced them"):
+        read_model(*find_model(tmp_path / "state"))
 
 
 def test_a_checkpoint_in_the_middle_of_a_task_gives_way_to_the_finished_state_before_it(tmp_path: Path) -> None:
