@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from client.commands.shared import state_folder
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -19,7 +21,7 @@ From = Annotated[
     typer.Option(
         "--from",
         metavar="FOLDER",
-        help="A run folder, a device's state folder or the state-dir above it; default: this board's state-dir",
+        help="A run folder, a device's state folder or the folder above it; default: this board's state folder",
     ),
 ]
 DeviceNumber = Annotated[
@@ -40,11 +42,10 @@ def predict(
     """
     import numpy as np
 
-    from client.app import default_state_folder
     from lightcl.export.folders import find_model
     from lightcl.export.model import read_model
 
-    place = find_model(folder or default_state_folder(), device)
+    place = find_model(state_folder(folder), device)
     model = read_model(*place)
     pictures = np.stack([model.read_image(str(image), str(image)) for image in images])
     answers = [answer(model, scores) for scores in model.scores(pictures)]

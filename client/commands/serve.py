@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from client.commands.predict import DeviceNumber, From
+from client.commands.shared import state_folder
 
 
 def serve(
@@ -23,12 +24,11 @@ def serve(
     """
     import torch
 
-    from client.app import default_state_folder
     from client.endpoint import Endpoint, Follower
     from lightcl.export.folders import find_model
 
     torch.set_num_threads(threads)
-    place = folder or default_state_folder()
+    place = state_folder(folder)
     if (place / "run.json").exists():  # one run, so its model stays at one place, which takes a while to find
         found = find_model(place, device)
         follower = Follower(lambda: found)

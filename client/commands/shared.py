@@ -33,6 +33,16 @@ def load(config: Path | None) -> BoardConfig:
     return read_config(file_of(config))
 
 
+def state_folder(given: Path | None) -> Path:
+    """Where states are: `given`, else what the configuration says, else the default. Raises RequestError."""
+    from client.app import default_state_folder
+    from client.board.config import default_file
+
+    if given is not None:
+        return given
+    return load(None).state_folder if default_file().exists() else default_state_folder()
+
+
 def duration(seconds: float) -> str:
     """`42 s`, `5 min`, `3 h`, `2 d`: the largest unit that fits."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
