@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import importlib
 import os
 import shutil
 import socket
@@ -167,18 +166,10 @@ def check_certificate(config: BoardConfig) -> str:
 
 
 def check_sensors(config: BoardConfig) -> str:
-    found = found_sensors()
+    from lightcl.device.telemetry import Sensors
+
+    found = Sensors().found()
     return "; ".join(f"{kind}: {text}" for kind, text in found.items()) or "none found; no limits of heat or battery"
-
-
-def found_sensors() -> dict[str, str]:
-    """What this machine can measure, by kind; empty without `lightcl.device.telemetry`."""
-    try:
-        telemetry = importlib.import_module("lightcl.device.telemetry")
-    except ModuleNotFoundError:
-        return {}
-    found: dict[str, str] = telemetry.Sensors().found()
-    return found
 
 
 def check_accepted(config: BoardConfig, file: Path) -> str:

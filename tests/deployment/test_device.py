@@ -18,7 +18,7 @@ import torch
 from client.board.status import read_status
 from lightcl.storage.state import StateFolder
 from tests.client.test_board import certificate
-from tests.simulations.test_deployment import (
+from tests.deployment.processes import (
     BIN,
     CHECKOUT,
     Processes,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.deployment.processes import CHECKOUT, Processes, neutral, processes, start_boards, wait_for
 from tests.lightcl.device.boards import orin
-from tests.simulations.test_deployment import CHECKOUT, Processes, neutral, processes, start_boards, wait_for
 
 __all__ = ["neutral", "processes"]  # fixtures
 
