@@ -134,7 +134,7 @@ def wait_until(true: Callable[[], bool], what: str, processes: Processes, second
 
 
 class LightServer:
-    """`lightcl server ...` on a folder of its own, and plain SuperNodes with the keys of its join files."""
+    """`lightcl server ...` on a folder of its own; its boards, of the kit or plain SuperNodes, with its join files."""
 
     def __init__(self, processes: Processes, place: Path, devices: int, *options: str) -> None:
         self.processes, self.place = processes, place
@@ -162,6 +162,16 @@ class LightServer:
         wait_until(ready, "the server is ready", self.processes, 120)
         assert process.poll() is None, self.processes.logs()
         return process
+
+    def kit_board(self, number: int) -> subprocess.Popen[bytes]:
+        """Sets up a board from its join file, as a person would, and starts `lightcl device run`."""
+        place = self.place / f"board-{number}"
+        join, config = self.folder / "join" / f"board-{number}.toml", place / "device.toml"
+        subprocess.run(
+            [BIN / "lightcl", "device", "init", "--join", join, "--config", config, "--state", place / "state"],
+            env=self.processes.environment, check=True, capture_output=True, timeout=120,
+        )  # fmt: skip
+        return self.processes.start(f"board-{number}", str(BIN / "lightcl"), "device", "run", "--config", str(config))
 
     def board(self, number: int, *options: str, name: str = "", key: str | None = None) -> subprocess.Popen[bytes]:
         """Starts a SuperNode with a join file's certificate and key; `key`: another one, "" for none at all."""

@@ -54,11 +54,15 @@ def events(run: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_of_three_boards_gives_what_the_simulation_gives(processes: Processes, tmp_path: Path) -> None:
-    """The run is asked for from another terminal, of a server that came up without one."""
+    """The run is asked for from another terminal, of a server that came up without one.
+
+    Two boards are of the kit, one is a plain SuperNode.
+    """
     server, file, out = LightServer(processes, tmp_path, 3), scenario(tmp_path, tasks=2, devices=3), tmp_path / "run"
     server.run()
-    for number in range(3):
-        server.board(number)
+    server.kit_board(0)
+    server.kit_board(1)
+    server.board(2)
     server.call("start", str(file), "--out", str(out))
     wait_for(out / "results.json", processes, 400)
 
@@ -76,7 +80,7 @@ def test_a_killed_server_continues_its_run_by_itself(processes: Processes, tmp_p
     command = (str(file), "--out", str(out))
     running = server.run(*command)
     for number in range(2):
-        server.board(number)
+        server.kit_board(number)
 
     def in_round(number: int) -> None:
         def training() -> bool:
