@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from client.board.config import BoardConfig, read_config
+from client.board.setup import private_key
 from client.board.status import Status
 from lightcl.errors import Failure, RequestError
 
@@ -69,18 +70,7 @@ def connection(config: BoardConfig) -> Iterator[Connection]:
 
 
 def _keys(file: Path) -> tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey]:
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-
-    try:
-        key = load_ssh_private_key(file.read_bytes(), None)
-    except (OSError, ValueError, UnsupportedAlgorithm) as error:
-        raise RequestError(
-            f"key: {file} is not a readable private key in OpenSSH's format ({error}); `lightcl device init` makes one"
-        ) from error
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise RequestError(f"key: {file} is not an ECDSA key; `lightcl device init` makes one")
+    key = private_key(file)
     return key, key.public_key()
 
 

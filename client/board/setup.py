@@ -6,11 +6,15 @@ import os
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from client.board.config import BoardConfig
 from lightcl.errors import RequestError
 from lightcl.exchange.join import new_key
 from lightcl.storage.files import sync
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric import ec
 
 KEY_SUFFIX, PUBLIC_SUFFIX, CERTIFICATE_SUFFIX = ".key", ".key.pub", ".ca.pem"
 
@@ -49,9 +53,16 @@ def write_files(
 
 def public_key(file: Path) -> str:
     """The public half of a private key's file, in OpenSSH's format. Raises RequestError."""
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    return private_key(file).public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+
+def private_key(file: Path) -> ec.EllipticCurvePrivateKey:
+    """The key by which this board proves who it is. Raises RequestError."""
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_private_key
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
     try:
         loaded = load_ssh_private_key(file.read_bytes(), None)
@@ -64,7 +75,7 @@ def public_key(file: Path) -> str:
         raise RequestError(
             f"key: {file} is not an ECDSA key, which Flower's nodes use; let `lightcl device init` make one"
         )
-    return loaded.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+    return loaded
 
 
 def _write_all(texts: dict[Path, str]) -> None:
