@@ -40,10 +40,18 @@ def thousand(model: Model) -> np.ndarray:
 @pytest.mark.parametrize(
     ("method", "sections"),
     [
-        ("lightcl", {}),
+        pytest.param("lightcl", {}, marks=pytest.mark.slow),  # a part of lightcl-plus and of lightcl-sparse
         ("lightcl-plus", {}),
-        ("lightcl-plus", {"method": {"name": "lightcl-plus", "suffix_weight": 0.5, "statistics_mb": 0.02}}),
-        ("sgd", {"network": {"weights": "none", "width": WIDTH, "frozen_batch_norm": "train"}}),
+        pytest.param(
+            "lightcl-plus",
+            {"method": {"name": "lightcl-plus", "suffix_weight": 0.5, "statistics_mb": 0.02}},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "sgd",
+            {"network": {"weights": "none", "width": WIDTH, "frozen_batch_norm": "train"}},
+            marks=pytest.mark.slow,
+        ),
         ("lightcl-sparse", SPARSE),
     ],
 )
