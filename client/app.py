@@ -9,7 +9,6 @@ backs off: `limit-temperature-c`, `limit-free-disk-mb`, `limit-battery-percent`.
 from __future__ import annotations
 
 import copy
-import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -22,6 +21,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 from pydantic import ValidationError
 
+from client.board.config import default_state_folder
 from lightcl.assembly import build_network, fleet_head, stream_plan
 from lightcl.data.partition import Share, Shares
 from lightcl.data.sources import Source, SourceRequest, load_source
@@ -122,11 +122,6 @@ class Overrides:
             return Scenario.model_validate(values)
         except ValidationError as error:
             raise RequestError(f"--node-config of {self.name}: {error}") from error
-
-
-def default_state_folder() -> Path:
-    """`$LIGHTCL_STATE`, else `~/.local/state/lightcl`."""
-    return Path(os.environ.get("LIGHTCL_STATE") or Path.home() / ".local" / "state" / "lightcl")
 
 
 def make_app(state: Path | None = None, *, durable: bool = True, root: Path = Path("/")) -> ClientApp:

@@ -72,7 +72,7 @@ class BoardConfig:
     @property
     def state_folder(self) -> Path:
         """Where the states of the devices lie."""
-        return Path(self.state or os.environ.get("LIGHTCL_STATE") or Path.home() / ".local" / "state" / "lightcl")
+        return Path(self.state) if self.state else default_state_folder()
 
     @property
     def board_folder(self) -> Path:
@@ -98,6 +98,11 @@ class BoardConfig:
 
     def to_toml(self) -> str:
         return _HEADER + tomli_w.dumps(asdict(self))
+
+
+def default_state_folder() -> Path:
+    """`$LIGHTCL_STATE`, else `~/.local/state/lightcl`."""
+    return Path(os.environ.get("LIGHTCL_STATE") or Path.home() / ".local" / "state" / "lightcl")
 
 
 def default_file() -> Path:

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,6 +52,11 @@ def check(
     from lightcl.scenario import load_scenario
 
     checks = run_checks(load_scenario(scenario, changes or []), read_node_config(node_config))
+    report(checks, as_json=as_json)
+
+
+def report(checks: Sequence[Check], *, as_json: bool) -> None:
+    """Prints the checks; the program ends with 1 where one failed."""
     if as_json:
         sys.stdout.write(json.dumps([asdict(one) for one in checks], indent=2) + "\n")
     else:
@@ -204,7 +209,7 @@ def available_memory() -> int:
     return int(found[1]) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
-def print_checks(checks: list[Check]) -> None:
+def print_checks(checks: Sequence[Check]) -> None:
     """One line per check."""
     from rich.console import Console
     from rich.markup import escape

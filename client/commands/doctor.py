@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from client.commands.check import Check, print_checks, run_checks
+from client.commands.check import Check, report, run_checks
 from client.commands.shared import ConfigFile, file_of, load
 from lightcl.errors import Failure, RequestError
 
@@ -60,12 +57,7 @@ def doctor(
     if loaded is not None:
         own = run_checks(loaded, board.node_config(), memory_mb=board.memory_mb)
         found += [Check(f"scenario: {one.name}", one.passed, one.text) for one in own]
-    if as_json:
-        sys.stdout.write(json.dumps([asdict(one) for one in found], indent=2) + "\n")
-    else:
-        print_checks(found)
-    if not all(one.passed for one in found):
-        raise typer.Exit(1)
+    report(found, as_json=as_json)
 
 
 _NEEDS = {"tls": "port", "clock": "tls", "server": "tls", "port": "name"}

@@ -35,8 +35,7 @@ def load(config: Path | None) -> BoardConfig:
 
 def state_folder(given: Path | None) -> Path:
     """Where states are: `given`, else what the configuration says, else the default. Raises RequestError."""
-    from client.app import default_state_folder
-    from client.board.config import default_file
+    from client.board.config import default_file, default_state_folder
 
     if given is not None:
         return given
