@@ -47,7 +47,8 @@ from lightcl.exchange.messages import (
     ProtocolError,
     Refusal,
 )
-from lightcl.exchange.tensors import ExchangeError, decoded
+from lightcl.exchange.tensors import Arrays, ExchangeError
+from lightcl.exchange.wire import decoded, packed
 from lightcl.export.model import Description
 from lightcl.networks.staged import Backbone
 from lightcl.scenario import Scenario, scenario_from_json
@@ -150,6 +151,7 @@ def make_app(state: Path | None = None, *, durable: bool = True, root: Path = Pa
 
 
 Act = Callable[[Instruction, Scenario, Local, Message], RecordDict]
+Pack = Callable[[Arrays], Arrays]
 
 
 def _answer(message: Message, settings: Callable[[], Local], act: Act) -> Message:
@@ -183,13 +185,16 @@ def _greet(instruction: Instruction, scenario: Scenario, local: Local, message: 
 
 
 def _with_device(
-    work: Callable[[EdgeDevice, Instruction, Callable[[], None]], RecordDict],
+    work: Callable[[EdgeDevice, Instruction, Callable[[], None], Pack], RecordDict],
     instruction: Instruction,
     scenario: Scenario,
     local: Local,
     message: Message,
 ) -> RecordDict:
-    """Opens the device from its state on disk and lets it work; `receive` gives it what the server shares."""
+    """Opens the device from its state on disk and lets it work.
+
+    `receive` gives it what the server shares; what it shares itself is packed on a board, and not in a simulation.
+    """
     source = _source(scenario.source_request())
     share = (
         whole_share(source) if local.own_data else _shares(instruction.scenario, local.overrides)[instruction.device]
@@ -218,7 +223,7 @@ def _with_device(
                 device.receive(codec_named(scenario.server.compression).restore(sent), instruction.version)
 
         try:
-            return work(device, instruction, receive)
+            return work(device, instruction, receive, packed if local.durable else dict)
         except LimitReached as reached:
             position = (device.position.task, device.position.epochs, device.version)
             return _reply(BackOff(*position, reason=reached.reason, retry_after=reached.seconds).to_record())
@@ -245,7 +250,7 @@ def whole_share(source: Source) -> Share:
     return Share(np.arange(len(source.train)), np.arange(len(source.test)))
 
 
-def _train(device: EdgeDevice, instruction: Instruction, receive: Callable[[], None]) -> RecordDict:
+def _train(device: EdgeDevice, instruction: Instruction, receive: Callable[[], None], pack: Pack) -> RecordDict:
     if device.may_receive(instruction.task, instruction.until_epoch):
         receive()
         device.check_version(instruction.version)
@@ -255,14 +260,14 @@ def _train(device: EdgeDevice, instruction: Instruction, receive: Callable[[], N
         content[TELEMETRY] = ConfigRecord(device.telemetry.to_record())
     arrays = codec_named(device.scenario.server.compression).compress(device.outgoing())
     if arrays:
-        content[ARRAYS] = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+        content[ARRAYS] = ArrayRecord({name: Array(array) for name, array in pack(arrays).items()})
         content[METRICS] = MetricRecord({EXAMPLES: trained.examples})
     if instruction.evaluate:
         content[TESTED] = ConfigRecord(device.evaluate().to_record())
     return content
 
 
-def _evaluate(device: EdgeDevice, instruction: Instruction, receive: Callable[[], None]) -> RecordDict:
+def _evaluate(device: EdgeDevice, instruction: Instruction, receive: Callable[[], None], pack: Pack) -> RecordDict:
     device.check_at(instruction.task, instruction.until_epoch)
     receive()
     device.check_version(instruction.version)

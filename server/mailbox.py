@@ -15,7 +15,8 @@ from httpx import HTTPError
 
 from lightcl.errors import Failure, Stopped
 from lightcl.exchange.messages import ARRAYS, REPLY
-from lightcl.exchange.tensors import Arrays, decoded
+from lightcl.exchange.tensors import Arrays
+from lightcl.exchange.wire import decoded
 
 PULL_SECONDS = 0.05
 """Between two looks at a grid that cannot say when a reply arrives: Flower's."""

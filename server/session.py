@@ -48,7 +48,8 @@ class Session:
         connections = Connections(scenario, mailbox, nodes, ledger, folder, listener)
         agreed = connections.connect()
         network = build_network(scenario, in_channels=agreed.channels, classes=agreed.classes)
-        built = Aggregator(scenario, scenario.method.build(network), listener.warned)
+        method = scenario.method.build(network)
+        built = Aggregator(scenario, method, listener.warned, packs=not mailbox.simulated)
         aggregator = built if built.shares else None
         if aggregator and saved:
             aggregator.restore(saved.tensors, saved.version)

@@ -67,6 +67,8 @@ class BoardConfig:
     """PyTorch threads, in place of the scenario's `device.threads`."""
     memory_mb: int = 0
     """Memory budget: `doctor` compares it with the scenario's footprint, and the systemd unit enforces it."""
+    idle_minutes: float = 10
+    """After so many minutes without a message the memory of PyTorch and of the images is given back. 0: never."""
     limits: Limits = field(default_factory=Limits)
 
     @property
@@ -195,6 +197,7 @@ _RULES = {
     "accelerator": _rule(str, "auto, cpu, cuda, or empty for the scenario's", lambda text: text in ACCELERATORS),
     "threads": _rule(int, "0 for the scenario's, else 1 to 1024", lambda number: 0 <= number <= 1024),
     "memory_mb": _rule(int, "0 for no budget, else at least 64", lambda number: number == 0 or number >= 64),
+    "idle_minutes": _rule(float, "0 for never, else minutes", lambda number: 0 <= number < float("inf")),
     "limits.temperature_c": _rule(float, "0 for no limit, else 20 to 150", lambda x: x == 0 or 20 <= x <= 150),
     "limits.free_disk_mb": _rule(int, "0 for no limit, else megabytes", lambda number: number >= 0),
     "limits.battery_percent": _rule(int, "0 for no limit, else 1 to 99", lambda number: 0 <= number <= 99),

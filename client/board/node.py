@@ -10,23 +10,21 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NoReturn
 
 from client.board.config import BoardConfig, read_config
-from client.board.setup import private_key
 from client.board.status import Status
 from lightcl.errors import Failure, RequestError
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from flwr.app import Message
     from flwr.clientapp import ClientApp
+
+    from client.board.journal import Parcel
+    from client.board.link import Link
 
 REFUSED = 75
 """Exit code where the server refuses the board, or does not know it any longer: to be tried again later."""
@@ -36,63 +34,73 @@ _REFUSED = (
     "on, add the board on the server (`lightcl server add-device`) and check `lightcl device doctor`"
 )
 
+MOST_KILLS = 5
+"""A message is given up after so many nodes were killed over it: one that needs more memory than there is."""
+
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 3.0
-
-
-@dataclass(frozen=True)
-class Connection:
-    """Flower's connection of a node to a SuperLink, with names for its callbacks."""
-
-    node_id: int
-    receive: Callable[[], Any]
-    send: Callable[..., Any]
-    pull_object: Callable[[int, str], bytes]
-    push_object: Callable[[int, str, str, bytes], None]
-    confirm: Callable[[int, str], None]
 
 
 class ConnectionLost(Failure):
     """The connection ended with an error."""
 
 
-@contextmanager
-def connection(config: BoardConfig) -> Iterator[Connection]:
-    """Registers the board's node at the server; at the end the node leaves. Raises SystemExit where it is refused."""
-    from flwr.supernode.fleet_http_connection import http_request_response
-
-    with http_request_response(
-        config.server,
-        config.insecure,
-        None if config.insecure or not config.certificate else str(Path(config.certificate)),
-        _keys(Path(config.key)) if config.key else None,
-    ) as (node_id, receive, send, _, _, pull_object, push_object, confirm):
-        yield Connection(node_id, receive, send, pull_object, push_object, confirm)
-
-
-def _keys(file: Path) -> tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey]:
-    key = private_key(file)
-    return key, key.public_key()
-
-
-def answer_all(link: Connection, config: BoardConfig, status: Status, app: Callable[[], ClientApp]) -> None:
+def answer_all(link: Link, config: BoardConfig, status: Status, app: Callable[[], ClientApp]) -> None:
     """Asks for messages and answers them, one at a time, without end. `app` is called at the first message.
 
-    Raises what the connection raises.
+    It begins with what a killed predecessor left. Raises what the connection raises.
     """
     from flwr.supercore.run import RunNotRunningException
 
+    message, reply = _left_over(link, status)
     quiet_since = time.monotonic()
     while True:
         try:
-            received = link.receive()
-            if received is not None:
-                _answer(link, config, status, app, *received)
+            if reply:
+                link.send(reply)
+            elif message := message or link.receive():
+                _answer(link, config, status, app, message)
+            if message or reply:
+                link.done()
+                message = reply = None
                 quiet_since = time.monotonic()
                 continue
             status.contact()
+            if _is_idle(config, time.monotonic() - quiet_since):
+                _start_anew(status)
         except RunNotRunningException:
             status.note("the run has ended on the server; its message is dropped")
+            link.done()
+            message = reply = None
         time.sleep(pause(time.monotonic() - quiet_since))
+
+
+def _left_over(link: Link, status: Status) -> tuple[Parcel | None, Parcel | None]:
+    """The message or the reply with which to begin."""
+    from flwr.app import Error, Message
+    from flwr.common.constant import ErrorCode
+
+    from client.board.link import closed, envelope
+
+    found = link.unfinished()
+    if found.message and not found.reply and found.kills > MOST_KILLS:
+        reason = f"the board's node was killed {found.kills} times while it worked on this (out of memory?)"
+        status.note(reason)
+        error = Error(ErrorCode.CLIENT_APP_CRASHED, reason)
+        return None, closed(Message(error, reply_to=envelope(found.message)))
+    if found.message or found.reply:
+        status.note("continuing with the message of the node that was killed")
+    return found.message, found.reply
+
+
+def _is_idle(config: BoardConfig, quiet: float) -> bool:
+    """Whether PyTorch is loaded, and has had nothing to do for `idle_minutes`."""
+    return 0 < config.idle_minutes * 60 < quiet and "torch" in sys.modules
+
+
+def _start_anew(status: Status) -> NoReturn:
+    """Replaces this process by a fresh one, which goes on as the same node with a sixth of the memory."""
+    status.note("idle: the memory of PyTorch and of the images is given back until the next message")
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def pause(quiet: float) -> float:
@@ -103,50 +111,30 @@ def pause(quiet: float) -> float:
     return min(max(SHORTEST_PAUSE, quiet / 4), LONGEST_PAUSE)
 
 
-def _answer(
-    link: Connection, config: BoardConfig, status: Status, app: Callable[[], ClientApp], envelope: Message, tree: Any
-) -> None:
+def _answer(link: Link, config: BoardConfig, status: Status, app: Callable[[], ClientApp], parcel: Parcel) -> None:
     from flwr.app import Context, Error, Message, RecordDict
     from flwr.common.constant import ErrorCode
-    from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
 
-    run_id = envelope.metadata.run_id
+    from client.board.link import closed, envelope, opened
+
+    asked = envelope(parcel)
     stopped: SystemExit | None = None
     begun = time.monotonic()
     try:
-        message = pull_and_inflate_object_from_tree(
-            tree, partial(link.pull_object, run_id), partial(link.confirm, run_id), return_type=Message
-        )
-        message.metadata.__dict__["_message_id"] = tree.object_id  # the content is sent without it
+        message = opened(parcel)
         status.working(message)
-        reply = app()(message=message, context=Context(run_id, link.node_id, config.node_config(), RecordDict(), {}))
+        context = Context(asked.metadata.run_id, link.node_id, config.node_config(), RecordDict(), {})
+        reply = app()(message=message, context=context)
     except SystemExit as error:  # SIGTERM: the server asks again as soon as it hears of it, and need not wait
-        stopped, reply = error, Message(Error(ErrorCode.UNKNOWN, "the board was stopped"), reply_to=envelope)
+        stopped, reply = error, Message(Error(ErrorCode.UNKNOWN, "the board was stopped"), reply_to=asked)
     except Exception as error:  # a programming error or a damaged message; what can go wrong with a device is a reply
         reason = f"{type(error).__name__}: {error}"
-        reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=envelope)
+        reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=asked)
     seconds = time.monotonic() - begun
-    _send(link, reply, seconds)
+    link.send(closed(reply), seconds)
     status.answered(reply, seconds)
     if stopped is not None:
         raise stopped
-
-
-def _send(link: Connection, reply: Message, seconds: float) -> None:
-    from flwr.supercore.inflatable.inflatable_object import (
-        get_all_nested_objects,
-        get_object_tree,
-        no_object_id_recompute,
-    )
-    from flwr.supercore.inflatable.inflatable_utils import push_objects
-
-    run_id = reply.metadata.run_id
-    reply.metadata.__dict__["_message_id"] = reply.object_id
-    with no_object_id_recompute():
-        wanted, session = link.send(reply, get_object_tree(reply), seconds)
-        push_objects(
-            get_all_nested_objects(reply), partial(link.push_object, run_id, session), object_ids_to_push=wanted
-        )
 
 
 def installed_app() -> ClientApp:
@@ -170,37 +158,37 @@ def wait_for_server(address: str, status: Status) -> None:
 
 
 def serve(config: BoardConfig, status: Status) -> None:
-    """Connects and answers until SIGTERM (SystemExit 0). Raises ConnectionLost, and SystemExit where it is refused."""
+    """Connects and answers until SIGTERM (SystemExit). Raises ConnectionLost, and Failure where it is refused."""
+    from client.board.link import Forgotten, Refused, joined
+
     wait_for_server(config.server, status)
-    joined = False
-    failure: BaseException | None = None
     try:
-        with connection(config) as link:
-            joined = True
+        with joined(config, config.board_folder) as link:
             status.connected(link.node_id, config.server)
-            try:
-                answer_all(link, config, status, installed_app)
-            except Exception as error:  # Flower's connection logs it and ends the `with` as if nothing had happened
-                failure = error
-    except KeyboardInterrupt as error:  # how Flower's heartbeat says that the server does not know the node any longer
-        failure = error
-    except SystemExit as error:
-        if joined or not error.code:
-            raise
-        status.disconnected(_REFUSED)
-        raise SystemExit(REFUSED) from error
-    reason = f"{type(failure).__name__}: {failure}" if isinstance(failure, Exception) else "the server forgot the node"
-    status.disconnected(f"the connection was lost ({reason})")
-    raise ConnectionLost(reason)
+            answer_all(link, config, status, installed_app)
+    except Refused as error:
+        status.disconnected(f"{_REFUSED} ({error})")
+        raise Failure(_REFUSED) from error
+    except (Forgotten, KeyboardInterrupt) as error:  # the latter: how Flower says that a request was not authorized
+        status.disconnected("the connection was lost (the server forgot the node)")
+        raise ConnectionLost("the server forgot the node") from error
+    except RequestError:
+        raise
+    except Exception as error:
+        status.disconnected(f"the connection was lost ({type(error).__name__}: {error})")
+        raise ConnectionLost(f"{type(error).__name__}: {error}") from error
 
 
 def probe(config: BoardConfig) -> None:
     """Joins and leaves at once. Raises Failure where the server refuses the board."""
-    try:
-        with connection(config):
-            pass
-    except SystemExit as error:
-        raise Failure(_REFUSED) from error
+    from client.board.link import Refused, joined
+
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            with joined(config, Path(place)):
+                pass
+        except Refused as error:
+            raise Failure(f"{_REFUSED} ({error})") from error
 
 
 def main() -> None:

@@ -23,8 +23,8 @@ from lightcl.storage.files import LOCK
 
 LOG = "log"
 _LOG_BYTES, _OLD_LOGS = 1 << 20, 3
-_FIRST_DELAY, _LONGEST_DELAY, _GROWTH = 5.0, 60.0, 1.5
-_HEALTHY_SECONDS = 300.0
+_FIRST_DELAY, _LONGEST_DELAY, _GROWTH = 1.0, 60.0, 2.0
+_HEALTHY_SECONDS = 60.0
 """A node that ran this long is restarted without delay growth."""
 _STOP_SECONDS = 20.0
 _WRONG_REQUEST = 2

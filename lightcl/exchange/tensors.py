@@ -15,13 +15,12 @@ file); all of them are in `lightcl/exchange/messages.py`. `compression.py` has t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightcl.errors import one_line
 from lightcl.methods import Method
 from lightcl.methods.parts.closed_form import from_upper_triangle
 from lightcl.networks.staged import Backbone
@@ -37,27 +36,6 @@ LARGEST = float(np.finfo(np.float32).max)
 
 class ExchangeError(Exception):
     """Tensors that cannot be adopted; the text names the tensor and what is wrong with it."""
-
-
-class Encoded(Protocol):
-    """A tensor as a message carries it (Flower's `Array`)."""
-
-    def numpy(self) -> np.ndarray: ...
-
-
-def decoded(record: Mapping[str, Encoded]) -> Arrays:
-    """The tensors of a message, as they were sent. Raises ExchangeError for bytes that are no array."""
-    arrays: Arrays = {}
-    for name, tensor in record.items():
-        try:
-            array: object = tensor.numpy()
-        except Exception as error:  # NumPy raises many kinds for bytes that were made up, MemoryError among them
-            reason = one_line(f"{type(error).__name__}: {error}", 100)
-            raise ExchangeError(f"tensor {name!r} cannot be decoded ({reason})") from error
-        if not isinstance(array, np.ndarray):  # an archive of arrays
-            raise ExchangeError(f"tensor {name!r} cannot be decoded: it is no array")
-        arrays[name] = array
-    return arrays
 
 
 def shared_tensors(network: Backbone, aggregation: Aggregation) -> dict[str, Tensor]:

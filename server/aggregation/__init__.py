@@ -12,6 +12,7 @@ from torch import Tensor
 from lightcl.exchange.compression import codec_named
 from lightcl.exchange.messages import ARRAYS
 from lightcl.exchange.tensors import Arrays, outgoing, size_in_bytes
+from lightcl.exchange.wire import packed
 from lightcl.methods import Method
 from lightcl.scenario import Scenario, Server
 from server.aggregation.guard import UpdateGuard
@@ -32,15 +33,18 @@ class Outcome:
 class Aggregator:
     """The shared tensors under one scenario; `version` counts how often they have moved.
 
-    `warned` is told what was wrong with replies that were accepted all the same.
+    `warned` is told what was wrong with replies that were accepted all the same. `packs`: whether its messages carry
+    all tensors in one (`lightcl/exchange/wire.py`).
     """
 
-    def __init__(self, scenario: Scenario, method: Method, warned: Callable[[str], None]) -> None:
+    def __init__(
+        self, scenario: Scenario, method: Method, warned: Callable[[str], None], *, packs: bool = False
+    ) -> None:
         section = scenario.server
         self._weights = SharedWeights(section, outgoing(method.network, section.aggregation), warned)
         self._sums = ClassSums(method, section.guard, warned)
         self._guard = UpdateGuard(section.guard, scenario.training.batch_size, warned)
-        self.codec = codec_named(section.compression)
+        self.codec, self._packs = codec_named(section.compression), packs
         self.version = 0
         self._record: tuple[int, ArrayRecord, int] | None = None
 
@@ -77,7 +81,8 @@ class Aggregator:
     def _sent(self) -> tuple[ArrayRecord, int]:
         if self._record is None or self._record[0] != self.version:
             sent = self.codec.compress(self.arrays)
-            record = ArrayRecord({name: Array(array) for name, array in sent.items()})
+            carried = packed(sent) if self._packs else sent
+            record = ArrayRecord({name: Array(array) for name, array in carried.items()})
             self._record = self.version, record, size_in_bytes(sent)
         return self._record[1], self._record[2]
 

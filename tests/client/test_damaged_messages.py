@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightcl.exchange.messages import Instruction
-from lightcl.exchange.tensors import ExchangeError, decoded
+from lightcl.exchange.tensors import ExchangeError
+from lightcl.exchange.wire import decoded
 from tests.client.test_app import ask
 from tests.inprocess import InProcessGrid, small
 

@@ -163,14 +163,19 @@ class LightServer:
         assert process.poll() is None, self.processes.logs()
         return process
 
-    def kit_board(self, number: int) -> subprocess.Popen[bytes]:
-        """Sets up a board from its join file, as a person would, and starts `lightcl device run`."""
+    def kit_file(self, number: int) -> Path:
+        """Sets up a board from its join file, as a person would; returns its configuration."""
         place = self.place / f"board-{number}"
         join, config = self.folder / "join" / f"board-{number}.toml", place / "device.toml"
         subprocess.run(
             [BIN / "lightcl", "device", "init", "--join", join, "--config", config, "--state", place / "state"],
             env=self.processes.environment, check=True, capture_output=True, timeout=120,
         )  # fmt: skip
+        return config
+
+    def kit_board(self, number: int) -> subprocess.Popen[bytes]:
+        """Sets up a board and starts `lightcl device run`."""
+        config = self.kit_file(number)
         return self.processes.start(f"board-{number}", str(BIN / "lightcl"), "device", "run", "--config", str(config))
 
     def board(self, number: int, *options: str, name: str = "", key: str | None = None) -> subprocess.Popen[bytes]:

@@ -21,6 +21,7 @@ from tests.client.test_board import certificate
 from tests.deployment.processes import (
     BIN,
     CHECKOUT,
+    LightServer,
     Processes,
     free_port,
     neutral,
@@ -28,6 +29,7 @@ from tests.deployment.processes import (
     rows,
     wait_for,
     wait_for_port,
+    wait_until,
 )
 
 __all__ = ["neutral", "processes"]  # fixtures
@@ -43,6 +45,14 @@ fleet: {devices: 2, test_data: whole}
 training: {epochs: 2, batch_size: 16, learning_rate: 0.05}
 server: {aggregation: suffix}
 """
+TWENTY = """
+name: two-boards
+network: {weights: none, width: 4}
+stream: {tasks: 2}
+fleet: {devices: 2, test_data: whole}
+training: {epochs: 40, batch_size: 16, learning_rate: 0.02}
+server: {aggregation: suffix, rounds_per_task: 20}
+"""
 ALONE = """
 name: two-boards
 network: {weights: none, width: 4}
@@ -51,6 +61,11 @@ fleet: {devices: 2, test_data: whole}
 training: {epochs: 90, batch_size: 16, learning_rate: 0.05, checkpoint_seconds: 1}
 server: {aggregation: none, rounds_per_task: 3, max_failures: 9}
 """
+
+
+def restarted(file: Path) -> str:
+    """A shell's loop that starts the board again a second after it ended, whatever the reason: `Restart=always`."""
+    return f'while true; do "{LIGHTCL}" device run --config "{file}"; sleep 1; done'
 
 
 def start_superlink(processes: Processes, tmp_path: Path) -> str:
@@ -152,30 +167,78 @@ def test_two_boards_learn_what_two_simulated_devices_learn(processes: Processes,
     assert device(processes, "status", "--config", str(files[0])).returncode == 1
 
 
-def test_a_killed_board_loses_no_finished_work(processes: Processes, tmp_path: Path) -> None:
-    """kill -9 of a board's processes, or SIGTERM, at random moments of its work; a loop restarts it, as a unit does."""
+def test_a_stopped_board_leaves_and_comes_back(processes: Processes, tmp_path: Path) -> None:
+    """SIGTERM in the middle of a training, without keys: the server asks again, and no finished work is lost."""
     server = start_superlink(processes, tmp_path)
     for number in range(2):
         file = configure(processes, tmp_path, server, number)
-        loop = f'while true; do "{LIGHTCL}" device run --config "{file}"; sleep 1; done'
-        processes.start(f"board-{number}", "bash", "-c", loop)
+        processes.start(f"board-{number}", "bash", "-c", restarted(file))
     out = flwr_run(processes, tmp_path, ALONE)
-    draw, disturbed = random.Random(0), 0
-    while disturbed < 4 and wait_until_busy(tmp_path, out):
-        time.sleep(draw.uniform(0, 2))
-        both = processes_of(tmp_path, 0)
-        ways = [(both[:1], signal.SIGTERM), (both[1:], signal.SIGKILL), (both, signal.SIGKILL)]
-        whom, how = ways[disturbed % 3]
-        for process in whom:
-            process.send_signal(how)
-        disturbed += 1
+    for _ in range(2):
+        assert wait_until_busy(tmp_path, out), "the run ended before the board could be stopped"
+        processes_of(tmp_path, 0)[0].send_signal(signal.SIGTERM)
+        time.sleep(1)
     wait_for(out / "results.json", processes, 600)
-    assert disturbed >= 3, "the run ended before the board could be disturbed"
     assert json.loads((out / "results.json").read_text())["devices_finished"] == 2
     expected = simulated(processes, tmp_path)
     assert learned(out) == learned(expected)
     for number in range(2):
         assert_same_state(final_state(tmp_path / f"board-{number}" / "state"), final_state(expected, number))
+
+
+def test_a_board_that_is_killed_twenty_times_learns_the_same(
+    processes: Processes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """kill -9 at random moments of a run with a shared suffix, of the node or of all processes of the board; a loop
+    restarts them, as a unit does. Every row is that of a simulation, where nothing was killed."""
+    server, out = LightServer(processes, tmp_path, 2), tmp_path / "run"
+    running = server.run()
+    for number in range(2):
+        processes.start(f"board-{number}", "bash", "-c", restarted(server.kit_file(number)))
+    server.call("start", str(scenario_file(tmp_path, TWENTY)), "--out", str(out))
+    draw, kills = random.Random(0), []
+    while len(kills) < 20:
+        wait_until(lambda: is_connected(tmp_path, 0) and len(rounds(out)) >= 1, "the board is back", processes, 120)
+        time.sleep(draw.uniform(0, 4))
+        whom = processes_of(tmp_path, 0)[len(kills) % 2 :]
+        for process in whom:
+            process.send_signal(signal.SIGKILL)
+        kills.append(time.time())
+        for process in whom:
+            process.wait(10)
+        assert not (out / "results.json").exists(), "the run ended before the board was killed twenty times"
+    wait_for(out / "results.json", processes, 600)
+    assert rows(out) == rows(simulated(processes, tmp_path))
+    for number in range(2):
+        state = tmp_path / f"board-{number}" / "state"
+        assert_same_state(final_state(state), final_state(tmp_path / "simulated", number))
+    waits = [min(end for end in rounds(out) if end > kill) - kill for kill in kills]
+    with capsys.disabled():
+        print(f"\nfrom a kill to the end of its round: {sorted(round(wait, 1) for wait in waits)} s")  # noqa: T201
+    assert running.poll() is None
+
+
+def test_an_idle_board_gives_its_memory_back(processes: Processes, tmp_path: Path) -> None:
+    """PyTorch is unloaded after `idle_minutes`, and the board is the same node as before, in the same process."""
+    server, out = LightServer(processes, tmp_path, 1), tmp_path / "run"
+    server.run()
+    file = server.kit_file(0)
+    file.write_text(file.read_text().replace("idle_minutes = 10", "idle_minutes = 0.1"))
+    processes.start("board-0", LIGHTCL, "device", "run", "--config", str(file))
+    text = TOGETHER.replace("devices: 2", "devices: 1").replace("aggregation: suffix", "aggregation: none")
+    server.call("start", str(scenario_file(tmp_path, text)), "--out", str(out))
+    wait_for(out / "results.json", processes, 300)
+    node = processes_of(tmp_path, 0)[1]
+    loaded = node.memory_full_info().pss
+    said(processes, file, "the memory of PyTorch and of the images is given back", 1)
+    said(processes, file, "connected to", 2)
+    assert [one.pid for one in processes_of(tmp_path, 0)][1] == node.pid
+    assert node.memory_full_info().pss < loaded / 2
+    assert server.states() == {"board-0": "online"}
+    again = tmp_path / "again"
+    server.call("start", str(tmp_path / "two-boards.yaml"), "--out", str(again))
+    wait_for(again / "results.json", processes, 300)
+    assert rows(again) == rows(out)
 
 
 def test_a_refused_key_is_tried_again(processes: Processes, tmp_path: Path) -> None:
@@ -225,6 +288,20 @@ def said(processes: Processes, file: Path, words: str, times: int) -> None:
     while not log.exists() or log.read_text().count(words) < times:
         assert time.monotonic() < deadline, f"not in the log: {words}\n{processes.logs()}"
         time.sleep(0.2)
+
+
+def is_connected(tmp_path: Path, number: int) -> bool:
+    """Whether the board's node runs and is connected."""
+    status = read_status(tmp_path / f"board-{number}" / "state" / ".board")
+    return bool(status.get("connected")) and status["pid"] in [one.pid for one in processes_of(tmp_path, number)[1:]]
+
+
+def rounds(out: Path) -> list[float]:
+    """When the rounds of a run ended, in seconds since 1970."""
+    file = out / "events.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [datetime.fromisoformat(event["time"]).timestamp() for event in found if event["event"] == "round_finished"]
 
 
 def wait_until_busy(tmp_path: Path, out: Path) -> bool:
