@@ -24,7 +24,7 @@ def packed(arrays: Mapping[str, np.ndarray]) -> Arrays:
     """All tensors in one of bytes, in the format of safetensors; none where there are none."""
     if not arrays:
         return {}
-    content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    content = save({name: np.asarray(array, order="C") for name, array in arrays.items()})
     return {PACKED: np.frombuffer(content, dtype=np.uint8)}
 
 
