@@ -156,7 +156,23 @@ def marked(folder: Path) -> list[int]:
     for place in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             variables = (place / "environ").read_bytes().split(b"\0")
-            ended = (place / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
-            if mark in variables and not ended and int(place.name) != os.getpid():
+            if mark in variables and lives(int(place.name)) and int(place.name) != os.getpid():
                 found.append(int(place.name))
     return found
+
+
+def lives(pid: int) -> bool:
+    """Whether a process is there and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def run_process(folder: Path) -> int | None:
+    """The process in which the present run of the server on `folder` works; None where there is none."""
+    for pid in marked(folder):
+        with suppress(OSError):
+            if b"flwr-serverapp" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return pid
+    return None

@@ -19,7 +19,7 @@ from server.link.folder import ServerFolder, write_private
 from server.link.gateway import GatewayServer
 from server.link.progress import EventWatch, Say
 from server.link.runs import MOST_FAILURES, Run, Runs
-from server.link.superlink import SuperLink, check_port, end_marked, free_port, superlink_command
+from server.link.superlink import SuperLink, check_port, end_marked, free_port, lives, run_process, superlink_command
 
 TICK_SECONDS = 1.0
 REFUSED_SECONDS = 10.0
@@ -40,6 +40,7 @@ class Supervisor:
         self._inner_port = inner_port
         self._next_look = self._next_start = 0.0
         self._watch: EventWatch | None = None
+        self._process: int | None = None
         self._shown = ""
 
     def run(self, idle: Callable[[], bool] = lambda: False) -> None:
@@ -137,7 +138,10 @@ class Supervisor:
         if run.progress.complete:
             self._finish(run)
         elif run.flower and run.state == "going":
-            if time.monotonic() >= self._next_look:
+            if self._process_died():
+                self.flower.stop(run.flower)
+                self._ended(run, "its process was killed")
+            elif time.monotonic() >= self._next_look:
                 self._look(run)
         elif time.monotonic() >= self._next_start:
             self._start(run)
@@ -154,6 +158,14 @@ class Supervisor:
         verb = f"continues after round {rounds}" if resume else "starts"
         self.say(f"run {run.number} ({run.given}) {verb}; results in {run.out}")
         self._next_look = time.monotonic() + LOOK_SECONDS
+        self._process = None
+
+    def _process_died(self) -> bool:
+        """Whether the run's process was there and is gone; Flower itself notices that after a minute."""
+        if self._process is None:
+            self._process = run_process(self.folder.path)
+            return False
+        return not lives(self._process)
 
     def _cut_off_runs(self) -> None:
         """A SuperLink that has just started does not work on the runs of the one before, though its database says so.
@@ -170,12 +182,16 @@ class Supervisor:
         """Whether Flower still works on a run; if not, it waits for its next start or is given up."""
         self._next_look = time.monotonic() + LOOK_SECONDS
         status, details = self.flower.status(run.flower)
-        if status in ("pending", "starting", "running"):
-            return
+        if status not in ("pending", "starting", "running"):
+            self._ended(run, details or f"Flower says {status}")
+
+    def _ended(self, run: Run, reason: str) -> None:
+        """The run's process is gone: its work is done, or it waits for its next start, or is given up."""
+        self._process = None
         if run.progress.complete:  # written since the last look
             self._finish(run)
             return
-        reason = one_line(run.progress.failure() or details or f"Flower says {status}")
+        reason = one_line(run.progress.failure() or reason)
         ended = run.after_end(run.progress.rounds, reason)
         self.runs.save(ended)
         self._next_start = time.monotonic() + ended.pause
