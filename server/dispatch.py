@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.constant import ErrorCode
 
 from lightcl.errors import one_line
 from lightcl.exchange.messages import ARRAYS, INSTRUCTION, Instruction, ProtocolError, Refusal
@@ -16,10 +18,12 @@ from lightcl.scenario import Scenario
 from server.aggregation import Aggregator
 from server.ledger import Entry, Ledger
 from server.listeners import Listener
-from server.mailbox import ENDS_THE_RUN, LATE_SECONDS, Mailbox, record_of
+from server.mailbox import AGAIN_SECONDS, ENDS_THE_RUN, LATE_SECONDS, Mailbox, record_of
 from server.nodes import Nodes
 from server.replies import back_off_of
 
+LOST = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE)
+"""What Flower says where a node, or a part of its reply, did not come back."""
 LEAST_BACK_OFF = 5.0
 """Seconds: a device that wants to be asked at once is not asked in an endless hurry."""
 
@@ -38,6 +42,7 @@ class Dispatch:
 
     def __post_init__(self) -> None:
         self._scenario_json = self.scenario.model_dump_json()
+        self._looked = 0.0
 
     def message(
         self, entry: Entry, kind: str, goal: tuple[int, int], row: DeviceRow, *, evaluate: bool = False
@@ -68,13 +73,21 @@ class Dispatch:
         timeout = self.scenario.server.round_timeout
         self.nodes.forget_absent()
         reachable = {number: m for number, m in sent.items() if self.nodes.node_of(number) == m.metadata.dst_node_id}
-        lost: set[int] = set()  # devices that backed off, and are not there any more
+        gone: set[int] = set()  # devices that are to be asked again, and are not there any more
+        until: dict[int, float] = {}  # by device that was lost in this phase: how long it is waited for
 
-        def again(number: int) -> Message | None:
-            self.nodes.forget_absent()
+        def postponed(number: int, reply: Message) -> float | None:
+            if not self.mailbox.simulated and reply.has_error() and reply.error.code in LOST:
+                return self._lost(number, until)
+            return self._postponed(reply, rows[number])
+
+        def again(number: int) -> Message | float | None:
+            self._look_for_nodes()
             node = self.nodes.node_of(number)
+            if node is None and time.monotonic() < until.get(number, 0.0):
+                return AGAIN_SECONDS
             if node is None:
-                lost.add(number)
+                gone.add(number)
                 return None
             old = reachable[number]
             if self.aggregator and ARRAYS in old.content:
@@ -85,12 +98,12 @@ class Dispatch:
             reachable,
             timeout,
             lambda number: self.listener.device_done(number, phase),
-            lambda number, reply: self._postponed(reply, rows[number]),
+            postponed,
             again,
         )
         for number in sorted(sent):
             reply = replies.pop(number, None)
-            if number not in reachable or number in lost:
+            if number not in reachable or number in gone:
                 self.refuse(rows[number], "not connected")
             elif reply is None:
                 self.refuse(rows[number], f"no reply within {timeout:g} s")
@@ -99,6 +112,24 @@ class Dispatch:
                     self._check_answers(reply, rows[number])
                 if rows[number].error is None:
                     yield self.ledger[number], reply
+
+    def _lost(self, number: int, until: dict[int, float]) -> float | None:
+        """After how many seconds a lost device is looked for; None where its time in this phase is over."""
+        now, patience = time.monotonic(), self.scenario.server.reconnect_timeout
+        if number not in until:
+            until[number] = now + patience
+            if patience:
+                text = f"device {number} is lost; it is waited for, {patience:g} s at most (server.reconnect_timeout)"
+                self.listener.warned(text)
+        return AGAIN_SECONDS if now < until[number] else None
+
+    def _look_for_nodes(self) -> None:
+        """Greets nodes that have come back; at most once a second, however many devices are looked for."""
+        if time.monotonic() - self._looked >= AGAIN_SECONDS:
+            self._looked = time.monotonic()
+            self.nodes.update()
+        else:
+            self.nodes.forget_absent()
 
     def _postponed(self, reply: Message, row: DeviceRow) -> float | None:
         """After how many seconds a device outside its limits is asked again; None where the reply is not about that.

@@ -30,6 +30,10 @@ DEAD_WORKER = re.compile(r"<class 'ray\.exceptions\.(ActorDiedError|ActorUnavail
 device's failure and stand later in the text. Only a simulation's grid is believed: a board could send these words."""
 
 
+AGAIN_SECONDS = 1.0
+"""Between two looks for a node that has left."""
+
+
 class RunStopped(Stopped):
     """The user asked the run to stop; it can be resumed."""
 
@@ -99,21 +103,24 @@ class Mailbox:
         timeout: float,
         done: Callable[[int], None] = lambda _: None,
         postponed: Callable[[int, Message], float | None] = lambda *_: None,
-        again: Callable[[int], Message | None] = lambda _: None,
+        again: Callable[[int], Message | float | None] = lambda _: None,
     ) -> dict[int, Message]:
         """Replies by the keys of `messages`; those that did not arrive within `timeout` seconds are missing.
 
-        `postponed` gives the seconds after which a key's reply asks to be asked again, or None; then `again` makes the
-        message for it, or None, and the key is missing. Raises RunStopped and WorkerDied.
+        `postponed` gives the seconds after which a key is to be asked again because of its reply, or None; then `again`
+        makes the message for it, or says after how many seconds to look again, or None, and the key is missing. Raises
+        RunStopped and WorkerDied.
         """
         keys: dict[str, int] = {}
         waiting: dict[str, Message] = {}
         due: dict[int, float] = {}
         replies: dict[int, Message] = {}
 
-        def send(key: int, message: Message | None) -> None:
-            if message and (message_id := self.push(message)):
+        def send(key: int, message: Message) -> bool:
+            message_id = self.push(message)
+            if message_id:
                 keys[message_id], waiting[message_id] = key, message
+            return bool(message_id)
 
         for key, message in messages.items():
             send(key, message)
@@ -121,7 +128,11 @@ class Mailbox:
         while (waiting or due) and time.monotonic() < deadline:
             for key in [key for key, at in due.items() if at <= time.monotonic()]:
                 del due[key]
-                send(key, again(key))
+                found = again(key)
+                if isinstance(found, Message) and not send(key, found):
+                    found = AGAIN_SECONDS  # the node has just left
+                if isinstance(found, float):
+                    due[key] = time.monotonic() + found
             self._wait_for_replies(min([deadline, *due.values()]))
             for reply in list(self.pull(waiting)):
                 message_id = reply.metadata.reply_to_message_id

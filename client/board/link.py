@@ -52,7 +52,7 @@ from client.board.config import BoardConfig
 from client.board.journal import Journal, Parcel, Unfinished
 from client.board.setup import private_key
 
-ABSENCE_SECONDS = 20.0
+ABSENCE_SECONDS = 10.0
 """How long a node stays away where a message may have been lost on its way to it: long enough for the server to see
 that it is offline, and to ask again. It looks several times a second while it waits for replies."""
 

@@ -44,14 +44,20 @@ class ConnectionLost(Failure):
     """The connection ended with an error."""
 
 
-def answer_all(link: Link, config: BoardConfig, status: Status, app: Callable[[], ClientApp]) -> None:
+def answer_all(
+    link: Link,
+    config: BoardConfig,
+    status: Status,
+    app: Callable[[], ClientApp],
+    message: Parcel | None,
+    reply: Parcel | None,
+) -> None:
     """Asks for messages and answers them, one at a time, without end. `app` is called at the first message.
 
-    It begins with what a killed predecessor left. Raises what the connection raises.
+    It begins with the `message` or `reply` that a killed predecessor left. Raises what the connection raises.
     """
     from flwr.supercore.run import RunNotRunningException
 
-    message, reply = _left_over(link, status)
     quiet_since = time.monotonic()
     while True:
         try:
@@ -126,7 +132,7 @@ def _answer(link: Link, config: BoardConfig, status: Status, app: Callable[[], C
         context = Context(asked.metadata.run_id, link.node_id, config.node_config(), RecordDict(), {})
         reply = app()(message=message, context=context)
     except SystemExit as error:  # SIGTERM: the server asks again as soon as it hears of it, and need not wait
-        stopped, reply = error, Message(Error(ErrorCode.UNKNOWN, "the board was stopped"), reply_to=asked)
+        stopped, reply = error, Message(Error(ErrorCode.NODE_UNAVAILABLE, "the board was stopped"), reply_to=asked)
     except Exception as error:  # a programming error or a damaged message; what can go wrong with a device is a reply
         reason = f"{type(error).__name__}: {error}"
         reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=asked)
@@ -164,8 +170,9 @@ def serve(config: BoardConfig, status: Status) -> None:
     wait_for_server(config.server, status)
     try:
         with joined(config, config.board_folder) as link:
+            message, reply = _left_over(link, status)
             status.connected(link.node_id, config.server)
-            answer_all(link, config, status, installed_app)
+            answer_all(link, config, status, installed_app, message, reply)
     except Refused as error:
         status.disconnected(f"{_REFUSED} ({error})")
         raise Failure(_REFUSED) from error

@@ -109,6 +109,9 @@ class Server(Section):
     longest_back_off: float = Field(default=3600.0, ge=0, le=1e8)
     """Seconds that a board outside its own limits (heat, disk, battery) may let the server wait in a round, in all; it
     is asked again when it says, within `round_timeout`. After that it has failed in the round."""
+    reconnect_timeout: float = Field(default=120.0, ge=0, le=1e8)
+    """Seconds that a round waits for a board that is lost in it (killed, without power or network) and asks it again as
+    soon as it is back. After that the round goes on without it. 0: at once."""
     max_failures: int = Field(default=3, ge=1, le=1_000_000)
     """Consecutive failures after which a device is dropped from the run."""
     max_failures_in_run: int = Field(default=20, ge=1, le=1_000_000)

@@ -20,6 +20,7 @@ def scenario_digest(scenario: Scenario) -> str:
                 "connect_timeout",
                 "greeting_timeout",
                 "longest_back_off",
+                "reconnect_timeout",
                 "max_failures",
                 "max_failures_in_run",
             },

@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -515,3 +516,55 @@ def test_devices_that_share_nothing_may_keep_other_channels(tmp_path: Path) -> N
     scenario = small(**SPARSE_FLEET | {"server": {"aggregation": "none"}, "stream": {"tasks": 1}})
     grid = InProcessGrid(tmp_path / "s", 2, tamper)
     assert start(scenario, tmp_path / "run").run(grid).devices_finished == 2
+
+
+class Flapping(InProcessGrid):
+    """A grid of boards on which device 1 is lost in the training of round 1, for as many looks at the fleet."""
+
+    def __init__(self, state: Path, looks: float) -> None:
+        super().__init__(state, 3)
+        self.looks, self.lost = looks, False
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        messages = list(messages)
+        if not self.lost and any(m.metadata.message_type == "train" for m in messages):
+            self.lost, self.away = True, {101}
+        return super().push_messages(messages)
+
+    def get_node_ids(self) -> list[int]:
+        if self.away:
+            self.looks -= 1
+            if self.looks < 0:
+                self.away = set()
+        return super().get_node_ids()
+
+
+def test_a_round_waits_for_a_board_that_is_lost_in_it_and_has_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.dispatch.AGAIN_SECONDS", 0.01)
+    scenario = small(server={"aggregation": "suffix", "reconnect_timeout": 60})
+    start(scenario, tmp_path / "undisturbed").run(InProcessGrid(tmp_path / "s", 3))
+    listener = Silent()
+    start(scenario, tmp_path / "run", listener).run(Flapping(tmp_path / "t", looks=4))
+    assert listener.refusals == []
+    assert ["device 1 is lost" in text for text in listener.warnings] == [True]
+
+    def numbers(folder: Path) -> list[dict[str, Any]]:
+        lines = (folder / "devices.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k not in ("timing", "bytes_down")} for line in lines]
+
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("patience", [0, 0.2])
+def test_a_round_goes_on_without_a_board_that_does_not_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: float
+) -> None:
+    monkeypatch.setattr("server.dispatch.AGAIN_SECONDS", 0.01)
+    scenario = small(server={"reconnect_timeout": patience, "connect_timeout": 0.5})
+    listener = Silent()
+    results = start(scenario, tmp_path / "run", listener).run(Flapping(tmp_path / "t", looks=float("inf")))
+    assert results.devices_finished == 2
+    assert listener.refusals[0][0] == 1
+    assert len(listener.warnings) == (1 if patience else 0)

@@ -63,6 +63,17 @@ def test_a_reply_that_asks_for_later_is_not_done(tmp_path: Path) -> None:
     assert done == [0, 1]
 
 
+def test_a_device_that_is_not_back_is_looked_for_again(tmp_path: Path) -> None:
+    grid, looks = Grid(), [0.01, 0.02, message_for(101)]
+    found = wait(
+        tmp_path, grid, postponed=lambda key, reply: 0.01 if key == 1 and number_of(reply) < 2 else None,
+        again=lambda _: looks.pop(0),
+    )  # fmt: skip
+    assert found == {0: 1, 1: 2}
+    assert grid.sent == [100, 101, 101]
+    assert not looks
+
+
 def test_a_device_that_is_gone_by_then_is_missing(tmp_path: Path) -> None:
     grid = Grid()
     found = wait(tmp_path, grid, postponed=lambda key, _: 0.01 if key == 1 else None, again=lambda _: None)
