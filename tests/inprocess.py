@@ -57,6 +57,7 @@ class InProcessGrid:
         """What Flower raises where it cannot read a reply, by the id of the message; others asked for with it are
         lost."""
         self.sent: list[Message] = []
+        self._unpacked: dict[int, tuple[ArrayRecord, ArrayRecord]] = {}  # by id, which the record keeps its own
         self.received: list[Message] = []
         self._replies: dict[str, Message] = {}
         self.waiting: dict[str, Message] = {}
@@ -72,12 +73,22 @@ class InProcessGrid:
         ids = []
         for message in messages:
             message.metadata.__dict__["_message_id"] = f"message-{len(self.sent)}"
-            unpack_(message)
+            self._unpack_shared_(message)
             self.sent.append(message)
             ids.append(message.metadata.message_id)
             self.waiting[ids[-1]] = message
             self._handle(ids[-1])
         return ids
+
+    def _unpack_shared_(self, message: Message) -> None:
+        """The messages to all devices share one record, packed or not."""
+        record = message.content.array_records.get(ARRAYS)
+        if record is None:
+            return
+        if id(record) not in self._unpacked:
+            unpack_(message)
+            self._unpacked[id(record)] = record, message.content.array_records[ARRAYS]
+        message.content[ARRAYS] = self._unpacked[id(record)][1]
 
     def _handle(self, message_id: str) -> None:
         message = self.waiting[message_id]
