@@ -25,6 +25,10 @@ MORE, LESS = ("#2fc79a", "#009e73"), ("#e59bc6", "#b3387f")
 vision, and not the colors of TIL and CIL."""
 
 
+WIDEST_MARGIN = 25.0
+"""Half of the widest interval, in points, that a figure of gains by class makes room for."""
+
+
 def accuracy_of_runs(
     curves: Mapping[str, Mapping[str, Sequence[float]]], chance: Mapping[str, float], theme: Theme
 ) -> Figure:
@@ -159,6 +163,7 @@ def gains_by_class(
         facecolor=theme.background,
     )  # fmt: skip
     first = None
+    ends = [0.0]  # of what the panels show; an interval of a few devices that is wider goes beyond
     for number, (base, values) in enumerate(panels.items()):
         axes = figure.add_subplot(lines, columns, 1 + number, facecolor=theme.background, sharex=first, sharey=first)
         first = first or axes
@@ -170,13 +175,20 @@ def gains_by_class(
             known = [(place + shift, d) for place, d in enumerate(gained) if d]
             heights = [100 * d.mean for _, d in known]
             margins = [0.0 if isnan(d.low) else 100 * (d.high - d.mean) for _, d in known]
+            within = [min(margin, WIDEST_MARGIN) for margin in margins]
+            ends += [h + sign * m for h, m in zip(heights, within, strict=True) for sign in (-1, 1)]
             axes.errorbar(
                 [at for at, _ in known], heights, yerr=margins, color=colors[name], marker=_marker(names, name),
                 markersize=5, linewidth=1.5, elinewidth=1.2, zorder=3, markeredgecolor=theme.background,
                 markeredgewidth=0.6,
             )  # fmt: skip
         axes.set_xticks(range(len(classes)), classes)
+        if len(classes) > 5:  # "100–199" is as wide as a fifth of a panel
+            axes.tick_params(axis="x", labelrotation=35)
         axes.set_xlim(-0.5, len(classes) - 0.5)
+    if first is not None:
+        room = 0.06 * (max(ends) - min(ends)) or 1.0
+        first.set_ylim(min(ends) - room, max(ends) + room)
     handles = [
         Line2D([], [], color=colors[n], marker=_marker(names, n), markersize=6, linewidth=1.5, label=n) for n in names
     ]
