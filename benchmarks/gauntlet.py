@@ -216,6 +216,20 @@ def noise(factor: float) -> Change:
     return change
 
 
+def mixed(share: float) -> Change:
+    """Noise of the update's norm beside a share of the update."""
+    spoil = noise(1)
+
+    def change(arrays: Arrays, model: Arrays, draw: np.random.Generator) -> Arrays:
+        noisy = spoil(arrays, model, draw)
+        return {
+            name: array if is_statistic(name) else noisy[name] + np.float32(share) * (array - model[name])
+            for name, array in arrays.items()
+        }
+
+    return change
+
+
 def variance(value: float) -> Change:
     return lambda arrays, model, draw: {
         name: np.full_like(array, value) if name.endswith("running_var") else array for name, array in arrays.items()
@@ -253,6 +267,8 @@ OF_WEIGHTS = {
     "update x 10^6": Attack(moved(1e6)),
     "noise of the update's norm": Attack(noise(1)),
     "noise x 10^6": Attack(noise(1e6)),
+    "noise beside a tenth of the update": Attack(mixed(0.1)),
+    "noise beside a third of the update": Attack(mixed(1 / 3)),
     "sign flip": Attack(moved(-1)),
     "sign flip x 1.9": Attack(moved(-1.9)),
     "sign flip x 10": Attack(moved(-10)),

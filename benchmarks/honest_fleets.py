@@ -4,7 +4,9 @@
     python -m benchmarks.honest_fleets --fleets cifar10 --path FOLDER --seeds 3
 
 Server and devices are real, in one process, so devices train one after the other. "largest update" is the longest
-update of a round as a share of its limit: the guard acts above 1. Times are CPU times; the share is of all rounds.
+update of a round as a share of its limit: the guard acts above 1. "least in common" is r of that update which has least
+in common with the one most like it (server/aggregation/guard.py), from three devices on: the guard takes it for noise
+below 2.5. Times are CPU times; the share is of all rounds.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lightcl.preparation import prepare
 from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario
-from server.aggregation.guard import FACTOR, FACTOR_OF_FEW, UpdateGuard
+from server.aggregation.guard import FACTOR, FACTOR_OF_FEW, Directions, UpdateGuard
 from server.aggregation.robust import FEW
 from server.aggregation.statistics import ClassSums
 from server.ledger import KnownImages
@@ -38,6 +41,8 @@ DIGITS: dict[str, Any] = {
 }
 SKEWED = {"fleet": {"devices": 10, "partition": "dirichlet", "alpha": 0.1, "test_data": "matched"}}
 HEADS = {"aggregation": "suffix+head", "rounds_per_task": 2}
+THREE = DIGITS | {"fleet": {"devices": 3, "test_data": "whole"}, "server": HEADS}
+FOUR_CLASSES = {"partition": "pathological", "classes_per_device": 4}
 CIFAR10: dict[str, Any] = {  # as the bundled cifar10-10-devices, with fewer epochs
     "data": {"source": "cifar10"},
     "stream": {"tasks": 5},
@@ -57,6 +62,8 @@ FLEETS: dict[str, dict[str, Any]] = {
     "dirichlet, class sums": DIGITS
     | SKEWED
     | {"server": HEADS, "method": {"name": "lightcl-plus", "share_statistics": True}},
+    "three, own order": THREE | {"stream": {"tasks": 5, "class_order": "shuffled", "per_device_order": True}},
+    "three, own classes": THREE | {"stream": {"tasks": 2, "cut": "own"}, "fleet": THREE["fleet"] | FOUR_CLASSES},
     "cifar10": CIFAR10,
 }
 TOY = {"data": {"source": "digits"}, "network": {"weights": "none", "width": 4}, "training": {"epochs": 2}}
@@ -72,8 +79,10 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    print("| fleet | seed | rounds | finished | limited | refused | largest update | guard per device-round | share |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    titles = ["fleet", "seed", "rounds", "finished", "limited", "refused", "largest update", "least in common"]
+    titles += ["guard per device-round", "share"]
+    print(f"| {' | '.join(titles)} |")
+    print(f"|{'---|' * len(titles)}")
     for name in ["dirichlet"] if chosen.toy else chosen.fleets:
         for seed in range(chosen.seeds):
             values = FLEETS[name] | (TOY if chosen.toy else {}) | {"seed": seed}
@@ -119,13 +128,15 @@ def measure(scenario: Scenario) -> str:
         len(watch.limited),
         len(watch.refusals),
         f"{clock.largest:.2f}",
+        f"{clock.least:.1f}",
         f"{each:.1f} ms",
     ]
     return " | ".join(map(str, [*cells, f"{clock.seconds / total:.2%}"]))
 
 
 class Clock:
-    """While it is entered, the seconds that the guard takes, and the largest update as a share of its limit."""
+    """While it is entered, the seconds that the guard takes, the largest update as a share of its limit, and the least
+    that an update has in common with the one most like it."""
 
     TIMED: tuple[tuple[type, str], ...] = (
         (UpdateGuard, "bound_examples"), (UpdateGuard, "check"), (ClassSums, "unlike_the_fleet"),
@@ -133,12 +144,14 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds = self.largest = 0.0
+        self.least = float("inf")
         self._originals: list[tuple[type, str, Callable[..., Any]]] = []
 
     def __enter__(self) -> None:
         for kind, name in self.TIMED:
             self._replace(kind, name, self._timed)
         self._replace(UpdateGuard, "_usual_norms", self._compared)
+        self._replace(Directions, "outliers", self._related)
 
     def __exit__(self, *_: object) -> None:
         for kind, name, original in self._originals:
@@ -165,6 +178,14 @@ class Clock:
             factor = FACTOR if len(items) >= FEW else FACTOR_OF_FEW
             self.largest = max(self.largest, *(n / (factor * m) for n, m in zip(norms, usual, strict=True) if m))
             return usual
+
+        return call
+
+    def _related(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(directions: Directions) -> Any:
+            of_others = np.where(np.eye(len(directions.common), dtype=bool), 0.0, directions.common)
+            self.least = min(self.least, float(of_others.max(axis=1).min()))
+            return original(directions)
 
         return call
 

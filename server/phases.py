@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from flwr.app import Message, MessageType
 
 from lightcl.errors import one_line
@@ -56,7 +55,7 @@ class Phases:
                 if self.dispatch.aggregator is None:
                     self._add_training_(entry, checked.report, checked.bytes_up, telemetry, row)
                 else:  # its guard needs all replies to judge one of them
-                    contributions += self._contribution(checked, sent[entry.number], entry, classes)
+                    contributions += self._contribution(checked, sent[entry.number], entry)
                     accepted.append((entry, checked.report, checked.bytes_up, telemetry))
                 del checked
             if row.error is None and self._tests_at_once(goal):
@@ -73,16 +72,14 @@ class Phases:
             if entry.number in outcome.summed:
                 entry.add_sums_(report.task)
 
-    def _contribution(
-        self, checked: AcceptedTraining, instruction: Message, entry: Entry, classes: np.ndarray | None
-    ) -> list[Contribution]:
+    def _contribution(self, checked: AcceptedTraining, instruction: Message, entry: Entry) -> list[Contribution]:
         """What a reply gives to the shared tensors, if anything."""
         report = checked.report
         arrays = checked.arrays if entry.lacks_sums_of(report.task) else checked.without_sums
         if not arrays:
             return []
         images = self.dispatch.ledger.images_of(entry.number, report.task)
-        return [contribution(instruction, arrays, float(report.examples), entry.number, images, classes)]
+        return [contribution(instruction, arrays, float(report.examples), entry.number, images)]
 
     def _aggregate_(self, aggregator: Aggregator, contributions: Sequence[Contribution], round_number: int) -> Outcome:
         """Moves the shared tensors; where that fails, they stay, and no reply is to blame for it."""

@@ -12,12 +12,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from client.board.config import BoardConfig
-from client.board.network import reach, split_address
+from client.board.network import reach, split_address, unresolved
 from client.board.setup import public_key
 from client.board.supervise import is_running
 from lightcl.errors import Failure, RequestError
@@ -38,11 +40,12 @@ def check_torch(config: BoardConfig) -> str:
     return f"PyTorch {torch.__version__}, {built}"
 
 
-def check_kernel(config: BoardConfig) -> str:
+def check_kernel(config: BoardConfig, wanted: str) -> str:
+    """`wanted` is the accelerator of the scenario, which the board's own setting overrides."""
     from client.board.kernel import check_kernels, memory_text
     from lightcl.device.hardware import choose_accelerator
 
-    device = choose_accelerator(config.accelerator or "auto")
+    device = choose_accelerator(config.accelerator or wanted)
     found = check_kernels(device)
     return f"{memory_text(device)}; {found}"
 
@@ -98,9 +101,7 @@ def check_name(config: BoardConfig) -> str:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
-        raise RequestError(
-            f"the name {host!r} cannot be resolved ({error.strerror}); check the name and DNS, or use an IP address"
-        ) from error
+        raise RequestError(unresolved(host, error)) from error
     return f"{host} is {found[0][4][0]}"
 
 
@@ -110,23 +111,29 @@ def check_port(config: BoardConfig) -> str:
     return f"{config.server} accepts connections"
 
 
-def check_tls(config: BoardConfig) -> str:
-    """The server's certificate against the authority's, and its name; without TLS, that the server answers plainly."""
-    if config.insecure:
-        _ask(config)
+@dataclass(frozen=True)
+class Answer:
+    """What a server says to a plain request: the Date header, and its certificate under TLS."""
+
+    date: str | None
+    received: float
+    """By this machine's clock, in seconds since 1970."""
+    certificate: Mapping[str, object] | None
+
+
+def check_tls(answer: Answer) -> str:
+    """The server has answered: its certificate is the authority's and names it, or there is no TLS on either side."""
+    if answer.certificate is None:
         return "no TLS (insecure = true): only for a network that you trust"
-    certificate = _ask(config)[1]
-    assert certificate is not None
-    ends = datetime.fromtimestamp(ssl.cert_time_to_seconds(str(certificate["notAfter"])), UTC)
+    ends = datetime.fromtimestamp(ssl.cert_time_to_seconds(str(answer.certificate["notAfter"])), UTC)
     return f"the server's certificate is valid until {ends:%Y-%m-%d}{_soon(ends)}"
 
 
-def check_clock(config: BoardConfig) -> str:
-    """This machine's clock against the server's, from the Date header of an answer."""
-    date, _ = _ask(config)
-    if not date:
+def check_clock(answer: Answer) -> str:
+    """This machine's clock against the server's, from the Date header of its answer."""
+    if not answer.date:
         return "not checked: the server's answers carry no time"
-    off = time.time() - parsedate_to_datetime(date).timestamp()
+    off = answer.received - parsedate_to_datetime(answer.date).timestamp()
     if abs(off) > _CLOCK_SECONDS:
         raise RequestError(
             f"the clock is {abs(off):.0f} s {'ahead of' if off > 0 else 'behind'} the server's; switch time "
@@ -190,8 +197,8 @@ def check_accepted(config: BoardConfig, file: Path) -> str:
     return "the server lets this board join"
 
 
-def _ask(config: BoardConfig) -> tuple[str | None, dict[str, object] | None]:
-    """The Date header of the server's answer to a plain request, and its certificate. Raises RequestError."""
+def ask(config: BoardConfig) -> Answer:
+    """Sends the server a plain request. Raises RequestError where its certificate or its answer is wrong."""
     host, port = split_address(config.server)
     link: http.client.HTTPConnection
     if config.insecure:
@@ -203,7 +210,7 @@ def _ask(config: BoardConfig) -> tuple[str | None, dict[str, object] | None]:
         link.connect()
         certificate = link.sock.getpeercert() if isinstance(link.sock, ssl.SSLSocket) else None
         link.request("GET", "/")
-        return link.getresponse().headers.get("Date"), certificate  # type: ignore[return-value]
+        return Answer(link.getresponse().headers.get("Date"), time.time(), certificate)
     except ssl.SSLCertVerificationError as error:
         raise RequestError(
             f"the server's certificate is not accepted ({error.verify_message}); check `certificate`, the address in "

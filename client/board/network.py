@@ -14,13 +14,17 @@ def split_address(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def unresolved(host: str, error: socket.gaierror) -> str:
+    return f"the name {host!r} cannot be resolved ({error.strerror}); check the name and DNS, or use an IP address"
+
+
 def reach(address: str, timeout: float = 5.0) -> str:
     """Opens a connection to HOST:PORT and closes it; returns what is wrong, or an empty text."""
     host, port = split_address(address)
     try:
         socket.create_connection((host, port), timeout).close()
     except socket.gaierror as error:
-        return f"the name {host!r} cannot be resolved ({error.strerror}); check the name, DNS, or use an IP address"
+        return unresolved(host, error)
     except TimeoutError:
         return f"{address} does not answer within {timeout:.0f} s; check the address, cable and firewall"
     except OSError as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lightcl.systemd import argument_word, escaped, program_word
+
 WATCHDOG_SECONDS = 60
 
 _TEMPLATE = """\
@@ -36,19 +38,8 @@ WantedBy={target}
 def unit_text(*, name: str, program: Path, config: Path, user: str, memory_mb: int) -> str:
     """The unit; without `user` it is one for `systemctl --user`. `memory_mb` 0: no limit on all processes together."""
     return _TEMPLATE.format(
-        name=_escaped(name), program=_quoted(program), config=_quoted(config), watchdog=WATCHDOG_SECONDS,
+        name=escaped(name), program=program_word(program), config=argument_word(config), watchdog=WATCHDOG_SECONDS,
         scope="" if user else "--user ", user=f"User={user}\n" if user else "",
         memory=f"MemoryMax={memory_mb}M\n" if memory_mb else "",
         target="multi-user.target" if user else "default.target",
     )  # fmt: skip
-
-
-def _escaped(text: str) -> str:
-    """Percent signs begin a specifier in a unit."""
-    return text.replace("%", "%%")
-
-
-def _quoted(path: Path) -> str:
-    """A path as one word of an ExecStart line."""
-    text = _escaped(str(path)).replace("\\", "\\\\").replace('"', '\\"').replace("$", "$$")
-    return f'"{text}"' if any(letter in text for letter in " '\"\\;") else text

@@ -78,10 +78,13 @@ def read_node_config(text: str) -> dict[str, Any]:
     return values
 
 
-def run_checks(scenario: Scenario, node_config: Mapping[str, Any], memory_mb: int = 0) -> list[Check]:
+def run_checks(
+    scenario: Scenario, node_config: Mapping[str, Any], memory_mb: int = 0, *, machine: bool = True
+) -> list[Check]:
     """All checks in order. After a node configuration that is invalid, the others are not run.
 
-    `memory_mb` is the board's budget for all its processes; 0: all that is free.
+    `memory_mb` is the board's budget for all its processes; 0: all that is free. Without `machine`, the state folder
+    and the accelerator are left out.
     """
     from client.app import local_settings
 
@@ -104,9 +107,11 @@ def run_checks(scenario: Scenario, node_config: Mapping[str, Any], memory_mb: in
     if settled is None:
         return found
     local, own = settled
-    run("state folder", lambda: _check_state_folder(local.state))
+    if machine:
+        run("state folder", lambda: _check_state_folder(local.state))
     data = run("data", lambda: _check_data(local, own))
-    run("accelerator", lambda: _check_accelerator(own))
+    if machine:
+        run("accelerator", lambda: _check_accelerator(own))
     if data is not None:
         run("network", lambda: _check_network(own, *data))
         run("memory", lambda: _check_memory(own, data[0], local, memory_mb))

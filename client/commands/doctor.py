@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -37,10 +38,11 @@ def doctor(
         loaded = load_scenario(scenario, changes or [])
     from client.board import checks
 
+    answer = cache(lambda: checks.ask(board))
     acts: dict[str, Callable[[], str]] = {
         "python": lambda: checks.check_python(board),
         "pytorch": lambda: checks.check_torch(board),
-        "accelerator": lambda: checks.check_kernel(board),
+        "accelerator": lambda: checks.check_kernel(board, loaded.device.accelerator if loaded else "auto"),
         "disk": lambda: checks.check_disk(board),
         "state": lambda: checks.check_state(board),
         "data": lambda: checks.check_data(board),
@@ -48,14 +50,14 @@ def doctor(
         "key": lambda: checks.check_key(board),
         "name": lambda: checks.check_name(board),
         "port": lambda: checks.check_port(board),
-        "tls": lambda: checks.check_tls(board),
-        "clock": lambda: checks.check_clock(board),
+        "tls": lambda: checks.check_tls(answer()),
+        "clock": lambda: checks.check_clock(answer()),
         "server": lambda: checks.check_accepted(board, file),
         "sensors": lambda: checks.check_sensors(board),
     }
     found = run_board_checks(acts)
     if loaded is not None:
-        own = run_checks(loaded, board.node_config(), memory_mb=board.memory_mb)
+        own = run_checks(loaded, board.node_config(), memory_mb=board.memory_mb, machine=False)
         found += [Check(f"scenario: {one.name}", one.passed, one.text) for one in own]
     report(found, as_json=as_json)
 

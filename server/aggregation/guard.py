@@ -11,9 +11,17 @@ to m_i; beyond 30 m_i it is left out. With one or two devices in a round the med
 run, too, and F is larger.
 
 In a round of a few devices, an update against all others is left out, if those agree with each other: cos(u_j, u_k) > c
-for all others, and cos(u_i, u_j) < -c for all j. Where the server knows that device i has the classes of the others in
-the same proportions, cos(u_i, u_j) < c/6 is enough: noise has nothing in common with them. Without agreement a
-direction says nothing: honest devices with different classes oppose each other as much as a flipped sign does.
+for all others, and cos(u_i, u_j) < -c for all j. Without agreement a direction says nothing: honest devices with
+different classes oppose each other as much as a flipped sign does.
+
+So is an update that has nothing in common with any other, if each of these has something in common with one of them.
+Two updates have in common
+
+    r_ij = 1/T · sum over the tensors t of d_t cos²(u_it, u_jt)
+
+with d_t the size of tensor t. Where one of them is noise, d_t cos² has the mean 1 in each tensor, whatever the other is
+(chi-squared of one degree of freedom, nearly), so that r is 1 ± √(2/T). Honest updates with different classes may be
+orthogonal as a whole, but not in all tensors.
 
 Norm clipping: Sun et al., "Can you really backdoor federated learning?", 2019. Here an update out of range is cut to
 the usual norm, not to the limit: three times an honest update already spoils a model of three devices.
@@ -24,6 +32,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message
@@ -41,6 +50,10 @@ FACTOR, FACTOR_OF_FEW = 2.0, 4.0
 COSINE, MOST_COMPARED = 0.3, 16
 """c, and the most devices of a round whose directions are compared: each pair is."""
 
+NOISE, RELATED = 2.5, 100.0
+"""r below the first is that of noise; above the second two updates have something in common. Where two honest devices
+were related, a third honest one had 4.8 or more with one of them: docs/results/reliability.md."""
+
 FAR = 30.0
 """Times the usual norm: what is longer is not an update that was learned, and its direction says nothing."""
 
@@ -53,11 +66,8 @@ BATCH_NORM_FACTOR = 10.0
 EXAMPLES_FACTOR = 2.0
 """Times the median of a round, where the server does not know how many images a device has."""
 
-ALIKE = 0.95
-"""The least cosine between the class counts of devices with the same classes."""
-
-LARGE = 1e15
-"""Norms beyond it are taken out before updates are multiplied."""
+BLOCK = 2**14
+"""Values of an update that are multiplied at once: those of 16 devices stay in a cache of 1 MiB."""
 
 REMEMBERED = 50
 """Updates of earlier rounds."""
@@ -98,7 +108,7 @@ class UpdateGuard:
         items = [item for item in contributions if item.reply]
         if self.mode == "off" or not items:
             return list(contributions), {}
-        norms, cosines = _norms_and_cosines(items, current)
+        norms, directions = _compared(items, current)
         usual = self._usual_norms(items, norms, current)
         factor = FACTOR if len(items) >= FEW else FACTOR_OF_FEW
         least = SMALLEST * _norm(current)
@@ -109,10 +119,10 @@ class UpdateGuard:
         }
         absurd = {device for device, (norm, most) in too_long.items() if norm > FAR * max(most, least)}
         strange = _strange_batch_norm(items, current)
-        opposed = _opposed(items, cosines) if cosines is not None else set()
-        out = opposed | absurd
+        opposed = {items[index].device: text for index, text in (directions.outliers() if directions else {}).items()}
+        out = opposed.keys() | absurd
         said = strange | {d: f"its update has norm {n:.3g}, the usual is {m:.3g}" for d, (n, m) in too_long.items()}
-        said |= dict.fromkeys(opposed, "its update is against those of all others, which agree")
+        said |= opposed
         refused = said if self.mode == "refuse" else {}
         kept = [item for item in contributions if item.device not in refused]
         if self.mode == "clip":
@@ -165,69 +175,101 @@ class UpdateGuard:
             self.warned(f"round {round_number}: server.guard: {'; '.join(texts)}{more}")
 
 
-def _squares(array: np.ndarray) -> float:
-    """The sum of squares, in fp64 where fp32 overflows."""
-    flat = array.ravel()
-    with np.errstate(over="ignore"):
-        total = float(np.dot(flat, flat))
-    return total if math.isfinite(total) else float(np.dot(flat.astype(np.float64), flat.astype(np.float64)))
-
-
 def _norm(model: Arrays) -> float:
-    return math.sqrt(sum(_squares(array) for name, array in model.items() if not is_statistic(name)))
+    return math.sqrt(sum(float(_lower_products(model[name].reshape(1, -1))[0, 0]) for name in _learned(model)))
 
 
-def _norms_and_cosines(items: Sequence[Contribution], current: Arrays) -> tuple[list[float], np.ndarray | None]:
-    """The norms of the updates and, of a few devices, the cosines `[K, K]` between them."""
-    names = sorted(name for name in current if not is_statistic(name))
-    compared = FEW <= len(items) <= MOST_COMPARED
-    norms, rows = [], []
-    for item in items:
-        row = _update(item.reply, current, names) if item.reply else np.zeros(0, np.float32)
-        norms.append(math.sqrt(_squares(row)))
-        if compared:
-            if norms[-1] > LARGE:  # its squares overflow in fp32
-                row /= np.float32(norms[-1])
-            rows.append(row)
-    if not compared:
-        return norms, None
-    stacked = np.stack(rows)
-    dots = stacked @ stacked.T
-    lengths = np.sqrt(np.maximum(dots.diagonal(), 1e-30))
-    return norms, dots / np.outer(lengths, lengths)
+def _learned(model: Arrays) -> list[str]:
+    return sorted(name for name in model if not is_statistic(name))
 
 
-def _update(reply: Message, current: Arrays, names: Sequence[str]) -> np.ndarray:
-    """u, of all tensors in one vector, fp32."""
-    arrays, done = reply.content.array_records[ARRAYS], 0
-    update = np.empty(sum(current[name].size for name in names), np.float32)
-    for name in names:
-        size = current[name].size
-        np.subtract(arrays[name].numpy().ravel(), current[name].ravel(), out=update[done : done + size])
-        done += size
-    return update
+@dataclass(frozen=True)
+class Directions:
+    """The directions of a round's updates against each other, `[K, K]` each: cosines, and what they have in common (r).
+
+    r is infinite where no tensor has moved in both.
+    """
+
+    cosines: np.ndarray
+    common: np.ndarray
+
+    @classmethod
+    def of(cls, products: np.ndarray, sizes: np.ndarray) -> Self:
+        """From the scalar products by tensor `[T, K, K]`, and the tensors' sizes `[T]`."""
+        dots = products.sum(axis=0)
+        lengths = np.sqrt(np.maximum(dots.diagonal(), 1e-30))
+        by_tensor = np.sqrt(products.diagonal(axis1=1, axis2=2))
+        outer = by_tensor[:, :, None] * by_tensor[:, None, :]
+        moved = outer > 0
+        with np.errstate(invalid="ignore"):  # values that overflow fp32: a comparison with not-a-number is false
+            squares = np.divide(products, outer, out=np.zeros_like(products), where=moved) ** 2
+        total, tensors = np.tensordot(sizes.astype(float), squares, 1), moved.sum(axis=0)
+        common = np.divide(total, tensors, out=np.full_like(total, np.inf), where=tensors > 0)
+        return cls(dots / np.outer(lengths, lengths), common)
+
+    def outliers(self) -> dict[int, str]:
+        """The updates to be left out, by their place, and why."""
+        found = {}
+        for index in range(len(self.cosines)):
+            others = np.delete(np.arange(len(self.cosines)), index)
+            pairs = np.ix_(others, others)
+            apart = ~np.eye(len(others), dtype=bool)
+            if (self.cosines[index, others] < -COSINE).all() and (self.cosines[pairs][apart] > COSINE).all():
+                found[index] = "its update is against those of all others, which agree"
+            related = np.where(apart, self.common[pairs], 0.0).max(axis=1)
+            if (self.common[index, others] < NOISE).all() and (related > RELATED).all():
+                found[index] = "its update has nothing in common with any other, as noise has not"
+        return found
 
 
-def _opposed(items: Sequence[Contribution], cosines: np.ndarray) -> set[int]:
-    """Devices whose update is against those of all others, if these agree with each other."""
-    opposed = set()
-    for index, item in enumerate(items):
-        others = np.delete(cosines, index, axis=0)
-        among = np.delete(others, index, axis=1)[~np.eye(len(items) - 1, dtype=bool)]
-        most = COSINE / 6 if _same_classes(item, items) else -COSINE
-        if (others[:, index] < most).all() and (among > COSINE).all():
-            opposed.add(item.device)
-    return opposed
+def _compared(items: Sequence[Contribution], current: Arrays) -> tuple[list[float], Directions | None]:
+    """The norms of the updates and, of a few devices, their directions."""
+    if not FEW <= len(items) <= MOST_COMPARED:
+        return [math.sqrt(_products([item], current).sum()) for item in items], None
+    products = _products(items, current)
+    sizes = np.array([current[name].size for name in _learned(current)])
+    return np.sqrt(products.sum(axis=0).diagonal()).tolist(), Directions.of(products, sizes)
 
 
-def _same_classes(item: Contribution, others: Sequence[Contribution]) -> bool:
-    """Whether the server knows that all have images of the same classes, in about the same proportions."""
-    if item.classes is None or not item.classes.any():
-        return False
-    own = item.classes / np.linalg.norm(item.classes)
-    return all(
-        other.classes is not None and own @ other.classes >= ALIKE * np.linalg.norm(other.classes) for other in others
-    )
+def _products(items: Sequence[Contribution], current: Arrays) -> np.ndarray:
+    """The scalar products of the updates, by tensor: fp64 `[T, K, K]`.
+
+    Blocks of the updates are computed and multiplied while they are in the processor's cache; none is kept.
+    """
+    names = _learned(current)
+    records = [item.reply.content.array_records[ARRAYS] for item in items if item.reply]  # a copy at each call
+    products = np.zeros((len(names), len(items), len(items)))
+    block = np.empty((len(items), min(BLOCK, max(current[name].size for name in names))), np.float32)
+    for product, name in zip(products, names, strict=True):
+        model = current[name].ravel()
+        devices = [_values(record[name]) for record in records]
+        for start in range(0, len(model), BLOCK):
+            before = model[start : start + BLOCK]
+            updates = block[:, : len(before)]
+            for row, values in zip(updates, devices, strict=True):
+                np.subtract(values[start : start + BLOCK], before, out=row)
+            product += _lower_products(updates)
+    return products + np.tril(products, -1).swapaxes(1, 2)
+
+
+def _lower_products(updates: np.ndarray) -> np.ndarray:
+    """The lower triangle of u uᵀ for rows `[K, n]`, in fp64 where fp32 overflows.
+
+    Row by row: BLAS's product of a matrix with its transpose takes three times as long for so few rows.
+    """
+    products = np.zeros((len(updates), len(updates)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for index, row in enumerate(updates):
+            products[index, : index + 1] = updates[: index + 1] @ row
+    if updates.dtype == np.float32 and not np.isfinite(products).all():
+        return _lower_products(updates.astype(np.float64))
+    return products
+
+
+def _values(tensor: Array) -> np.ndarray:
+    """The values of a tensor that `contribution` has encoded, without a copy: NumPy's format ends with them."""
+    count = math.prod(tensor.shape)
+    return np.frombuffer(tensor.data, np.float32, count, len(tensor.data) - 4 * count)
 
 
 def _shorten_(reply: Message, current: Arrays, factor: float) -> None:
@@ -243,14 +285,13 @@ def _strange_batch_norm(items: Sequence[Contribution], current: Arrays) -> dict[
     """Devices whose batch-norm statistics are far from the round's median and from the last model's."""
     strange: dict[int, str] = {}
     for name in [name for name in current if name.endswith("running_var") and items[0].batch_norm]:
-        variances = [float(item.batch_norm[name].mean(dtype=np.float64)) for item in items]
+        variances = np.array([item.batch_norm[name] for item in items]).mean(axis=1, dtype=np.float64)
         last = float(current[name].mean())
         # One device alone is no evidence, and the statistics of a network before its first round may be far off.
         usual = max(lower_median(variances), last, 1e-12) if len(items) > 1 else BATCH_NORM_FACTOR * last
         means = name.removesuffix("var") + "mean"
-        shifts = [
-            float(np.sqrt(np.mean((item.batch_norm[means].astype(np.float64) - current[means]) ** 2))) for item in items
-        ]
+        moved = np.array([item.batch_norm[means] for item in items], np.float64) - current[means]
+        shifts = np.sqrt((moved**2).mean(axis=1))
         farthest = max(lower_median(shifts) if len(items) > 1 else 0.0, math.sqrt(usual))
         for item, variance, shift in zip(items, variances, shifts, strict=True):
             if variance > BATCH_NORM_FACTOR * usual:

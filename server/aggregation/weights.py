@@ -57,8 +57,6 @@ class Contribution:
     device: int = 0
     images: int | None = None
     """How many training images the device has for this task, where the server knows it."""
-    classes: np.ndarray | None = None
-    """Its training images per class, int `[classes]`, where the server knows them."""
 
 
 def contribution(
@@ -67,17 +65,16 @@ def contribution(
     examples: float,
     device: int = 0,
     images: int | None = None,
-    classes: np.ndarray | None = None,
 ) -> Contribution:
     """The contribution of a reply. All of a round are kept until Flower averages them, each tensor only once.
 
-    Weights are fp32 from here on, the type in which they are used.
+    Weights are fp32 from here on, the type in which they are used, with the last index running fastest.
     """
     sums, weights = split(arrays, STATISTICS)
-    weights = {name: array.astype(np.float32, copy=False) for name, array in weights.items()}
+    weights = {name: array.astype(np.float32, order="C", copy=False) for name, array in weights.items()}
     batch_norm = {name: array for name, array in weights.items() if is_statistic(name)}
     reply = _reply(instruction, weights) if weights else None
-    return Contribution(reply, batch_norm, sums, examples, device, images, classes)
+    return Contribution(reply, batch_norm, sums, examples, device, images)
 
 
 def build_strategy(section: Server) -> strategies.FedAvg:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lightcl.errors import RequestError
 from lightcl.storage.files import write_atomically
+from lightcl.systemd import argument_word, escaped, program_word
 from server.link.folder import ServerFolder
 
 NAME = "lightcl-server"
@@ -45,17 +46,11 @@ def unit(folder: ServerFolder, *, user: bool) -> str:
         raise RequestError(f"{program} is not there; install lightcl-fleet into this environment first")
     return _UNIT.format(
         user="" if user else f"User={getpass.getuser()}\n",
-        home=str(Path.home()).replace("%", "%%"),  # this key takes no quotes
-        program=_quoted(program),
-        folder=_quoted(folder.path),
+        home=escaped(str(Path.home())),  # this key takes no quotes
+        program=program_word(program),
+        folder=argument_word(folder.path),
         target="default.target" if user else "multi-user.target",
     )
-
-
-def _quoted(path: Path) -> str:
-    """A path for a unit file: `%` is a specifier there."""
-    text = str(path).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
-    return f'"{text}"' if " " in text else text
 
 
 def write_unit(text: str, *, user: bool) -> Path:

@@ -6,6 +6,8 @@ import hashlib
 from importlib.util import find_spec
 from pathlib import Path
 
+import lightcl
+
 PACKAGES = ("lightcl", "client", "simulations.runtime")
 
 
@@ -17,6 +19,11 @@ def assume_identity() -> None:
     from flwr.supercore.task_identity import TaskIdentity
 
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
+
+
+def code_folder() -> str:
+    """Where this process has the project's source files from."""
+    return str(Path(lightcl.__path__[0]).parent)
 
 
 def code_digest() -> str:

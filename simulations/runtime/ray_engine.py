@@ -29,7 +29,7 @@ from lightcl.scenario import Scenario
 from simulations.runtime.address import ANSWER_SECONDS, check_reachable, listens
 from simulations.runtime.devices import make_app
 from simulations.runtime.gpus import gpu_share
-from simulations.runtime.identity import assume_identity, code_digest
+from simulations.runtime.identity import assume_identity, code_digest, code_folder
 from simulations.runtime.pool import PoolBroken, WorkerPool
 from simulations.runtime.ray_grid import RayGrid
 from simulations.runtime.worker import DeviceWorker, Greeting
@@ -101,7 +101,7 @@ def open_grid(
     if "LIGHTCL_CACHE" in os.environ:
         environment["LIGHTCL_CACHE"] = os.environ["LIGHTCL_CACHE"]
     actor_class: Any = ray.remote(DeviceWorker)
-    worker_check = WorkerCheck(code_digest(), state)
+    worker_check = WorkerCheck(code_digest(), state, local=local)
 
     def make_pool(on_broken: Callable[[PoolBroken], None]) -> WorkerPool:
         return WorkerPool(
@@ -124,19 +124,19 @@ def _put(record: ArrayRecord) -> Any:
 
 
 class WorkerCheck:
-    """Checks that the workers' machines have what a run needs; the first greeting decides."""
+    """Checks that the workers' machines have what a run needs; the first greeting decides.
 
-    def __init__(self, code: str, state: Path) -> None:
-        self._code, self._state = code, state
+    `local`: they run on this machine, in a Ray that was started for this run.
+    """
+
+    def __init__(self, code: str, state: Path, *, local: bool) -> None:
+        self._code, self._state, self._local = code, state, local
         self._answered = threading.Event()
         self._problem = ""
 
     def admit(self, greeting: Greeting) -> None:
         if greeting.code != self._code:
-            self._problem = (
-                f"the worker on {greeting.host} runs different code ({greeting.code}, here {self._code}); "
-                "install the same version of lightcl-fleet on every machine of the cluster"
-            )
+            self._problem = self._other_code_here(greeting) if self._local else self._other_code(greeting)
         elif not greeting.sees_state:
             self._problem = (
                 f"the worker on {greeting.host} does not see {self._state}; put the run folder (--out) on a file "
@@ -145,6 +145,21 @@ class WorkerCheck:
         self._answered.set()
         if self._problem:
             raise PoolBroken(self._problem)
+
+    def _other_code(self, greeting: Greeting) -> str:
+        return (
+            f"the worker on {greeting.host} runs different code ({greeting.code}, here {self._code}); "
+            "install the same version of lightcl-fleet on every machine of the cluster"
+        )
+
+    def _other_code_here(self, greeting: Greeting) -> str:
+        here = code_folder()
+        if greeting.folder == here:
+            return f"the code in {here} was changed while the workers started"
+        return (
+            f"this command runs the code in {here}, but its workers run the installed code in {greeting.folder}, which "
+            f"differs; set PYTHONPATH={here}, or install that folder (pip install -e {here})"
+        )
 
     def wait(self, grid: RayGrid, seconds: float = 120.0) -> None:
         """Raises RequestError if the first worker cannot be used or does not start in time."""

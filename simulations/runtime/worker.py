@@ -43,6 +43,8 @@ class Greeting:
     """Whether the marker file in the folder for states is visible on the worker's machine."""
     code: str
     """Digest of the project's source files on the worker's machine."""
+    folder: str
+    """Where these files are."""
 
 
 class DeviceWorker:
@@ -62,9 +64,9 @@ class DeviceWorker:
     def greet(self) -> Greeting:
         import socket
 
-        from simulations.runtime.identity import code_digest
+        from simulations.runtime.identity import code_digest, code_folder
 
-        return Greeting(socket.gethostname(), os.getpid(), self._marker.exists(), code_digest())
+        return Greeting(socket.gethostname(), os.getpid(), self._marker.exists(), code_digest(), code_folder())
 
     def handle(self, parcel: Parcel) -> Message:
         """The app's reply, or an error reply with the app's exception."""

@@ -263,16 +263,17 @@ def test_the_servers_certificate_is_checked(tmp_path: Path) -> None:
     certificate(other, datetime.now(UTC) + timedelta(days=400))
     with web_server(files) as address:
         good = board(tmp_path, server=address, certificate="ca.pem")
-        assert "valid until" in checks.check_tls(good)
-        assert "within 1 s" in checks.check_clock(good)
+        answer = checks.ask(good)
+        assert "valid until" in checks.check_tls(answer)
+        assert "within 1 s" in checks.check_clock(answer)
         with pytest.raises(RequestError, match="the server's certificate is not accepted"):
-            checks.check_tls(board(tmp_path, server=address, certificate=str(other / "ca.pem")))
+            checks.ask(board(tmp_path, server=address, certificate=str(other / "ca.pem")))
         with pytest.raises(RequestError, match="does it use TLS"):
-            checks.check_tls(board(tmp_path, server=address, insecure=True))
+            checks.ask(board(tmp_path, server=address, insecure=True))
     with web_server() as address:
-        assert "no TLS" in checks.check_tls(board(tmp_path, server=address, insecure=True))
+        assert "no TLS" in checks.check_tls(checks.ask(board(tmp_path, server=address, insecure=True)))
         with pytest.raises(RequestError, match="does not speak TLS"):
-            checks.check_tls(board(tmp_path, server=address, certificate="ca.pem"))
+            checks.ask(board(tmp_path, server=address, certificate="ca.pem"))
 
 
 def test_a_clock_that_is_off_is_found(tmp_path: Path) -> None:
@@ -280,7 +281,7 @@ def test_a_clock_that_is_off_is_found(tmp_path: Path) -> None:
         web_server(date="Thu, 01 Jan 2015 00:00:00 GMT") as address,
         pytest.raises(RequestError, match="s ahead of the server's; switch time synchronization on"),
     ):
-        checks.check_clock(board(tmp_path, server=address, insecure=True))
+        checks.check_clock(checks.ask(board(tmp_path, server=address, insecure=True)))
 
 
 def test_an_expired_certificate_is_found(tmp_path: Path) -> None:
@@ -306,6 +307,8 @@ def test_doctor_says_what_fails(
     assert lightcl(monkeypatch, "device", "doctor", "quickstart", "--config", str(file), "--json") == 1
     found = {one["name"]: one for one in json.loads(capfd.readouterr().out)}
     assert [name for name, one in found.items() if not one["passed"]] == ["port"]
+    of_scenario = [name.removeprefix("scenario: ") for name in found if name.startswith("scenario: ")]
+    assert of_scenario == ["node configuration", "data", "network", "memory"], "the board's own checks are not repeated"
     assert "is the server running" in found["port"]["text"]
     assert "a training step takes" in found["scenario: memory"]["text"]
     file.write_text(board(tmp_path, insecure=True, devices=10, memory_mb=64).to_toml())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from lightcl.records import load_run
 from lightcl.records.folder import EVENTS, RunFolder
 from lightcl.scenario import Scenario, Server
 from server.aggregation import Contribution, contribution
-from server.aggregation.guard import UpdateGuard
+from server.aggregation.guard import Directions, UpdateGuard, _products
 from server.aggregation.robust import lower_median
 from server.aggregation.statistics import ClassSums
 from server.ledger import KnownImages
@@ -142,20 +141,80 @@ def test_an_update_against_all_others_is_left_out_where_they_agree(sent: Message
         assert UpdateGuard("clip", 8, pytest.fail).check(honest, model, 2) == (honest, {})
 
 
-def test_noise_is_left_out_where_the_devices_have_the_same_classes(sent: Message) -> None:
-    model = {WEIGHT: np.zeros(2, np.float32)}
-    given = directions(sent, [1.0, 0.2], [-0.1, 1.0], [1.0, 0.0])
+def test_what_two_updates_have_in_common() -> None:
+    """Two tensors of 8 and 50 values; the products are those of the updates in each."""
+    first = [[4.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]  # cos² = 1/4; the third device has not moved
+    second = [[1.0, 0.0, 3.0], [0.0, 9.0, 9.0], [3.0, 9.0, 25.0]]  # cos² = 0, 9/25 and 9/25
+    found = Directions.of(np.array([first, second]), np.array([8, 50]))
+    assert np.allclose(found.common[[0, 0, 1], [1, 2, 2]], [(8 / 4 + 0) / 2, 50 * 9 / 25, 50 * 9 / 25])
+    assert np.allclose(found.cosines[[0, 0, 1], [1, 2, 2]], [1 / 50**0.5, 3 / 125**0.5, 9 / 250**0.5])
+    still = Directions.of(np.zeros((1, 3, 3)), np.array([8]))
+    assert np.isinf(still.common).all(), "no device has moved"
+    assert still.outliers() == {}
 
-    def left_out(*classes: list[int] | None) -> list[int]:
-        known = [replace(i, classes=None if c is None else np.array(c)) for i, c in zip(given, classes, strict=True)]
-        kept, _ = UpdateGuard("clip", 8, print).check(known, model, 2)
-        return [item.device for item in kept if item.reply is None]
 
-    assert left_out([40, 38], [35, 41], [39, 40]) == []
-    given[1] = directions(sent, [0.0, 1.0], [-0.2, 1.0])[1]
-    assert left_out([40, 38], [35, 41], [39, 40]) == [1]
-    assert left_out([40, 38], [0, 41], [39, 40]) == [], "other classes, other directions"
-    assert left_out(None, None, None) == [], "the server does not know"
+def common(*pairs: tuple[int, int, float], devices: int = 3) -> np.ndarray:
+    """r, symmetric, 1 between the pairs that are not named."""
+    found = np.ones((devices, devices))
+    for one, other, value in pairs:
+        found[one, other] = found[other, one] = value
+    return found
+
+
+def test_an_update_that_has_nothing_in_common_with_others_is_left_out_where_these_have() -> None:
+    def left_out(*pairs: tuple[int, int, float], devices: int = 3) -> set[int]:
+        return set(Directions(np.zeros((devices, devices)), common(*pairs, devices=devices)).outliers())
+
+    assert left_out((0, 2, 101.0)) == {1}
+    assert left_out((0, 2, 99.0)) == set(), "perhaps everybody is noise"
+    assert left_out((0, 2, 1000.0), (0, 1, 2.5)) == set(), "it has something in common with device 0"
+    assert left_out((0, 1, 200.0), (2, 3, 200.0), devices=5) == {4}, "each of the others has a relative"
+    assert left_out((0, 1, 200.0), devices=5) == set()
+
+
+def test_noise_is_left_out(sent: Message) -> None:
+    """Honest updates here have a tenth of their squared norm in common; their cosines are about 0.1."""
+    draw = np.random.default_rng(0)
+    names = [f"layer4.0.conv{number}.weight" for number in range(10)]
+    model = {name: np.zeros((200, 100), np.float32) for name in names}
+    shared = {name: draw.normal(size=(200, 100)) for name in names}
+
+    def update(share: float) -> dict[str, np.ndarray]:
+        return {n: (share * shared[n] + draw.normal(size=(200, 100))).astype(np.float32) for n in names}
+
+    given = [contribution(sent, update(share), 20.0, device) for device, share in enumerate([0.33, 0.33, 0.0, 0.33])]
+    warnings: list[str] = []
+    kept, _ = UpdateGuard("clip", 8, warnings.append).check(given, model, 2)
+    assert [item.reply is not None for item in kept] == [True, True, False, True]
+    assert warnings == [
+        "round 2: server.guard: device 2: its update has nothing in common with any other, as noise has not; left out"
+    ]
+    honest = [item for item in given if item.device != 2]
+    assert UpdateGuard("clip", 8, pytest.fail).check(honest, model, 2) == (honest, {})
+    noise = [contribution(sent, update(0.0), 20.0, device) for device in range(3)]
+    assert UpdateGuard("clip", 8, pytest.fail).check(noise, model, 2) == (noise, {}), "no device knows better"
+    alone = [given[0], *noise[:2]]
+    assert UpdateGuard("clip", 8, pytest.fail).check(alone, model, 2) == (alone, {})
+
+
+def test_products_of_updates_are_those_of_whole_arrays(sent: Message) -> None:
+    """Against NumPy on entire tensors: tensors beyond one block, of Fortran's order, and beyond fp32's squares."""
+    draw = np.random.default_rng(0)
+    shapes = {"layer4.0.conv1.weight": (200, 300), "layer4.0.conv2.weight": (3, 2), "linear.bias": (7,)}
+    model = {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    sizes = [1.0, 1e-3, 1e25]
+    replies = [
+        {n: np.asfortranarray(w + size * draw.normal(size=w.shape).astype(np.float32)) for n, w in model.items()}
+        for size in sizes
+    ]
+    assert all(array.dtype == np.float32 for reply in replies for array in reply.values())
+    found = _products([contribution(sent, reply, 1.0, device) for device, reply in enumerate(replies)], model)
+    for product, name in zip(found, sorted(shapes), strict=True):
+        updates = np.stack([(reply[name] - model[name]).ravel() for reply in replies]).astype(np.float64)
+        lengths = np.sqrt((updates**2).sum(axis=1))
+        assert np.allclose(
+            product / np.outer(lengths, lengths), updates @ updates.T / np.outer(lengths, lengths), atol=1e-5
+        )
 
 
 def batch_norm(sent: Message, *statistics: tuple[float, float]) -> tuple[list[Contribution], dict[str, np.ndarray]]:

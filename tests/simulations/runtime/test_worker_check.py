@@ -1,0 +1,35 @@
+"""What is said where a worker's code is not that of the command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from simulations.runtime.identity import code_folder
+from simulations.runtime.pool import PoolBroken
+from simulations.runtime.ray_engine import WorkerCheck
+from simulations.runtime.worker import Greeting
+
+
+def said(local: bool, code: str, folder: str) -> str:
+    check = WorkerCheck("abc", Path("/state"), local=local)
+    with pytest.raises(PoolBroken) as raised:
+        check.admit(Greeting("host", 1, True, code, folder))
+    return str(raised.value)
+
+
+def test_another_checkout_on_one_machine_is_named_with_the_way_out() -> None:
+    here = code_folder()
+    assert (Path(here) / "simulations" / "runtime" / "identity.py").exists()
+    text = said(True, "def", "/elsewhere")
+    assert f"the code in {here}" in text
+    assert "the installed code in /elsewhere" in text
+    assert f"PYTHONPATH={here}" in text
+    assert "cluster" not in text
+    assert "was changed while the workers started" in said(True, "def", here)
+
+
+def test_other_code_in_a_cluster() -> None:
+    assert "install the same version of lightcl-fleet on every machine of the cluster" in said(False, "def", "/there")
+    WorkerCheck("abc", Path("/state"), local=False).admit(Greeting("host", 1, True, "abc", "/there"))
