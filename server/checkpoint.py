@@ -21,8 +21,8 @@ from torch import Tensor
 
 from lightcl.errors import RequestError
 from lightcl.records.rows import DeviceRow
-from lightcl.storage.files import checksum, sync, text_checksum
-from lightcl.storage.state import MANIFEST, StateError
+from lightcl.storage.files import checksum, sync, sync_names_above, text_checksum
+from lightcl.storage.state import MANIFEST, UNNAMED, StateError
 from server.ledger import Entry
 
 DATABASE = "state.db"
@@ -172,7 +172,7 @@ class Checkpoint:
             database.executemany("INSERT OR REPLACE INTO devices VALUES (?, ?)", entries)
             database.execute("INSERT OR REPLACE INTO run VALUES (0, ?, ?, ?, ?)", row)
         if tensors is not None:
-            for old in self.folder.glob("tensors-*.safetensors"):
+            for old in (*self.folder.glob("tensors-*.safetensors"), *self.folder.glob(UNNAMED)):
                 if file is None or old.name != file.partition(" ")[0]:
                     old.unlink(missing_ok=True)
 
@@ -194,6 +194,8 @@ class Checkpoint:
     def _database(self) -> sqlite3.Connection:
         if self._connection is None:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if self._durable and not (self.folder / DATABASE).exists():
+                sync_names_above(self.folder)  # SQLite syncs the names in it
             connection = sqlite3.connect(self.folder / DATABASE)
             # A write-ahead log: one write per transaction. FULL waits for the disk at each, NORMAL at none of them.
             connection.execute("PRAGMA journal_mode = WAL")

@@ -27,7 +27,16 @@ from typing import Any, TypeVar
 from lightcl.errors import RequestError
 from lightcl.records.rows import DeviceRow, Failure, Results, RoundRow
 from lightcl.scenario import Scenario
-from lightcl.storage.files import LOCK, exclusive, names_in, saving, writable, write_atomically
+from lightcl.storage.files import (
+    LOCK,
+    exclusive,
+    names_in,
+    saving,
+    sync,
+    sync_names_above,
+    writable,
+    write_atomically,
+)
 
 ANALYSIS = "generalizability.json"
 ROUNDS, DEVICES, EVENTS = "rounds.jsonl", "devices.jsonl", "events.jsonl"
@@ -122,6 +131,7 @@ class RunFolder:
         about = {**run, "scenario": scenario.model_dump(mode="json")}
         with writable(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            sync_names_above(self.path)
             (self.path / LOCK).touch()
             write_atomically(self.path / "scenario.yaml", scenario.to_yaml())
             write_atomically(self.path / "partition.json", json.dumps(list(partition), allow_nan=False))
@@ -174,14 +184,19 @@ class RunFolder:
 
     def append(self, name: str, rows: Iterable[DeviceRow] | Iterable[RoundRow]) -> None:
         """Appends rows to a .jsonl file and syncs it. Raises Failure (lightcl/errors.py) where the disk refuses it."""
-        with saving(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row.to_json(), allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        path = self.path / name
+        with saving(path):
+            new = not path.exists()
+            with path.open("a", encoding="utf-8") as file:
+                for row in rows:
+                    file.write(json.dumps(row.to_json(), allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            if new:
+                sync(self.path)
 
     def rounds(self) -> list[RoundRow]:
-        """The rows of rounds.jsonl. A last line that was cut off by a crash is ignored.
+        """The rows of rounds.jsonl. Lines at its end that a kill or a power cut left unfinished are ignored.
 
         Raises RequestError naming file, line and field for any other line that is not a row.
         """
@@ -203,10 +218,21 @@ class RunFolder:
                 values = json.loads(line)
             except ValueError:
                 values = None
-                if number == len(lines):
+                if self._never_finished(name, lines[number:]):
                     break
             rows.append((kind.from_json(values, f"{file}, line {number}"), line))
         return rows
+
+    def _never_finished(self, name: str, rest: Sequence[str]) -> bool:
+        """Whether a broken line and those behind it may be of an append that was cut off, so that nothing is lost.
+
+        A power cut may also leave the end of what was appended without its beginning. A round's own row is appended
+        alone, after those of its devices.
+        """
+        if not rest:
+            return True
+        unfinished = -1 if name == ROUNDS else len(self.rounds()) + 1
+        return all(_is_torn(line) or json.loads(line).get("round") == unfinished for line in rest)
 
     def forget_after(self, round_number: int) -> None:
         """Drops rows of rounds that were not finished when the run was killed; they are written again later.
@@ -225,6 +251,7 @@ class RunFolder:
         """Removes results and failure of an earlier end: the run continues and will write new ones."""
         for name in ("results.json", "failure.json"):
             (self.path / name).unlink(missing_ok=True)
+        sync(self.path)  # results that a power cut brings back would say that the run is complete
 
     def finish(self, results: Results) -> None:
         """Writes how the run ended. Raises Failure where the disk refuses it."""
@@ -257,6 +284,14 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise RequestError(f"{file} cannot be read ({error})") from error
         return kind.from_json(values, str(file))
+
+
+def _is_torn(line: str) -> bool:
+    """Whether a line is not even JSON, as a row always is."""
+    try:
+        return not isinstance(json.loads(line), dict)
+    except ValueError:
+        return True
 
 
 def _end_with_a_line_(file: Path) -> None:

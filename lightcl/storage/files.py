@@ -121,3 +121,15 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_names_above(folder: Path) -> None:
+    """Forces the names of a folder and of all folders above it onto the disk: any of them may be new.
+
+    Without that a power cut may take a new folder away with all that was synced in it. It is done once per folder.
+    """
+    for above in folder.absolute().parents:
+        try:
+            sync(above)
+        except PermissionError:  # somebody else's folder, which was there before
+            return

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightcl.errors import Failure
-from lightcl.storage.files import checksum, checksum_once, sync, text_checksum, write_atomically
+from lightcl.storage.files import checksum, checksum_once, sync, sync_names_above, text_checksum, write_atomically
 
 MANIFEST = "state.json"
 PREVIOUS = "state.previous.json"
@@ -40,6 +40,8 @@ CHECKSUM = "checksum"
 FILES = "files"
 """Key of the files of tensors: `own`, and `shared` where tensors are shared; each has `name` and `checksum`."""
 TENSORS = "tensors-*.safetensors"
+UNNAMED = ".tmp*"
+"""What safetensors writes into before it gives the file its name."""
 Value = TypeVar("Value")
 
 
@@ -184,6 +186,8 @@ class StateFolder:
         if self._current is None:
             self.load()  # never write over the tensors that the manifest names
         if self._current is None:
+            if self.durable:
+                sync_names_above(self.folder)
             self._write(MANIFEST, None, None, {})
         current = self._current
         assert current is not None
@@ -202,6 +206,8 @@ class StateFolder:
             own = _File(name, checksum(path))
             if self.durable and current.own is not None and not self._fell_back:
                 write_atomically(self.folder / PREVIOUS, current.text)
+            elif self.durable:
+                sync(self.folder)  # the manifest must not be there before the name of the tensors
             self._write(MANIFEST, own, link, values)
         except (OSError, safetensors.SafetensorError):
             if self._current is current:  # no manifest names it
@@ -228,6 +234,7 @@ class StateFolder:
     def _clean_up(self, needed: set[str]) -> None:
         """Removes older tensors, and what a process left that was killed while it wrote."""
         leftover = [file for file in self.folder.glob(TENSORS) if file.name not in needed]
+        leftover += self.folder.glob(UNNAMED)
         for name in (MANIFEST, PREVIOUS):
             leftover += self.folder.glob(f".{name}.*.partial")
         if not self.durable:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from lightcl.errors import RequestError, nearest, one_line
-from lightcl.storage.files import exclusive, write_atomically
+from lightcl.storage.files import exclusive, sync_names_above, write_atomically
 from server.link import certificates
 
 DEFAULT_PORT = 9092
@@ -137,6 +137,7 @@ class ServerFolder:
             if path.exists():
                 shutil.rmtree(path)
             partial.rename(path)
+            sync_names_above(path)
         except OSError as error:
             raise RequestError(f"--folder: {path} cannot be written to ({error.strerror or error})") from error
         finally:

@@ -4,6 +4,7 @@ Flower 1.41 answers boards, `flwr` and its own processes on one port, and asks o
 that port may register a key of their own or start a run, which is code that the server and all boards execute. So
 SuperLink listens on this machine alone, and this program stands before it. It knows the boards' keys (Flower checks the
 signatures), slows down a board that sends too many requests, and cuts off a reply that is too long before it is stored.
+SuperLink is told so at once, as if by the board: its round would wait for the rest of the reply.
 """
 
 from __future__ import annotations
@@ -22,15 +23,18 @@ import uvicorn
 
 from lightcl.errors import Failure
 from server.link.folder import ServerFolder
-from server.link.limits import Limits
+from server.link.limits import MOST_SENDERS, Limits
 
 PATH = re.compile(r"/v1/fleet/[a-z-]+")
 BEGINS_REPLY, CONTINUES_REPLY = "/v1/fleet/push-messages", "/v1/fleet/push-object"
+WITHDRAWS_REPLY, LEAVES = "/v1/fleet/confirm-message-received", "/v1/fleet/deactivate-node"
 KNOCKS = ("/v1/fleet/register-node", "/v1/fleet/activate-node")
 """How a SuperNode begins. Flower itself refuses a key that it does not know, so that SuperNodes say why they end."""
 KEY_HEADER = "flwr-public-key"
 MOST_BODY_BYTES = 32 << 20
 """Of one request; Flower sends tensors in pieces of 5 MiB."""
+MOST_KEPT_BYTES = 1 << 20
+"""Of the request that begins a reply; it lists the reply's pieces, about 100 bytes each."""
 BODY_SECONDS = 300.0
 """In which a request must have arrived: 5 MiB at 150 kbit per second."""
 MOST_CONNECTIONS = 1000
@@ -73,6 +77,9 @@ class Gateway:
         self.keys, self.open = keys, False
         self.refused = 0
         """Requests that were not passed on."""
+        self.cut_off: set[str] = set()
+        """Keys of boards of which a reply was cut off since somebody looked."""
+        self._begun: dict[str, bytes] = {}  # the request that began a sender's last reply
         self._upstream, self._limits = upstream, limits
         self._verify: ssl.SSLContext | bool = ssl.create_default_context(cafile=authority) if authority else False
         self._client: httpx.AsyncClient | None = None
@@ -117,10 +124,36 @@ class Gateway:
             return _Answer.text(408, f"a request may take {BODY_SECONDS:g} s to arrive")
         except _TooLarge:
             return _Answer.text(413, f"a request may have {MOST_BODY_BYTES} bytes")
+        except ConnectionError:
+            return _Answer.text(400, "the request was cut off")
         begins = path == BEGINS_REPLY
         if (begins or path == CONTINUES_REPLY) and not self._limits.accepts(sender, len(body), begins=begins):
+            self.cut_off.add(key)
+            await self._end_reply(sender, headers, body, begins=begins)
             return _Answer.text(413, "the reply is longer than most_reply_mib in the server's server.toml")
+        if begins:
+            self._note_begun(sender, body)
         return await self._pass_on(path, headers, body)
+
+    def _note_begun(self, sender: str, body: bytes) -> None:
+        if len(self._begun) >= MOST_SENDERS:  # where anybody may connect: their replies end as in `_end_reply`
+            self._begun.clear()
+        self._begun[sender] = body if len(body) <= MOST_KEPT_BYTES else b""
+
+    async def _end_reply(self, sender: str, headers: list[tuple[str, str]], body: bytes, *, begins: bool) -> None:
+        """Tells SuperLink, with the board's own signature, that a reply will not come, or not come any further.
+
+        Of a reply that has begun, the part that SuperLink has is withdrawn; it then gives the server an error in its
+        place. (Without that it does so after three minutes.) Before that it knows of none, but only of the board, which
+        leaves; its next heartbeat brings it back.
+        """
+        # Once per reply: its pieces come several at a time.
+        first = body if begins else self._begun.pop(sender, b"")
+        if not first:
+            return
+        request = _departure(first) if begins else _withdrawal(first)
+        if request:
+            await self._pass_on(LEAVES if begins else WITHDRAWS_REPLY, headers, request)
 
     async def _pass_on(self, path: str, headers: list[tuple[str, str]], body: bytes) -> _Answer:
         if self._client is None:  # made here: it belongs to the loop that uses it
@@ -138,13 +171,43 @@ class Gateway:
         return _Answer(found.status_code, found.content, passed)
 
 
+# Flower's messages are loaded where they are needed: they take as much memory as all the rest of the server.
+
+
+def _withdrawal(body: bytes) -> bytes:
+    """The request that withdraws the reply which the request `body` begins; empty where it begins none."""
+    from flwr.proto.fleet_pb2 import PushMessagesRequest
+    from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+    from google.protobuf.message import DecodeError
+
+    try:
+        sent = PushMessagesRequest.FromString(body)
+        run, reply = sent.messages_list[0].metadata.run_id, sent.message_object_trees[0].object_id
+    except (DecodeError, IndexError):
+        return b""
+    request = ConfirmMessageReceivedRequest(node=sent.node, run_id=run, message_object_id=reply)
+    return bytes(request.SerializeToString())
+
+
+def _departure(body: bytes) -> bytes:
+    """The request by which the board leaves that begins a reply with `body`; empty where it is none."""
+    from flwr.proto.fleet_pb2 import DeactivateNodeRequest, PushMessagesRequest
+    from google.protobuf.message import DecodeError
+
+    try:
+        node = PushMessagesRequest.FromString(body).node.node_id
+    except DecodeError:
+        return b""
+    return bytes(DeactivateNodeRequest(node_id=node).SerializeToString())
+
+
 async def _body(receive: Receive) -> bytes:
-    """The body of a request. Raises _TooLarge as soon as it is longer than allowed."""
+    """The body of a request. Raises _TooLarge as soon as it is longer than allowed, and ConnectionError."""
     pieces, size = [], 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            return b""
+            raise ConnectionError
         piece = message.get("body", b"")
         size += len(piece)
         if size > MOST_BODY_BYTES:

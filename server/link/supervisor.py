@@ -84,6 +84,7 @@ class Supervisor:
                 self.say("the server is ready")
             else:
                 self._register(everything=False)
+            self._report_cut_off()
             self._advance()
         except (FlowerError, RequestError, OSError) as error:
             if str(error) != self._shown:  # SuperLink may be on its way down: the next tick sees
@@ -124,6 +125,17 @@ class Supervisor:
         if len(unknown) != 1:
             raise FlowerError("Flower knows the key of a board under a number that is not known here")
         return unknown[0]
+
+    def _report_cut_off(self) -> None:
+        """Says whose replies the gateway has cut off."""
+        while self.gateway.app.cut_off:
+            key = self.gateway.app.cut_off.pop()
+            name = next((one.name for one in self.devices.all() if key in flower_keys([one])), "a board without a key")
+            most = self.folder.settings.most_reply_mib
+            self.say(
+                f"warning: {name}: its reply was cut off after {most} MiB; if the network is that large, raise "
+                "most_reply_mib in server.toml and start the server again"
+            )
 
     # -- runs --------------------------------------------------------------------------------------------------
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +30,21 @@ def free_port() -> int:
 
 @pytest.fixture
 def neutral(tmp_path: Path) -> dict[str, str]:
+    return neutral_environment(tmp_path)
+
+
+def neutral_environment(folder: Path) -> dict[str, str]:
     """An environment whose Flower files, ports and states are the test's own."""
     return {
         **os.environ,
         "PATH": f"{BIN}:{os.environ['PATH']}",
-        "FLWR_HOME": str(tmp_path / "flwr"),
+        "FLWR_HOME": str(folder / "flwr"),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
         "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
-        "LIGHTCL_STATE": str(tmp_path / "state"),
+        "LIGHTCL_STATE": str(folder / "state"),
         "OMP_NUM_THREADS": "1",
     }
 
@@ -73,10 +79,18 @@ class Processes:
 
 @pytest.fixture
 def processes(neutral: dict[str, str], tmp_path: Path) -> Iterator[Processes]:
-    started = Processes(neutral, tmp_path)
-    yield started
-    for process in reversed(started.running):
-        started.stop(process)
+    with ended_afterwards(Processes(neutral, tmp_path)) as started:
+        yield started
+
+
+@contextmanager
+def ended_afterwards(started: Processes) -> Iterator[Processes]:
+    """Ends what was started, the last first."""
+    try:
+        yield started
+    finally:
+        for process in reversed(started.running):
+            started.stop(process)
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -163,8 +177,17 @@ class LightServer:
         assert process.poll() is None, self.processes.logs()
         return process
 
-    def kit_file(self, number: int) -> Path:
-        """Sets up a board from its join file, as a person would; returns its configuration."""
+    def change(self, **settings: int) -> None:
+        """Other values in server.toml; the server does not run."""
+        file = self.folder / "server.toml"
+        text = file.read_text()
+        for key, value in settings.items():
+            text, found = re.subn(rf"(?m)^{key} = .*$", f"{key} = {value}", text)
+            assert found == 1, key
+        file.write_text(text)
+
+    def set_up(self, number: int) -> Path:
+        """Sets up a board of the kit from its join file, as a person would; returns its configuration."""
         place = self.place / f"board-{number}"
         join, config = self.folder / "join" / f"board-{number}.toml", place / "device.toml"
         subprocess.run(
@@ -174,8 +197,8 @@ class LightServer:
         return config
 
     def kit_board(self, number: int) -> subprocess.Popen[bytes]:
-        """Sets up a board and starts `lightcl device run`."""
-        config = self.kit_file(number)
+        """Sets up a board of the kit, and starts `lightcl device run`."""
+        config = self.set_up(number)
         return self.processes.start(f"board-{number}", str(BIN / "lightcl"), "device", "run", "--config", str(config))
 
     def board(self, number: int, *options: str, name: str = "", key: str | None = None) -> subprocess.Popen[bytes]:

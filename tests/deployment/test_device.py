@@ -194,7 +194,7 @@ def test_a_board_that_is_killed_twenty_times_learns_the_same(
     server, out = LightServer(processes, tmp_path, 2), tmp_path / "run"
     running = server.run()
     for number in range(2):
-        processes.start(f"board-{number}", "bash", "-c", restarted(server.kit_file(number)))
+        processes.start(f"board-{number}", "bash", "-c", restarted(server.set_up(number)))
     server.call("start", str(scenario_file(tmp_path, TWENTY)), "--out", str(out))
     draw, kills = random.Random(0), []
     while len(kills) < 20:
@@ -222,7 +222,7 @@ def test_an_idle_board_gives_its_memory_back(processes: Processes, tmp_path: Pat
     """PyTorch is unloaded after `idle_minutes`, and the board is the same node as before, in the same process."""
     server, out = LightServer(processes, tmp_path, 1), tmp_path / "run"
     server.run()
-    file = server.kit_file(0)
+    file = server.set_up(0)
     file.write_text(file.read_text().replace("idle_minutes = 10", "idle_minutes = 0.1"))
     processes.start("board-0", LIGHTCL, "device", "run", "--config", str(file))
     text = TOGETHER.replace("devices: 2", "devices: 1").replace("aggregation: suffix", "aggregation: none")

@@ -132,3 +132,20 @@ def test_rows_that_the_disk_refuses_in_the_middle_of_a_run(tmp_path):
     (tmp_path / "devices.jsonl").mkdir()
     with pytest.raises(Failure, match=r"devices\.jsonl cannot be written \(Is a directory\); make room"):
         folder.append("devices.jsonl", [DeviceRow(3, 0, "device-0", 0, 1)])
+
+
+def test_rows_of_an_unfinished_round_may_be_torn_and_others_may_not(tmp_path):
+    """What a power cut leaves of an append: zeros in the place of its beginning, and the end of it."""
+    folder = begun(tmp_path)
+    file = tmp_path / "devices.jsonl"
+    whole = file.read_bytes()
+    third = whole.splitlines()[1].replace(b'"round": 2', b'"round": 3')
+    file.write_bytes(whole + bytes(100) + b"\n" + third + b"\n")
+    assert [row.round for row in folder.devices()] == [1, 2]
+    folder.prepare(resume=True, overwrite=False)
+    folder.forget_after(2)
+    assert file.read_bytes() == whole
+    first, second = whole.splitlines(keepends=True)
+    file.write_bytes(bytes(len(first)) + b"\n" + second)
+    with pytest.raises(RequestError, match=r"devices\.jsonl, line 1: not a row"):
+        folder.devices()

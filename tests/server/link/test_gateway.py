@@ -11,6 +11,11 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import uvicorn
+from flwr.proto.fleet_pb2 import DeactivateNodeRequest, PushMessagesRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.message_pb2 import Message as MessageProto
+from flwr.proto.message_pb2 import Metadata as MetadataProto
+from flwr.proto.node_pb2 import Node
 
 from server.link import gateway as module
 from server.link.gateway import Gateway
@@ -127,6 +132,44 @@ def test_a_reply_that_is_too_long_is_cut_off(upstream: tuple[Upstream, str], mon
     assert answer.status_code == 413
 
 
+def begin(node: int, run: int, reply: str) -> bytes:
+    """The first request of a reply, as a SuperNode sends it."""
+    return PushMessagesRequest(
+        node=Node(node_id=node),
+        messages_list=[MessageProto(metadata=MetadataProto(run_id=run))],
+        message_object_trees=[ObjectTree(object_id=reply)],
+    ).SerializeToString()
+
+
+def test_superlink_hears_of_a_reply_that_is_cut_off(upstream: tuple[Upstream, str]) -> None:
+    """Once, with the board's own signature: what it has of the reply is withdrawn."""
+    app, url = upstream
+    gateway = opened(url)
+    more = ("/v1/fleet/push-object", b"x" * 600)
+    post(gateway, ("/v1/fleet/push-messages", begin(7, 8, "r")), more, more, more)
+    paths = [path.rpartition("/")[2] for path, _, _ in app.requests]
+    assert paths == ["push-messages", "push-object", "confirm-message-received"]
+    _, headers, body = app.requests[-1]
+    assert headers[b"flwr-signature"] == b"s"
+    assert ConfirmMessageReceivedRequest.FromString(body) == ConfirmMessageReceivedRequest(
+        node=Node(node_id=7), run_id=8, message_object_id="r"
+    )
+    assert gateway.cut_off == {"good"}
+
+
+def test_a_board_whose_reply_is_cut_off_before_it_has_begun_is_signed_off(upstream: tuple[Upstream, str]) -> None:
+    """SuperLink knows of no reply, so the round would wait for one."""
+    app, url = upstream
+    (answer,) = post(opened(url), ("/v1/fleet/push-messages", begin(7, 8, "r" * 1000)))
+    assert answer.status_code == 413
+    ((path, _, body),) = app.requests
+    assert path == "/v1/fleet/deactivate-node"
+    assert DeactivateNodeRequest.FromString(body).node_id == 7
+    (answer,) = post(opened(url), ("/v1/fleet/push-messages", b"\xff" * 1001))  # no request of a SuperNode
+    assert answer.status_code == 413
+    assert len(app.requests) == 1
+
+
 def test_a_board_that_asks_too_often_is_slowed_down_then_refused(
     upstream: tuple[Upstream, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +207,25 @@ def test_a_request_that_does_not_arrive_is_given_up(
     }  # fmt: skip
     asyncio.run(opened(url)(scope, receive, send))
     assert sent[0]["status"] == 408
+    assert app.requests == []
+
+
+def test_half_a_request_is_not_passed_on(upstream: tuple[Upstream, str]) -> None:
+    app, url = upstream
+    pieces = iter([{"type": "http.request", "body": b"x", "more_body": True}, {"type": "http.disconnect"}])
+    sent: list[module.MutableMapping[str, object]] = []
+
+    async def receive() -> module.MutableMapping[str, object]:
+        return next(pieces)
+
+    async def send(message: module.MutableMapping[str, object]) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/fleet/push-object", "headers": [(b"flwr-public-key", b"good")],
+    }  # fmt: skip
+    asyncio.run(opened(url)(scope, receive, send))
+    assert sent[0]["status"] == 400
     assert app.requests == []
 
 
