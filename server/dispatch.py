@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
+from lightcl.data.sources import comes_to_boards
 from lightcl.errors import one_line
 from lightcl.exchange.messages import ARRAYS, INSTRUCTION, Instruction, ProtocolError, Refusal
 from lightcl.exchange.tensors import ExchangeError
@@ -38,6 +39,7 @@ class Dispatch:
 
     def __post_init__(self) -> None:
         self._scenario_json = self.scenario.model_dump_json()
+        self._told: dict[int, str] = {}  # why each device backed off last
 
     def message(
         self, entry: Entry, kind: str, goal: tuple[int, int], row: DeviceRow, *, evaluate: bool = False
@@ -58,17 +60,22 @@ class Dispatch:
         )
 
     def exchange(
-        self, sent: Mapping[int, Message], rows: Mapping[int, DeviceRow], phase: str
+        self, sent: Mapping[int, Message], rows: dict[int, DeviceRow], phase: str
     ) -> Iterator[tuple[Entry, Message]]:
         """Sends and waits; gives the replies that carry a report, by device number, and notes the rest as errors.
 
-        It keeps no reply that it has given away: those of a large fleet are most of the server's memory.
+        Devices that wait for images are asked again as long as others are at work, or nothing has come; then they leave
+        the round, and their rows are removed. It keeps no reply that it has given away: those of a large fleet are most
+        of the server's memory.
         """
         self.listener.phase_started(phase, len(sent))
         timeout = self.scenario.server.round_timeout
         self.nodes.forget_absent()
         reachable = {number: m for number, m in sent.items() if self.nodes.node_of(number) == m.metadata.dst_node_id}
         lost: set[int] = set()  # devices that backed off, and are not there any more
+        idle: set[int] = set()  # devices that wait for images
+        informed: set[int] = set()  # devices that have the shared tensors since they backed off
+        replied: set[int] = set()
 
         def again(number: int) -> Message | None:
             self.nodes.forget_absent()
@@ -76,21 +83,30 @@ class Dispatch:
             if node is None:
                 lost.add(number)
                 return None
+            idle.discard(number)
             old = reachable[number]
-            if self.aggregator and ARRAYS in old.content:
+            content = RecordDict({INSTRUCTION: old.content[INSTRUCTION]}) if number in informed else old.content
+            if self.aggregator and ARRAYS in content:
                 rows[number].bytes_down += self.aggregator.record_bytes
-            return Message(old.content, dst_node_id=node, message_type=old.metadata.message_type, ttl=old.metadata.ttl)
+            return Message(content, dst_node_id=node, message_type=old.metadata.message_type, ttl=old.metadata.ttl)
+
+        def done(number: int) -> None:
+            replied.add(number)
+            self.listener.device_done(number, phase)
 
         replies = self.mailbox.send_and_wait(
             reachable,
             timeout,
-            lambda number: self.listener.device_done(number, phase),
-            lambda number, reply: self._postponed(reply, rows[number]),
+            done,
+            lambda number, reply: self._postponed(reply, rows[number], idle, informed),
             again,
+            lambda due: bool(replied) and idle.issuperset(due),
         )
         for number in sorted(sent):
             reply = replies.pop(number, None)
-            if number not in reachable or number in lost:
+            if number in idle:  # also where it is not connected any more
+                del rows[number]
+            elif number not in reachable or number in lost:
                 self.refuse(rows[number], "not connected")
             elif reply is None:
                 self.refuse(rows[number], f"no reply within {timeout:g} s")
@@ -100,11 +116,12 @@ class Dispatch:
                 if rows[number].error is None:
                     yield self.ledger[number], reply
 
-    def _postponed(self, reply: Message, row: DeviceRow) -> float | None:
-        """After how many seconds a device outside its limits is asked again; None where the reply is not about that.
+    def _postponed(self, reply: Message, row: DeviceRow, idle: set[int], informed: set[int]) -> float | None:
+        """After how many seconds a device that backs off is asked again; None where the reply is not about that.
 
-        None, too, where the device has used up its waits of this round (`server.longest_back_off`), or says nonsense:
-        the reply is then a failure.
+        `idle` gets the number of a device that waits for images, `informed` that of one which has the shared tensors:
+        it may be asked for days, and they are not sent again. None, too, where the device has used up its waits of this
+        round (`server.longest_back_off`), or says nonsense: the reply is then a failure, unless it waits for images.
         """
         try:
             found = back_off_of(reply)
@@ -112,12 +129,20 @@ class Dispatch:
             raise
         except Exception:  # of any kind: the reply was made elsewhere
             return None
+        if found is None:
+            return None
+        if found.for_images and comes_to_boards(self.scenario.data.source):
+            idle.add(row.device)
+        if self.aggregator and found.version == self.aggregator.version:
+            informed.add(row.device)
         left = self.scenario.server.longest_back_off - (row.backed_off_seconds or 0.0)
-        if found is None or left <= 0:
+        if left <= 0:
             return None
         seconds = min(max(found.retry_after, LEAST_BACK_OFF), left)
         row.add_back_off_(seconds, found.reason)
-        self.listener.backed_off(row.device, found.reason, seconds)
+        if row.device not in idle or self._told.get(row.device) != found.reason:  # a device may wait for weeks
+            self.listener.backed_off(row.device, found.reason, seconds)
+        self._told[row.device] = found.reason
         return seconds
 
     @contextmanager

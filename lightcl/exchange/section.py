@@ -108,7 +108,8 @@ class Server(Section):
     """Seconds that a board may take to introduce itself before it is asked again; starting PyTorch is included."""
     longest_back_off: float = Field(default=3600.0, ge=0, le=1e8)
     """Seconds that a board outside its own limits (heat, disk, battery) may let the server wait in a round, in all; it
-    is asked again when it says, within `round_timeout`. After that it has failed in the round."""
+    is asked again when it says, within `round_timeout`. After that it has failed in the round. A board that waits for
+    images (`data.source: field`) has not: it leaves the round and is asked again in the next one, without end."""
     max_failures: int = Field(default=3, ge=1, le=1_000_000)
     """Consecutive failures after which a device is dropped from the run."""
     max_failures_in_run: int = Field(default=20, ge=1, le=1_000_000)

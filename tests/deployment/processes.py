@@ -163,12 +163,18 @@ class LightServer:
         assert process.poll() is None, self.processes.logs()
         return process
 
-    def kit_board(self, number: int) -> subprocess.Popen[bytes]:
-        """Sets up a board from its join file, as a person would, and starts `lightcl device run`."""
+    def kit_board(self, number: int, *options: str) -> subprocess.Popen[bytes]:
+        """Sets up a board from its join file, as a person would, and starts `lightcl device run`.
+
+        `options` are more ones of `lightcl device init`.
+        """
         place = self.place / f"board-{number}"
         join, config = self.folder / "join" / f"board-{number}.toml", place / "device.toml"
         subprocess.run(
-            [BIN / "lightcl", "device", "init", "--join", join, "--config", config, "--state", place / "state"],
+            [
+                BIN / "lightcl", "device", "init", "--join", join, "--config", config, "--state", place / "state",
+                *options,
+            ],
             env=self.processes.environment, check=True, capture_output=True, timeout=120,
         )  # fmt: skip
         return self.processes.start(f"board-{number}", str(BIN / "lightcl"), "device", "run", "--config", str(config))
