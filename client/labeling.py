@@ -123,7 +123,9 @@ class Labeling:
         try:
             fresh = FieldTasks(self.tasks.folder, self.tasks.plan, clock=self.clock, settle=0.0)
             number = len(fresh.cut)
-            return fresh.waiting(inspect=False).text(number, fresh.plan) if number < fresh.plan.tasks else None
+            found = fresh.waiting(inspect=False)
+            found.problems = []  # the page lists them
+            return found.text(number, fresh.plan) if number < fresh.plan.tasks else None
         except NotReady as error:
             return error.reason
 
@@ -337,7 +339,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Referrer-Policy", "no-referrer")
         self.send_header(
             "Content-Security-Policy",
-            "default-src 'none'; img-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+            "default-src 'none'; img-src 'self' data:; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
             "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
         )
         if self.close_connection:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
@@ -23,6 +23,24 @@ from server.replies import back_off_of
 
 LEAST_BACK_OFF = 5.0
 """Seconds: a device that wants to be asked at once is not asked in an endless hurry."""
+
+
+@dataclass
+class _Waits:
+    """Devices that have backed off in one phase."""
+
+    idle: set[int] = field(default_factory=set)
+    """They wait for images."""
+    lost: set[int] = field(default_factory=set)
+    """They are not there any more."""
+    informed: set[int] = field(default_factory=set)
+    """They have the shared tensors, which are not sent again: a device may be asked for days."""
+    over: bool = False
+    """Whether a reply has come, or a device that was not there when the phase began: the next round is due."""
+
+    def enough(self, due: Collection[int]) -> bool:
+        """Whether to leave the devices `due`, where no other is at work."""
+        return self.over and self.idle.issuperset(due)
 
 
 @dataclass
@@ -64,49 +82,33 @@ class Dispatch:
     ) -> Iterator[tuple[Entry, Message]]:
         """Sends and waits; gives the replies that carry a report, by device number, and notes the rest as errors.
 
-        Devices that wait for images are asked again as long as others are at work, or nothing has come; then they leave
-        the round, and their rows are removed. It keeps no reply that it has given away: those of a large fleet are most
-        of the server's memory.
+        Devices that wait for images are asked again as long as others are at work; where none is, until a reply has
+        come or another device is back. Then they leave the round, and their rows are removed.
+
+        It keeps no reply that it has given away: those of a large fleet are most of the server's memory.
         """
         self.listener.phase_started(phase, len(sent))
-        timeout = self.scenario.server.round_timeout
+        timeout, waits = self.scenario.server.round_timeout, _Waits()
         self.nodes.forget_absent()
         reachable = {number: m for number, m in sent.items() if self.nodes.node_of(number) == m.metadata.dst_node_id}
-        lost: set[int] = set()  # devices that backed off, and are not there any more
-        idle: set[int] = set()  # devices that wait for images
-        informed: set[int] = set()  # devices that have the shared tensors since they backed off
-        replied: set[int] = set()
-
-        def again(number: int) -> Message | None:
-            self.nodes.forget_absent()
-            node = self.nodes.node_of(number)
-            if node is None:
-                lost.add(number)
-                return None
-            idle.discard(number)
-            old = reachable[number]
-            content = RecordDict({INSTRUCTION: old.content[INSTRUCTION]}) if number in informed else old.content
-            if self.aggregator and ARRAYS in content:
-                rows[number].bytes_down += self.aggregator.record_bytes
-            return Message(content, dst_node_id=node, message_type=old.metadata.message_type, ttl=old.metadata.ttl)
 
         def done(number: int) -> None:
-            replied.add(number)
+            waits.over = True
             self.listener.device_done(number, phase)
 
         replies = self.mailbox.send_and_wait(
             reachable,
             timeout,
             done,
-            lambda number, reply: self._postponed(reply, rows[number], idle, informed),
-            again,
-            lambda due: bool(replied) and idle.issuperset(due),
+            lambda number, reply: self._postponed(reply, rows[number], waits),
+            lambda number: self._again(reachable[number], rows[number], waits, sent),
+            waits.enough,
         )
         for number in sorted(sent):
             reply = replies.pop(number, None)
-            if number in idle:  # also where it is not connected any more
+            if number in waits.idle:  # also where it is not connected any more
                 del rows[number]
-            elif number not in reachable or number in lost:
+            elif number not in reachable or number in waits.lost:
                 self.refuse(rows[number], "not connected")
             elif reply is None:
                 self.refuse(rows[number], f"no reply within {timeout:g} s")
@@ -116,12 +118,28 @@ class Dispatch:
                 if rows[number].error is None:
                     yield self.ledger[number], reply
 
-    def _postponed(self, reply: Message, row: DeviceRow, idle: set[int], informed: set[int]) -> float | None:
+    def _again(self, old: Message, row: DeviceRow, waits: _Waits, sent: Container[int]) -> Message | None:
+        """The message `old` for a device that has backed off; None where it is not connected any more."""
+        self.nodes.update()
+        others = [entry.number for entry in self.ledger.active if entry.number not in sent]
+        waits.over |= any(self.nodes.node_of(number) is not None for number in others)
+        node = self.nodes.node_of(row.device)
+        if node is None:
+            waits.lost.add(row.device)
+            return None
+        waits.idle.discard(row.device)
+        content = old.content
+        if row.device in waits.informed:
+            content = RecordDict({INSTRUCTION: old.content[INSTRUCTION]})
+        elif self.aggregator and ARRAYS in content:
+            row.bytes_down += self.aggregator.record_bytes
+        return Message(content, dst_node_id=node, message_type=old.metadata.message_type, ttl=old.metadata.ttl)
+
+    def _postponed(self, reply: Message, row: DeviceRow, waits: _Waits) -> float | None:
         """After how many seconds a device that backs off is asked again; None where the reply is not about that.
 
-        `idle` gets the number of a device that waits for images, `informed` that of one which has the shared tensors:
-        it may be asked for days, and they are not sent again. None, too, where the device has used up its waits of this
-        round (`server.longest_back_off`), or says nonsense: the reply is then a failure, unless it waits for images.
+        None, too, where the device has used up its waits of this round (`server.longest_back_off`), or says nonsense:
+        the reply is then a failure, unless the device waits for images.
         """
         try:
             found = back_off_of(reply)
@@ -132,15 +150,15 @@ class Dispatch:
         if found is None:
             return None
         if found.for_images and comes_to_boards(self.scenario.data.source):
-            idle.add(row.device)
+            waits.idle.add(row.device)
         if self.aggregator and found.version == self.aggregator.version:
-            informed.add(row.device)
+            waits.informed.add(row.device)
         left = self.scenario.server.longest_back_off - (row.backed_off_seconds or 0.0)
         if left <= 0:
             return None
         seconds = min(max(found.retry_after, LEAST_BACK_OFF), left)
         row.add_back_off_(seconds, found.reason)
-        if row.device not in idle or self._told.get(row.device) != found.reason:  # a device may wait for weeks
+        if row.device not in waits.idle or self._told.get(row.device) != found.reason:  # a device may wait for weeks
             self.listener.backed_off(row.device, found.reason, seconds)
         self._told[row.device] = found.reason
         return seconds

@@ -120,11 +120,6 @@ class Stream(Section):
     """Tasks of a stream, learned one after the other."""
     classes_per_task: int = Field(default=2, ge=1, le=100_000)
     """Classes per task; the source needs tasks x classes_per_task classes. field: a task has at least as many."""
-    ready_images: int = Field(default=100, ge=2, le=1_000_000)
-    """field: labeled images, test images included, that make the next task; all that are there then become the task."""
-    ready_after: float | None = Field(default=None, gt=0, le=1e9)
-    """field: seconds after which fewer images make a task, too, if they suffice for `min_samples` and
-    `classes_per_task`: from the arrival of the first one on. Default: it waits for `ready_images`."""
     class_order: Literal["natural", "shuffled"] | tuple[int, ...] = "natural"
     """natural: as numbered in the source; shuffled: by the seed; or a list of class numbers."""
     per_device_order: bool = False
@@ -140,6 +135,11 @@ class Stream(Section):
     """test: the test split, for reports; held-out: the training images kept out, to choose hyperparameters on."""
     settings: Literal["auto", "til", "til+cil"] = "auto"
     """Test with the task known (til), or also with it unknown (cil); auto: every setting that the method supports."""
+    ready_images: int = Field(default=100, ge=2, le=1_000_000)
+    """field: labeled images, test images included, that make the next task; all that are there then become the task."""
+    ready_after: float | None = Field(default=None, gt=0, le=1e9)
+    """field: seconds after which fewer images make a task, too, if they suffice for `min_samples` and
+    `classes_per_task`: from the arrival of the first one on. Default: it waits for `ready_images`."""
 
     @field_validator("class_order", mode="before")
     @classmethod

@@ -15,7 +15,10 @@ from flwr.app import ConfigRecord, Message, RecordDict
 import client.app
 from lightcl.data import field
 from lightcl.data.field import FieldPlan, FieldTasks
+from lightcl.errors import Stopped
 from lightcl.exchange.messages import Instruction
+from lightcl.export.folders import find_model
+from lightcl.export.model import read_model
 from lightcl.preparation import open_remote_run
 from lightcl.records import Run, load_run
 from lightcl.records.folder import RunFolder
@@ -114,7 +117,8 @@ def test_devices_learn_as_their_images_come(tmp_path: Path, aggregation: str) ->
         assert len(counts) == len(list(boards.folder(number).rglob("*.png")))
 
 
-def test_a_device_that_waits_holds_back_no_other_and_has_not_failed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("aggregation", ["none", "suffix"])
+def test_a_device_that_waits_holds_back_no_other_and_has_not_failed(tmp_path: Path, aggregation: str) -> None:
     boards = Boards(tmp_path)
     boards.bring(0, 0)
 
@@ -129,7 +133,8 @@ def test_a_device_that_waits_holds_back_no_other_and_has_not_failed(tmp_path: Pa
             boards.bring(1, 1)
 
     boards.waits = waits
-    run, listener = run_on(tmp_path / "run", boards, scenario(server={"max_failures": 1}))
+    chosen = scenario(server={"max_failures": 1, "aggregation": aggregation})
+    run, listener = run_on(tmp_path / "run", boards, chosen)
     assert run.results is not None
     assert run.results.devices_finished == 2
     assert not listener.refusals
@@ -137,6 +142,10 @@ def test_a_device_that_waits_holds_back_no_other_and_has_not_failed(tmp_path: Pa
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     waited = [event["reason"] for event in events if event["event"] == "backed_off" and event["device"] == 1]
     assert waited == ["task 0: 0 of 10 labeled images", "task 1: 0 of 10 labeled images"], "each reason once"
+    asked = [m.content for m in boards.sent if m.metadata.message_type == "train" and m.metadata.dst_node_id == 101]
+    shared = [content["instruction"]["round"] for content in asked if "arrays" in content]
+    assert shared == ([2, 3] if aggregation == "suffix" else []), "once per version, however often it is asked"
+    assert len(asked) >= 5
 
 
 def test_a_fleet_may_wait_longer_than_a_round(tmp_path: Path) -> None:
@@ -182,6 +191,28 @@ def test_a_device_that_is_away_while_it_waits_has_not_failed(tmp_path: Path) -> 
     assert not listener.refusals
 
 
+def test_a_device_that_comes_back_need_not_wait_for_those_that_wait(tmp_path: Path) -> None:
+    boards = Boards(tmp_path)
+    boards.away.add(101)
+    boards.bring(1, 0)
+
+    def waits(device: int, task: int) -> None:
+        if device == 1:
+            boards.bring(1, task)
+        elif len(boards.reasons) == 3:
+            boards.away.discard(101)
+        elif any(row.device == 1 and row.task == 1 for row in load_run(tmp_path / "run").devices):
+            boards.bring(0, task)
+
+    boards.waits = waits
+    chosen = scenario(server={"max_failures": 1, "connect_timeout": 0.1})
+    run, listener = run_on(tmp_path / "run", boards, chosen)
+    assert run.results is not None
+    assert run.results.devices_finished == 2
+    assert [(row.device, row.task) for row in run.devices] == [(1, 0), (1, 1), (0, 0), (0, 1)]
+    assert [reason for _, reason in listener.refusals] == ["not connected after 0.1 s (server.connect_timeout)"]
+
+
 @pytest.mark.parametrize("keep", ["buffer", "none"])
 def test_learned_images_go_and_old_tasks_are_tested_while_theirs_stay(tmp_path: Path, keep: str) -> None:
     boards = Boards(tmp_path, 1)
@@ -201,6 +232,40 @@ def test_learned_images_go_and_old_tasks_are_tested_while_theirs_stay(tmp_path: 
         assert tested == [[0], [1], [2]]
         assert np.array_equal(np.isnan(history.til.values), ~np.eye(3, dtype=bool))
         assert run.results.til.devices == {"average_accuracy": 1, "forgetting": 0, "backward_transfer": 0}
+
+
+def test_the_model_of_a_board_answers_without_images(tmp_path: Path) -> None:
+    boards = Boards(tmp_path, 1)
+    boards.waits = boards.bring
+    run_on(tmp_path / "run", boards, scenario(1, data={"keep": "none"}))
+    model = read_model(*find_model(tmp_path / "states"))
+    assert (model.about.classes, model.position.task, model.finished) == (tuple(CLASSES), 1, True)
+    (picture,) = drop(tmp_path, "cup", range(77, 78))
+    assert model.scores(model.read_image(str(picture), "")[None]).shape == (1, 2)
+
+
+def test_a_server_that_is_stopped_while_its_boards_wait_continues(tmp_path: Path) -> None:
+    boards, chosen = Boards(tmp_path), scenario()
+    target = RunFolder(tmp_path / "run")
+    open_remote_run(target, chosen, "lightcl server run", resume=False)
+    stopped = Coordinator(chosen, target, "r", Silent())
+
+    def waits(device: int, task: int) -> None:
+        if task == 0:
+            boards.bring(device, task)
+        elif len(boards.reasons) > 8:
+            stopped.stop.set()
+
+    boards.waits = waits
+    with pytest.raises(Stopped):
+        stopped.run(boards)
+    before = {number: boards.learned(number) for number in range(2)}
+    boards.waits = boards.bring
+    open_remote_run(target, chosen, "lightcl server run", resume=True)
+    Coordinator(chosen, target, "r", Silent()).run(boards)
+    run = load_run(tmp_path / "run")
+    assert [(row.round, row.device, row.task) for row in run.devices] == [(1, 0, 0), (1, 1, 0), (2, 0, 1), (2, 1, 1)]
+    assert all(before[number] <= boards.learned(number) for number in range(2))
 
 
 def ask(boards: Boards, kind: str, chosen: Scenario, **changes: Any) -> dict[str, Any]:

@@ -104,8 +104,8 @@ def settled(arrived: float, now: float, settle: float) -> bool:
 def _about_stray(place: str, count: int, classes: Sequence[str]) -> str:
     images = f"{count} image{'s' if count > 1 else ''}"
     if not place:
-        return f"{images} beside the folders: move them to a class's folder or to {UNLABELED}"
-    return f"folder {shown(place)} is not a class{nearest(place, classes)}: its {images} are not used"
+        return f"{images} beside the folders, not used: move to a class's folder or to {UNLABELED}"
+    return f"folder {shown(place)} is not a class{nearest(place, classes)} ({images}, not used)"
 
 
 def _image_files(folder: Path) -> Iterator[FieldFile]:
@@ -164,7 +164,8 @@ def _labels(
     except csv.Error as error:
         wrong.append(f"{ROWS}, line {reader.line_num}: {error}")
     if missing:
-        wrong.append(f"{ROWS} names {len(missing)} images that are not there, such as {shown(missing[0])}")
+        count = f"{len(missing)} image{'s' if len(missing) > 1 else ''}"
+        wrong.append(f"{ROWS} names {count} not in the folder, such as {shown(missing[0])}")
     found.problems += wrong[:MOST_ROW_PROBLEMS]
     if len(wrong) > MOST_ROW_PROBLEMS:
         found.problems.append(f"{len(wrong) - MOST_ROW_PROBLEMS} more problems in {ROWS}")

@@ -258,8 +258,8 @@ def test_folders_that_are_no_classes_are_named(folder: Path, state: Path) -> Non
     draw(folder / "loose.png", 50)
     problems = tasks(state, folder).waiting().problems
     assert problems == [
-        "1 image beside the folders: move them to a class's folder or to unlabeled",
-        "folder \"Cup\" is not a class, did you mean 'cup'?: its 3 images are not used",
+        "1 image beside the folders, not used: move to a class's folder or to unlabeled",
+        "folder \"Cup\" is not a class, did you mean 'cup'? (3 images, not used)",
     ]
 
 
@@ -297,7 +297,7 @@ def test_what_is_wrong_with_a_csv_is_said_by_line(folder: Path, state: Path) -> 
     assert "labels.csv is not UTF-8" in read_contents(folder, ("cup", "bottle"), later()).problems[0]
     (folder / "labels.csv").write_text("missing.png,cup\ngone.png,cup\n")
     assert read_contents(folder, ("cup",), later(), taken={"gone.png"}).problems[0] == (
-        'labels.csv names 1 images that are not there, such as "missing.png"'
+        'labels.csv names 1 image not in the folder, such as "missing.png"'
     )
 
 
