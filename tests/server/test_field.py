@@ -244,16 +244,17 @@ def test_the_model_of_a_board_answers_without_images(tmp_path: Path) -> None:
     assert model.scores(model.read_image(str(picture), "")[None]).shape == (1, 2)
 
 
-def test_a_server_that_is_stopped_while_its_boards_wait_continues(tmp_path: Path) -> None:
-    boards, chosen = Boards(tmp_path), scenario()
+@pytest.mark.parametrize("keep", ["all", "none"])
+def test_a_server_that_is_stopped_while_its_boards_wait_continues(tmp_path: Path, keep: str) -> None:
+    boards, chosen = Boards(tmp_path), scenario(data={"keep": keep}, stream={"tasks": 3})
     target = RunFolder(tmp_path / "run")
     open_remote_run(target, chosen, "lightcl server run", resume=False)
     stopped = Coordinator(chosen, target, "r", Silent())
 
     def waits(device: int, task: int) -> None:
-        if task == 0:
+        if task < 2:
             boards.bring(device, task)
-        elif len(boards.reasons) > 8:
+        elif boards.reasons.count("task 2: 0 of 10 labeled images") > 4:
             stopped.stop.set()
 
     boards.waits = waits
@@ -264,7 +265,10 @@ def test_a_server_that_is_stopped_while_its_boards_wait_continues(tmp_path: Path
     open_remote_run(target, chosen, "lightcl server run", resume=True)
     Coordinator(chosen, target, "r", Silent()).run(boards)
     run = load_run(tmp_path / "run")
-    assert [(row.round, row.device, row.task) for row in run.devices] == [(1, 0, 0), (1, 1, 0), (2, 0, 1), (2, 1, 1)]
+    rows = [(row.round, row.device, row.task) for row in run.devices]
+    assert rows == [(task + 1, device, task) for task in range(3) for device in range(2)]
+    assert run.devices[-1].tested == ([2] if keep == "none" else [0, 1, 2])
+    assert run.results is not None
     assert all(before[number] <= boards.learned(number) for number in range(2))
 
 
