@@ -427,9 +427,12 @@ class FieldTasks:
                 self._delete(task, gone)
 
     def _delete(self, task: CutTask, gone: Collection[Part]) -> None:
-        for image in task.images:
-            if image.part in gone:
-                _unlink_same(Path(self.plan.path) / image.file, image)
+        files = {Path(self.plan.path) / image.file: image for image in task.images if image.part in gone}
+        for file, image in files.items():
+            _unlink_same(file, image)
+        for place in {file.parent for file in files}:  # or a power cut brings them back, and nobody looks again
+            with suppress(FileNotFoundError):
+                sync(place)
         write_atomically(task.folder / DELETED, " ".join(part for part in PARTS if part in gone))
         for part in gone:
             (task.folder / f"{part}.npy").unlink(missing_ok=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ from lightcl.records import Run, load_run
 from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario
 from server import dispatch
+from server.mailbox import Mailbox
 from server.rounds import Coordinator
 from tests.inprocess import InProcessGrid, Silent
 from tests.lightcl.data.field import drop, later
@@ -189,6 +192,23 @@ def test_a_device_that_is_away_while_it_waits_has_not_failed(tmp_path: Path) -> 
     assert run.results is not None
     assert run.results.devices_finished == 2
     assert not listener.refusals
+
+
+def test_boards_may_all_be_away_longer_than_a_connection_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    boards = Boards(tmp_path)
+    monkeypatch.setattr(Mailbox, "pause", lambda self, seconds: time.sleep(min(seconds, 0.05)))
+
+    def waits(device: int, task: int) -> None:
+        if len(boards.reasons) == 2:  # both have said that they wait
+            boards.away.update(boards.nodes)
+            threading.Timer(1.0, boards.away.clear).start()
+        boards.bring(device, task)
+
+    boards.waits = waits
+    run, listener = run_on(tmp_path / "run", boards, scenario(server={"max_failures": 1, "connect_timeout": 0.2}))
+    assert run.results is not None
+    assert run.results.devices_finished == 2
+    assert "no device is connected; the server waits for one without end (data.source: field)" in listener.warnings
 
 
 def test_a_device_that_comes_back_need_not_wait_for_those_that_wait(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def _labels(
 def _problem_of(row: Sequence[str], classes: Sequence[str]) -> str | None:
     """What is wrong with a row, or None."""
     if len(row) != 2:
-        return f"{len(row)} cells, expected image,label"
+        return f"expected two cells, image,label, found {len(row)}"
     path, label = PurePosixPath(row[0].strip()), row[1].strip()
     if path.is_absolute() or ".." in path.parts or "\0" in row[0] or not path.parts:
         return f"{shown(row[0])} is not a path below the folder"
