@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import socket
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,12 +24,17 @@ from pydantic import ValidationError
 
 from client.board.config import default_state_folder
 from lightcl.assembly import build_network, fleet_head, stream_plan
+from lightcl.data.field import CHANNELS, FieldDamaged, FieldPlan, FieldTasks, NotReady
+from lightcl.data.images import names_digest
 from lightcl.data.partition import Share, Shares
-from lightcl.data.sources import Source, SourceRequest, load_source
+from lightcl.data.sources import Source, SourceRequest, comes_to_boards, load_source
+from lightcl.data.sources.field import FIELD
 from lightcl.data.streams import learnable
+from lightcl.data.streams.field import FieldStream
 from lightcl.device.device import EdgeDevice, OutOfStep
 from lightcl.device.hardware import choose_accelerator, gpu_uuid
 from lightcl.device.metering import Board, LimitReached, Limits
+from lightcl.device.prefix import train_is_plain
 from lightcl.device.telemetry import Sensors, nvml_gpu
 from lightcl.device.training import TrainingFailure
 from lightcl.errors import RequestError
@@ -56,7 +62,9 @@ from lightcl.storage.files import exclusive
 from lightcl.storage.shared import SharedVersions
 from lightcl.storage.state import StateError
 
-Refusable = (RequestError, StateError, OutOfStep, TrainingFailure, ExchangeError, ProtocolError, OSError)
+Refusable = (
+    RequestError, StateError, FieldDamaged, OutOfStep, TrainingFailure, ExchangeError, ProtocolError, OSError,
+)  # fmt: skip
 """Errors that a device answers with a Refusal. An OSError comes from the disk: no room, or no permission."""
 
 
@@ -166,14 +174,23 @@ def _answer(message: Message, settings: Callable[[], Local], act: Act) -> Messag
 
 def _greet(instruction: Instruction, scenario: Scenario, local: Local, message: Message) -> RecordDict:
     devices = scenario.fleet.devices
-    if local.own_data and 0 < local.partitions < devices:
+    own = "own-data" if local.own_data else f"data.source: {scenario.data.source}"
+    if (local.own_data or comes_to_boards(scenario.data.source)) and 0 < local.partitions < devices:
         raise RequestError(
-            f"node {local.name!r} has own-data, so it is one device, but as one of num-partitions={local.partitions} "
+            f"node {local.name!r} has {own}, so it is one device, but as one of num-partitions={local.partitions} "
             f"nodes for {devices} devices it would be several with the same images; set fleet.devices and "
             "num-partitions to the number of boards"
         )
+    if comes_to_boards(scenario.data.source):
+        plan = FieldPlan.of(stream_plan(scenario), local.partition)
+        plan.prepare(_folder_of(instruction.run, local.partition, local) / FIELD)
+        digest, tasks = names_digest(plan.classes), list(range(plan.tasks))  # all of them will come
+        greeting = Greeting(
+            local.partition, local.partitions, local.name, CHANNELS, len(plan.classes), digest, True, tasks
+        )
+        return _reply(greeting.to_record())
     source = _source(scenario.source_request())
-    tasks: list[int] = []
+    tasks = []
     if local.own_data:
         tasks = list(learnable(stream_plan(scenario), source, whole_share(source), local.partition))
     head = _head(instruction.scenario, local.overrides, local.own_data)
@@ -182,6 +199,13 @@ def _greet(instruction: Instruction, scenario: Scenario, local: Local, message: 
         local.own_data, tasks,
     )  # fmt: skip
     return _reply(greeting.to_record())
+
+
+def _folder_of(run: str, device: int, local: Local) -> Path:
+    """The state folder of a device in a run. Raises ProtocolError for a run's name that cannot be a folder's."""
+    if not run.isalnum():
+        raise ProtocolError(f"Instruction.run is {run!r}, expected letters and digits")
+    return local.state / run / f"device-{device:05d}"
 
 
 def _with_device(
@@ -195,26 +219,13 @@ def _with_device(
 
     `receive` gives it what the server shares; what it shares itself is packed on a board, and not in a simulation.
     """
-    source = _source(scenario.source_request())
-    share = (
-        whole_share(source) if local.own_data else _shares(instruction.scenario, local.overrides)[instruction.device]
-    )
-    if not instruction.run.isalnum():  # it becomes a folder's name
-        raise ProtocolError(f"Instruction.run is {instruction.run!r}, expected letters and digits")
-    run = local.state / instruction.run
-    folder = run / f"device-{instruction.device:05d}"
-    head = _head(instruction.scenario, local.overrides, local.own_data)
+    folder = _folder_of(instruction.run, instruction.device, local)
+    open_device = _open_field if comes_to_boards(scenario.data.source) else _open
     with _alone_in(folder):
-        device = EdgeDevice(
-            scenario, instruction.device, folder, source=source, share=share, head=head, durable=local.durable,
-            shared=None if local.durable else SharedVersions(run / "shared"),  # on a board there is one device
-            network=_fresh_network(
-                instruction.scenario, local.overrides, source.channels, len(head), many=not local.durable
-            ),
-            board=local.board(folder, scenario.device.accelerator),
-        )  # fmt: skip
+        device, about = open_device(instruction, scenario, local, folder)
         if local.durable:  # a board: `lightcl device predict` and `serve` read its state without the server
-            Description.of(scenario, instruction.device, source, device.stream.head).write(folder)
+            about.write(folder)
+        _delete_learned(device)
 
         def receive() -> None:
             record = message.content.array_records.get(ARRAYS)
@@ -224,11 +235,65 @@ def _with_device(
 
         try:
             return work(device, instruction, receive, packed if local.durable else dict)
-        except LimitReached as reached:
+        except (LimitReached, NotReady) as reached:
             position = (device.position.task, device.position.epochs, device.version)
-            return _reply(BackOff(*position, reason=reached.reason, retry_after=reached.seconds).to_record())
+            for_images = True if isinstance(reached, NotReady) else None
+            return _reply(BackOff(*position, reached.reason, reached.seconds, for_images).to_record())
         except Refusable as error:
             return _refusal(error, device)
+
+
+def _open(instruction: Instruction, scenario: Scenario, local: Local, folder: Path) -> tuple[EdgeDevice, Description]:
+    """The device of a scenario whose images are there."""
+    source = _source(scenario.source_request())
+    share = (
+        whole_share(source) if local.own_data else _shares(instruction.scenario, local.overrides)[instruction.device]
+    )
+    head = _head(instruction.scenario, local.overrides, local.own_data)
+    device = EdgeDevice(
+        scenario, instruction.device, folder, source=source, share=share, head=head, durable=local.durable,
+        shared=None if local.durable else SharedVersions(folder.parent / "shared"),  # on a board there is one device
+        network=_fresh_network(
+            instruction.scenario, local.overrides, source.channels, len(head), many=not local.durable
+        ),
+        board=local.board(folder, scenario.device.accelerator),
+    )  # fmt: skip
+    return device, Description.of(scenario, instruction.device, source, device.stream.head)
+
+
+def _open_field(
+    instruction: Instruction, scenario: Scenario, local: Local, folder: Path
+) -> tuple[EdgeDevice, Description]:
+    """The device of a scenario whose images come with time."""
+    plan = FieldPlan.of(stream_plan(scenario), instruction.device)
+    plan.note(folder / FIELD)
+    stream = FieldStream(FieldTasks(folder / FIELD, plan), train_is_plain=train_is_plain(scenario))
+    device = EdgeDevice(
+        scenario, instruction.device, folder, stream=stream, durable=local.durable,
+        network=_fresh_network(instruction.scenario, local.overrides, CHANNELS, len(plan.classes), many=False),
+        board=local.board(folder, scenario.device.accelerator),
+    )  # fmt: skip
+    side = plan.image_size
+    return device, Description(scenario, instruction.device, plan.classes, side, side, CHANNELS)
+
+
+def _delete_learned(device: EdgeDevice) -> None:
+    """Deletes images of a field stream that `data.keep` does not keep: those of the tasks before the device's.
+
+    The server has asked for the next task, so it has the report of the one before; and the state that is saved with the
+    next task begun needs no older images, nor does the generation before it.
+    """
+    if not isinstance(device.stream, FieldStream) or device.stream.joint:
+        return
+    try:
+        device.stream.delete_before(device.position.task)
+    except OSError as error:
+        warnings.warn(
+            f"learned images cannot be deleted (data.keep: {device.stream.tasks.plan.keep}): {error}; it is tried "
+            "again with the next message",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 @contextmanager
@@ -255,6 +320,7 @@ def _train(device: EdgeDevice, instruction: Instruction, receive: Callable[[], N
         receive()
         device.check_version(instruction.version)
     trained = device.train(instruction.task, instruction.until_epoch)
+    _delete_learned(device)  # before a test: the same tasks are tested, whatever else happens
     content = _reply(trained.to_record())
     if device.telemetry:
         content[TELEMETRY] = ConfigRecord(device.telemetry.to_record())

@@ -50,8 +50,8 @@ class AccuracyMatrix:
 
     @property
     def learned(self) -> np.ndarray:
-        """The tasks that were tested after the last one that was learned, ascending."""
-        return np.flatnonzero(~np.isnan(self.values[self.last])) if self.last >= 0 else np.empty(0, dtype=np.int64)
+        """The tasks that were tested, ascending: those of the last test, and those whose test images are gone since."""
+        return np.flatnonzero(~np.isnan(self.values).all(axis=0))
 
     def average_accuracy(self, after: int | None = None) -> float:
         """Mean accuracy on the tasks learned so far, after task t (Lopez-Paz & Ranzato 2017, ACC).
@@ -103,6 +103,15 @@ class AccuracyMatrix:
             "forgetting": self.forgetting(),
             "backward_transfer": self.backward_transfer(),
         }
+
+
+def row_over(ids: Sequence[int], tested: Sequence[int], accuracies: Sequence[float]) -> list[float]:
+    """A row of `AccuracyMatrix.from_rows`: accuracies of the tasks `tested`, which are some of `ids`, NaN for others.
+
+    It ends with the last tested task. By hand: of tasks 0, 2 and 5 only 5 is tested, with 0.8: [NaN, NaN, 0.8].
+    """
+    values = dict(zip(tested, accuracies, strict=True))
+    return [values.get(task, NAN) for task in ids if tested and task <= tested[-1]]
 
 
 def _mean(values: np.ndarray) -> float:

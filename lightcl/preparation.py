@@ -14,7 +14,7 @@ import numpy as np
 from lightcl.analysis.generalizability import OnStep, analyze, analyzed_scenario, first_analyzable
 from lightcl.assembly import build_network, count_fleet
 from lightcl.data.partition import Shares, partition
-from lightcl.data.sources import Source, load_source
+from lightcl.data.sources import Source, comes_to_boards, load_source
 from lightcl.data.streams import TaskCounts
 from lightcl.device.hardware import choose_accelerator
 from lightcl.errors import RequestError
@@ -177,6 +177,8 @@ def open_remote_run(folder: RunFolder, scenario: Scenario, command: str, *, resu
     if scenario.network.freeze == "auto":
         path = scenario.data.path
         missing = f"data.path {path} is not there" if path else "data.path is not set"
+        if comes_to_boards(scenario.data.source):
+            missing = f"data.source: {scenario.data.source}"
         raise RequestError(
             f"network.freeze is 'auto', but the server has no images to choose a freeze point from ({missing}); run "
             "`lightcl analyze` on a machine that has images, and write the block that it names into network.freeze"

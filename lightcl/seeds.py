@@ -1,9 +1,14 @@
 """Seeds are derived from their purpose, never from the order in which things run."""
 
+from __future__ import annotations
+
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def derive(seed: int, *purpose: str | int) -> int:
@@ -13,6 +18,8 @@ def derive(seed: int, *purpose: str | int) -> int:
 
 
 def torch_generator(seed: int, *purpose: str | int) -> torch.Generator:
+    import torch  # here, for programs that do not need it
+
     return torch.Generator().manual_seed(derive(seed, *purpose))
 
 

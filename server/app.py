@@ -10,7 +10,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from lightcl.data.sources import reads_own_files
+from lightcl.data.sources import comes_to_boards, reads_own_files
 from lightcl.preparation import open_remote_run, open_run
 from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario, keys_without_effect, load_scenario
@@ -36,6 +36,8 @@ def make_app(coordinator: Coordinator) -> ServerApp:
 def images_are_here(scenario: Scenario) -> bool:
     """Whether the server can load the images; otherwise they are on the boards alone (`data-path`)."""
     path = scenario.data.path
+    if comes_to_boards(scenario.data.source):
+        return False
     return path.exists() if path is not None else not reads_own_files(scenario.data.source)
 
 

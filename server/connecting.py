@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from lightcl.data.sources import comes_to_boards
 from lightcl.errors import one_line
 from lightcl.exchange.messages import Greeting
 from lightcl.records.folder import RunFolder
@@ -71,7 +72,10 @@ class Connections:
         return self.nodes.agreed
 
     def reachable(self) -> list[Entry]:
-        """The connected devices that still have to learn; waits for one, and drops those that stay away."""
+        """The connected devices that still have to learn; waits for one, and drops those that stay away.
+
+        Boards whose images come with time may be off for days: they are waited for without end.
+        """
         start = time.monotonic()
         while True:
             self._update()
@@ -80,6 +84,10 @@ class Connections:
             if connected or not active:
                 return connected
             if self._given_up(start, nobody=True):
+                if comes_to_boards(self.scenario.data.source):
+                    self._warn("no device is connected; the server waits for one without end (data.source: field)")
+                    self.mailbox.pause(1)
+                    continue
                 for entry in active:
                     entry.dropped = f"not connected for {self.scenario.server.connect_timeout:g} s"
                     self.listener.refused(entry.number, entry.dropped)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
+from lightcl.data.sources import comes_to_boards
 from lightcl.errors import one_line
 from lightcl.exchange.messages import ARRAYS, INSTRUCTION, Instruction, ProtocolError, Refusal
 from lightcl.exchange.tensors import ExchangeError
@@ -29,6 +30,26 @@ LEAST_BACK_OFF = 5.0
 
 
 @dataclass
+class _Waits:
+    """Devices that are to be asked again in one phase: they have backed off, or were lost."""
+
+    idle: set[int] = field(default_factory=set)
+    """They wait for images."""
+    lost: set[int] = field(default_factory=set)
+    """They are not there any more."""
+    until: dict[int, float] = field(default_factory=dict)
+    """How long those are waited for that were lost at work."""
+    informed: set[int] = field(default_factory=set)
+    """They have the shared tensors, which are not sent again: a device may be asked for days."""
+    over: bool = False
+    """Whether a reply has come, or a device that was not there when the phase began: the next round is due."""
+
+    def enough(self, due: Collection[int]) -> bool:
+        """Whether to leave the devices `due`, where no other is at work."""
+        return self.over and self.idle.issuperset(due)
+
+
+@dataclass
 class Dispatch:
     """Sends instructions for the devices of a run. `rows` in its methods are the rows of the present round."""
 
@@ -42,6 +63,7 @@ class Dispatch:
 
     def __post_init__(self) -> None:
         self._scenario_json = self.scenario.model_dump_json()
+        self._told: dict[int, str] = {}  # why each device backed off last
         self._looked = 0.0
 
     def message(
@@ -63,47 +85,37 @@ class Dispatch:
         )
 
     def exchange(
-        self, sent: Mapping[int, Message], rows: Mapping[int, DeviceRow], phase: str
+        self, sent: Mapping[int, Message], rows: dict[int, DeviceRow], phase: str
     ) -> Iterator[tuple[Entry, Message]]:
         """Sends and waits; gives the replies that carry a report, by device number, and notes the rest as errors.
+
+        Devices that wait for images are asked again as long as others are at work; where none is, until a reply has
+        come or another device is back. Then they leave the round, and their rows are removed.
 
         It keeps no reply that it has given away: those of a large fleet are most of the server's memory.
         """
         self.listener.phase_started(phase, len(sent))
-        timeout = self.scenario.server.round_timeout
+        timeout, waits = self.scenario.server.round_timeout, _Waits()
         self.nodes.forget_absent()
         reachable = {number: m for number, m in sent.items() if self.nodes.node_of(number) == m.metadata.dst_node_id}
-        gone: set[int] = set()  # devices that are to be asked again, and are not there any more
-        until: dict[int, float] = {}  # by device that was lost in this phase: how long it is waited for
 
-        def postponed(number: int, reply: Message) -> float | None:
-            if not self.mailbox.simulated and reply.has_error() and reply.error.code in LOST:
-                return self._lost(number, until)
-            return self._postponed(reply, rows[number])
-
-        def again(number: int) -> Message | float | None:
-            self._look_for_nodes()
-            node = self.nodes.node_of(number)
-            if node is None and time.monotonic() < until.get(number, 0.0):
-                return AGAIN_SECONDS
-            if node is None:
-                gone.add(number)
-                return None
-            old = reachable[number]
-            if self.aggregator and ARRAYS in old.content:
-                rows[number].bytes_down += self.aggregator.record_bytes
-            return Message(old.content, dst_node_id=node, message_type=old.metadata.message_type, ttl=old.metadata.ttl)
+        def done(number: int) -> None:
+            waits.over = True
+            self.listener.device_done(number, phase)
 
         replies = self.mailbox.send_and_wait(
             reachable,
             timeout,
-            lambda number: self.listener.device_done(number, phase),
-            postponed,
-            again,
+            done,
+            lambda number, reply: self._postponed(reply, rows[number], waits),
+            lambda number: self._again(reachable[number], rows[number], waits, sent),
+            waits.enough,
         )
         for number in sorted(sent):
             reply = replies.pop(number, None)
-            if number not in reachable or number in gone:
+            if number in waits.idle:  # also where it is not connected any more
+                del rows[number]
+            elif number not in reachable or number in waits.lost:
                 self.refuse(rows[number], "not connected")
             elif reply is None:
                 self.refuse(rows[number], f"no reply within {timeout:g} s")
@@ -113,15 +125,27 @@ class Dispatch:
                 if rows[number].error is None:
                     yield self.ledger[number], reply
 
-    def _lost(self, number: int, until: dict[int, float]) -> float | None:
-        """After how many seconds a lost device is looked for; None where its time in this phase is over."""
-        now, patience = time.monotonic(), self.scenario.server.reconnect_timeout
-        if number not in until:
-            until[number] = now + patience
-            if patience:
-                text = f"device {number} is lost; it is waited for, {patience:g} s at most (server.reconnect_timeout)"
-                self.listener.warned(text)
-        return AGAIN_SECONDS if now < until[number] else None
+    def _again(self, old: Message, row: DeviceRow, waits: _Waits, sent: Container[int]) -> Message | float | None:
+        """The message `old` for a device that is to be asked again; None where it is not connected any more.
+
+        A number: it was lost, and is looked for again after so many seconds.
+        """
+        self._look_for_nodes()
+        others = [entry.number for entry in self.ledger.active if entry.number not in sent]
+        waits.over |= any(self.nodes.node_of(number) is not None for number in others)
+        node = self.nodes.node_of(row.device)
+        if node is None and time.monotonic() < waits.until.get(row.device, 0.0):
+            return AGAIN_SECONDS
+        if node is None:
+            waits.lost.add(row.device)
+            return None
+        waits.idle.discard(row.device)
+        content = old.content
+        if row.device in waits.informed:
+            content = RecordDict({INSTRUCTION: old.content[INSTRUCTION]})
+        elif self.aggregator and ARRAYS in content:
+            row.bytes_down += self.aggregator.record_bytes
+        return Message(content, dst_node_id=node, message_type=old.metadata.message_type, ttl=old.metadata.ttl)
 
     def _look_for_nodes(self) -> None:
         """Greets nodes that have come back; at most once a second, however many devices are looked for."""
@@ -131,24 +155,44 @@ class Dispatch:
         else:
             self.nodes.forget_absent()
 
-    def _postponed(self, reply: Message, row: DeviceRow) -> float | None:
-        """After how many seconds a device outside its limits is asked again; None where the reply is not about that.
+    def _lost(self, number: int, waits: _Waits) -> float | None:
+        """After how many seconds a lost device is looked for; None where its time in this phase is over."""
+        now, patience = time.monotonic(), self.scenario.server.reconnect_timeout
+        if number not in waits.until:
+            waits.until[number] = now + patience
+            if patience:
+                text = f"device {number} is lost; it is waited for, {patience:g} s at most (server.reconnect_timeout)"
+                self.listener.warned(text)
+        return AGAIN_SECONDS if now < waits.until[number] else None
+
+    def _postponed(self, reply: Message, row: DeviceRow, waits: _Waits) -> float | None:
+        """After how many seconds a device that backs off or is lost is asked again; None where it is to be done with.
 
         None, too, where the device has used up its waits of this round (`server.longest_back_off`), or says nonsense:
-        the reply is then a failure.
+        the reply is then a failure, unless the device waits for images.
         """
+        if not self.mailbox.simulated and reply.has_error() and reply.error.code in LOST:
+            return self._lost(row.device, waits)
         try:
             found = back_off_of(reply)
         except ENDS_THE_RUN:
             raise
         except Exception:  # of any kind: the reply was made elsewhere
             return None
+        if found is None:
+            return None
+        if found.for_images and comes_to_boards(self.scenario.data.source):
+            waits.idle.add(row.device)
+        if self.aggregator and found.version == self.aggregator.version:
+            waits.informed.add(row.device)
         left = self.scenario.server.longest_back_off - (row.backed_off_seconds or 0.0)
-        if found is None or left <= 0:
+        if left <= 0:
             return None
         seconds = min(max(found.retry_after, LEAST_BACK_OFF), left)
         row.add_back_off_(seconds, found.reason)
-        self.listener.backed_off(row.device, found.reason, seconds)
+        if row.device not in waits.idle or self._told.get(row.device) != found.reason:  # a device may wait for weeks
+            self.listener.backed_off(row.device, found.reason, seconds)
+        self._told[row.device] = found.reason
         return seconds
 
     @contextmanager

@@ -12,6 +12,7 @@ import numpy as np
 from lightcl.data.partition import train_counts
 from lightcl.errors import one_line
 from lightcl.exchange.messages import Refusal, Tested, Trained
+from lightcl.metrics import row_over
 from lightcl.preparation import Prepared
 from lightcl.records.rows import DeviceRow, Results, RoundRow
 from lightcl.scenario import Scenario
@@ -43,7 +44,8 @@ class Entry:
     dropped: str = ""
     """Why it was dropped from the run; empty while it takes part."""
     rows: dict[str, dict[int, list[float]]] = field(default_factory=lambda: {"til": {}, "cil": {}})
-    """The rows of its accuracy matrices, by setting and task; a row has one accuracy per task learned so far."""
+    """The rows of its accuracy matrices, by setting and task; a row has one accuracy per task learned so far, NaN where
+    its test images are deleted."""
 
     @classmethod
     def from_saved(cls, values: Mapping[str, Any]) -> Self:
@@ -107,9 +109,9 @@ class Entry:
 
     def add_test_(self, report: Tested) -> None:
         self.version = report.version
-        self.rows["til"][report.task] = report.til
+        self.rows["til"][report.task] = row_over(self.tasks, report.tasks, report.til)
         if report.cil:
-            self.rows["cil"][report.task] = report.cil
+            self.rows["cil"][report.task] = row_over(self.tasks, report.tasks, report.cil)
 
     def fall_back_(self, task: int, epochs: int, version: int) -> None:
         """Moves back to where the device says it is; its tests of that task and later ones are void."""
@@ -297,9 +299,9 @@ class Ledger:
                 entry.fall_back_(row.task, row.epochs, 0)
             entry.task, entry.epochs = row.task, row.epochs
             if row.til:
-                entry.rows["til"][row.task] = row.til
+                entry.rows["til"][row.task] = row_over(entry.tasks, row.tested, row.til)
             if row.cil:
-                entry.rows["cil"][row.task] = row.cil
+                entry.rows["cil"][row.task] = row_over(entry.tasks, row.tested, row.cil)
         return entries
 
     def restore_(self, saved: Sequence[Entry]) -> None:

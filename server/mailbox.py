@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from flwr.app import Error, Message
@@ -104,12 +104,14 @@ class Mailbox:
         done: Callable[[int], None] = lambda _: None,
         postponed: Callable[[int, Message], float | None] = lambda *_: None,
         again: Callable[[int], Message | float | None] = lambda _: None,
+        enough: Callable[[Collection[int]], bool] = lambda _: False,
     ) -> dict[int, Message]:
         """Replies by the keys of `messages`; those that did not arrive within `timeout` seconds are missing.
 
         `postponed` gives the seconds after which a key is to be asked again because of its reply, or None; then `again`
-        makes the message for it, or says after how many seconds to look again, or None, and the key is missing. Raises
-        RunStopped and WorkerDied.
+        makes the message for it, or says after how many seconds to look again, or None, and the key is missing. Where
+        only such keys are left, `enough` is asked whether to leave them: they are missing then. Raises RunStopped and
+        WorkerDied.
         """
         keys: dict[str, int] = {}
         waiting: dict[str, Message] = {}
@@ -126,6 +128,8 @@ class Mailbox:
             send(key, message)
         deadline = time.monotonic() + timeout
         while (waiting or due) and time.monotonic() < deadline:
+            if not waiting and enough(due):
+                break
             for key in [key for key, at in due.items() if at <= time.monotonic()]:
                 del due[key]
                 found = again(key)

@@ -123,6 +123,9 @@ class Coordinator:
         rows = session.new_rows(chosen, self.round)
         to_train = [entry for entry in chosen if not entry.only_untested(self.scenario)]
         session.phases.train_(to_train, rows, self.round)
+        if not rows:  # all devices wait for images: nothing has happened, so the round begins again
+            self.round -= 1
+            return
         # Devices adopt the new average when they are tested. If it were not safe on disk by then, a server killed in
         # between would ask them again for tensors that they no longer have.
         pending = PendingRound(rows, time.monotonic() - start)

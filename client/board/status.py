@@ -53,15 +53,16 @@ class Status:
         self._write(busy={"type": message.metadata.message_type, "since": time.time(), **about})
 
     def answered(self, reply: Message, seconds: float) -> None:
-        """The message has been answered after `seconds`; a refusal's reason is kept."""
+        """The message has been answered after `seconds`; the reason of a refusal, or of a wait, is kept."""
         from lightcl.exchange.messages import REPLY
 
         busy = self.values.get("busy") or {}
         content: Mapping[str, Any] = (reply.content.config_records.get(REPLY) or {}) if reply.has_content() else {}
         problem = content.get("reason") or (reply.error.reason if reply.has_error() else None)
-        last = {**busy, "ended": time.time(), "seconds": round(seconds, 2), "problem": problem}
+        waits = "retry_after" in content
+        last = {**busy, "ended": time.time(), "seconds": round(seconds, 2), "problem": problem, "waits": waits}
         self._write(busy=None, last=last, contact=time.time())
-        said = f" (refused: {problem})" if problem else ""
+        said = f" ({'waits' if waits else 'refused'}: {problem})" if problem else ""
         self.note(
             f"{last.get('type')} round {last.get('round')} task {last.get('task')}: answered in {seconds:.1f} s{said}"
         )

@@ -8,6 +8,7 @@ from client.commands.check import check
 from client.commands.doctor import doctor
 from client.commands.init import init
 from client.commands.install import install
+from client.commands.label import label
 from client.commands.predict import predict
 from client.commands.run import run
 from client.commands.serve import serve
@@ -26,5 +27,5 @@ def _device() -> None:
     """Commands for a board."""
 
 
-for command in (init, doctor, run, status, logs, install, check, predict, serve):
+for command in (init, doctor, run, status, logs, install, check, predict, serve, label):
     app.command()(command)

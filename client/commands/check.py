@@ -109,7 +109,11 @@ def run_checks(
     local, own = settled
     if machine:
         run("state folder", lambda: _check_state_folder(local.state))
-    data = run("data", lambda: _check_data(local, own))
+    data: tuple[Source, int] | None
+    if own.data.source == "field":
+        data, own = run("data", lambda: _check_field(local, own)) or (None, own)
+    else:
+        data = run("data", lambda: _check_data(local, own))
     if machine:
         run("accelerator", lambda: _check_accelerator(own))
     if data is not None:
@@ -159,6 +163,38 @@ def _check_data(local: Local, scenario: Scenario) -> tuple[str, tuple[Source, in
         f"{len(share.train)} training images of {height}x{width}x{channels}, {len(source.classes)} classes{used}, "
         f"{learned} tasks"
     ), (source, len(head))
+
+
+def _check_field(local: Local, scenario: Scenario) -> tuple[str, tuple[tuple[Source, int], Scenario]]:
+    """Looks into the folder that images come to. Gives blank images in their place, and a scenario that is counted on
+    them: network and memory do not depend on what the images show."""
+    import numpy as np
+
+    from lightcl.assembly import stream_plan
+    from lightcl.data.field import CHANNELS, FieldPlan, FieldTasks, NotReady
+    from lightcl.data.sources import ImageSet, Source
+
+    plan = FieldPlan.of(stream_plan(scenario), local.partition)
+    if not Path(plan.path).is_dir():
+        raise RequestError(f"data.path: {plan.path} is not a folder; make it, or mount its disk")
+    if plan.keep != "all" and not os.access(plan.path, os.W_OK):
+        raise RequestError(
+            f"data.keep is {plan.keep!r}, but {plan.path} cannot be written to; give this user the right, or keep: all"
+        )
+    try:
+        waiting = FieldTasks(local.state / ".check", plan).waiting()
+    except NotReady as error:
+        raise RequestError(error.reason) from error
+    classes, side = len(plan.classes), plan.image_size
+    labels = np.arange(max(plan.ready_images, 4 * classes) * scenario.fleet.devices) % classes
+    blank = ImageSet(np.zeros((len(labels), side, side, CHANNELS), dtype=np.uint8), labels, plan.classes)
+    counted = scenario.model_copy(
+        update={
+            "data": scenario.data.model_copy(update={"source": "image-folder", "classes": None}),
+            "stream": scenario.stream.model_copy(update={"tasks": 1, "classes_per_task": classes}),
+        }
+    )
+    return f"{plan.path}: {waiting.text(0, plan)}", ((Source(blank, blank), classes), counted)
 
 
 def _check_accelerator(scenario: Scenario) -> tuple[str, None]:

@@ -38,7 +38,8 @@ def status(
 
 
 def status_of(state_folder: Path, board_folder: Path) -> dict[str, Any]:
-    """What the node wrote, with `running`, `free_mb` (None without a folder), and `newest_state` (path and time)."""
+    """What the node wrote, with `running`, `free_mb` (None without a folder), `newest_state` (path and time), and
+    `field`: what the newest run waits for, None where it collects no images."""
     from client.board.status import read_status
     from client.board.supervise import is_running
 
@@ -51,7 +52,29 @@ def status_of(state_folder: Path, board_folder: Path) -> dict[str, Any]:
         "connected": running and bool(written.get("connected")),
         "free_mb": shutil.disk_usage(state_folder).free // 2**20 if state_folder.exists() else None,
         "newest_state": newest and {"folder": str(newest.parent), "saved": newest.stat().st_mtime},
+        "field": field_of(state_folder),
     }
+
+
+def field_of(state_folder: Path) -> dict[str, Any] | None:
+    """What waits in the folder of a board that collects images, by names alone; `text` is for people."""
+    if not any(state_folder.glob("*/device-*/field/about.json")):  # the imports take a moment
+        return None
+    from client.board.field import newest_field
+    from lightcl.data.field import FieldDamaged, NotReady
+
+    if (tasks := newest_field(state_folder)) is None:
+        return None
+    plan = tasks.plan
+    try:
+        number, found = len(tasks.cut), tasks.waiting(inspect=False)
+    except (FieldDamaged, NotReady) as error:
+        return {"folder": plan.path, "text": str(error)}
+    text = found.text(number, plan) if number < plan.tasks else f"all {plan.tasks} tasks have their images"
+    return {
+        "folder": plan.path, "task": number, "labeled": len(found.labeled), "needed": plan.ready_images,
+        "unlabeled": found.unlabeled, "arriving": found.arriving, "problems": found.problems, "text": text,
+    }  # fmt: skip
 
 
 def _lines(name: str, server: str, values: dict[str, Any]) -> Iterator[str]:
@@ -70,9 +93,11 @@ def _lines(name: str, server: str, values: dict[str, Any]) -> Iterator[str]:
     if last:
         yield f"last        {_message(last)}, {duration(now - last['ended'])} ago, in {last['seconds']:.1f} s"
         if last.get("problem"):
-            yield f"            refused: {last['problem']}"
+            yield f"            {'waits' if last.get('waits') else 'refused'}: {last['problem']}"
     else:
         yield "last        no message so far"
+    if values["field"]:
+        yield f"field       {values['field']['text']}, in {values['field']['folder']}"
     state = values["newest_state"]
     yield f"state       {state['folder']}, saved {duration(now - state['saved'])} ago" if state else "state       none"
     free = values["free_mb"]

@@ -90,7 +90,7 @@ class Source:
 
     def names_digest(self, head: Sequence[int]) -> str:
         """Digest of the names of the classes that the rows of a head stand for, in their order."""
-        return hashlib.sha256(json.dumps([self.classes[label] for label in head]).encode()).hexdigest()[:16]
+        return names_digest([self.classes[label] for label in head])
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,11 @@ class SourceRequest:
     download: bool = True
     group_column: str | None = None
     """Parquet: the column that becomes `ImageSet.groups`."""
+
+
+def names_digest(names: Sequence[str]) -> str:
+    """Digest of class names in their order."""
+    return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()[:16]
 
 
 def array_digest(array: np.ndarray) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -12,18 +13,28 @@ from lightcl.data.augment import Augmentation
 from lightcl.data.images import SourceRequest
 from lightcl.data.partitioners import find_partitioner, partitioner_names
 from lightcl.data.sources import source_kind, source_names
+from lightcl.data.sources.field import FIELD, UNLABELED
 from lightcl.errors import RequestError, shown
 from lightcl.section import Section
+
+CLASS_NAME = re.compile(r"(?!\.)[^/\\:*?\"<>|\x00-\x1f\x7f]{1,80}")
+"""A name that a folder may have, also on the file system of a memory card."""
 
 
 class Data(Section):
     source: str = Field(default="digits", json_schema_extra=lambda schema: _name(schema, source_names()))
     """digits ships with scikit-learn; cifar10, cifar100 and fashion-mnist are downloaded; parquet and image-folder read
-    your files; a plugin may add more."""
+    your files; field collects images on boards while the run goes on; a plugin may add more."""
     path: Path | None = Field(default=None, strict=False)
-    """Your parquet file or image folder; for the downloaded sets, the folder that holds (or gets) the copy."""
+    """Your parquet file or image folder; for the downloaded sets, the folder that holds (or gets) the copy; field: the
+    folder on the board, which normally stands in the board's own configuration."""
+    classes: tuple[str, ...] | None = Field(default=None, strict=False)
+    """field: the names of all classes, e.g. [cup, bottle]: the head has a row for each, on every board."""
+    keep: Literal["none", "buffer", "all"] = "all"
+    """field: which images of a learned task stay on the board. all: every one; buffer: those that the device is still
+    tested on (samples that a method replays are in its state); none: no image, so old tasks are not tested again."""
     image_size: int | None = Field(default=None, ge=8, le=1024)
-    """Resize images to N x N pixels; default: keep their size."""
+    """Resize images to N x N pixels; default: keep their size. field needs it."""
     image_column: str | None = None
     """Parquet: the column of encoded images; default: img or image."""
     label_column: str | None = None
@@ -56,7 +67,38 @@ class Data(Section):
         for key in ("image_column", "label_column"):
             if getattr(self, key) is not None and self.source != "parquet":
                 raise ValueError(f"data.{key} is for data.source: parquet, not {self.source}; leave it out")
+        if self.source == FIELD:
+            self._check_field()
+        elif self.classes is not None or self.keep != "all":
+            key = "classes" if self.classes is not None else "keep"
+            raise ValueError(f"data.{key} is for data.source: field, not {self.source}; leave it out")
         return self
+
+    def _check_field(self) -> None:
+        """Raises ValueError where the classes are not names of folders, or what boards must agree on is missing."""
+        if self.classes is None or self.image_size is None:
+            key = "classes" if self.classes is None else "image_size"
+            example = "data.classes: [cup, bottle]" if self.classes is None else "data.image_size: 32"
+            raise ValueError(
+                f"data.source: field needs data.{key}, since the boards must agree on it before any image is there; "
+                f"for example {example}"
+            )
+        if self.augmentation_kind != "none" and self.crop_padding >= self.image_size:
+            raise ValueError(
+                f"data.crop_padding is {self.crop_padding}, but data.image_size is {self.image_size}; allowed: less"
+            )
+        for name in self.classes:
+            if not CLASS_NAME.fullmatch(name) or name.casefold() == UNLABELED or name != name.strip():
+                raise ValueError(
+                    f"data.classes has {shown(name)} (allowed: 1 to 80 characters that a folder's name may have, with "
+                    f"no dot in front, and not {UNLABELED})"
+                )
+        folded = [name.casefold() for name in self.classes]
+        if len(folded) < 2 or len(set(folded)) < len(folded):
+            raise ValueError(
+                f"data.classes is {shown(list(self.classes))} (allowed: two or more names that differ in more than "
+                "capital letters)"
+            )
 
     def request(self, seed: int, group_column: str | None = None) -> SourceRequest:
         """Everything that decides which images are read; `group_column` is `fleet.partition_by`."""
@@ -77,7 +119,7 @@ class Stream(Section):
     tasks: int = Field(default=5, ge=1, le=100_000)
     """Tasks of a stream, learned one after the other."""
     classes_per_task: int = Field(default=2, ge=1, le=100_000)
-    """Classes per task; the source needs tasks x classes_per_task classes."""
+    """Classes per task; the source needs tasks x classes_per_task classes. field: a task has at least as many."""
     class_order: Literal["natural", "shuffled"] | tuple[int, ...] = "natural"
     """natural: as numbered in the source; shuffled: by the seed; or a list of class numbers."""
     per_device_order: bool = False
@@ -93,6 +135,11 @@ class Stream(Section):
     """test: the test split, for reports; held-out: the training images kept out, to choose hyperparameters on."""
     settings: Literal["auto", "til", "til+cil"] = "auto"
     """Test with the task known (til), or also with it unknown (cil); auto: every setting that the method supports."""
+    ready_images: int = Field(default=100, ge=2, le=1_000_000)
+    """field: labeled images, test images included, that make the next task; all that are there then become the task."""
+    ready_after: float | None = Field(default=None, gt=0, le=1e9)
+    """field: seconds after which fewer images make a task, too, if they suffice for `min_samples` and
+    `classes_per_task`: from the arrival of the first one on. Default: it waits for `ready_images`."""
 
     @field_validator("class_order", mode="before")
     @classmethod

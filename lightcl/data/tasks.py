@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Literal, overload
 
 import numpy as np
 import torch
@@ -116,6 +116,10 @@ class Task:
         rows = self.train.rows
         return self.classes if rows is None else tuple(int(rows[label]) for label in self.classes)
 
+    def tested_on(self, evaluate_on: Literal["test", "held-out"]) -> Samples:
+        """The images that `stream.evaluate_on` names."""
+        return self.test if evaluate_on == "test" else self.held_out
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -181,14 +185,22 @@ class TaskStream(Sequence[Task]):
 
 
 def merged(tasks: Sequence[Task]) -> Task:
-    """All tasks as one, with the id of the last; `tasks` must not be empty."""
+    """All tasks as one, with the id of the last; `tasks` must not be empty.
+
+    Images of tasks that do not share one source (a field stream's) are copied into memory.
+    """
 
     def together(parts: Sequence[Samples]) -> Samples:
+        sources = [part.source for part in parts]
+        if any(source is not sources[0] for source in sources):
+            images = np.concatenate([part.source.images[part.indices] for part in parts])
+            labels = np.concatenate([part.labels for part in parts])
+            return Samples(ImageSet(images, labels, sources[0].classes), np.arange(len(labels)), parts[0].rows)
         return Samples(parts[0].source, np.sort(np.concatenate([part.indices for part in parts])), parts[0].rows)
 
     return Task(
         tasks[-1].id,
-        tuple(sorted(c for task in tasks for c in task.classes)),
+        tuple(sorted({c for task in tasks for c in task.classes})),
         together([task.train for task in tasks]),
         together([task.held_out for task in tasks]),
         together([task.test for task in tasks]),

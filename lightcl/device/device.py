@@ -17,19 +17,21 @@ import safetensors
 import torch
 
 from lightcl.assembly import build_network, build_stream, fleet_head
+from lightcl.data.field import CHANNELS
 from lightcl.data.partition import Share, share_of
 from lightcl.data.sources import Source, load_source
+from lightcl.data.streams.field import FieldStream
 from lightcl.data.tasks import Task, TaskContext, TaskStream
 from lightcl.device import hardware
 from lightcl.device.hardware import choose_accelerator, set_up_torch
 from lightcl.device.metering import Board, LimitReached, Meter, Spent
 from lightcl.device.optimizers import make_optimizer
-from lightcl.device.prefix import fixed_prefix
+from lightcl.device.prefix import fixed_prefix, plain_sets
 from lightcl.device.state import DeviceValues, Position, changing_tensors, pack_optimizer, unpack_optimizer_
 from lightcl.device.training import EpochProgress, OnEpoch, autocast, evaluate, train_epoch
 from lightcl.exchange.messages import Telemetry, Tested, Trained
 from lightcl.exchange.tensors import Arrays, adopt_, outgoing, outgoing_statistics
-from lightcl.metrics import AccuracyMatrix
+from lightcl.metrics import AccuracyMatrix, row_over
 from lightcl.networks.pruning import channel_digest
 from lightcl.networks.staged import Backbone
 from lightcl.networks.weights import digest
@@ -57,6 +59,7 @@ class EdgeDevice:
     state; `durable`: whether the state survives a power cut. `network` is the result of `build_network` for the
     scenario; the device takes it over. `shared` is where the devices of one machine keep the tensors that they all
     receive. `head` are the classes of the head (`fleet_head`); give them with a `share` where the fleet is known.
+    `stream` is a device's stream whose images come with time; it takes the place of `source`, `share` and `head`.
     `board` is the machine that the training is measured on; None: nothing is measured, and there are no limits.
 
     Raises RequestError for a scenario that cannot be carried out, StateError for unreadable state.
@@ -66,19 +69,25 @@ class EdgeDevice:
         self, scenario: Scenario, number: int, folder: Path, *, source: Source | None = None,
         share: Share | None = None, network: Backbone | None = None, durable: bool = True,
         shared: SharedVersions | None = None, head: Sequence[int] | None = None, board: Board | None = None,
+        stream: FieldStream | None = None,
     ) -> None:  # fmt: skip
         hardware.reset_peak()  # a simulation's worker runs many devices, large and small ones
         self.scenario, self.number = scenario, number
-        if source is None:
-            source = load_source(scenario.source_request())
-        if share is None:
-            share = share_of(source, scenario.fleet, scenario.seed, number)
-            head = fleet_head(scenario, source) if head is None else head
-        self.stream: TaskStream = build_stream(scenario, source, share, number, head)
+        if stream is not None:
+            self.stream: TaskStream = stream
+            plain, channels = stream.plain, CHANNELS
+        else:
+            if source is None:
+                source = load_source(scenario.source_request())
+            if share is None:
+                share = share_of(source, scenario.fleet, scenario.seed, number)
+                head = fleet_head(scenario, source) if head is None else head
+            self.stream = build_stream(scenario, source, share, number, head)
+            plain, channels = plain_sets(scenario, source), source.channels
         self.accelerator = choose_accelerator(scenario.device.accelerator)
         set_up_torch(self.accelerator, scenario.device.threads)
         if network is None:
-            network = build_network(scenario, in_channels=source.channels, classes=self.stream.head_classes)
+            network = build_network(scenario, in_channels=channels, classes=self.stream.head_classes)
         self.network = network
         self.network.to(self.accelerator)
         if scenario.device.convolutions == "winograd":
@@ -87,7 +96,7 @@ class EdgeDevice:
         self.channel_digest = channel_digest(self.network)
         self.method = scenario.method.build(self.network)
         if scenario.fixed_prefix:
-            self.method.prefix_features = fixed_prefix(scenario, self.network, source, self.prefix_digest)
+            self.method.prefix_features = fixed_prefix(scenario, self.network, plain, self.prefix_digest)
         self.optimizer = make_optimizer(self.method, scenario)
         self.position = self._start = Position(self.stream.ids[self.stream.first] if self.stream else 0, 0)
         self.version = 0
@@ -122,7 +131,8 @@ class EdgeDevice:
         The same request twice trains once and returns the same report. Raises OutOfStep where the request
         does not follow from the device's position, TrainingFailure where the loss is no longer a number; after that the
         device must be opened again, from its last saved state. Raises LimitReached where the board is outside its
-        limits: the step at hand is done and the state is saved, and the same request continues there.
+        limits: the step at hand is done and the state is saved, and the same request continues there. Raises NotReady
+        where the images of the task are not there so far; nothing has changed then.
         """
         goal = Position(task, until_epoch)
         if self.last_report is not None and goal == self.position == Position(
@@ -236,14 +246,15 @@ class EdgeDevice:
     def evaluate(self) -> Tested:
         """Tests the device's tasks up to the current one, keeps the row of the accuracy matrix and saves the state.
 
-        Raises OutOfStep for a device without tasks.
+        Tasks whose test images are deleted (`data.keep: none`) are holes in the row. Raises OutOfStep for a device
+        without tasks.
         """
         if not self.stream:
             raise OutOfStep(f"device {self.number} learns no task, so there is nothing to test")
         self._check_complete()
         start = time.monotonic()
         task = self.position.task
-        tested = self._until(task)
+        tested = [one for one in self._until(task) if len(one.tested_on(self.scenario.stream.evaluate_on))]
         results = evaluate(self.method, tested, self.scenario, self.accelerator)
         report = Tested(
             device=self.number,
@@ -256,9 +267,9 @@ class EdgeDevice:
             images=[r.images for r in results],
             seconds=time.monotonic() - start,
         )
-        self.rows["til"][task] = report.til
+        self.rows["til"][task] = row_over(self.stream.ids, report.tasks, report.til)
         if report.cil:
-            self.rows["cil"][task] = report.cil
+            self.rows["cil"][task] = row_over(self.stream.ids, report.tasks, report.cil)
         if self.last_report is None:  # nothing is trained yet, so the tensors may not be saved
             self._save()
         else:
@@ -427,8 +438,8 @@ class EdgeDevice:
         )
 
     def _context(self, task: int) -> TaskContext:
-        seen = sorted({row for t in self._until(task) for row in t.rows})
         to_learn = self.stream.to_learn(self.stream.position_of(task))
+        seen = sorted({row for t in self._until(task) for row in t.rows})
         return TaskContext(
             to_learn,
             torch.tensor(to_learn.rows, device=self.accelerator),

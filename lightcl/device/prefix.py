@@ -193,15 +193,25 @@ class FixedPrefix(PrefixFeatures):
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
 
 
-def fixed_prefix(scenario: Scenario, network: Backbone, source: Source, prefix_digest: str) -> FixedPrefix:
-    """The prefix outputs of a device with `scenario.fixed_prefix`; the network must be on its accelerator."""
+def train_is_plain(scenario: Scenario) -> bool:
+    """Whether training images are used without augmentation: to train on, or the held-out ones to test on."""
+    return scenario.augmentation == "none" or scenario.stream.evaluate_on == "held-out"
+
+
+def plain_sets(scenario: Scenario, source: Source) -> list[ImageSet]:
+    """The images of a source that are used without augmentation."""
+    return [source.test, source.train] if train_is_plain(scenario) else [source.test]
+
+
+def fixed_prefix(scenario: Scenario, network: Backbone, plain: Sequence[ImageSet], prefix_digest: str) -> FixedPrefix:
+    """The prefix outputs of a device with `scenario.fixed_prefix`; the network must be on its accelerator.
+
+    `plain` are the images that are used without augmentation; the list may grow.
+    """
     if not scenario.caches_prefix:
         return FixedPrefix(network)
     device = scenario.device
     dtype = DTYPES.get(device.prefix_cache_dtype)
-    plain = [source.test]
-    if scenario.augmentation == "none" or scenario.stream.evaluate_on == "held-out":
-        plain.append(source.train)
     about = {
         "format": FORMAT,
         "network": f"{scenario.network.name}, width {network.width}, up to {scenario.freeze}",
@@ -252,7 +262,7 @@ def warm(scenario: Scenario, source: Source) -> Iterator[Warmed]:
     set_up_torch(accelerator, scenario.device.threads)
     classes = len(fleet_head(scenario, source))
     network = build_network(scenario, in_channels=source.channels, classes=classes).to(accelerator).eval()
-    features = fixed_prefix(scenario, network, source, digest(network.prefix))
+    features = fixed_prefix(scenario, network, plain_sets(scenario, source), digest(network.prefix))
     parts = list(_parts(scenario, source, features))
     total, done = sum(len(samples) for samples, _ in parts), 0
     shape = features._shape(source.train.images.shape[1:])

@@ -109,7 +109,7 @@ def evaluate(method: Method, tasks: Sequence[Task], scenario: Scenario, device: 
     results = []
     size = min(EVALUATION_BATCH, scenario.training.batch_size)
     for task in tasks:
-        samples = task.test if scenario.stream.evaluate_on == "test" else task.held_out
+        samples = task.tested_on(scenario.stream.evaluate_on)
         classes = torch.tensor(task.rows, device=device)
         til = cil = 0
         for batch in samples.batches(size):

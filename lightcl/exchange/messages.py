@@ -145,7 +145,7 @@ class Refusal(_Record):
 
 @dataclass(frozen=True)
 class BackOff(_Record):
-    """A board is outside limits of its own (heat, disk, battery) and has saved its work.
+    """A board is outside limits of its own (heat, disk, battery) and has saved its work; or it waits for images.
 
     It wants to be asked for the same again after `retry_after` seconds. `task`, `epochs` and `version` are its position
     in its stream.
@@ -156,6 +156,8 @@ class BackOff(_Record):
     version: int
     reason: str
     retry_after: float
+    for_images: bool | None = None
+    """True: its next task has too few images so far, which is no failure of the device."""
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,8 @@ class Server(Section):
     """Seconds that a board may take to introduce itself before it is asked again; starting PyTorch is included."""
     longest_back_off: float = Field(default=3600.0, ge=0, le=1e8)
     """Seconds that a board outside its own limits (heat, disk, battery) may let the server wait in a round, in all; it
-    is asked again when it says, within `round_timeout`. After that it has failed in the round."""
+    is asked again when it says, within `round_timeout`. After that it has failed in the round. A board that waits for
+    images (`data.source: field`) has not: it leaves the round and is asked again in the next one, without end."""
     reconnect_timeout: float = Field(default=120.0, ge=0, le=1e8)
     """Seconds that a round waits for a board that is lost in it (killed, without power or network) and asks it again as
     soon as it is back. After that the round goes on without it. 0: at once."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightcl.errors import RequestError
-from lightcl.metrics import AccuracyMatrix
+from lightcl.metrics import AccuracyMatrix, row_over
 from lightcl.records.folder import ROUNDS, RunFolder
 from lightcl.records.old_runs import translated
 from lightcl.records.rows import DeviceRow, Failure, Results, RoundRow
@@ -80,8 +80,8 @@ class DeviceHistory:
     @classmethod
     def of(cls, rows: Sequence[DeviceRow], tasks: int, learns: Sequence[int] | None = None) -> DeviceHistory:
         """From one device's rows, by round. Of the scenario's `tasks` it learns those in `learns`; None: all."""
-        # Each row names its tested tasks; the row with the most names all of them.
-        ids = max((row.tested for row in rows), key=len)
+        # Each row names its tested tasks: the device's first ones, but for those whose test images are gone.
+        ids = sorted({task for row in rows for task in row.tested})
         til: dict[int, list[float]] = {}
         cil: dict[int, list[float]] = {}
         for row in rows:
@@ -92,7 +92,7 @@ class DeviceHistory:
                     for task in [t for t in accuracies if t >= row.task]:
                         del accuracies[task]
                 if tested:
-                    accuracies[row.task] = tested
+                    accuracies[row.task] = row_over(ids, row.tested, tested)
         samples = {row.task: row.examples for row in rows if row.examples is not None}
         energies = [row.energy_joules for row in rows if row.examples is not None]
         measured = [energy for energy in energies if energy is not None]

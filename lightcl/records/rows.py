@@ -64,9 +64,9 @@ class DeviceRow:
     limit_free_disk_mb: float | None = None
     limit_battery_percent: float | None = None
     backed_off_seconds: float | None = None
-    """How long the server waited for the device to come back inside its limits."""
+    """How long the server waited for the device to come back inside its limits, or to have images enough."""
     backed_off_reason: str | None = None
-    """The last limit that it was outside."""
+    """The last limit that it was outside, or the images that it had."""
 
     @property
     def tested(self) -> list[int]:

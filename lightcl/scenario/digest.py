@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 
+from lightcl.data.sources.field import FIELD
 from lightcl.networks.section import NAMED_WEIGHTS
 from lightcl.scenario.model import Scenario
 
 
 def scenario_digest(scenario: Scenario) -> str:
     """A digest of every key that can change a device's numbers; the location of the data and the timeouts cannot."""
+    elsewhere = scenario.data.source != FIELD  # keys that other sources do not have
     decisive = scenario.model_dump_json(
         exclude={
             "name": True,
-            "data": {"path", "download"},
+            "data": {"path", "download", *(("classes", "keep") if elsewhere else ())},
+            "stream": {"ready_images", "ready_after"} if elsewhere else set[str](),
             "training": {"checkpoint_seconds", "update"},
             "server": {
                 "round_timeout",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
+from lightcl.data.sources.field import FIELD
 from lightcl.errors import shown
 from lightcl.scenario.model import Scenario
 
@@ -59,8 +60,23 @@ CONDITIONS = (
     ),
     Condition(
         "data", ("download",), "source",
-        lambda s: s.data.source not in ("digits", "parquet", "image-folder"),
+        lambda s: s.data.source not in ("digits", "parquet", "image-folder", FIELD),
         lambda s: f"data.source: {s.data.source} is never downloaded",
+    ),
+    Condition(
+        "stream", ("ready_images", "ready_after"), "tasks",
+        lambda s: s.data.source == FIELD,
+        lambda s: f"it is for data.source: field, not {s.data.source}",
+    ),
+    Condition(
+        "stream", ("class_order", "per_device_order", "cut"), "tasks",
+        lambda s: s.data.source != FIELD,
+        lambda s: "with data.source: field a task has the classes of the images that came",
+    ),
+    Condition(
+        "fleet", ("partition", "alpha", "sigma", "test_data"), "devices",
+        lambda s: s.data.source != FIELD,
+        lambda s: "with data.source: field each board has images of its own",
     ),
     Condition(
         "network", ("freeze_threshold", "analysis_epochs"), "freeze",

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from lightcl.data.augment import Augmentation
 from lightcl.data.images import SourceRequest
 from lightcl.data.section import Data, Fleet, Stream
+from lightcl.data.sources.field import FIELD
 from lightcl.errors import shown
 from lightcl.exchange.section import Server
 from lightcl.methods.base import METHODS, MethodParameters, Setting
@@ -161,6 +162,8 @@ class Scenario(Section):
                     f"stream.class_order lists {len(self.stream.class_order)} classes, but {self.stream.tasks} tasks x "
                     f"{self.stream.classes_per_task} classes need {wanted}"
                 )
+        if self.data.source == FIELD:
+            self._check_field()
         if self.stream.settings == "til+cil" and "cil" not in self.method.settings:
             raise ValueError(
                 f"stream.settings asks for cil, but method {self.method.name} answers only where the task is known "
@@ -202,6 +205,25 @@ class Scenario(Section):
             needed = self.stream.tasks * self.stream.classes_per_task
             return self.model_copy(update={"fleet": self.fleet.model_copy(update={"classes_per_device": needed})})
         return self
+
+    def _check_field(self) -> None:
+        """Rules of a stream whose images come with time. Raises ValueError."""
+        classes = len(self.data.classes or ())
+        if self.stream.classes_per_task > classes:
+            raise ValueError(
+                f"stream.classes_per_task is {self.stream.classes_per_task}, but data.classes has {classes} (allowed: "
+                f"1 to {classes})"
+            )
+        if self.server.fraction < 1:
+            raise ValueError(
+                f"server.fraction is {self.server.fraction:g}, but with data.source: field devices that wait for "
+                "images would be chosen again and again (allowed: 1)"
+            )
+        if self.method.joint and self.data.keep != "all":
+            raise ValueError(
+                f"data.keep is {self.data.keep!r}, but method {self.method.name} learns all tasks together at the end "
+                "and needs their images until then (allowed: all)"
+            )
 
     def source_request(self) -> SourceRequest:
         return self.data.request(self.seed, self.fleet.partition_by)

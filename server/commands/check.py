@@ -44,7 +44,7 @@ def check_scenario(scenario: Scenario, channels: int) -> str:
             "network.freeze is 'auto', which takes images to choose from; run `lightcl analyze` where images are, and "
             "set network.freeze to the block that it names"
         )
-    classes = scenario.stream.tasks * scenario.stream.classes_per_task
+    classes = len(scenario.data.classes or ()) or scenario.stream.tasks * scenario.stream.classes_per_task
     network = build_network(scenario, in_channels=channels, classes=classes)
     scenario.method.build(network)
     if scenario.server.aggregation == "none":

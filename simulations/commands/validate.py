@@ -28,14 +28,24 @@ app = command_app()
 @app.command(cls=Command)
 def validate(scenario: ScenarioFile, changes: Changes = None, plugins: Plugins = None) -> None:
     """Check a scenario against its data and weights without running it."""
+    from lightcl.data.field import CHANNELS
+    from lightcl.data.sources import comes_to_boards
     from lightcl.preparation import prepare
     from server.aggregation import Aggregator
+    from server.commands.check import check_scenario
 
     loaded = read_scenario(scenario, changes, plugins)
     Aggregator.check(loaded.server)
+    name = "the standard input" if str(scenario) == "-" else str(scenario)
+    if comes_to_boards(loaded.data.source):
+        text = check_scenario(loaded, CHANNELS)
+        console().print(
+            f"{name}: valid for {amount(loaded.fleet.devices, 'board')} that collect images. {text}",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+        return
     prepared = prepare(loaded)
     checked, out = prepared.scenario, console()
-    name = "the standard input" if str(scenario) == "-" else str(scenario)
     out.print(
         f"{name}: valid. {amount(checked.fleet.devices, 'device')}, {amount(checked.stream.tasks, 'task')} x "
         f"{amount(checked.stream.classes_per_task, 'class', 'classes')}, method {checked.method.name}.",

@@ -90,7 +90,7 @@ def test_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_status_of_a_board_that_never_ran(tmp_path: Path) -> None:
     values = status_of(tmp_path / "state", tmp_path / "state" / ".board")
-    assert values == {"running": False, "connected": False, "free_mb": None, "newest_state": None}
+    assert values == {"running": False, "connected": False, "free_mb": None, "newest_state": None, "field": None}
 
 
 def test_a_stopped_board_is_not_connected_whatever_its_file_says(tmp_path: Path) -> None:

@@ -186,19 +186,25 @@ class LightServer:
             assert found == 1, key
         file.write_text(text)
 
-    def set_up(self, number: int) -> Path:
-        """Sets up a board of the kit from its join file, as a person would; returns its configuration."""
+    def set_up(self, number: int, *options: str) -> Path:
+        """Sets up a board of the kit from its join file, as a person would; returns its configuration.
+
+        `options` are more ones of `lightcl device init`.
+        """
         place = self.place / f"board-{number}"
         join, config = self.folder / "join" / f"board-{number}.toml", place / "device.toml"
         subprocess.run(
-            [BIN / "lightcl", "device", "init", "--join", join, "--config", config, "--state", place / "state"],
+            [
+                BIN / "lightcl", "device", "init", "--join", join, "--config", config, "--state", place / "state",
+                *options,
+            ],
             env=self.processes.environment, check=True, capture_output=True, timeout=120,
         )  # fmt: skip
         return config
 
-    def kit_board(self, number: int) -> subprocess.Popen[bytes]:
-        """Sets up a board of the kit, and starts `lightcl device run`."""
-        config = self.set_up(number)
+    def kit_board(self, number: int, *options: str) -> subprocess.Popen[bytes]:
+        """Sets up a board of the kit, and starts `lightcl device run`; `options` as in `set_up`."""
+        config = self.set_up(number, *options)
         return self.processes.start(f"board-{number}", str(BIN / "lightcl"), "device", "run", "--config", str(config))
 
     def board(self, number: int, *options: str, name: str = "", key: str | None = None) -> subprocess.Popen[bytes]:

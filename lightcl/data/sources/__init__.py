@@ -27,6 +27,7 @@ from lightcl.data.images import (
     write_source,
 )
 from lightcl.data.sources.digits import read_digits
+from lightcl.data.sources.field import FIELD, refuse_field
 from lightcl.data.sources.files import existing_path
 from lightcl.data.sources.image_folder import has_test_folder, read_image_folder
 from lightcl.data.sources.parquet import has_test_file, read_parquet
@@ -35,8 +36,8 @@ from lightcl.errors import RequestError, nearest
 from lightcl.registry import Registry
 
 __all__ = [
-    "ImageSet", "Source", "SourceRequest", "cache_folder", "iter_batches", "load_source", "reads_own_files",
-    "register_source", "source_kind", "source_names", "split_off_test",
+    "ImageSet", "Source", "SourceRequest", "cache_folder", "comes_to_boards", "iter_batches", "load_source",
+    "reads_own_files", "register_source", "source_kind", "source_names", "split_off_test",
 ]  # fmt: skip
 
 Reader = Callable[[SourceRequest], Source]
@@ -54,6 +55,8 @@ class SourceKind:
     own_files: bool = False
     has_test_split: Callable[[SourceRequest], bool] = lambda request: False
     code: str | None = None
+    on_boards: bool = False
+    """Its images come to boards while a run goes on: nothing can be loaded before, or on another machine."""
 
 
 _BUILT_IN = {
@@ -63,6 +66,7 @@ _BUILT_IN = {
     "fashion-mnist": SourceKind(read_torchvision_set, has_test_split=lambda request: True),
     "parquet": SourceKind(read_parquet, own_files=True, has_test_split=has_test_file),
     "image-folder": SourceKind(read_image_folder, own_files=True, has_test_split=has_test_folder),
+    FIELD: SourceKind(refuse_field, on_boards=True),
 }
 SOURCES: Registry[SourceKind] = Registry("data source", "data.source", origin=lambda kind: kind.read)
 """All sources by name, including those of plugins."""
@@ -106,6 +110,11 @@ def source_kind(name: str) -> SourceKind:
 def reads_own_files(name: str) -> bool:
     """Whether this source reads the user's files and so needs `data.path`."""
     return source_kind(name).own_files
+
+
+def comes_to_boards(name: str) -> bool:
+    """Whether the images of this source come to boards while a run goes on (`field`)."""
+    return source_kind(name).on_boards
 
 
 def load_source(request: SourceRequest) -> Source:

@@ -1,9 +1,9 @@
 """How a device's images become its stream of tasks, and which tasks a device learns.
 
-Each kind of stream has a file that defines its tasks (`class_incremental.py`; domain-incremental streams and field
-streams go beside it). This module does what all kinds have in common: held-out images, and the tasks that a device
-skips because it has too few images. `cut_stream` returns the tasks with their images; `count_tasks` counts the same
-tasks and their images for the entire fleet from label counts alone.
+Each kind of stream has a file that defines its tasks (`class_incremental.py`; domain-incremental streams go beside it).
+A stream whose images come with time is a class of its own (`field.py`). This module does what the others have in
+common: held-out images, and the tasks that a device skips because it has too few images. `cut_stream` returns the tasks
+with their images; `count_tasks` counts the same tasks and their images for the entire fleet from label counts alone.
 """
 
 from __future__ import annotations

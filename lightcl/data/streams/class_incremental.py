@@ -74,6 +74,8 @@ def head_classes(plan: StreamPlan, classes: int, present: np.ndarray | None) -> 
 def head_bounds(plan: StreamPlan) -> tuple[int, int]:
     """The least and the most classes that the head of a fleet can have under a plan, whatever the source."""
     section = plan.stream
+    if plan.data.classes is not None:  # a field source's: all of them, on every board
+        return len(plan.data.classes), len(plan.data.classes)
     wanted = section.tasks * section.classes_per_task
     listed = len(section.class_order) if isinstance(section.class_order, tuple) else None
     if plan.own_classes:  # boards with images of their own have every class of the source that the stream may use

@@ -13,7 +13,7 @@ from lightcl.data.batches import viewed
 from lightcl.data.images import ImageSet
 from lightcl.data.tasks import Batch, Samples
 from lightcl.device.device import EdgeDevice
-from lightcl.device.prefix import FixedPrefix, fixed_prefix, prefix_cache, warm
+from lightcl.device.prefix import FixedPrefix, fixed_prefix, plain_sets, prefix_cache, warm
 from lightcl.errors import RequestError
 from lightcl.networks.weights import digest
 from lightcl.storage.prefix_cache import CacheFull, FeatureStore, PrefixCache
@@ -117,7 +117,7 @@ def _outputs_in_another_process(seed):
     network = toys.network(freeze="layer3", seed=seed).to(memory_format=torch.channels_last).eval()
     held = toys.source(size=16)
     scenario = toys.scenario(data=VIEWS)
-    features = fixed_prefix(scenario, network, held, digest(network.prefix))
+    features = fixed_prefix(scenario, network, plain_sets(scenario, held), digest(network.prefix))
     samples = Samples(held.train, np.arange(3, 60))
     found = features([viewed(samples, View(0, 1, "crop-flip", 1))])
     return found.numpy(), [store.key for store in prefix_cache().stores()]
@@ -144,7 +144,7 @@ def test_rounded_outputs_are_within_their_bound_and_the_same_cached_or_not(tmp_p
     network = build_network(scenario, in_channels=3, classes=4).eval()
     batch = Samples(held.test, np.arange(20)).load()
     exact = FixedPrefix(network)([batch])
-    features = fixed_prefix(scenario, network, held, digest(network.prefix))
+    features = fixed_prefix(scenario, network, plain_sets(scenario, held), digest(network.prefix))
     rounded, read = features([batch]), features([batch])
     assert torch.equal(rounded, read)
     assert not torch.equal(rounded, exact)
