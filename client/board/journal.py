@@ -4,9 +4,10 @@ Flower gives a message to a node once. Where the node is killed, the server lear
 missing for a minute, and the round goes on without the board. So the node writes down the message it works on and,
 before it sends it, the reply; its successor on the same machine takes the dead node's place and goes on from there.
 
-Files in the board's folder: `node.json` (who the node is at the server), `message` and `reply` (`Parcel`), `kills`, and
-`asking`, one byte that is 1 while a message may be on its way. They are meant for a killed process, not for a power
-cut: after one the server has noticed. So nothing is forced onto the disk, for the sake of an SD card.
+Files in the board's folder: `node.json` (who the node is at the server), `message` and `reply` (`Parcel`), `session` (of
+a reply that the server expects the parts of), `kills`, and `asking`, one byte that is 1 while a message may be on its
+way. They are meant for a killed process, not for a power cut: after one the server has noticed. So nothing is forced
+onto the disk, for the sake of an SD card.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class Unfinished:
 
     message: Parcel | None
     reply: Parcel | None
+    session: str
+    """Of a reply that was announced to the server; else empty."""
     kills: int
     """How many nodes were killed while they worked on this message."""
 
@@ -76,7 +79,7 @@ class Journal:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._message, self._reply, self._kills = folder / "message", folder / "reply", folder / "kills"
-        self._node = folder / "node.json"
+        self._node, self._session = folder / "node.json", folder / "session"
         self._identity = [identity, _boot(), folder.stat().st_ino]
         """A copy of the folder (a cloned SD card), or another start of this machine, is another node's."""
         self._asking = _mapped(folder / "asking")
@@ -127,23 +130,30 @@ class Journal:
     def replied(self, reply: Parcel) -> None:
         self._write(reply, self._reply)
 
+    def announced(self, session: str) -> None:
+        """The server knows of the reply, and waits for its parts in this session of Flower's."""
+        with suppress(OSError):
+            write_atomically(self._session, session, durable=False)
+
     def finished(self) -> None:
         """The server has the reply, or does not want it."""
-        for file in (self._message, self._reply, self._kills):
+        for file in (self._session, self._message, self._reply, self._kills):
             with suppress(OSError):
                 file.unlink(missing_ok=True)
 
     def unfinished(self) -> Unfinished:
         """What a killed predecessor left; this call counts how often that has happened with this message."""
         message, reply = Parcel.read(self._message), Parcel.read(self._reply)
-        kills = 0
+        kills, session = 0, ""
+        with suppress(OSError):
+            session = self._session.read_text()
         if message:
             with suppress(OSError, ValueError):
                 kills = int(self._kills.read_text()) if self._kills.exists() else 0
             kills += 1
             with suppress(OSError):
                 self._kills.write_text(str(kills))
-        return Unfinished(message, reply, kills)
+        return Unfinished(message, reply, session, kills)
 
     def _write(self, parcel: Parcel, file: Path) -> None:
         try:

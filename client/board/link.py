@@ -38,6 +38,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
 )
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
+    ObjectPushError,
     inflate_object_from_contents,
     pull_objects,
     push_object_contents_from_iterable,
@@ -155,7 +156,7 @@ class Link:
         return parcel
 
     def send(self, reply: Parcel, seconds: float = 0.0) -> None:
-        """Sends a reply, or the rest of one that was sent in part. `seconds`: how long the board worked on it."""
+        """`seconds`: how long the board worked on it."""
         self._journal.replied(reply)
         header = message_pb2.Message.FromString(reply.header)
         response = self._retry.invoke(
@@ -166,11 +167,24 @@ class Link:
                 clientapp_runtime_list=[seconds],
             ),
         )  # fmt: skip
+        self._journal.announced(response.session_id)
         wanted = set(response.objects_to_push)
-        push = make_push_object_fn_protobuf(
-            self._retried(self._client.PushObject), self._node, header.metadata.run_id, response.session_id
-        )
+        push = self._push(reply, response.session_id)
         push_object_contents_from_iterable(((key, data) for key, data in reply.objects.items() if key in wanted), push)
+
+    def send_rest(self, reply: Parcel, session: str) -> None:
+        """Sends what is missing of a reply that a killed node sent in part.
+
+        Until then the server can do nothing else, and a reply that it has begun to read cannot be announced again.
+        """
+        push = self._push(reply, session)
+        for key, data in reply.objects.items():
+            with suppress(ObjectPushError):  # it is there already
+                push(key, data)
+
+    def _push(self, reply: Parcel, session: str) -> Callable[[str, bytes], None]:
+        run_id = message_pb2.Message.FromString(reply.header).metadata.run_id
+        return make_push_object_fn_protobuf(self._retried(self._client.PushObject), self._node, run_id, session)
 
     def done(self) -> None:
         """The message is answered, or its run has ended."""

@@ -50,24 +50,20 @@ def answer_all(
     status: Status,
     app: Callable[[], ClientApp],
     message: Parcel | None,
-    reply: Parcel | None,
 ) -> None:
     """Asks for messages and answers them, one at a time, without end. `app` is called at the first message.
 
-    It begins with the `message` or `reply` that a killed predecessor left. Raises what the connection raises.
+    It begins with the `message` that a killed predecessor left. Raises what the connection raises.
     """
     from flwr.supercore.run import RunNotRunningException
 
     quiet_since = time.monotonic()
     while True:
         try:
-            if reply:
-                link.send(reply)
-            elif message := message or link.receive():
+            if message := message or link.receive():
                 _answer(link, config, status, app, message)
-            if message or reply:
                 link.done()
-                message = reply = None
+                message = None
                 quiet_since = time.monotonic()
                 continue
             status.contact()
@@ -76,26 +72,40 @@ def answer_all(
         except RunNotRunningException:
             status.note("the run has ended on the server; its message is dropped")
             link.done()
-            message = reply = None
+            message = None
         time.sleep(pause(time.monotonic() - quiet_since))
 
 
-def _left_over(link: Link, status: Status) -> tuple[Parcel | None, Parcel | None]:
-    """The message or the reply with which to begin."""
+def _left_over(link: Link, status: Status) -> Parcel | None:
+    """The message that a killed predecessor did not answer. A reply of its own is sent."""
     from flwr.app import Error, Message
     from flwr.common.constant import ErrorCode
+    from flwr.supercore.run import RunNotRunningException
 
     from client.board.link import closed, envelope
 
     found = link.unfinished()
-    if found.message and not found.reply and found.kills > MOST_KILLS:
-        reason = f"the board's node was killed {found.kills} times while it worked on this (out of memory?)"
-        status.note(reason)
-        error = Error(ErrorCode.CLIENT_APP_CRASHED, reason)
-        return None, closed(Message(error, reply_to=envelope(found.message)))
-    if found.message or found.reply:
+    if found.message is None and found.reply is None:
+        return None
+    if found.message and not found.reply and found.kills <= MOST_KILLS:
         status.note("continuing with the message of the node that was killed")
-    return found.message, found.reply
+        return found.message
+    try:
+        if found.reply and found.session:
+            link.send_rest(found.reply, found.session)
+        elif found.reply:
+            link.send(found.reply)
+        elif found.message:
+            reason = f"the board's node was killed {found.kills} times while it worked on this (out of memory?)"
+            error = Message(Error(ErrorCode.CLIENT_APP_CRASHED, reason), reply_to=envelope(found.message))
+            link.send(closed(error))
+            status.note(reason)
+    except RunNotRunningException:
+        pass
+    else:
+        status.note("sent the reply of the node that was killed")
+    link.done()
+    return None
 
 
 def _is_idle(config: BoardConfig, quiet: float) -> bool:
@@ -170,9 +180,9 @@ def serve(config: BoardConfig, status: Status) -> None:
     wait_for_server(config.server, status)
     try:
         with joined(config, config.board_folder) as link:
-            message, reply = _left_over(link, status)
+            left = _left_over(link, status)
             status.connected(link.node_id, config.server)
-            answer_all(link, config, status, installed_app, message, reply)
+            answer_all(link, config, status, installed_app, left)
     except Refused as error:
         status.disconnected(f"{_REFUSED} ({error})")
         raise Failure(_REFUSED) from error

@@ -50,10 +50,11 @@ def test_a_successor_is_the_same_node_and_has_the_message_and_the_reply(tmp_path
     assert (found.message, found.reply, found.kills) == (PARCEL, None, 1)
     second.replied(PARCEL)
     assert second.unfinished().reply == PARCEL
-    assert second.unfinished().kills == 3
+    second.announced("session")
+    assert (second.unfinished().session, second.unfinished().kills) == ("session", 4)
     second.finished()
     found = Journal(tmp_path, "server key").unfinished()
-    assert (found.message, found.reply, found.kills) == (None, None, 0)
+    assert (found.message, found.reply, found.session, found.kills) == (None, None, "", 0)
 
 
 def test_a_node_that_left_is_not_continued(tmp_path: Path) -> None:
