@@ -4,9 +4,9 @@ Flower gives a message to a node once. Where the node is killed, the server lear
 missing for a minute, and the round goes on without the board. So the node writes down the message it works on and,
 before it sends it, the reply; its successor on the same machine takes the dead node's place and goes on from there.
 
-Files in the board's folder: `node.json` (who the node is at the server), `message` and `reply` (`Parcel`), `session` (of
-a reply that the server expects the parts of), `kills`, and `asking`, one byte that is 1 while a message may be on its
-way. They are meant for a killed process, not for a power cut: after one the server has noticed. So nothing is forced
+Files in the board's folder: `node.json` (who the node is at the server), `message` and `reply` (`Parcel`), `session`
+(for the parts of a reply that the server knows of), `kills`, and `asking`, one byte that is 1 while a message may be on
+its way. They are meant for a killed process, not for a power cut: after one the server has noticed. So nothing is forced
 onto the disk, for the sake of an SD card.
 """
 

@@ -58,7 +58,7 @@ def test_a_run_of_three_boards_gives_what_the_simulation_gives(processes: Proces
 
     Two boards are of the kit, one is a plain SuperNode.
     """
-    server, file, out = LightServer(processes, tmp_path, 3), scenario(tmp_path, tasks=2, devices=3), tmp_path / "run"
+    server, file, out = LightServer(processes, tmp_path, 3), scenario(tmp_path, tasks=5, devices=3), tmp_path / "run"
     server.run()
     server.kit_board(0)
     server.kit_board(1)
