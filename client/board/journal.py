@@ -6,8 +6,8 @@ before it sends it, the reply; its successor on the same machine takes the dead 
 
 Files in the board's folder: `node.json` (who the node is at the server), `message` and `reply` (`Parcel`), `session`
 (for the parts of a reply that the server knows of), `kills`, and `asking`, one byte that is 1 while a message may be on
-its way. They are meant for a killed process, not for a power cut: after one the server has noticed. So nothing is forced
-onto the disk, for the sake of an SD card.
+its way. They are meant for a killed process, not for a power cut: after one the server has noticed. So nothing is
+forced onto the disk, for the sake of an SD card.
 """
 
 from __future__ import annotations
