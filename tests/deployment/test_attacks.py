@@ -73,7 +73,7 @@ class Fleet:
         scenario.write_text(text)
         out = self.place / scenario.stem
         self.server.call("start", str(scenario), "--out", str(out))
-        wait_for(out / "results.json", self.server.processes, 600)
+        wait_for(out / "results.json", self.server.processes, 2400)
         return Attacked(load_scenario(scenario), out, self.rogue)
 
 
