@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lightcl.data.sources import comes_to_boards
@@ -35,6 +36,8 @@ class Connections:
     listener: Listener
     _warned: set[str] = field(default_factory=set)
     _own_data: set[int] = field(default_factory=set)
+    _away: dict[int, float | None] = field(default_factory=dict)
+    """Since when each device that was once connected is not; None while it is."""
 
     def connect(self) -> Greeting:
         """Waits for the nodes of all devices that still have to learn, `server.connect_timeout` at most.
@@ -74,6 +77,7 @@ class Connections:
     def reachable(self) -> list[Entry]:
         """The connected devices that still have to learn; waits for one, and drops those that stay away.
 
+        Where all devices take part in a round, it waits for those that have just been lost as well: they would miss it.
         Boards whose images come with time may be off for days: they are waited for without end.
         """
         start = time.monotonic()
@@ -81,7 +85,7 @@ class Connections:
             self._update()
             active = self.ledger.active
             connected = [entry for entry in active if self.nodes.node_of(entry.number) is not None]
-            if connected or not active:
+            if not active or (connected and not self._lost(active)):
                 return connected
             if self._given_up(start, nobody=True):
                 if comes_to_boards(self.scenario.data.source):
@@ -93,6 +97,17 @@ class Connections:
                     self.listener.refused(entry.number, entry.dropped)
                 return []
             self.mailbox.pause(1)
+
+    def _lost(self, active: Sequence[Entry]) -> bool:
+        """Whether to wait for a device that was connected until `server.reconnect_timeout` seconds ago."""
+        section, now, waits = self.scenario.server, time.monotonic(), False
+        for number in [entry.number for entry in active]:
+            if self.nodes.node_of(number) is not None:
+                self._away[number] = None
+            elif number in self._away:
+                since = self._away[number] = self._away[number] or now
+                waits |= now - since < section.reconnect_timeout
+        return waits and section.fraction == 1 and not self.mailbox.simulated
 
     def _update(self) -> None:
         self.nodes.update()

@@ -39,6 +39,8 @@ class _Waits:
     """They are not there any more."""
     until: dict[int, float] = field(default_factory=dict)
     """How long those are waited for that were lost at work."""
+    unsent: set[int] = field(default_factory=set)
+    """They were not there when the phase began, and have not got their message so far."""
     informed: set[int] = field(default_factory=set)
     """They have the shared tensors, which are not sent again: a device may be asked for days."""
     over: bool = False
@@ -98,6 +100,9 @@ class Dispatch:
         timeout, waits = self.scenario.server.round_timeout, _Waits()
         self.nodes.forget_absent()
         reachable = {number: m for number, m in sent.items() if self.nodes.node_of(number) == m.metadata.dst_node_id}
+        for number in sent.keys() - reachable.keys():  # they left a moment ago
+            waits.unsent.add(number)
+            self._lost(number, waits)
 
         def done(number: int) -> None:
             waits.over = True
@@ -108,14 +113,15 @@ class Dispatch:
             timeout,
             done,
             lambda number, reply: self._postponed(reply, rows[number], waits),
-            lambda number: self._again(reachable[number], rows[number], waits, sent),
+            lambda number: self._again(sent[number], rows[number], waits, sent),
             waits.enough,
+            sorted(waits.unsent),
         )
         for number in sorted(sent):
             reply = replies.pop(number, None)
             if number in waits.idle:  # also where it is not connected any more
                 del rows[number]
-            elif number not in reachable or number in waits.lost:
+            elif number in waits.lost:
                 self.refuse(rows[number], "not connected")
             elif reply is None:
                 self.refuse(rows[number], f"no reply within {timeout:g} s")
@@ -143,8 +149,9 @@ class Dispatch:
         content = old.content
         if row.device in waits.informed:
             content = RecordDict({INSTRUCTION: old.content[INSTRUCTION]})
-        elif self.aggregator and ARRAYS in content:
+        elif self.aggregator and ARRAYS in content and row.device not in waits.unsent:
             row.bytes_down += self.aggregator.record_bytes
+        waits.unsent.discard(row.device)
         return Message(content, dst_node_id=node, message_type=old.metadata.message_type, ttl=old.metadata.ttl)
 
     def _look_for_nodes(self) -> None:

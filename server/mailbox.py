@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from flwr.app import Error, Message
@@ -105,17 +105,18 @@ class Mailbox:
         postponed: Callable[[int, Message], float | None] = lambda *_: None,
         again: Callable[[int], Message | float | None] = lambda _: None,
         enough: Callable[[Collection[int]], bool] = lambda _: False,
+        absent: Iterable[int] = (),
     ) -> dict[int, Message]:
         """Replies by the keys of `messages`; those that did not arrive within `timeout` seconds are missing.
 
         `postponed` gives the seconds after which a key is to be asked again because of its reply, or None; then `again`
-        makes the message for it, or says after how many seconds to look again, or None, and the key is missing. Where
-        only such keys are left, `enough` is asked whether to leave them: they are missing then. Raises RunStopped and
-        WorkerDied.
+        makes the message for it, or says after how many seconds to look again, or None, and the key is missing. Keys in
+        `absent` begin with `again`. Where only such keys are left, `enough` is asked whether to leave them: they are
+        missing then. Raises RunStopped and WorkerDied.
         """
         keys: dict[str, int] = {}
         waiting: dict[str, Message] = {}
-        due: dict[int, float] = {}
+        due = dict.fromkeys(absent, 0.0)
         replies: dict[int, Message] = {}
 
         def send(key: int, message: Message) -> bool:
