@@ -7,8 +7,9 @@ updates with shares p_i of the examples and s_i = ⌈examples_i / batch⌉ steps
 
 A median is that of honest devices as long as they are the majority. The second term lets a device with more steps move
 further, the third one whose share in the average is small. An update longer than F m_i is out of range and is clipped
-to m_i; beyond 30 m_i it is left out. With one or two devices in a round the medians are over the last updates of the
-run, too, and F is larger.
+to m_i; beyond 30 m_i it is left out. With one or two devices in a round F is larger, and the last updates of the run
+count too: of two devices the shorter update or the median with those before, whichever is longer, since the first
+updates of a task are many times as long as the last ones of the task before; of one device the longest before.
 
 In a round of a few devices, an update against all others is left out, if those agree with each other: cos(u_j, u_k) > c
 for all others, and cos(u_i, u_j) < -c for all j. Without agreement a direction says nothing: honest devices with
@@ -133,9 +134,9 @@ class UpdateGuard:
             kept = [replace(item, batch_norm={}) if item.device in strange else item for item in kept]
             kept = [replace(item, reply=None, batch_norm={}) if item.device in out else item for item in kept]
             self._warn(round_number, {d: f"{t}; {'left out' if d in out else 'clipped'}" for d, t in said.items()})
-        for item, norm in zip(items, norms, strict=True):
+        for item, norm, most in zip(items, norms, usual, strict=True):
             if item.device not in refused and item.device not in out:
-                length = too_long[item.device][1] if item.device in too_long else norm
+                length = min(norm, most)  # so that a device alone cannot raise it round by round
                 self._history.append((length, length / self._steps(item), item.examples))
         del self._history[:-REMEMBERED]
         return kept, {device: f"server.guard: {text}" for device, text in refused.items()}
@@ -162,6 +163,10 @@ class UpdateGuard:
         if len(lengths) == 1:  # nothing to compare with but the model itself
             lengths, paces = [_norm(current)], [0.0]
         length, pace = lower_median(lengths), lower_median(paces)
+        if len(items) == 2:
+            length, pace = max(length, min(norms)), max(pace, min(paces[:2]))
+        elif len(items) == 1 and self._history:
+            length, pace = max(self._earlier(0)), max(self._earlier(1))
         total = sum(item.examples for item in items)
         return [
             max(length, pace * count) * max(1.0, total / (len(items) * item.examples))

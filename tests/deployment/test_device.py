@@ -50,8 +50,8 @@ name: two-boards
 network: {weights: none, width: 4}
 stream: {tasks: 2}
 fleet: {devices: 2, test_data: whole}
-training: {epochs: 40, batch_size: 16, learning_rate: 0.02}
-server: {aggregation: suffix, rounds_per_task: 20}
+training: {epochs: 30, batch_size: 16, learning_rate: 0.02}
+server: {aggregation: suffix, rounds_per_task: 30}
 """
 ALONE = """
 name: two-boards
@@ -200,7 +200,7 @@ def test_a_board_that_is_killed_twenty_times_learns_the_same(
     while len(kills) < 20:
         done = len(rounds(out))
         wait_until(lambda: len(rounds(out)) > done, "a round after the last kill", processes, 200)  # noqa: B023
-        time.sleep(draw.uniform(0, 4))
+        time.sleep(draw.uniform(0, 3))
         whom = processes_of(tmp_path, 0)[len(kills) % 2 :]
         for process in whom:
             process.send_signal(signal.SIGKILL)

@@ -110,10 +110,12 @@ def test_two_devices_are_held_against_earlier_rounds(sent: Message) -> None:
     for _ in range(3):
         checked(guard, replied(sent, 2.0, 2.0, 2.0))
     assert checked(guard, replied(sent, 8.0))[0] == [8.0]
-    assert checked(guard, replied(sent, 9.0))[0] == [2.0], "one alone: the median of the history"
+    assert checked(guard, replied(sent, 9.0))[0] == [2.0], "one alone: the longest before, where 8 counted as 2"
     again = UpdateGuard("clip", 8, print)
     again.restore_(guard.state())
-    assert checked(again, replied(sent, 50.0, 60.0))[0] == [2.0, 2.0], "a resumed run remembers"
+    assert checked(again, replied(sent, 9.0))[0] == [2.0], "a resumed run remembers"
+    assert checked(again, replied(sent, 50.0, 60.0))[0] == [50.0, 60.0], "two that agree, as where a task begins"
+    assert checked(again, replied(sent, 1.0, 60.0))[0] == [1.0, 2.0], "one of two"
     assert checked(UpdateGuard("clip", 8, print), replied(sent, 1e3))[0] == [100.0], "nothing but the model"
 
 
