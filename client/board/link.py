@@ -175,7 +175,8 @@ class Link:
     def send_rest(self, reply: Parcel, session: str) -> None:
         """Sends what is missing of a reply that a killed node sent in part.
 
-        Until then the server can do nothing else, and a reply that it has begun to read cannot be announced again.
+        The server's run waits for it and does nothing else, and a reply that it has begun to read cannot be announced
+        again.
         """
         push = self._push(reply, session)
         for key, data in reply.objects.items():

@@ -197,7 +197,9 @@ def serve(config: BoardConfig, status: Status) -> None:
 
 
 def probe(config: BoardConfig) -> None:
-    """Joins and leaves at once. Raises Failure where the server refuses the board."""
+    """Joins and leaves at once. Raises Failure where the server refuses the board, or cannot be talked to."""
+    import httpx
+
     from client.board.link import Refused, joined
 
     with tempfile.TemporaryDirectory() as place:
@@ -206,6 +208,8 @@ def probe(config: BoardConfig) -> None:
                 pass
         except Refused as error:
             raise Failure(f"{_REFUSED} ({error})") from error
+        except httpx.HTTPError as error:
+            raise Failure(f"the connection failed ({type(error).__name__}: {error})") from error
 
 
 def main() -> None:
