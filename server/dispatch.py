@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Collection, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,8 +24,8 @@ from server.mailbox import AGAIN_SECONDS, ENDS_THE_RUN, LATE_SECONDS, Mailbox, r
 from server.nodes import Nodes
 from server.replies import back_off_of
 
-LOST = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE)
-"""What Flower says where a node, or a part of its reply, did not come back."""
+MOST_LOSSES = 3
+"""A device that is lost so often over one message has failed: its reply may be one that the gateway cuts off."""
 LEAST_BACK_OFF = 5.0
 """Seconds: a device that wants to be asked at once is not asked in an endless hurry."""
 
@@ -39,6 +40,8 @@ class _Waits:
     """They are not there any more."""
     until: dict[int, float] = field(default_factory=dict)
     """How long those are waited for that were lost at work."""
+    losses: Counter[int] = field(default_factory=Counter)
+    """How often they were lost."""
     unsent: set[int] = field(default_factory=set)
     """They were not there when the phase began, and have not got their message so far."""
     informed: set[int] = field(default_factory=set)
@@ -165,12 +168,13 @@ class Dispatch:
     def _lost(self, number: int, waits: _Waits) -> float | None:
         """After how many seconds a lost device is looked for; None where its time in this phase is over."""
         now, patience = time.monotonic(), self.scenario.server.reconnect_timeout
+        waits.losses[number] += 1
         if number not in waits.until:
             waits.until[number] = now + patience
             if patience:
                 text = f"device {number} is lost; it is waited for, {patience:g} s at most (server.reconnect_timeout)"
                 self.listener.warned(text)
-        return AGAIN_SECONDS if now < waits.until[number] else None
+        return AGAIN_SECONDS if now < waits.until[number] and waits.losses[number] < MOST_LOSSES else None
 
     def _postponed(self, reply: Message, row: DeviceRow, waits: _Waits) -> float | None:
         """After how many seconds a device that backs off or is lost is asked again; None where it is to be done with.
@@ -178,7 +182,7 @@ class Dispatch:
         None, too, where the device has used up its waits of this round (`server.longest_back_off`), or says nonsense:
         the reply is then a failure, unless the device waits for images.
         """
-        if not self.mailbox.simulated and reply.has_error() and reply.error.code in LOST:
+        if not self.mailbox.simulated and reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
             return self._lost(row.device, waits)
         try:
             found = back_off_of(reply)

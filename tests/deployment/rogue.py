@@ -31,11 +31,13 @@ from flwr.common.constant import ErrorCode
 from benchmarks.gauntlet import Arrays, Change, float64, moved, noise, sums, variance
 from client.app import make_app
 from client.board.config import BoardConfig, read_config
+from client.board.link import Forgotten, Refused, joined
 from client.board.network import split_address
-from client.board.node import answer_all, connection
+from client.board.node import answer_all
 from client.board.setup import private_key
 from client.board.status import Status
 from lightcl.exchange.messages import ARRAYS, INSTRUCTION, REPLY, TELEMETRY, BackOff, Refusal, Telemetry
+from tests.inprocess import unpack_
 
 REPLY_LIMIT = 4 << 20
 """Bytes of a reply that the server of the test takes."""
@@ -238,7 +240,9 @@ class Board:
         self._left: dict[str, Iterator[str]] = {}
 
     def __call__(self, message: Message, context: Context) -> Message:
+        unpack_(message)
         reply = self._app(message=message, context=context)
+        unpack_(reply)
         if ARRAYS in message.content.array_records:
             self._model = {name: array.numpy() for name, array in message.content.array_records[ARRAYS].items()}
         if message.metadata.message_type != "train" or "reason" in reply.content.config_records[REPLY]:
@@ -268,10 +272,10 @@ def main() -> None:
     board, status = Board(config, log), Status(config.board_folder)
     while True:  # as `lightcl device run`, which connects again
         try:
-            with connection(config) as link:
+            with joined(config, config.board_folder) as link:
                 status.connected(link.node_id, config.server)
-                answer_all(link, config, status, lambda: board)
-        except SystemExit as error:
+                answer_all(link, config, status, lambda: board, None)
+        except (Forgotten, Refused, KeyboardInterrupt, httpx.HTTPError) as error:
             sys.stderr.write(f"{error!r}\n")
         time.sleep(1)
 

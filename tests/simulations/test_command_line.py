@@ -227,7 +227,7 @@ def test_a_damaged_run_folder_is_named_and_not_changed(
     whole = {name: Path("run", name).read_text() for name in ("rounds.jsonl", "devices.jsonl")}
     damages = [
         ({"rounds.jsonl": ""}, "rows are missing"),
-        ({"rounds.jsonl": "garbage\n\n"}, "rounds.jsonl, line 1"),
+        ({"rounds.jsonl": "garbage\n" + whole["rounds.jsonl"]}, "rounds.jsonl, line 1"),
         ({"devices.jsonl": "{}\n"}, "devices.jsonl, line 1"),
         (dict.fromkeys(whole, ""), "has rows of 0 tasks, but the device has learned 2"),
     ]
