@@ -47,7 +47,9 @@ network: {weights: builtin}
 stream: {tasks: 5}
 fleet: {devices: 3, test_data: whole}
 training: {epochs: 8, batch_size: 8, learning_rate: 0.01}
-server: {aggregation: suffix, rounds_per_task: 4, max_failures: 20, max_failures_in_run: 50, longest_back_off: 5, reconnect_timeout: 5}
+server:
+  {aggregation: suffix, rounds_per_task: 4, max_failures: 20, max_failures_in_run: 50, longest_back_off: 5,
+   reconnect_timeout: 5}
 """
 SUMS = """
 name: sums
