@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import Any
 
 import httpx
@@ -103,7 +103,7 @@ class Link:
         self.node_id, self._journal = node_id, journal
         self._client, self._node = client, Node(node_id=node_id)
         self._retry = make_simple_http_retry_invoker()
-        self._away, self._forgotten = Event(), Event()
+        self._away, self._forgotten, self._beating = Event(), Event(), Lock()
         self._heartbeats = HeartbeatSender(self._heartbeat)
 
     def unfinished(self) -> Unfinished:
@@ -204,10 +204,13 @@ class Link:
                 self._journal.left()
 
     def _stay_away(self) -> None:
-        self._away.set()
-        with suppress(httpx.HTTPStatusError):  # it is offline already
-            self._retry.invoke(self._client.DeactivateNode, fleet_pb2.DeactivateNodeRequest(node_id=self.node_id))
-        time.sleep(ABSENCE_SECONDS)
+        with self._beating:  # a heartbeat that is on its way would make the node online again
+            self._away.set()
+        leave = fleet_pb2.DeactivateNodeRequest(node_id=self.node_id)
+        for seconds in (2.0, ABSENCE_SECONDS):  # twice: one that was given up may arrive late
+            with suppress(httpx.HTTPStatusError):  # it is offline already
+                self._retry.invoke(self._client.DeactivateNode, leave)
+            time.sleep(seconds)
         self._journal.nothing_lost()
         self._away.clear()
         self._heartbeat()
@@ -217,15 +220,16 @@ class Link:
 
     def _heartbeat(self) -> bool:
         """False where it should be sent again soon."""
-        if self._away.is_set() or self._forgotten.is_set():
+        with self._beating:
+            if self._away.is_set() or self._forgotten.is_set():
+                return True
+            try:
+                known = alive(self._client, self._node)
+            except httpx.HTTPError:
+                return False
+            if not known:
+                self._forgotten.set()
             return True
-        try:
-            known = alive(self._client, self._node)
-        except httpx.HTTPError:
-            return False
-        if not known:
-            self._forgotten.set()
-        return True
 
 
 def alive(client: FleetHttpClient, node: Node) -> bool:
