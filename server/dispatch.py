@@ -139,10 +139,10 @@ class Dispatch:
 
         A number: it was lost, and is looked for again after so many seconds.
         """
-        self._look_for_nodes()
-        others = [entry.number for entry in self.ledger.active if entry.number not in sent]
-        waits.over |= any(self.nodes.node_of(number) is not None for number in others)
-        node = self.nodes.node_of(row.device)
+        node = self._node_of(row.device)
+        if comes_to_boards(self.scenario.data.source) and not waits.over:  # elsewhere no device waits for images
+            others = [entry.number for entry in self.ledger.active if entry.number not in sent]
+            waits.over = any(self.nodes.node_of(number) is not None for number in others)
         if node is None and time.monotonic() < waits.until.get(row.device, 0.0):
             return AGAIN_SECONDS
         if node is None:
@@ -157,13 +157,18 @@ class Dispatch:
         waits.unsent.discard(row.device)
         return Message(content, dst_node_id=node, message_type=old.metadata.message_type, ttl=old.metadata.ttl)
 
-    def _look_for_nodes(self) -> None:
-        """Greets nodes that have come back; at most once a second, however many devices are looked for."""
+    def _node_of(self, number: int) -> int | None:
+        """The node of a device, if it is connected now.
+
+        Nodes that have come back are greeted at most once a second, and a device that was not there is no reason to ask
+        again who is: a thousand may be lost at once.
+        """
         if time.monotonic() - self._looked >= AGAIN_SECONDS:
             self._looked = time.monotonic()
             self.nodes.update()
-        else:
+        elif self.nodes.node_of(number) is not None:
             self.nodes.forget_absent()
+        return self.nodes.node_of(number)
 
     def _lost(self, number: int, waits: _Waits) -> float | None:
         """After how many seconds a lost device is looked for; None where its time in this phase is over."""

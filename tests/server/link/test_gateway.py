@@ -56,6 +56,20 @@ def opened(url: str, keys: frozenset[str] | None = frozenset({"good"}), reply_by
     return gateway
 
 
+def status_of(url: str, receive: module.Receive) -> object:
+    """What the gateway answers to a request whose body comes as `receive` gives it."""
+    sent: list[module.MutableMapping[str, object]] = []
+
+    async def send(message: module.MutableMapping[str, object]) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/fleet/push-object", "headers": [(b"flwr-public-key", b"good")],
+    }  # fmt: skip
+    asyncio.run(opened(url)(scope, receive, send))
+    return sent[0]["status"]
+
+
 def post(
     gateway: Gateway, *requests: tuple[str, bytes], key: str = "good", method: str = "POST"
 ) -> list[httpx.Response]:
@@ -193,39 +207,23 @@ def test_a_request_that_does_not_arrive_is_given_up(
 ) -> None:
     app, url = upstream
     monkeypatch.setattr(module, "BODY_SECONDS", 0.01)
-    sent: list[module.MutableMapping[str, object]] = []
 
     async def receive() -> module.MutableMapping[str, object]:
         await asyncio.Event().wait()
         raise AssertionError("nothing comes")
 
-    async def send(message: module.MutableMapping[str, object]) -> None:
-        sent.append(message)
-
-    scope = {
-        "type": "http", "method": "POST", "path": "/v1/fleet/push-object", "headers": [(b"flwr-public-key", b"good")],
-    }  # fmt: skip
-    asyncio.run(opened(url)(scope, receive, send))
-    assert sent[0]["status"] == 408
+    assert status_of(url, receive) == 408
     assert app.requests == []
 
 
 def test_half_a_request_is_not_passed_on(upstream: tuple[Upstream, str]) -> None:
     app, url = upstream
     pieces = iter([{"type": "http.request", "body": b"x", "more_body": True}, {"type": "http.disconnect"}])
-    sent: list[module.MutableMapping[str, object]] = []
 
     async def receive() -> module.MutableMapping[str, object]:
         return next(pieces)
 
-    async def send(message: module.MutableMapping[str, object]) -> None:
-        sent.append(message)
-
-    scope = {
-        "type": "http", "method": "POST", "path": "/v1/fleet/push-object", "headers": [(b"flwr-public-key", b"good")],
-    }  # fmt: skip
-    asyncio.run(opened(url)(scope, receive, send))
-    assert sent[0]["status"] == 400
+    assert status_of(url, receive) == 400
     assert app.requests == []
 
 
