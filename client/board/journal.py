@@ -125,7 +125,10 @@ class Journal:
         return self._asking is None or self._asking[0] != 0
 
     def received(self, message: Parcel) -> None:
-        self._write(message, self._message)
+        """Where it cannot be written down, a successor is a new node, so that the server notices the loss."""
+        if not self._write(message, self._message):
+            with suppress(OSError):
+                self._node.unlink(missing_ok=True)
 
     def replied(self, reply: Parcel) -> None:
         self._write(reply, self._reply)
@@ -155,12 +158,14 @@ class Journal:
                 self._kills.write_text(str(kills))
         return Unfinished(message, reply, session, kills)
 
-    def _write(self, parcel: Parcel, file: Path) -> None:
+    def _write(self, parcel: Parcel, file: Path) -> bool:
         try:
             parcel.write(file)
         except OSError:
             with suppress(OSError):  # an older one must not be taken for it
                 file.unlink(missing_ok=True)
+            return False
+        return True
 
     def _mark(self, asking: bool) -> None:
         if self._asking is not None:

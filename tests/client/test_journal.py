@@ -114,6 +114,7 @@ with journal.asking():
 
 def test_a_disk_that_is_full_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(tmp_path, "server key")
+    journal.joined(7)
     journal.received(PARCEL)
 
     def full(*_: object, **__: object) -> None:
@@ -122,6 +123,7 @@ def test_a_disk_that_is_full_stops_nothing(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Parcel, "write", full)
     journal.received(Parcel(b"newer", b""))
     assert journal.unfinished().message is None  # the older one is not taken for it
+    assert Journal(tmp_path, "server key").node_id is None  # and nobody waits for the newer one
 
 
 def test_a_message_survives_the_wire_and_the_disk(tmp_path: Path) -> None:
