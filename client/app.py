@@ -34,7 +34,6 @@ from lightcl.data.streams.field import FieldStream
 from lightcl.device.device import EdgeDevice, OutOfStep
 from lightcl.device.hardware import choose_accelerator, gpu_uuid
 from lightcl.device.metering import Board, LimitReached, Limits
-from lightcl.device.prefix import train_is_plain
 from lightcl.device.telemetry import Sensors, nvml_gpu
 from lightcl.device.training import TrainingFailure
 from lightcl.errors import RequestError
@@ -267,7 +266,7 @@ def _open_field(
     """The device of a scenario whose images come with time."""
     plan = FieldPlan.of(stream_plan(scenario), instruction.device)
     plan.note(folder / FIELD)
-    stream = FieldStream(FieldTasks(folder / FIELD, plan), train_is_plain=train_is_plain(scenario))
+    stream = FieldStream(FieldTasks(folder / FIELD, plan))
     device = EdgeDevice(
         scenario, instruction.device, folder, stream=stream, durable=local.durable,
         network=_fresh_network(instruction.scenario, local.overrides, CHANNELS, len(plan.classes), many=False),

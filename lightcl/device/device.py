@@ -26,7 +26,7 @@ from lightcl.device import hardware
 from lightcl.device.hardware import choose_accelerator, set_up_torch
 from lightcl.device.metering import Board, LimitReached, Meter, Spent
 from lightcl.device.optimizers import make_optimizer
-from lightcl.device.prefix import fixed_prefix, plain_sets
+from lightcl.device.prefix import fixed_prefix
 from lightcl.device.state import DeviceValues, Position, changing_tensors, pack_optimizer, unpack_optimizer_
 from lightcl.device.training import EpochProgress, OnEpoch, autocast, evaluate, train_epoch
 from lightcl.exchange.messages import Telemetry, Tested, Trained
@@ -75,7 +75,7 @@ class EdgeDevice:
         self.scenario, self.number = scenario, number
         if stream is not None:
             self.stream: TaskStream = stream
-            plain, channels = stream.plain, CHANNELS
+            channels = CHANNELS
         else:
             if source is None:
                 source = load_source(scenario.source_request())
@@ -83,7 +83,7 @@ class EdgeDevice:
                 share = share_of(source, scenario.fleet, scenario.seed, number)
                 head = fleet_head(scenario, source) if head is None else head
             self.stream = build_stream(scenario, source, share, number, head)
-            plain, channels = plain_sets(scenario, source), source.channels
+            channels = source.channels
         self.accelerator = choose_accelerator(scenario.device.accelerator)
         set_up_torch(self.accelerator, scenario.device.threads)
         if network is None:
@@ -96,7 +96,7 @@ class EdgeDevice:
         self.channel_digest = channel_digest(self.network)
         self.method = scenario.method.build(self.network)
         if scenario.fixed_prefix:
-            self.method.prefix_features = fixed_prefix(scenario, self.network, plain, self.prefix_digest)
+            self.method.prefix_features = fixed_prefix(scenario, self.network, self.prefix_digest)
         self.optimizer = make_optimizer(self.method, scenario)
         self.position = self._start = Position(self.stream.ids[self.stream.first] if self.stream else 0, 0)
         self.version = 0

@@ -4,9 +4,9 @@ The rounding of a convolution may depend on the batch size. So images pass the p
 padded: the output of an image then depends only on the image, with any batch size and with or without the cache. The
 batch-norm of the prefix is folded into its convolutions (lightcl/networks/folding.py).
 
-The cache holds outputs of views of training images (lightcl/data/augment.py) and of images that are not augmented: test
-images, and training images if the scenario has no augmentation. Where the disk has no room, the cache is switched off
-with a warning, and the run continues with the same numbers.
+The cache holds outputs of views of training images (lightcl/data/augment.py) and of images without augmentation: those
+that a device is tested on, and training images that a method looks at as they are. Where the disk has no room, the
+cache is switched off with a warning, and the run continues with the same numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from lightcl.assembly import build_network, fleet_head
 from lightcl.data.augment import View
 from lightcl.data.batches import viewed
-from lightcl.data.images import ImageSet, Source, cache_folder
+from lightcl.data.images import Source, cache_folder
 from lightcl.data.tasks import Batch, Samples
 from lightcl.device.hardware import choose_accelerator, set_up_torch
 from lightcl.device.mapped import MappedWeights
@@ -53,15 +53,13 @@ def prefix_cache(limit_gb: float = 0.0) -> PrefixCache:
 class Stores:
     """The stores of one prefix: one for each view of each set of images.
 
-    `plain` are the sets whose images are cached without augmentation; `about` is part of the key. `dtype` is the type
-    that a store holds; None: the computed type.
+    `about` is part of the key. `dtype` is the type that a store holds; None: the computed type.
     """
 
     cache: PrefixCache
     about: dict[str, Any]
-    plain: Sequence[ImageSet]
     dtype: torch.dtype | None = None
-    _open: dict[tuple[int, View | None, torch.dtype], FeatureStore] = field(default_factory=dict)
+    _open: dict[tuple[str, View | None, torch.dtype], FeatureStore] = field(default_factory=dict)
 
     def find(
         self, batch: Batch, shape: Callable[[], tuple[int, int, int]], computed: torch.dtype
@@ -71,10 +69,8 @@ class Stores:
             return None
         images = batch.origin.source
         view = None if batch.view is None or batch.view.augmentation == "none" else batch.view
-        if view is None and not any(images is kept for kept in self.plain):
-            return None
         dtype = self.dtype or computed
-        name = (id(images), view, dtype)
+        name = (images.images_digest, view, dtype)
         if name not in self._open:
             about = self.about | {
                 "images": images.images_digest,
@@ -193,21 +189,8 @@ class FixedPrefix(PrefixFeatures):
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
 
 
-def train_is_plain(scenario: Scenario) -> bool:
-    """Whether training images are used without augmentation: to train on, or the held-out ones to test on."""
-    return scenario.augmentation == "none" or scenario.stream.evaluate_on == "held-out"
-
-
-def plain_sets(scenario: Scenario, source: Source) -> list[ImageSet]:
-    """The images of a source that are used without augmentation."""
-    return [source.test, source.train] if train_is_plain(scenario) else [source.test]
-
-
-def fixed_prefix(scenario: Scenario, network: Backbone, plain: Sequence[ImageSet], prefix_digest: str) -> FixedPrefix:
-    """The prefix outputs of a device with `scenario.fixed_prefix`; the network must be on its accelerator.
-
-    `plain` are the images that are used without augmentation; the list may grow.
-    """
+def fixed_prefix(scenario: Scenario, network: Backbone, prefix_digest: str) -> FixedPrefix:
+    """The prefix outputs of a device with `scenario.fixed_prefix`; the network must be on its accelerator."""
     if not scenario.caches_prefix:
         return FixedPrefix(network)
     device = scenario.device
@@ -222,7 +205,7 @@ def fixed_prefix(scenario: Scenario, network: Backbone, plain: Sequence[ImageSet
         "hardware": _hardware(network.head.weight.device),
         "threads": device.threads,
     }
-    stores = Stores(prefix_cache(device.prefix_cache_gb), about, plain, dtype)
+    stores = Stores(prefix_cache(device.prefix_cache_gb), about, dtype)
     return FixedPrefix(network, stores, dtype, _mapped(network))
 
 
@@ -248,8 +231,10 @@ class Warmed:
     images: int
 
 
-def warm(scenario: Scenario, source: Source) -> Iterator[Warmed]:
-    """Computes and stores every output that the scenario's devices would ask the cache for.
+def warm(scenario: Scenario, source: Source, *, looked_at: bool = True) -> Iterator[Warmed]:
+    """Computes and stores every output that the scenario's devices may ask the cache for.
+
+    `looked_at`: training images without augmentation as well, where a method only looks at them before or after a task.
 
     Raises RequestError where the scenario uses no cache, and where the cache is too small or the disk is full.
     """
@@ -262,8 +247,8 @@ def warm(scenario: Scenario, source: Source) -> Iterator[Warmed]:
     set_up_torch(accelerator, scenario.device.threads)
     classes = len(fleet_head(scenario, source))
     network = build_network(scenario, in_channels=source.channels, classes=classes).to(accelerator).eval()
-    features = fixed_prefix(scenario, network, plain_sets(scenario, source), digest(network.prefix))
-    parts = list(_parts(scenario, source, features))
+    features = fixed_prefix(scenario, network, digest(network.prefix))
+    parts = list(_parts(scenario, source, looked_at))
     total, done = sum(len(samples) for samples, _ in parts), 0
     shape = features._shape(source.train.images.shape[1:])
     half = scenario.device.precision == "bf16" or features.rounding is not None
@@ -291,10 +276,10 @@ def warm(scenario: Scenario, source: Source) -> Iterator[Warmed]:
             yield Warmed(done, total)
 
 
-def _parts(scenario: Scenario, source: Source, features: FixedPrefix) -> Iterator[tuple[Samples, View | None]]:
-    assert features.stores is not None
-    for images in features.stores.plain:
-        yield Samples(images, np.arange(len(images))), None
+def _parts(scenario: Scenario, source: Source, looked_at: bool) -> Iterator[tuple[Samples, View | None]]:
+    yield Samples(source.test, np.arange(len(source.test))), None
+    if looked_at or scenario.augmentation == "none" or scenario.stream.evaluate_on == "held-out":
+        yield Samples(source.train, np.arange(len(source.train))), None
     if scenario.augmentation != "none":
         for number in range(scenario.data.views):
             view = View(scenario.seed, number, scenario.augmentation, scenario.data.crop_padding)

@@ -132,7 +132,8 @@ class FeatureStore:
 
         The values of an absent row are arbitrary.
         """
-        found = np.empty((len(rows), self._row_bytes), dtype=np.uint8)
+        memory = torch.empty((len(rows), self._row_bytes), dtype=torch.uint8)
+        found = memory.numpy()
         present = np.zeros(len(rows), dtype=bool)
         for number, positions in _by_segment(rows):
             segment = self._open(number)
@@ -145,7 +146,7 @@ class FeatureStore:
                 if expected:
                     found[position] = content[row]
                     present[position] = _checksum(found[position]) == expected
-        return self._tensor(found), present
+        return self._tensor(memory), present
 
     def write(self, rows: np.ndarray, features: Tensor) -> None:
         """Stores `features` `[N, C, H, W]` under `rows` `[N]`.
@@ -164,9 +165,9 @@ class FeatureStore:
                 target[row] = content[position]
                 checksums[row] = _checksum(content[position])
 
-    def _tensor(self, content: np.ndarray) -> Tensor:
+    def _tensor(self, content: Tensor) -> Tensor:
         channels, height, width = self.shape
-        return torch.from_numpy(content).view(self.dtype).view(-1, height, width, channels).permute(0, 3, 1, 2)
+        return content.view(self.dtype).view(-1, height, width, channels).permute(0, 3, 1, 2)
 
     def _parts(self, segment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The checksums `[SEGMENT_ROWS]` and the rows `[SEGMENT_ROWS, row bytes]` of a segment."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -61,6 +62,12 @@ fleet: {devices: 2, test_data: whole}
 training: {epochs: 90, batch_size: 16, learning_rate: 0.05, checkpoint_seconds: 1}
 server: {aggregation: none, rounds_per_task: 3, max_failures: 9}
 """
+
+INSTALLED_ON_A_BOARD = (
+    "env", f"PYTHONPATH={CHECKOUT / 'tests' / 'board_installation'}:{os.environ.get('PYTHONPATH', '')}",
+    "BOARD_EXTRA=scikit-learn",
+)  # fmt: skip
+"""Before a command: it finds only what deploy/install-board.sh installs, and the digits."""
 
 
 def restarted(file: Path) -> str:
@@ -140,7 +147,7 @@ def test_two_boards_learn_what_two_simulated_devices_learn(processes: Processes,
     assert doctor.returncode == 0, doctor.stdout
     assert "ok     server: the server lets this board join" in doctor.stdout
     running = [
-        processes.start(f"board-{number}", LIGHTCL, "device", "run", "--config", str(file))
+        processes.start(f"board-{number}", *INSTALLED_ON_A_BOARD, LIGHTCL, "device", "run", "--config", str(file))
         for number, file in enumerate(files)
     ]
     out = flwr_run(processes, tmp_path, TOGETHER)

@@ -231,8 +231,8 @@ def measure_here(scenario: Scenario, image: Image, classes: int, way: Way) -> di
     set_up_torch(accelerator, scenario.device.threads)
     _warm_up(accelerator)
     devices: list[EdgeDevice] = []
-    if scenario.caches_prefix:  # what is measured is training from the cache, not filling it
-        list(warm(scenario, source))
+    if scenario.caches_prefix:  # what is measured is training from the cache; a new task's memory samples are not in it
+        list(warm(scenario, source, looked_at=False))
     with tempfile.TemporaryDirectory() as folder:
 
         def prepare() -> None:

@@ -77,8 +77,8 @@ class Workload:
     winograd: bool = False
     """`device.convolutions: winograd`."""
     cached_outputs: int = 0
-    """Prefix outputs in the cache when all tasks are learned: of every view of the device's training images, and of its
-    test images."""
+    """Prefix outputs in the cache when all tasks are learned, at most: of every view of the device's training images,
+    of these images without augmentation (a method looks at some or all of them), and of its test images."""
     cache_bytes: int = FP32
     """Bytes per number in the cache."""
 
@@ -115,7 +115,7 @@ class Footprint:
 def workload_of(scenario: Scenario, stream: TaskStream, image: Image, accelerator: str = "cpu") -> Workload:
     training = scenario.training
     train, test = sum(len(task.train) for task in stream), sum(len(task.test) for task in stream)
-    views = 1 if scenario.augmentation == "none" else scenario.data.views
+    views = 1 if scenario.augmentation == "none" else scenario.data.views + 1  # and as they are, for the method
     half = scenario.device.precision == "bf16" or scenario.device.prefix_cache_dtype != "exact"
     return Workload(
         image,

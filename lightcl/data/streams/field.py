@@ -8,22 +8,15 @@ from typing import overload
 import numpy as np
 
 from lightcl.data.field import ASK_SECONDS, PARTS, CutTask, FieldDamaged, FieldTasks, NotReady
-from lightcl.data.images import ImageSet
 from lightcl.data.tasks import Samples, Task, TaskStream, merged
 
 
 class FieldStream(TaskStream):
-    """The stream of a device whose tasks come with time: all numbers are there, and a task's images when it is cut.
+    """The stream of a device whose tasks come with time: all numbers are there, and a task's images when it is cut."""
 
-    `plain` are the images of the opened tasks that are used without augmentation: with `train_is_plain` all, otherwise
-    those that the device is tested on.
-    """
-
-    def __init__(self, tasks: FieldTasks, *, train_is_plain: bool = False) -> None:
+    def __init__(self, tasks: FieldTasks) -> None:
         super().__init__((), range(len(tasks.plan.classes)), tasks.plan.joint)
         self.tasks = tasks
-        self.plain: list[ImageSet] = []
-        self._plain_parts = PARTS if train_is_plain else PARTS[1:]
         self._opened: dict[int, Task] = {}
 
     @property
@@ -73,7 +66,6 @@ class FieldStream(TaskStream):
 
     def _open(self, cut: CutTask) -> Task:
         sets = {part: self.tasks.images(cut, part) for part in PARTS}
-        self.plain += [sets[part] for part in self._plain_parts]
         names = self.tasks.plan.classes
         classes = tuple(number for number, name in enumerate(names) if name in cut.labels)
         train, held_out, test = (Samples(sets[part], np.arange(len(sets[part]))) for part in PARTS)

@@ -13,7 +13,6 @@ from lightcl.data import field
 from lightcl.data.field import FieldDamaged, FieldPlan, FieldTasks, NotReady
 from lightcl.data.streams.field import FieldStream
 from lightcl.device.device import EdgeDevice
-from lightcl.device.prefix import train_is_plain
 from lightcl.scenario import Scenario
 from tests.lightcl import toys
 from tests.lightcl.data.field import drop, later
@@ -45,7 +44,7 @@ def opened(state: Path, folder: Path, **options: Any) -> EdgeDevice:
     """A device as a process that has just started opens it."""
     chosen = scenario(folder, **options)
     tasks = FieldTasks(state / "field", FieldPlan.of(stream_plan(chosen), 0), clock=later)
-    return EdgeDevice(chosen, 0, state, stream=FieldStream(tasks, train_is_plain=train_is_plain(chosen)))
+    return EdgeDevice(chosen, 0, state, stream=FieldStream(tasks))
 
 
 def bring(folder: Path, task: int) -> None:

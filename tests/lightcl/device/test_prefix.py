@@ -13,7 +13,7 @@ from lightcl.data.batches import viewed
 from lightcl.data.images import ImageSet
 from lightcl.data.tasks import Batch, Samples
 from lightcl.device.device import EdgeDevice
-from lightcl.device.prefix import FixedPrefix, fixed_prefix, plain_sets, prefix_cache, warm
+from lightcl.device.prefix import FixedPrefix, fixed_prefix, prefix_cache, warm
 from lightcl.errors import RequestError
 from lightcl.networks.weights import digest
 from lightcl.storage.prefix_cache import CacheFull, FeatureStore, PrefixCache
@@ -60,7 +60,7 @@ def test_auto_caches_only_with_views(tmp_path):
     learned(tmp_path / "a", data={"views": 0})
     assert prefix_cache().stores() == []
     learned(tmp_path / "b", data=VIEWS)
-    assert len(prefix_cache().stores()) == 3  # test images, two views
+    assert len(prefix_cache().stores()) == 4  # test images, training images as they are and in two views
     assert not toys.scenario(data=VIEWS, method={"name": "sgd"}).caches_prefix
     assert not toys.scenario(data=VIEWS, network={"frozen_batch_norm": "train"}).caches_prefix
 
@@ -72,7 +72,7 @@ def test_views_also_work_without_a_cacheable_prefix(tmp_path):
 
 
 def test_cached_images_are_not_read_again(tmp_path):
-    """With all outputs in the cache, training reads no image but those of memory samples, which are not kept."""
+    """With all outputs in the cache, training reads no image."""
     learned(tmp_path / "a", data=VIEWS, method={"name": "lightcl", "beta": 0.0})
     held = toys.source(size=16)
     read: list[int] = []
@@ -91,7 +91,7 @@ def test_cached_images_are_not_read_again(tmp_path):
     device = EdgeDevice(scenario, 0, tmp_path / "b", source=source, share=toys.whole(held))
     read.clear()  # cutting the stream reads labels alone
     device.train(0, 3)
-    assert sum(read) == 8  # the samples whose channels' importance is taken at the end of the task
+    assert read == []
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -117,7 +117,7 @@ def _outputs_in_another_process(seed):
     network = toys.network(freeze="layer3", seed=seed).to(memory_format=torch.channels_last).eval()
     held = toys.source(size=16)
     scenario = toys.scenario(data=VIEWS)
-    features = fixed_prefix(scenario, network, plain_sets(scenario, held), digest(network.prefix))
+    features = fixed_prefix(scenario, network, digest(network.prefix))
     samples = Samples(held.train, np.arange(3, 60))
     found = features([viewed(samples, View(0, 1, "crop-flip", 1))])
     return found.numpy(), [store.key for store in prefix_cache().stores()]
@@ -144,7 +144,7 @@ def test_rounded_outputs_are_within_their_bound_and_the_same_cached_or_not(tmp_p
     network = build_network(scenario, in_channels=3, classes=4).eval()
     batch = Samples(held.test, np.arange(20)).load()
     exact = FixedPrefix(network)([batch])
-    features = fixed_prefix(scenario, network, plain_sets(scenario, held), digest(network.prefix))
+    features = fixed_prefix(scenario, network, digest(network.prefix))
     rounded, read = features([batch]), features([batch])
     assert torch.equal(rounded, read)
     assert not torch.equal(rounded, exact)
@@ -181,9 +181,9 @@ def test_a_damaged_store_is_computed_again(tmp_path):
 def test_a_warmed_cache_holds_everything(tmp_path):
     scenario, held = toys.scenario(data=VIEWS), toys.source(size=16)
     steps = list(warm(scenario, held))
-    assert steps[-1].done == steps[-1].images == 20 + 2 * 80
+    assert steps[-1].done == steps[-1].images == 20 + 3 * 80
     rows = sorted(store.rows for store in prefix_cache().stores())
-    assert rows == [20, 80, 80]
+    assert rows == [20, 80, 80, 80]
     learned(tmp_path / "a", data=VIEWS)
     assert sorted(store.rows for store in prefix_cache().stores()) == rows
 
@@ -192,7 +192,7 @@ def test_a_scenario_without_a_cache_cannot_be_warmed():
     held = toys.source(size=16)
     with pytest.raises(RequestError, match="uses no prefix cache"):
         list(warm(toys.scenario(), held))
-    with pytest.raises(RequestError, match=r"prefix_cache_gb is 1e-06, but 180 outputs of 16x4x4 take"):
+    with pytest.raises(RequestError, match=r"prefix_cache_gb is 1e-06, but 260 outputs of 16x4x4 take"):
         list(warm(toys.scenario(data=VIEWS, device={"prefix_cache_gb": 1e-6}), held))
 
 
