@@ -235,7 +235,7 @@ def _with_device(
         try:
             return work(device, instruction, receive, packed if local.durable else dict)
         except (LimitReached, NotReady) as reached:
-            position = (device.position.task, device.position.epochs, device.version)
+            position = (device.position.task, device.position.epochs, device.saved_version)
             for_images = True if isinstance(reached, NotReady) else None
             return _reply(BackOff(*position, reached.reason, reached.seconds, for_images).to_record())
         except Refusable as error:
@@ -344,7 +344,7 @@ def _reply(record: dict[str, object]) -> RecordDict:
 
 
 def _refusal(error: Exception, device: EdgeDevice | None = None) -> RecordDict:
-    position = (device.position.task, device.position.epochs, device.version) if device else (-1, -1, -1)
+    position = (device.position.task, device.position.epochs, device.saved_version) if device else (-1, -1, -1)
     return _reply(Refusal(*position, reason=f"{type(error).__name__}: {error}").to_record())
 
 

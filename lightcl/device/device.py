@@ -17,7 +17,7 @@ import safetensors
 import torch
 
 from lightcl.assembly import build_network, build_stream, fleet_head
-from lightcl.data.field import CHANNELS
+from lightcl.data.field import CHANNELS, NotReady
 from lightcl.data.partition import Share, share_of
 from lightcl.data.sources import Source, load_source
 from lightcl.data.streams.field import FieldStream
@@ -99,7 +99,9 @@ class EdgeDevice:
             self.method.prefix_features = fixed_prefix(scenario, self.network, self.prefix_digest)
         self.optimizer = make_optimizer(self.method, scenario)
         self.position = self._start = Position(self.stream.ids[self.stream.first] if self.stream else 0, 0)
-        self.version = 0
+        self.version = self._saved_version = 0
+        self._received: Mapping[str, np.ndarray] | None = None
+        """Shared tensors that the network has and the saved state has not."""
         self.last_report: Trained | None = None
         self.telemetry: Telemetry | None = None
         """Of the last report's training; None where nothing is measured."""
@@ -132,7 +134,7 @@ class EdgeDevice:
         does not follow from the device's position, TrainingFailure where the loss is no longer a number; after that the
         device must be opened again, from its last saved state. Raises LimitReached where the board is outside its
         limits: the step at hand is done and the state is saved, and the same request continues there. Raises NotReady
-        where the images of the task are not there so far; nothing has changed then.
+        where the images of the task are not there so far; only what was received is saved then.
         """
         goal = Position(task, until_epoch)
         if self.last_report is not None and goal == self.position == Position(
@@ -143,7 +145,11 @@ class EdgeDevice:
         self._check_step(goal)
         self._check_complete()
         start = time.monotonic()
-        context, progress = self._context(task), EpochProgress(self._losses)
+        try:
+            context, progress = self._context(task), EpochProgress(self._losses)
+        except NotReady:
+            self.save_received()
+            raise
         paused: LimitReached | None = None
         with Meter(self._board) if self._board else nullcontext() as meter:
             try:
@@ -157,6 +163,8 @@ class EdgeDevice:
             if progress.images:
                 self._unfinished = spent
                 self._save()
+            else:  # it was refused before anything began
+                self.save_received()
             raise paused
         peak = hardware.peak() / 2**20
         self._unfinished = None
@@ -270,7 +278,9 @@ class EdgeDevice:
         self.rows["til"][task] = row_over(self.stream.ids, report.tasks, report.til)
         if report.cil:
             self.rows["cil"][task] = row_over(self.stream.ids, report.tasks, report.cil)
-        if self.last_report is None:  # nothing is trained yet, so the tensors may not be saved
+        if self._received is not None:
+            self.save_received()
+        elif self.last_report is None:  # nothing is trained yet, so the tensors may not be saved
             self._save()
         else:
             self._state.save(None, self._values().to_json())
@@ -279,11 +289,24 @@ class EdgeDevice:
     # -- exchange ----------------------------------------------------------------------------------------------
 
     def receive(self, arrays: Mapping[str, np.ndarray], version: int) -> None:
-        """Adopts shared tensors of a newer version. On ExchangeError nothing has changed."""
+        """Adopts shared tensors of a newer version. On ExchangeError nothing has changed.
+
+        They are saved with what follows, a training or a test: a device that is killed before gets the message again.
+        """
         if version > self.version:
             adopt_(self.method, arrays, self.scenario.server.aggregation)
             self.version, self._lost = version, None
-            self._save(shared=self._shared_file(arrays) if self._shared_versions else None)
+            self._received = arrays
+
+    def save_received(self) -> None:
+        """Saves what was received, where the saved state does not have it and nothing was trained since."""
+        if self._received is not None:
+            self._save(shared=self._shared_file(self._received) if self._shared_versions else None)
+
+    @property
+    def saved_version(self) -> int:
+        """The version of the shared tensors that a device opened from the saved state has."""
+        return self._saved_version
 
     def may_receive(self, task: int, until_epoch: int) -> bool:
         """Whether shared tensors may replace the device's own before it trains `task` until `until_epoch`.
@@ -365,6 +388,7 @@ class EdgeDevice:
         if self._losses:
             tensors[LOSSES] = torch.stack(self._losses)
         self._state.save(tensors, self._values().to_json(), shared=shared)
+        self._received, self._saved_version = None, self.version
         self._saved_at = time.monotonic()
 
     def _restore(self) -> None:
@@ -403,7 +427,7 @@ class EdgeDevice:
         self.position, self.last_report = values.position, values.report
         self.telemetry, self._unfinished = values.telemetry, values.unfinished
         self._lost = stored.lost
-        self.version = 0 if self._lost else values.version
+        self.version = self._saved_version = 0 if self._lost else values.version
         self.rows = {setting: dict(values.rows[setting]) for setting in ("til", "cil")}
 
     def _check_stored(self, stored: Stored) -> None:

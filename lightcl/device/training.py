@@ -59,7 +59,8 @@ def train_epoch(
     an epoch continues after the steps that `progress` has losses of; each call does at least one more.
     Raises TrainingFailure where the loss is no longer a number, and what `progress.check` raises.
     """
-    method.network.train()
+    if not method.network.training:
+        method.network.train()
     progress = progress or EpochProgress()
     losses, done = progress.losses, len(progress.losses)
     batches = training_batches(

@@ -6,6 +6,7 @@ before PyTorch is imported.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -60,6 +61,7 @@ class DeviceWorker:
         self._app = make_app(state)
         self._marker = state / marker
         self._shared: OrderedDict[str, ArrayRecord] = OrderedDict()
+        self._settled = False
 
     def greet(self) -> Greeting:
         import socket
@@ -78,20 +80,39 @@ class DeviceWorker:
             for name, reference in parcel.arrays.items():
                 message.content[name] = self._record(reference)
             context = Context(1, parcel.node, dict(parcel.node_config), RecordDict(), {})
-            return self._app(message, context)
+            reply = self._app(message, context)
+            self._settle()
+            return reply
         except Exception as error:
             reason = f"{type(error)}:<'{error}'>"
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
+    def _settle(self) -> None:
+        """After the first message Python's collector leaves alone what is there by then: libraries, scenario, images.
+
+        It would look at these million objects again and again, which took a tenth of a worker's time.
+        """
+        if not self._settled:
+            self._settled = True
+            gc.collect()
+            gc.freeze()
+
     def _record(self, reference: Any) -> ArrayRecord:
-        """A record from the object store, fetched once per worker; a copy, so that an app may change its entries."""
+        """A record from the object store, fetched and decoded once per worker; a copy, so that an app may change its
+        entries."""
         import ray
         from flwr.app import ArrayRecord
+
+        from simulations.runtime.decoded import DecodedArray
 
         key = reference.hex()
         if key not in self._shared:
             self._shared[key] = ray.get(reference)
+            for array_name, array in self._shared[key].items():
+                self._shared[key][array_name] = DecodedArray(array)
             if len(self._shared) > SHARED_RECORDS:
                 self._shared.popitem(last=False)
         self._shared.move_to_end(key)
-        return ArrayRecord(dict(self._shared[key]))
+        record = ArrayRecord()
+        record.update(self._shared[key])  # Flower's constructor would copy the arrays
+        return record

@@ -152,8 +152,10 @@ def test_an_idle_device_whose_version_is_gone_takes_the_newest_and_gives_the_sam
         other.train(0, 2)
         first = other.outgoing()
         device.receive(first, 1)
+        device.save_received()
         second = {name: array + 0.01 for name, array in first.items()}
         other.receive(second, 2)
+        other.save_received()
         assert [f.name for f in (folder / "shared").iterdir()] == ["version-2.safetensors"]
         if lose:
             device = with_shared(folder)
@@ -175,6 +177,7 @@ def test_a_device_with_older_tensors_than_the_server_believes_says_so(tmp_path: 
     device = toys.device(tmp_path, **SUFFIX)
     device.train(0, 2)
     device.receive(device.outgoing(), 3)
+    device.save_received()
     flip(newest(tmp_path))
     with pytest.warns(RuntimeWarning):
         device = toys.device(tmp_path, **SUFFIX)
@@ -188,6 +191,7 @@ def test_a_version_file_that_cannot_be_written_costs_only_disk(tmp_path: Path) -
     device = with_shared(tmp_path)
     device.train(0, 2)
     device.receive(device.outgoing(), 1)
+    device.save_received()
     again = with_shared(tmp_path)
     assert again.version == 1
     toys.assert_same(everything(again), everything(device))

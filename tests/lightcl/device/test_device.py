@@ -18,6 +18,8 @@ from lightcl.data.sources import load_source
 from lightcl.device import hardware
 from lightcl.device.device import EdgeDevice, OutOfStep, Position
 from lightcl.device.hardware import choose_accelerator
+from lightcl.device.metering import Board, LimitReached, Limits
+from lightcl.device.telemetry import Sensors
 from lightcl.errors import RequestError
 from lightcl.exchange.tensors import ExchangeError
 from lightcl.networks.weights import save_weights
@@ -381,8 +383,26 @@ def test_shared_tensors_are_taken_over_once_a_version(tmp_path):
     receiver.receive({name: array + 1 for name, array in sender.outgoing().items()}, 1)  # a version it already has
     toys.assert_same(everything(receiver), after)
     restarted = toys.device(tmp_path / "b", number=1, **sections)
-    assert restarted.version == 1
+    assert restarted.version == receiver.saved_version == 0  # they are saved with what follows
+    receiver.evaluate()
+    restarted = toys.device(tmp_path / "b", number=1, **sections)
+    assert restarted.version == receiver.saved_version == 1
     toys.assert_same(everything(restarted), after)
+
+
+def test_a_board_beyond_its_limits_keeps_what_it_received(tmp_path):
+    """It backs off before it trains, and need not get the tensors again."""
+    board = Board(tmp_path, Sensors(tmp_path), Limits(free_disk_mb=1e12))
+    sections = {"server": {"aggregation": "suffix"}}
+    arrays = toys.device(tmp_path / "a", **sections).outgoing()
+    held = toys.source(size=16)
+    device = EdgeDevice(
+        toys.scenario(**sections), 0, tmp_path / "b", source=held, share=toys.whole(held), board=board
+    )  # fmt: skip
+    device.receive(arrays, 1)
+    with pytest.raises(LimitReached):
+        device.train(0, 2)
+    assert toys.device(tmp_path / "b", **sections).version == 1
 
 
 def test_bad_tensors_are_not_taken_over(tmp_path):

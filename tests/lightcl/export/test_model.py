@@ -111,6 +111,7 @@ def test_a_state_whose_shared_tensors_are_replaced_has_no_model(tmp_path: Path) 
     device = EdgeDevice(shared, 0, tmp_path / "state", shared=SharedVersions(tmp_path / "shared"), durable=False)
     device.train(0, 1)
     device.receive(device.outgoing(), version=1)
+    device.save_received()
     describe(device)
     assert read_model(*find_model(tmp_path / "state")).version == 1
     (tmp_path / "shared" / "version-1.safetensors").unlink()
