@@ -32,9 +32,9 @@ test: $(READY) ## Run the test suite in two processes (without the slow tests)
 test-slow: $(READY) ## Run the slow tests: real SuperLink and SuperNode processes, `flwr run`
 	@$(BIN)/python -m pytest -m slow
 
-# Most of the time is spent waiting, so that two tests at a time fit two cores. The longest ones come first.
+# Two thirds of the time are spent waiting, so that three tests at a time fit two cores. The longest ones come first.
 test-deploy: $(READY) ## Run the tests of a fleet of boards: TLS, keys, attacks, killed processes, 200 rounds
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadgroup tests/deployment
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 3 --dist loadgroup tests/deployment
 
 lint: $(READY) ## Check style, types and the direction of imports
 	@$(BIN)/ruff check .

@@ -1,9 +1,10 @@
 """What a board costs: `flower-supernode`, which starts a process for each message, against `lightcl device run`.
 
-For each way a SuperLink, two boards and `flwr run` are started on loopback, without TLS. Printed per way: resident
-memory of one board's processes (sum of PSS) before the first message and after the last, and the seconds of a round
-beyond the devices' own training and testing (median over the rounds after the first), for rounds of one message
-(training) and of two (training, then the test with the shared model).
+For each way a SuperLink, two boards and `flwr run` are started on loopback, without TLS. Printed per way: memory of one
+board's processes (sum of PSS, and of resident sets in parentheses) before the first message, soon after the last and
+when the board has been idle for `idle_minutes`; and the seconds of a round beyond the devices' own training and testing
+(median over the rounds after the first), for rounds of one message (training) and of two (training, then the test with
+the shared model).
 
     python benchmarks/board_process.py [--toy] [--way flower|lightcl]
 """
@@ -41,6 +42,7 @@ server: {{aggregation: suffix, rounds_per_task: {rounds}}}
 """
 WAYS = {"flower": "flower-supernode, a process per message", "lightcl": "lightcl device run"}
 SETTLE_SECONDS = 20
+IDLE_MINUTES = 1
 LONGEST_SECONDS = 900
 
 
@@ -76,7 +78,7 @@ class Fleet:
         file = self.folder / f"board-{number}.toml"
         file.write_text(
             f'name = "board-{number}"\ndevice = {number}\ndevices = 2\nserver = "{server}"\ninsecure = true\n'
-            f'state = "{state}"\n'
+            f'state = "{state}"\nidle_minutes = {IDLE_MINUTES}\n'
         )
         return self.start("lightcl", "device", "run", "--config", str(file))
 
@@ -118,15 +120,17 @@ def listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def memory(board: subprocess.Popen[bytes]) -> float:
-    """MiB of a board's processes; what they share with others counts in part (PSS)."""
+def memory(board: subprocess.Popen[bytes]) -> str:
+    """MiB of a board's processes: what they share with others counts in part (PSS), or in each of them (RSS)."""
     parent = psutil.Process(board.pid)
-    total = 0
+    total = {"Pss": 0, "Rss": 0}
     for process in (parent, *parent.children(recursive=True)):
         with suppress(OSError):
-            found = re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{process.pid}/smaps_rollup").read_text(), re.MULTILINE)
-            total += int(found[1]) if found else 0
-    return total / 1024
+            text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+            for kind in total:
+                found = re.search(rf"^{kind}:\s+(\d+)", text, re.MULTILINE)
+                total[kind] += int(found[1]) if found else 0
+    return f"{total['Pss'] / 1024:.0f} ({total['Rss'] / 1024:.0f})"
 
 
 def beyond(run: Path) -> tuple[list[float], list[float]]:
@@ -164,9 +168,12 @@ def measure(way: str, *, toy: bool) -> str:
         )  # fmt: skip
         wait("the run ends", (out / "results.json").exists, started)
         time.sleep(SETTLE_SECONDS)
-        after = memory(boards[0])
+        after, idle = memory(boards[0]), "-"
+        if way == "lightcl" and not toy:
+            time.sleep(60 * IDLE_MINUTES)
+            idle = memory(boards[0])
         trained, tested = beyond(out)
-        return f"| {WAYS[way]} | {before:.0f} | {after:.0f} | {median(trained)} | {median(tested)} |"
+        return f"| {WAYS[way]} | {before} | {after} | {idle} | {median(trained)} | {median(tested)} |"
 
 
 def median(values: list[float]) -> str:
@@ -178,8 +185,9 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="one short run of each way, to see that it works")
     parser.add_argument("--way", choices=list(WAYS), help="measure one way only")
     arguments = parser.parse_args()
-    print("| board | idle before, MiB | idle after, MiB | round of one message, s | of two, s |")
-    print("|---|---|---|---|---|")
+    idle = "memory, MiB: before a run | after it | after `idle_minutes`"
+    print(f"| board | {idle} | round of one message, s | of two, s |")
+    print("|---|---|---|---|---|---|")
     for way in [arguments.way] if arguments.way else WAYS:
         print(measure(way, toy=arguments.toy), flush=True)
 

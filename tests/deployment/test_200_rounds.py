@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median, median_low
 
 import psutil
 import pytest
@@ -35,6 +35,8 @@ EARLY, LATE = range(60, 100), range(160, ROUNDS)
 MOST_GROWTH = 0.5
 """Of a process's own memory from one window to the other, 100 rounds later: models per round. What allocators and
 caches take and give back is far below that, and a process that kept one copy of a message would be above it."""
+POOLED = 1
+"""Connections of an HTTP client's pool that may have been closed in one window and be open in the other."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,8 @@ class Watch:
 
 
 def test_nothing_grows(processes: Processes, tmp_path: Path) -> None:
-    """Of descriptors, threads and files the lowest count of each window: what comes and goes within a round is not in
-    it, and what is never given back is.
+    """Of descriptors and threads the usual count of each window, of files the lowest: what comes and goes within a round
+    is not in it, and what is never given back is.
     """
     server, scenario, out = LightServer(processes, tmp_path, 2), tmp_path / "soak.yaml", tmp_path / "run"
     scenario.write_text(SCENARIO)
@@ -111,8 +113,8 @@ def test_nothing_grows(processes: Processes, tmp_path: Path) -> None:
     assert early.keys() == late.keys(), "the same processes from the first window to the last"
     for name in early:
         for what in ("descriptors", "threads"):
-            first, last = (min(getattr(one, what) for one in window[name]) for window in (early, late))
-            assert last <= first, f"{what} of {name}: {first}, then {last}"
+            first, last = (median_low(getattr(one, what) for one in window[name]) for window in (early, late))
+            assert last <= first + POOLED, f"{what} of {name}: {first}, then {last}"
         first, last = (median(one.memory for one in window[name]) for window in (early, late))
         assert last - first <= most, f"memory of {name}: {first}, then {last} bytes, {most} more are allowed"
     files = [min(count for number, count in watch.files if number in window) for window in (EARLY, LATE)]
