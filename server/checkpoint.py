@@ -4,6 +4,9 @@ A save writes the shared tensors under a new name, then changes the database in 
 Only rows of devices that have changed are written, so a save costs as much as a round has devices, whatever the size of
 the fleet. A process killed at any point leaves the old state or the new one. Texts in the database begin with their
 checksum, and the name of the tensors file is followed by the file's.
+
+The tensors before the newest ones stay, with the rows as they were then (`run_before`, `devices_before`), for a run
+whose newest file is damaged.
 """
 
 from __future__ import annotations
@@ -33,11 +36,36 @@ CREATE TABLE IF NOT EXISTS run (
     id INTEGER PRIMARY KEY CHECK (id = 0), round INTEGER NOT NULL, version INTEGER NOT NULL, tensors TEXT, pending TEXT
 );
 CREATE TABLE IF NOT EXISTS devices (number INTEGER PRIMARY KEY, entry TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS run_before (
+    id INTEGER PRIMARY KEY CHECK (id = 0), round INTEGER NOT NULL, version INTEGER NOT NULL, tensors TEXT, pending TEXT
+);
+CREATE TABLE IF NOT EXISTS devices_before (number INTEGER PRIMARY KEY, entry TEXT);
+"""
+"""A device in `devices_before` without an entry had none."""
+NEW_GENERATION = """
+DELETE FROM run_before;
+INSERT INTO run_before SELECT * FROM run;
+DELETE FROM devices_before;
+"""
+GO_BACK = """
+INSERT OR REPLACE INTO run SELECT * FROM run_before;
+DELETE FROM devices WHERE number IN (SELECT number FROM devices_before);
+INSERT INTO devices SELECT number, entry FROM devices_before WHERE entry IS NOT NULL;
+DELETE FROM run_before;
+DELETE FROM devices_before;
 """
 
 
 class StateLost(StateError):
     """The saved state is damaged, or a part of it is missing."""
+
+
+class TensorsLost(StateLost):
+    """The newest shared tensors are damaged or missing, those before them are not; `pending`: within a round."""
+
+    def __init__(self, text: str, *, pending: bool) -> None:
+        super().__init__(text)
+        self.pending = pending
 
 
 @dataclass(frozen=True)
@@ -107,12 +135,22 @@ class Checkpoint:
                 return None
             if form < VERSION:
                 raise ValueError("an earlier version of lightcl-fleet saved it")
-            number, version, tensors, pending = run
+            number, version, file, pending = run
+            try:
+                tensors = self._read_tensors(file) if file else {}
+            except (OSError, ValueError, safetensors.SafetensorError) as error:
+                before = self._database.execute("SELECT tensors FROM run_before").fetchone()
+                if before is None:
+                    raise
+                self._read_tensors(before[0])
+                raise TensorsLost(
+                    f"{self.folder}: the newest shared tensors cannot be read ({error})", pending=bool(pending)
+                ) from error
             return Saved(
                 number,
                 PendingRound.from_json(json.loads(_checked(pending)), DATABASE) if pending else None,
                 version,
-                self._read_tensors(tensors) if tensors else {},
+                tensors,
                 [Entry.from_saved(json.loads(_checked(entry))) for (entry,) in entries],
             )
         except (
@@ -120,6 +158,16 @@ class Checkpoint:
             RequestError,
         ) as error:  # fmt: skip
             raise StateLost(f"{self.folder / DATABASE}: the saved state cannot be read ({error})") from error
+
+    def go_back(self) -> None:
+        """After TensorsLost: the point before the newest tensors is the last saved one."""
+        with self._database:
+            self._execute_all(GO_BACK)
+
+    def use_older_tensors(self) -> None:
+        """After TensorsLost: the tensors before the newest ones take their place, everything else stays."""
+        with self._database:
+            self._database.execute("UPDATE run SET tensors = (SELECT tensors FROM run_before)")
 
     def set_aside(self) -> None:
         """Renames a database that cannot be used any more, so that a new one can begin; it is kept."""
@@ -169,12 +217,26 @@ class Checkpoint:
         row = (round_number, version, file, _with_checksum(json.dumps(pending.to_json())) if pending else None)
         with database:  # commits, or rolls back
             database.execute(f"PRAGMA user_version = {VERSION}")
+            if tensors:
+                self._execute_all(NEW_GENERATION)
+            database.executemany(
+                "INSERT OR IGNORE INTO devices_before SELECT ?1, (SELECT entry FROM devices WHERE number = ?1) "
+                "WHERE EXISTS (SELECT 1 FROM run_before)",
+                [(number,) for number, _ in entries],
+            )
             database.executemany("INSERT OR REPLACE INTO devices VALUES (?, ?)", entries)
             database.execute("INSERT OR REPLACE INTO run VALUES (0, ?, ?, ?, ?)", row)
         if tensors is not None:
+            named = database.execute("SELECT tensors FROM run UNION SELECT tensors FROM run_before").fetchall()
+            needed = {str(entry).partition(" ")[0] for (entry,) in named}
             for old in (*self.folder.glob("tensors-*.safetensors"), *self.folder.glob(UNNAMED)):
-                if file is None or old.name != file.partition(" ")[0]:
+                if old.name not in needed:
                     old.unlink(missing_ok=True)
+
+    def _execute_all(self, statements: str) -> None:
+        """Within a transaction, which `executescript` would commit."""
+        for statement in statements.split(";"):
+            self._database.execute(statement)
 
     def _write(self, tensors: Mapping[str, Tensor], last: str | None) -> str:
         name = f"tensors-{int(last.split('-')[1].split('.')[0]) + 1 if last else 0}.safetensors"

@@ -11,7 +11,7 @@ from lightcl.records.folder import DEVICES, ROUNDS, RunFolder
 from lightcl.records.rows import Failure, RoundRow
 from lightcl.storage.state import StateError
 from server.aggregation import Aggregator
-from server.checkpoint import Checkpoint, PendingRound, Saved, StateLost
+from server.checkpoint import Checkpoint, PendingRound, Saved, StateLost, TensorsLost
 from server.ledger import Ledger
 from server.listeners import Listener
 
@@ -36,7 +36,7 @@ class Journal:
         """
         rounds = len(self.folder.rounds())
         try:
-            saved = self.checkpoint.load()
+            saved = self._load(listener)
             problem = "is missing"
         except StateLost as error:
             saved, problem = None, f"cannot be read ({error})"
@@ -64,6 +64,27 @@ class Journal:
         if saved:
             self.ledger.restore_(saved.entries)
         return saved
+
+    def _load(self, listener: Listener) -> Saved | None:
+        """The last saved point. Where its shared tensors are damaged, those before them serve.
+
+        Within a round the run goes back and repeats it: devices answer with what they have learned, and send it again.
+        Between two rounds it does not, since devices may be in the next one. Devices that have not received what is
+        lost get the tensors before it, and so lose what they have learned in one round. Sums of statistics have no such
+        replacement.
+        """
+        try:
+            return self.checkpoint.load()
+        except TensorsLost as error:
+            if error.pending:
+                self.checkpoint.go_back()
+                listener.warned(f"{error}; the run goes back to those before them and repeats the round")
+            elif self.ledger.scenario.method.sums_statistics:
+                raise
+            else:
+                self.checkpoint.use_older_tensors()
+                listener.warned(f"{error}; those of the round before take their place")
+            return self.checkpoint.load()
 
     @property
     def _shares(self) -> bool:

@@ -89,8 +89,8 @@ class Watch:
 
 
 def test_nothing_grows(processes: Processes, tmp_path: Path) -> None:
-    """Of descriptors and threads the usual count of each window, of files the lowest: what comes and goes within a round
-    is not in it, and what is never given back is.
+    """Of descriptors and threads the usual count of each window, of files the lowest: what comes and goes within a
+    round is not in it, and what is never given back is.
     """
     server, scenario, out = LightServer(processes, tmp_path, 2), tmp_path / "soak.yaml", tmp_path / "run"
     scenario.write_text(SCENARIO)

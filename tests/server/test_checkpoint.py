@@ -10,8 +10,8 @@ import torch
 
 from lightcl.records.rows import DeviceRow
 from lightcl.storage.state import StateError
-from server.checkpoint import DATABASE, Checkpoint, PendingRound, StateLost
-from server.ledger import Ledger
+from server.checkpoint import DATABASE, Checkpoint, PendingRound, StateLost, TensorsLost
+from server.ledger import Entry, Ledger
 from tests.inprocess import small
 
 
@@ -51,8 +51,59 @@ def test_a_kill_before_the_commit_leaves_the_state_before(tmp_path: Path, monkey
     saved = Checkpoint(tmp_path).load()
     assert saved is not None
     assert (saved.round, saved.version, saved.entries[0].epochs, saved.tensors["w"].item()) == (1, 1, 0, 1.0)
-    checkpoint.save(2, None, 2, {"w": torch.zeros(1)}, [ledger[0]])
-    assert len(list(tmp_path.glob("tensors-*"))) == 1
+    for number in (2, 3):
+        checkpoint.save(number, None, number, {"w": torch.zeros(1)}, [ledger[0]])
+        assert len(list(tmp_path.glob("tensors-*"))) == 2, "two generations"
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_the_tensors_before_damaged_ones_are_there(tmp_path: Path, damage: str) -> None:
+    ledger, checkpoint = Ledger(small(fleet={"devices": 4})), Checkpoint(tmp_path)
+
+    def learned(number: int, epochs: int) -> list[Entry]:
+        ledger[number].epochs = epochs
+        return [ledger[number]]
+
+    checkpoint.save(1, PendingRound({}, 0.5), 1, {"w": torch.ones(1)}, learned(0, 1))
+    checkpoint.save(1, None, 1, None, learned(1, 1))
+    before = checkpoint.load()
+    checkpoint.save(2, PendingRound({}, 0.5), 2, {"w": torch.zeros(1)}, learned(0, 2) + learned(2, 1))
+    newest = max(tmp_path.glob("tensors-*"), key=lambda file: file.stat().st_mtime_ns)
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data if damage == "flipped" else data[:-1])
+    if damage == "gone":
+        newest.unlink()
+    with pytest.raises(TensorsLost, match="newest shared tensors cannot be read") as lost:
+        checkpoint.load()
+    assert lost.value.pending
+    checkpoint.go_back()
+    found = checkpoint.load()
+    assert found == before
+    assert found is not None
+    assert [(entry.number, entry.epochs) for entry in found.entries] == [(0, 1), (1, 1)]
+    checkpoint.save(2, PendingRound({}, 0.5), 2, {"w": torch.zeros(1)}, learned(0, 2))
+    again = checkpoint.load()
+    assert again is not None
+    assert (again.version, again.tensors["w"].item(), [entry.epochs for entry in again.entries]) == (2, 0.0, [2, 1])
+
+
+def test_older_tensors_take_the_place_of_damaged_ones(tmp_path: Path) -> None:
+    ledger, checkpoint = Ledger(small()), Checkpoint(tmp_path)
+    for number in (1, 2):
+        checkpoint.save(number, PendingRound({}, 0.5), number, {"w": torch.full((1,), number)}, [ledger[0]])
+        checkpoint.save(number, None, number, None, [ledger[1]])
+    (tmp_path / "tensors-1.safetensors").unlink()
+    with pytest.raises(TensorsLost) as lost:
+        checkpoint.load()
+    assert not lost.value.pending
+    checkpoint.use_older_tensors()
+    found = checkpoint.load()
+    assert found is not None
+    assert (found.round, found.version, found.tensors["w"].item(), len(found.entries)) == (2, 2, 1, 2)
+    checkpoint.save(3, PendingRound({}, 0.5), 3, {"w": torch.full((1,), 3)}, [])
+    assert checkpoint.load() is not None
+    assert len(list(tmp_path.glob("tensors-*"))) == 2
 
 
 def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:

@@ -31,6 +31,14 @@ class Killed(BaseException):
     pass
 
 
+class Warned(Silent):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warned(self, text: str) -> None:
+        self.warnings.append(text)
+
+
 def go_on(path: Path, scenario: Scenario, grid: InProcessGrid, listener: Silent | None = None) -> Results:
     """As `--resume` does: the folder is checked before."""
     folder = RunFolder(path)
@@ -125,16 +133,11 @@ def test_where_nothing_is_shared_the_state_is_rebuilt_from_the_rows(
 ) -> None:
     run = killed_in_round(3, tmp_path, TASKS)
     damage(run)
-    warnings: list[str] = []
-
-    class Warned(Silent):
-        def warned(self, text: str) -> None:
-            warnings.append(text)
-
-    assert go_on(run, TASKS, InProcessGrid(tmp_path / "s", 3), Warned()).devices_finished == 3
+    listener = Warned()
+    assert go_on(run, TASKS, InProcessGrid(tmp_path / "s", 3), listener).devices_finished == 3
     assert rows(run) == whole
-    assert len(warnings) == 1
-    assert "it was rebuilt from the rows of 2 rounds" in warnings[0]
+    assert len(listener.warnings) == 1
+    assert "it was rebuilt from the rows of 2 rounds" in listener.warnings[0]
 
 
 @pytest.mark.parametrize("damage", [_delete, _empty, _truncate, _flip])
@@ -307,3 +310,39 @@ def test_results_are_kept_where_the_run_cannot_be_continued(tmp_path: Path) -> N
         go_on(tmp_path / "run", scenario, InProcessGrid(tmp_path / "s", 3))
     assert RunFolder(tmp_path / "run").results() == results
     assert not (tmp_path / "run" / "failure.json").exists()
+
+
+@pytest.mark.parametrize(("kind", "said"), [("train", "those of the round before"), ("evaluate", "repeats the round")])
+def test_damaged_shared_tensors_do_not_cost_the_run(tmp_path: Path, kind: str, said: str) -> None:
+    """Killed in the training of round 4, when the tensors of round 3 are the newest, and between training and test."""
+    chosen = small(
+        stream={"tasks": 2}, training={"epochs": 2}, server={"aggregation": "suffix", "rounds_per_task": 2}
+    )  # fmt: skip
+    go_on(tmp_path / "whole", chosen, InProcessGrid(tmp_path / "s-whole", 3))
+    run = killed_in_round(4, tmp_path, chosen, kind)
+    newest = max((run / "server").glob("tensors-*"), key=lambda file: file.stat().st_mtime_ns)
+    newest.write_bytes(newest.read_bytes()[:-1])
+    listener = Warned()
+    results = go_on(run, chosen, InProcessGrid(tmp_path / "s", 3), listener)
+    assert len(listener.warnings) == 1
+    assert said in listener.warnings[0]
+    found, expected = (
+        [[row[key] for key in ("round", "device", "task", "epochs")] for row in rows(path)]
+        for path in (run, tmp_path / "whole")
+    )
+    assert found == expected
+    assert (results.rounds, results.devices_finished) == (4, 3)
+    for row, wanted in zip(rows(run), rows(tmp_path / "whole"), strict=True):
+        assert row.get("til", []) == pytest.approx(wanted.get("til", []), abs=0.1)
+
+
+def test_lost_sums_are_not_replaced(tmp_path: Path) -> None:
+    chosen = small(
+        stream={"tasks": 3}, training={"epochs": 1}, method={"name": "lightcl-plus", "share_statistics": True},
+    )  # fmt: skip
+    assert chosen.method.sums_statistics
+    run = killed_in_round(3, tmp_path, chosen)
+    for file in (run / "server").glob("tensors-*"):
+        file.unlink()
+    with pytest.raises(StateError, match="cannot be read"):
+        go_on(run, chosen, InProcessGrid(tmp_path / "s", 3))
