@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,9 @@ def test_a_run_of_three_boards_gives_what_the_simulation_gives(processes: Proces
     assert "is complete already" in server.call("start", str(file), "--out", str(out))
 
 
-def test_a_killed_server_continues_its_run_by_itself(processes: Processes, tmp_path: Path) -> None:
+def test_a_killed_server_continues_its_run_by_itself(
+    processes: Processes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """kill -9 in the middle of four rounds: the run's process, SuperLink, the server alone, and everything at once."""
     server, file, out = LightServer(processes, tmp_path, 2), scenario(tmp_path, tasks=5, devices=2), tmp_path / "run"
     command = (str(file), "--out", str(out))
@@ -89,7 +93,10 @@ def test_a_killed_server_continues_its_run_by_itself(processes: Processes, tmp_p
 
         wait_until(training, f"round {number} trains", processes, 300)
 
+    killed: list[float] = []
+
     def kill(*programs: str) -> None:
+        killed.append(time.time())
         found = [pid for pid in marked(server.folder) if any(name in arguments(pid) for name in programs)]
         assert found, processes.logs()
         for pid in found:
@@ -100,6 +107,7 @@ def test_a_killed_server_continues_its_run_by_itself(processes: Processes, tmp_p
     in_round(2)
     kill("flower-superlink")
     in_round(3)
+    killed.append(time.time())
     running.kill()  # what it had started lives on
     running.wait()
     running = server.run(*command)
@@ -111,8 +119,15 @@ def test_a_killed_server_continues_its_run_by_itself(processes: Processes, tmp_p
     wait_for(out / "results.json", processes, 400)
 
     assert rows(out) == simulated_rows(file, processes, tmp_path / "simulated")
-    started = [one["round"] for one in events(out) if one["event"] == "round_started"]
-    assert started == [1, 1, 2, 2, 3, 3, 4, 4, 5], "each round that was cut off is repeated, and no other one"
+    started = [one for one in events(out) if one["event"] == "round_started"]
+    expected = [1, 1, 2, 2, 3, 3, 4, 4, 5]
+    assert [one["round"] for one in started] == expected, "each round that was cut off is repeated, and no other one"
+    repeated = [datetime.fromisoformat(one["time"]).timestamp() for one in started[1:8:2]]
+    with capsys.disabled():
+        waited = ", ".join(f"{again - then:.1f}" for then, again in zip(killed, repeated, strict=True))
+        sys.stdout.write(
+            f"\nfrom a kill to the repeated round (run's process, SuperLink, server, everything): {waited} s\n"
+        )
 
 
 def arguments(pid: int) -> str:
