@@ -125,9 +125,7 @@ def test_a_killed_server_continues_its_run_by_itself(
     repeated = [datetime.fromisoformat(one["time"]).timestamp() for one in started[1:8:2]]
     with capsys.disabled():
         waited = ", ".join(f"{again - then:.1f}" for then, again in zip(killed, repeated, strict=True))
-        sys.stdout.write(
-            f"\nfrom a kill to the repeated round (run's process, SuperLink, server, everything): {waited} s\n"
-        )
+        print(f"\nfrom a kill to the repeated round (run, SuperLink, server, everything): {waited} s")  # noqa: T201
 
 
 def arguments(pid: int) -> str:
