@@ -101,7 +101,8 @@ class EdgeDevice:
         self.position = self._start = Position(self.stream.ids[self.stream.first] if self.stream else 0, 0)
         self.version = self._saved_version = 0
         self._received: Mapping[str, np.ndarray] | None = None
-        """Shared tensors that the network has and the saved state has not."""
+        """Not None: the network has shared tensors that the saved state has not; these, if other states may refer to
+        them."""
         self.last_report: Trained | None = None
         self.telemetry: Telemetry | None = None
         """Of the last report's training; None where nothing is measured."""
@@ -296,7 +297,7 @@ class EdgeDevice:
         if version > self.version:
             adopt_(self.method, arrays, self.scenario.server.aggregation)
             self.version, self._lost = version, None
-            self._received = arrays
+            self._received = arrays if self._shared_versions else {}  # a board has no room for a second copy
 
     def save_received(self) -> None:
         """Saves what was received, where the saved state does not have it and nothing was trained since."""
