@@ -193,7 +193,7 @@ class FeatureStore:
             return None
         try:
             os.utime(file)
-            with file.open("r+b") as handle:  # np.memmap does the same in five times the time
+            with file.open("r+b") as handle:  # np.memmap takes longer, also for each row
                 segment = np.frombuffer(mmap.mmap(handle.fileno(), self._segment_bytes), dtype=np.uint8)
         except (OSError, ValueError):
             return None

@@ -90,7 +90,7 @@ class DeviceWorker:
     def _settle(self) -> None:
         """After the first message Python's collector leaves alone what is there by then: libraries, scenario, images.
 
-        It would look at these million objects again and again, which took a tenth of a worker's time.
+        It would look at these objects, some hundred thousand, again and again.
         """
         if not self._settled:
             self._settled = True
