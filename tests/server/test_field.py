@@ -188,7 +188,7 @@ def test_a_device_that_is_away_while_it_waits_has_not_failed(tmp_path: Path) -> 
             boards.bring(1, task)
 
     boards.waits = waits
-    run, listener = run_on(tmp_path / "run", boards, scenario(server={"max_failures": 1}))
+    run, listener = run_on(tmp_path / "run", boards, scenario(server={"max_failures": 1, "reconnect_timeout": 1}))
     assert run.results is not None
     assert run.results.devices_finished == 2
     assert not listener.refusals

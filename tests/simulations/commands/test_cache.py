@@ -29,11 +29,11 @@ def test_warm_ls_and_clear(
 ) -> None:
     """Digits: 1,797 images, of which 359 become the test split."""
     assert lightcl(monkeypatch, "cache", "warm", scenario, *VIEWS) == 0
-    assert "cached: 3235 prefix outputs" in capsys.readouterr().out  # 359 + 2 x 1438
+    assert "cached: 4673 prefix outputs" in capsys.readouterr().out  # 359 + 3 x 1438
     assert lightcl(monkeypatch, "cache", "ls") == 0
     printed = capsys.readouterr().out
     assert "359 of 359" in printed
-    assert printed.count("1438 of 1438") == 2
+    assert printed.count("1438 of 1438") == 3
     assert "1 (crop, seed 0)" in printed
     assert "resnet18, width 4, up to layer3" in printed
     keys = sorted(folder.name for folder in (tmp_path / "cache" / "prefix").glob("*/"))
