@@ -50,7 +50,7 @@ class Data(Section):
     """Black pixels added on every side before an image's random crop; fewer than the image's side."""
     views: int = Field(default=0, ge=0, le=1024)
     """Seeded augmentations of every training image, which epochs take in turn; the prefix cache keeps their outputs
-    (`device.prefix_cache`). 0: new augmentation in every epoch, and training images are not cached."""
+    (`device.prefix_cache`). 0: new augmentation in every epoch, which is not cached."""
 
     @field_validator("source")
     @classmethod

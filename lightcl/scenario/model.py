@@ -75,8 +75,8 @@ class Device(Section):
     """3x3 convolutions of the trained blocks. winograd: a quarter of the multiplications on maps whose sides are
     multiples of 4, in fp32 on the CPU; rounds differently (docs/results/performance.md)."""
     prefix_cache: Literal["auto", "on", "off"] = "auto"
-    """Whether outputs of the frozen prefix are kept on disk, for test images and for training images with data.views;
-    auto: where data.views is above 0 and network and method allow it."""
+    """Whether outputs of the frozen prefix are kept on disk, for images without augmentation and for data.views; auto:
+    where data.views is above 0 and network and method allow it."""
     prefix_cache_dtype: Literal["exact", "fp16", "bf16"] = "exact"
     """exact: as computed; fp16, bf16: half the disk and reading, rounded (docs/how-to/cache-and-disk.md)."""
     prefix_cache_gb: float = Field(default=8.0, gt=0, le=1e6)
