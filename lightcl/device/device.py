@@ -99,7 +99,8 @@ class EdgeDevice:
             self.method.prefix_features = fixed_prefix(scenario, self.network, self.prefix_digest)
         self.optimizer = make_optimizer(self.method, scenario)
         self.position = self._start = Position(self.stream.ids[self.stream.first] if self.stream else 0, 0)
-        self.version = self._saved_version = 0
+        self.version = self.saved_version = 0
+        """Of the shared tensors: in memory, and those that a device opened from the saved state has."""
         self._received: Mapping[str, np.ndarray] | None = None
         """Not None: the network has shared tensors that the saved state has not; these, if other states may refer to
         them."""
@@ -304,11 +305,6 @@ class EdgeDevice:
         if self._received is not None:
             self._save(shared=self._shared_file(self._received) if self._shared_versions else None)
 
-    @property
-    def saved_version(self) -> int:
-        """The version of the shared tensors that a device opened from the saved state has."""
-        return self._saved_version
-
     def may_receive(self, task: int, until_epoch: int) -> bool:
         """Whether shared tensors may replace the device's own before it trains `task` until `until_epoch`.
 
@@ -389,7 +385,7 @@ class EdgeDevice:
         if self._losses:
             tensors[LOSSES] = torch.stack(self._losses)
         self._state.save(tensors, self._values().to_json(), shared=shared)
-        self._received, self._saved_version = None, self.version
+        self._received, self.saved_version = None, self.version
         self._saved_at = time.monotonic()
 
     def _restore(self) -> None:
@@ -428,7 +424,7 @@ class EdgeDevice:
         self.position, self.last_report = values.position, values.report
         self.telemetry, self._unfinished = values.telemetry, values.unfinished
         self._lost = stored.lost
-        self.version = self._saved_version = 0 if self._lost else values.version
+        self.version = self.saved_version = 0 if self._lost else values.version
         self.rows = {setting: dict(values.rows[setting]) for setting in ("til", "cil")}
 
     def _check_stored(self, stored: Stored) -> None:

@@ -6,6 +6,8 @@ without what they require. `BOARD_EXTRA` names more, separated by spaces.
 
 import os
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from importlib.abc import MetaPathFinder
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
@@ -22,6 +24,12 @@ def required() -> list[Requirement]:
     return [Requirement(line) for line in lines if line and not line.startswith("#")]
 
 
+def without_extras(lines: Iterable[str]) -> list[Requirement]:
+    """The requirements that a plain installation has on this machine."""
+    found = map(Requirement, lines)
+    return [one for one in found if one.marker is None or one.marker.evaluate({"extra": ""})]
+
+
 def installed() -> set[str]:
     """The distributions on a board, by their normalized names."""
     found = set(WITHOUT_WHAT_THEY_REQUIRE)
@@ -31,11 +39,8 @@ def installed() -> set[str]:
         if name in found:
             continue
         found.add(name)
-        try:
-            more = map(Requirement, requires(name) or [])
-        except PackageNotFoundError:
-            continue
-        open_ones += [one for one in more if one.marker is None or one.marker.evaluate({"extra": ""})]
+        with suppress(PackageNotFoundError):
+            open_ones += without_extras(requires(name) or [])
     return found
 
 

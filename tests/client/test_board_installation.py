@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from tests.board_installation.sitecustomize import required
+from tests.board_installation.sitecustomize import required, without_extras
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 LEFT_OUT = {"alembic", "pathspec", "prompt-toolkit", "sqlalchemy", "tomli", "uv"}
@@ -22,8 +22,7 @@ LEFT_OUT = {"alembic", "pathspec", "prompt-toolkit", "sqlalchemy", "tomli", "uv"
 
 
 def needed_by(lines: list[str]) -> dict[str, Requirement]:
-    found = map(Requirement, lines)
-    return {one.name: one for one in found if one.marker is None or one.marker.evaluate({"extra": ""})}
+    return {one.name: one for one in without_extras(lines)}
 
 
 def within(inner: SpecifierSet, outer: SpecifierSet) -> bool:
