@@ -31,14 +31,13 @@ from server.ledger import Entry
 DATABASE = "state.db"
 VERSION = 1
 """Of the form of the database; raised where an older version of this project could not read it."""
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS run (
+RUN = """
     id INTEGER PRIMARY KEY CHECK (id = 0), round INTEGER NOT NULL, version INTEGER NOT NULL, tensors TEXT, pending TEXT
-);
+"""
+SCHEMA = f"""
+CREATE TABLE IF NOT EXISTS run ({RUN});
 CREATE TABLE IF NOT EXISTS devices (number INTEGER PRIMARY KEY, entry TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS run_before (
-    id INTEGER PRIMARY KEY CHECK (id = 0), round INTEGER NOT NULL, version INTEGER NOT NULL, tensors TEXT, pending TEXT
-);
+CREATE TABLE IF NOT EXISTS run_before ({RUN});
 CREATE TABLE IF NOT EXISTS devices_before (number INTEGER PRIMARY KEY, entry TEXT);
 """
 """A device in `devices_before` without an entry had none."""
@@ -110,7 +109,8 @@ class Checkpoint:
     def load(self) -> Saved | None:
         """The last saved point; None where nothing was ever saved.
 
-        Raises StateLost where it is damaged, StateError where another version wrote it.
+        Raises StateLost where it is damaged, and TensorsLost where older tensors can help; StateError where another
+        version wrote it.
         """
         if not (self.folder / DATABASE).exists():
             if (self.folder / MANIFEST).exists():
@@ -136,21 +136,11 @@ class Checkpoint:
             if form < VERSION:
                 raise ValueError("an earlier version of lightcl-fleet saved it")
             number, version, file, pending = run
-            try:
-                tensors = self._read_tensors(file) if file else {}
-            except (OSError, ValueError, safetensors.SafetensorError) as error:
-                before = self._database.execute("SELECT tensors FROM run_before").fetchone()
-                if before is None:
-                    raise
-                self._read_tensors(before[0])
-                raise TensorsLost(
-                    f"{self.folder}: the newest shared tensors cannot be read ({error})", pending=bool(pending)
-                ) from error
             return Saved(
                 number,
                 PendingRound.from_json(json.loads(_checked(pending)), DATABASE) if pending else None,
                 version,
-                tensors,
+                self._newest_tensors(file, pending=bool(pending)) if file else {},
                 [Entry.from_saved(json.loads(_checked(entry))) for (entry,) in entries],
             )
         except (
@@ -245,6 +235,18 @@ class Checkpoint:
             sync(self.folder / name)
             sync(self.folder)
         return f"{name} {checksum(self.folder / name):08x}"
+
+    def _newest_tensors(self, stored: str, *, pending: bool) -> dict[str, Tensor]:
+        """Raises TensorsLost where only those before them can be read."""
+        try:
+            return self._read_tensors(stored)
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            before = self._database.execute("SELECT tensors FROM run_before").fetchone()
+            if before is None:
+                raise
+            self._read_tensors(before[0])
+            text = f"{self.folder}: the newest shared tensors cannot be read ({error})"
+            raise TensorsLost(text, pending=pending) from error
 
     def _read_tensors(self, stored: str) -> dict[str, Tensor]:
         name, _, expected = stored.partition(" ")
