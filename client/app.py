@@ -8,7 +8,6 @@ backs off: `limit-temperature-c`, `limit-free-disk-mb`, `limit-battery-percent`.
 
 from __future__ import annotations
 
-import copy
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -55,7 +54,7 @@ from lightcl.exchange.messages import (
 from lightcl.exchange.tensors import Arrays, ExchangeError
 from lightcl.exchange.wire import decoded, packed
 from lightcl.export.model import Description
-from lightcl.networks.staged import Backbone
+from lightcl.networks.lending import NetworkLender
 from lightcl.scenario import Scenario, scenario_from_json
 from lightcl.storage.files import exclusive
 from lightcl.storage.shared import SharedVersions
@@ -132,10 +131,21 @@ class Overrides:
             raise RequestError(f"--node-config of {self.name}: {error}") from error
 
 
-def make_app(state: Path | None = None, *, durable: bool = True, root: Path = Path("/")) -> ClientApp:
+Pack = Callable[[Arrays], ArrayRecord]
+
+
+def in_one_array(arrays: Arrays) -> ArrayRecord:
+    """What a board sends: all tensors in one of bytes (lightcl/exchange/wire.py)."""
+    return ArrayRecord({name: Array(array) for name, array in packed(arrays).items()})
+
+
+def make_app(
+    state: Path | None = None, *, durable: bool = True, root: Path = Path("/"), pack: Pack = in_one_array
+) -> ClientApp:
     """The app; `state` is where devices keep theirs when the node's configuration does not say.
 
-    `durable`: whether their states survive a power cut. `root`: where the sensors' `sys` and `proc` are.
+    `durable`: whether their states survive a power cut. `root`: where the sensors' `sys` and `proc` are. `pack`:
+    how a reply carries tensors.
     """
     app = ClientApp()
 
@@ -148,7 +158,7 @@ def make_app(state: Path | None = None, *, durable: bool = True, root: Path = Pa
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return _answer(message, settings(context), partial(_with_device, _train))
+        return _answer(message, settings(context), partial(_with_device, partial(_train, pack=pack)))
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
@@ -158,7 +168,6 @@ def make_app(state: Path | None = None, *, durable: bool = True, root: Path = Pa
 
 
 Act = Callable[[Instruction, Scenario, Local, Message], RecordDict]
-Pack = Callable[[Arrays], Arrays]
 
 
 def _answer(message: Message, settings: Callable[[], Local], act: Act) -> Message:
@@ -208,7 +217,7 @@ def _folder_of(run: str, device: int, local: Local) -> Path:
 
 
 def _with_device(
-    work: Callable[[EdgeDevice, Instruction, Callable[[], None], Pack], RecordDict],
+    work: Callable[[EdgeDevice, Instruction, Callable[[], None]], RecordDict],
     instruction: Instruction,
     scenario: Scenario,
     local: Local,
@@ -216,12 +225,11 @@ def _with_device(
 ) -> RecordDict:
     """Opens the device from its state on disk and lets it work.
 
-    `receive` gives it what the server shares; what it shares itself is packed on a board, and not in a simulation.
+    `receive` gives it what the server shares.
     """
     folder = _folder_of(instruction.run, instruction.device, local)
     open_device = _open_field if comes_to_boards(scenario.data.source) else _open
-    with _alone_in(folder):
-        device, about = open_device(instruction, scenario, local, folder)
+    with _alone_in(folder), open_device(instruction, scenario, local, folder) as (device, about):
         if local.durable:  # a board: `lightcl device predict` and `serve` read its state without the server
             about.write(folder)
         _delete_learned(device)
@@ -233,7 +241,7 @@ def _with_device(
                 device.receive(codec_named(scenario.server.compression).restore(sent), instruction.version)
 
         try:
-            return work(device, instruction, receive, packed if local.durable else dict)
+            return work(device, instruction, receive)
         except (LimitReached, NotReady) as reached:
             position = (device.position.task, device.position.epochs, device.saved_version)
             for_images = True if isinstance(reached, NotReady) else None
@@ -242,38 +250,41 @@ def _with_device(
             return _refusal(error, device)
 
 
-def _open(instruction: Instruction, scenario: Scenario, local: Local, folder: Path) -> tuple[EdgeDevice, Description]:
+@contextmanager
+def _open(
+    instruction: Instruction, scenario: Scenario, local: Local, folder: Path
+) -> Iterator[tuple[EdgeDevice, Description]]:
     """The device of a scenario whose images are there."""
     source = _source(scenario.source_request())
     share = (
         whole_share(source) if local.own_data else _shares(instruction.scenario, local.overrides)[instruction.device]
     )
     head = _head(instruction.scenario, local.overrides, local.own_data)
-    device = EdgeDevice(
-        scenario, instruction.device, folder, source=source, share=share, head=head, durable=local.durable,
-        shared=None if local.durable else SharedVersions(folder.parent / "shared"),  # on a board there is one device
-        network=_fresh_network(
-            instruction.scenario, local.overrides, source.channels, len(head), many=not local.durable
-        ),
-        board=local.board(folder, scenario.device.accelerator),
-    )  # fmt: skip
-    return device, Description.of(scenario, instruction.device, source, device.stream.head)
+    lender = _lender(instruction.scenario, local.overrides, source.channels, len(head), many=not local.durable)
+    with lender.lent() as network:
+        device = EdgeDevice(
+            scenario, instruction.device, folder, source=source, share=share, head=head, network=network,
+            durable=local.durable, board=local.board(folder, scenario.device.accelerator),
+            shared=None if local.durable else SharedVersions(folder.parent / "shared"),  # a board is one device
+        )  # fmt: skip
+        yield device, Description.of(scenario, instruction.device, source, device.stream.head)
 
 
+@contextmanager
 def _open_field(
     instruction: Instruction, scenario: Scenario, local: Local, folder: Path
-) -> tuple[EdgeDevice, Description]:
+) -> Iterator[tuple[EdgeDevice, Description]]:
     """The device of a scenario whose images come with time."""
     plan = FieldPlan.of(stream_plan(scenario), instruction.device)
     plan.note(folder / FIELD)
     stream = FieldStream(FieldTasks(folder / FIELD, plan))
-    device = EdgeDevice(
-        scenario, instruction.device, folder, stream=stream, durable=local.durable,
-        network=_fresh_network(instruction.scenario, local.overrides, CHANNELS, len(plan.classes), many=False),
-        board=local.board(folder, scenario.device.accelerator),
-    )  # fmt: skip
     side = plan.image_size
-    return device, Description(scenario, instruction.device, plan.classes, side, side, CHANNELS)
+    with _lender(instruction.scenario, local.overrides, CHANNELS, len(plan.classes), many=False).lent() as network:
+        device = EdgeDevice(
+            scenario, instruction.device, folder, stream=stream, durable=local.durable, network=network,
+            board=local.board(folder, scenario.device.accelerator),
+        )  # fmt: skip
+        yield device, Description(scenario, instruction.device, plan.classes, side, side, CHANNELS)
 
 
 def _delete_learned(device: EdgeDevice) -> None:
@@ -314,7 +325,7 @@ def whole_share(source: Source) -> Share:
     return Share(np.arange(len(source.train)), np.arange(len(source.test)))
 
 
-def _train(device: EdgeDevice, instruction: Instruction, receive: Callable[[], None], pack: Pack) -> RecordDict:
+def _train(device: EdgeDevice, instruction: Instruction, receive: Callable[[], None], *, pack: Pack) -> RecordDict:
     if device.may_receive(instruction.task, instruction.until_epoch):
         receive()
         device.check_version(instruction.version)
@@ -325,14 +336,14 @@ def _train(device: EdgeDevice, instruction: Instruction, receive: Callable[[], N
         content[TELEMETRY] = ConfigRecord(device.telemetry.to_record())
     arrays = codec_named(device.scenario.server.compression).compress(device.outgoing())
     if arrays:
-        content[ARRAYS] = ArrayRecord({name: Array(array) for name, array in pack(arrays).items()})
+        content[ARRAYS] = pack(arrays)
         content[METRICS] = MetricRecord({EXAMPLES: trained.examples})
     if instruction.evaluate:
         content[TESTED] = ConfigRecord(device.evaluate().to_record())
     return content
 
 
-def _evaluate(device: EdgeDevice, instruction: Instruction, receive: Callable[[], None], pack: Pack) -> RecordDict:
+def _evaluate(device: EdgeDevice, instruction: Instruction, receive: Callable[[], None]) -> RecordDict:
     device.check_at(instruction.task, instruction.until_epoch)
     receive()
     device.check_version(instruction.version)
@@ -409,22 +420,16 @@ def _head(text: str, overrides: Overrides, own_data: bool) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=1)
-def _template(text: str, overrides: Overrides, channels: int, classes: int) -> Backbone:
-    """The network before the first task; nobody may change it."""
-    return build_network(_scenario(text, overrides), in_channels=channels, classes=classes)
+def _lender(text: str, overrides: Overrides, channels: int, classes: int, *, many: bool) -> NetworkLender:
+    """Networks before the first task.
 
-
-def _fresh_network(text: str, overrides: Overrides, channels: int, classes: int, *, many: bool) -> Backbone:
-    """A network before the first task: a copy, which takes a fraction of building and initializing one.
-
-    The copies share the modules of the frozen prefix, unless its running statistics change (`frozen_batch_norm`); and
-    where a process serves `many` devices, what is computed from the prefix stays in memory.
+    Where a process serves `many` devices, what is computed from the frozen prefix stays in memory, and so does a
+    network that a device is done with.
     """
-    template = _template(text, overrides, channels, classes)
-    shared = template.prefix.modules() if template.frozen_batch_norm == "eval" else ()
-    if many and shared and template.prefix.derived is None:
+    template = build_network(_scenario(text, overrides), in_channels=channels, classes=classes)
+    if many and template.frozen_batch_norm == "eval":
         template.prefix.derived = {}
-    return copy.deepcopy(template, {id(module): module for module in shared})
+    return NetworkLender(template, again=many)
 
 
 @lru_cache(maxsize=1)

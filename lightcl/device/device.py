@@ -89,7 +89,8 @@ class EdgeDevice:
         if network is None:
             network = build_network(scenario, in_channels=channels, classes=self.stream.head_classes)
         self.network = network
-        self.network.to(self.accelerator)
+        if self.network.head.weight.device != self.accelerator:  # walking through all tensors takes a millisecond
+            self.network.to(self.accelerator)
         if scenario.device.convolutions == "winograd":
             use_winograd_(self.network.suffix)
         self.prefix_digest = digest(self.network.prefix)

@@ -12,17 +12,18 @@ whenever the row is read. So two processes that write the same row at once, a ki
 lead to the same thing: a row that does not match counts as absent, and is computed again.
 
 The size is bounded: before a segment is created, the segments that were used least recently are deleted, over all
-stores. A segment's blocks are reserved when it is created, since a full disk under a memory map would kill the process.
+stores. A segment's blocks are reserved when it is created, so that a full disk is noticed there.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
 import os
+import sys
 import time
 import zlib
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,9 @@ from torch import Tensor
 from lightcl.storage.files import exclusive, write_atomically
 
 SEGMENT_ROWS = 512
+CHECKSUM_BYTES = 8
+OPEN_SEGMENTS = 64
+"""Files that a store keeps open."""
 USE_SECONDS = 60.0
 """How exactly the last use of a segment is known; noting it at every read would be one system call per batch."""
 _PRESENT = 1 << 32
@@ -105,7 +109,7 @@ class PrefixCache:
     def make_room(self, size: int) -> None:
         """Deletes the segments used least recently until `size` more bytes fit. Raises CacheFull where they never do.
 
-        A process that has mapped a deleted segment keeps its pages until it lets go of them.
+        A process that has opened a deleted segment keeps its blocks until it lets go of it.
         """
         if size > self.limit:
             raise CacheFull(f"one segment takes {size} bytes, but the cache may take only {self.limit}")
@@ -125,8 +129,7 @@ class FeatureStore:
     def __init__(self, cache: PrefixCache, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         self._cache, self._folder, self.shape, self.dtype = cache, folder, shape, dtype
         self._row_bytes = int(np.prod(shape)) * dtype.itemsize
-        self._segments: dict[int, np.ndarray] = {}
-        self._used: dict[int, float] = {}
+        self._segments: OrderedDict[int, _Segment] = OrderedDict()
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """Features `[N, C, H, W]` (channels-last) of `rows` `[N]`, and which of them are present, `[N]` boolean.
@@ -138,15 +141,9 @@ class FeatureStore:
         present = np.zeros(len(rows), dtype=bool)
         for number, positions in _by_segment(rows):
             segment = self._open(number)
-            if segment is None:
-                continue
-            checksums, content = self._parts(segment)
-            for position in positions:
-                row = int(rows[position]) % SEGMENT_ROWS
-                expected = int(checksums[row])
-                if expected:
-                    found[position] = content[row]
-                    present[position] = _checksum(found[position]) == expected
+            if segment is not None:
+                for position, row in positions:
+                    present[position] = segment.read(row, found[position])
         return self._tensor(memory), present
 
     def write(self, rows: np.ndarray, features: Tensor) -> None:
@@ -157,50 +154,41 @@ class FeatureStore:
         stored = features.detach().to("cpu", self.dtype).permute(0, 2, 3, 1).contiguous()
         content = stored.view(torch.uint8).reshape(len(rows), self._row_bytes).numpy()
         for number, positions in _by_segment(rows):
-            segment = self._open(number)
-            if segment is None:
-                segment = self._create(number)
-            checksums, target = self._parts(segment)
-            for position in positions:
-                row = int(rows[position]) % SEGMENT_ROWS
-                target[row] = content[position]
-                checksums[row] = _checksum(content[position])
+            segment = self._open(number) or self._create(number)
+            for position, row in positions:
+                segment.write(row, content[position])
 
     def _tensor(self, content: Tensor) -> Tensor:
         channels, height, width = self.shape
         return content.view(self.dtype).view(-1, height, width, channels).permute(0, 3, 1, 2)
 
-    def _parts(self, segment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The checksums `[SEGMENT_ROWS]` and the rows `[SEGMENT_ROWS, row bytes]` of a segment."""
-        cut = 8 * SEGMENT_ROWS
-        return segment[:cut].view(np.uint64), segment[cut:].reshape(SEGMENT_ROWS, self._row_bytes)
-
     @property
     def _segment_bytes(self) -> int:
-        return SEGMENT_ROWS * (8 + self._row_bytes)
+        return SEGMENT_ROWS * (CHECKSUM_BYTES + self._row_bytes)
 
     def _file(self, number: int) -> Path:
         return self._folder / f"{number:05d}.rows"
 
-    def _open(self, number: int) -> np.ndarray | None:
-        """A segment, mapped; None where it is missing, or where its length says that it is damaged."""
-        file, now = self._file(number), time.monotonic()
-        if number in self._segments and now - self._used[number] < USE_SECONDS:
-            return self._segments[number]
+    def _open(self, number: int) -> _Segment | None:
+        """An open segment; None where it is missing, or where its length says that it is damaged."""
+        now = time.monotonic()
+        segment = self._segments.get(number)
+        if segment is not None and now - segment.opened < USE_SECONDS:
+            self._segments.move_to_end(number)
+            return segment
         self._segments.pop(number, None)  # it may have been deleted, and created again by another process
-        stat = _stat(file)
-        if stat is None or stat.st_size != self._segment_bytes:
-            return None
         try:
-            os.utime(file)
-            with file.open("r+b") as handle:  # np.memmap takes longer, also for each row
-                segment = np.frombuffer(mmap.mmap(handle.fileno(), self._segment_bytes), dtype=np.uint8)
-        except (OSError, ValueError):
+            segment = _Segment(self._file(number), self._row_bytes, now)
+        except OSError:
             return None
-        self._segments[number], self._used[number] = segment, now
+        if segment.size != self._segment_bytes:
+            return None
+        self._segments[number] = segment
+        if len(self._segments) > OPEN_SEGMENTS:
+            self._segments.popitem(last=False)
         return segment
 
-    def _create(self, number: int) -> np.ndarray:
+    def _create(self, number: int) -> _Segment:
         file = self._file(number)
         with exclusive(self._cache.folder):
             segment = self._open(number)  # another process may have been faster
@@ -223,14 +211,53 @@ class FeatureStore:
         return segment
 
 
+class _Segment:
+    """An open segment file with rows of `row_bytes`.
+
+    It is read and written by system calls: a map of the file would kill the process where another one cuts it short,
+    and is slower for the few rows that a device has in a segment.
+    """
+
+    def __init__(self, file: Path, row_bytes: int, now: float) -> None:
+        self._row_bytes, self.opened = row_bytes, now
+        self._handle = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+        status = os.fstat(self._handle)
+        self.size = status.st_size
+        if time.time() - status.st_mtime > USE_SECONDS:
+            os.utime(self._handle)
+
+    def read(self, row: int, target: np.ndarray) -> bool:
+        """Reads a row into `target` `[row bytes]`; whether it is there and undamaged."""
+        expected = int.from_bytes(os.pread(self._handle, CHECKSUM_BYTES, row * CHECKSUM_BYTES), sys.byteorder)
+        if not expected:
+            return False
+        length = os.preadv(self._handle, [target.data], self._place(row))
+        return length == self._row_bytes and _checksum(target) == expected
+
+    def write(self, row: int, content: np.ndarray) -> None:
+        """Raises OSError."""
+        os.pwrite(self._handle, content.data, self._place(row))
+        os.pwrite(self._handle, _checksum(content).to_bytes(CHECKSUM_BYTES, sys.byteorder), row * CHECKSUM_BYTES)
+
+    def _place(self, row: int) -> int:
+        return SEGMENT_ROWS * CHECKSUM_BYTES + row * self._row_bytes
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handle"):
+            os.close(self._handle)
+
+
 def _checksum(row: np.ndarray) -> int:
     return zlib.crc32(row.data) | _PRESENT
 
 
-def _by_segment(rows: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """Segment numbers, each with the positions in `rows` that lie in it."""
-    numbers = rows // SEGMENT_ROWS
-    return [(int(number), np.flatnonzero(numbers == number)) for number in np.unique(numbers)]
+def _by_segment(rows: np.ndarray) -> Iterable[tuple[int, list[tuple[int, int]]]]:
+    """Segment numbers, each with the positions in `rows` that lie in it and the rows inside the segment."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for position, row in enumerate(rows.tolist()):
+        number, inside = divmod(row, SEGMENT_ROWS)
+        found.setdefault(number, []).append((position, inside))
+    return found.items()
 
 
 def _stat(file: Path) -> os.stat_result | None:

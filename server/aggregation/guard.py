@@ -36,7 +36,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import ArrayRecord, Message
 from torch import Tensor, from_numpy
 
 from lightcl.exchange.messages import ARRAYS
@@ -44,6 +44,7 @@ from lightcl.exchange.section import Guard
 from lightcl.exchange.tensors import Arrays, is_statistic
 from server.aggregation.robust import FEW, lower_median
 from server.aggregation.weights import Contribution
+from server.arrays import PlainArray
 
 FACTOR, FACTOR_OF_FEW = 2.0, 4.0
 """F from three devices on, and below. Measured on honest fleets: docs/results/reliability.md."""
@@ -247,7 +248,7 @@ def _products(items: Sequence[Contribution], current: Arrays) -> np.ndarray:
     block = np.empty((len(items), min(BLOCK, max(current[name].size for name in names))), np.float32)
     for product, name in zip(products, names, strict=True):
         model = current[name].ravel()
-        devices = [_values(record[name]) for record in records]
+        devices = [record[name].numpy().ravel() for record in records]
         for start in range(0, len(model), BLOCK):
             before = model[start : start + BLOCK]
             updates = block[:, : len(before)]
@@ -271,18 +272,12 @@ def _lower_products(updates: np.ndarray) -> np.ndarray:
     return products
 
 
-def _values(tensor: Array) -> np.ndarray:
-    """The values of a tensor that `contribution` has encoded, without a copy: NumPy's format ends with them."""
-    count = math.prod(tensor.shape)
-    return np.frombuffer(tensor.data, np.float32, count, len(tensor.data) - 4 * count)
-
-
 def _shorten_(reply: Message, current: Arrays, factor: float) -> None:
     """The device's weights x become w + factor · (x - w)."""
     moved = {}
     for name, array in reply.content.array_records[ARRAYS].items():
         update = array.numpy().astype(np.float64) - current[name]
-        moved[name] = Array((current[name] + factor * update).astype(np.float32))
+        moved[name] = PlainArray((current[name] + factor * update).astype(np.float32))
     reply.content[ARRAYS] = ArrayRecord(moved)
 
 

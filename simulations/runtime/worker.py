@@ -103,13 +103,13 @@ class DeviceWorker:
         import ray
         from flwr.app import ArrayRecord
 
-        from simulations.runtime.decoded import DecodedArray
+        from server.arrays import PlainArray
 
         key = reference.hex()
         if key not in self._shared:
             self._shared[key] = ray.get(reference)
             for array_name, array in self._shared[key].items():
-                self._shared[key][array_name] = DecodedArray(array)
+                self._shared[key][array_name] = PlainArray(array.numpy())
             if len(self._shared) > SHARED_RECORDS:
                 self._shared.popitem(last=False)
         self._shared.move_to_end(key)

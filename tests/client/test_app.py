@@ -107,7 +107,7 @@ def test_devices_of_one_process_get_networks_that_do_not_share_what_they_train(t
     together, alone = InProcessGrid(tmp_path / "a", 3), InProcessGrid(tmp_path / "b", 3)
     ask(together, "train", device=1, node=101)
     second = ask(together, "train", device=2, node=102)
-    client.app._template.cache_clear()  # as in a new process
+    client.app._lender.cache_clear()  # as in a new process
     first = ask(alone, "train", device=2, node=102)
     assert {**first, "seconds": 0, "peak_memory_mib": 0} == {**second, "seconds": 0, "peak_memory_mib": 0}
     states = [load_file(next((tmp_path / name / "run" / "device-00002").glob("*.safetensors"))) for name in ("a", "b")]
@@ -130,7 +130,7 @@ def test_devices_of_one_simulation_fold_and_hash_their_prefix_once(
     replies = {}
     for place, durable in (("simulation", False), ("board", True)):
         monkeypatch.setenv("LIGHTCL_CACHE", str(tmp_path / f"cache-{place}"))
-        client.app._template.cache_clear()  # as in a new process
+        client.app._lender.cache_clear()  # as in a new process
         grid = InProcessGrid(tmp_path / place, 3)
         grid.app = client.app.make_app(tmp_path / place, durable=durable)
         replies[place] = [ask(grid, "train", device=d, node=100 + d, scenario=scenario) for d in range(3)]

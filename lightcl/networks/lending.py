@@ -1,0 +1,92 @@
+"""One network object for many devices, one after another.
+
+A process that simulates devices opens one for every message. Copying a network for each of them takes several
+milliseconds, setting its tensors back a fraction of one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightcl.networks.staged import Backbone
+
+
+class NetworkLender:
+    """Lends networks that are equal to `template`, which nobody may change.
+
+    They share the modules of the template's frozen prefix, unless its running statistics change (`frozen_batch_norm`).
+    With `again` a network is lent again once it is back; otherwise every loan is a new copy. What was changed beyond
+    the values of tensors (pruned channels, modules of another class, hooks) is not undone: such a network is not lent
+    again.
+    """
+
+    def __init__(self, template: Backbone, *, again: bool) -> None:
+        self._template, self._again = template, again
+        self._shared = set(template.prefix.modules()) if template.frozen_batch_norm == "eval" else set[nn.Module]()
+        self._back: tuple[Backbone, Any] | None = None  # with the form that it had at first
+
+    @contextmanager
+    def lent(self) -> Iterator[Backbone]:
+        """A network for the time inside a `with`; afterwards nobody may use it. After an exception it stays away."""
+        if self._back is None:
+            network = copy.deepcopy(self._template, {id(module): module for module in self._shared})
+            form = self._form(network) if self._again else None
+        else:
+            (network, form), self._back = self._back, None
+            self._set_back_(network)
+        yield network
+        if self._again and self._form(network) == form:
+            self._back = network, form
+
+    def _set_back_(self, network: Backbone) -> None:
+        with torch.no_grad():
+            for (_, tensor), (_, start) in zip(self._tensors(network), self._tensors(self._template), strict=True):
+                tensor.copy_(start)
+        network.train(self._template.training)
+
+    def _tensors(self, network: Backbone) -> list[tuple[int, Tensor]]:
+        """The network's own tensors, each with its module's place."""
+        return [
+            (place, tensor)
+            for place, module in enumerate(self._modules(network))
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        ]
+
+    def _modules(self, network: Backbone) -> list[nn.Module]:
+        """The network's own modules, also those that only its blocks know, each once."""
+        parts = (network, network.suffix, *network.suffix.block_modules)
+        found = dict.fromkeys(module for part in parts for module in part.modules())
+        return [module for module in found if module not in self._shared]
+
+    def _form(self, network: Backbone) -> Any:
+        """Everything about the network but the values of its tensors and its mode; equal where nothing has changed."""
+        modules = [
+            (type(module), _plain_attributes(module), sum(len(getattr(module, name)) for name in _HOOKS))
+            for module in self._modules(network)
+        ]
+        tensors = [
+            (place, tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad, _watched(tensor))
+            for place, tensor in self._tensors(network)
+        ]
+        return modules, tensors, list(network.kept_channels)
+
+
+_HOOKS = tuple(name for name in nn.Module().__dict__ if name.endswith("_hooks"))
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Its settings, such as a stride, and the names of its other attributes."""
+    kinds = (int, float, str, tuple, type(None))
+    return {n: v if isinstance(v, kinds) else "" for n, v in module.__dict__.items() if n != "training"}
+
+
+def _watched(tensor: Tensor) -> bool:
+    """Whether a gradient is left, or a hook that waits for one."""
+    return tensor.grad is not None or bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
