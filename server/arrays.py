@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
-from flwr.app import Array
+from flwr.app import Array, ArrayRecord
 from flwr.common.constant import SType
 
 
@@ -27,3 +29,10 @@ class PlainArray(Array):
 
     def deflate(self) -> bytes:
         return Array(self._values).deflate()  # the bytes name the class
+
+
+def plain_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
+    """A record of `PlainArray`s; Flower's constructor would replace them by encoded ones."""
+    record = ArrayRecord()
+    record.update({name: PlainArray(values) for name, values in arrays.items()})
+    return record

@@ -7,7 +7,7 @@ milliseconds, setting its tensors back a fraction of one.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,7 @@ class NetworkLender:
     def __init__(self, template: Backbone, *, again: bool) -> None:
         self._template, self._again = template, again
         self._shared = set(template.prefix.modules()) if template.frozen_batch_norm == "eval" else set[nn.Module]()
+        self._start = self._tensors(self._modules(template))
         self._back: tuple[Backbone, Any] | None = None  # with the form that it had at first
 
     @contextmanager
@@ -46,18 +47,14 @@ class NetworkLender:
 
     def _set_back_(self, network: Backbone) -> None:
         with torch.no_grad():
-            for (_, tensor), (_, start) in zip(self._tensors(network), self._tensors(self._template), strict=True):
+            for tensor, start in zip(self._tensors(self._modules(network)), self._start, strict=True):
                 tensor.copy_(start)
         network.train(self._template.training)
 
-    def _tensors(self, network: Backbone) -> list[tuple[int, Tensor]]:
-        """The network's own tensors, each with its module's place."""
-        return [
-            (place, tensor)
-            for place, module in enumerate(self._modules(network))
-            for tensor in (*module._parameters.values(), *module._buffers.values())
-            if tensor is not None
-        ]
+    @staticmethod
+    def _tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
+        found = (tensor for module in modules for tensor in (*module._parameters.values(), *module._buffers.values()))
+        return [tensor for tensor in found if tensor is not None]
 
     def _modules(self, network: Backbone) -> list[nn.Module]:
         """The network's own modules, also those that only its blocks know, each once."""
@@ -67,24 +64,22 @@ class NetworkLender:
 
     def _form(self, network: Backbone) -> Any:
         """Everything about the network but the values of its tensors and its mode; equal where nothing has changed."""
-        modules = [
-            (type(module), _plain_attributes(module), sum(len(getattr(module, name)) for name in _HOOKS))
-            for module in self._modules(network)
-        ]
-        tensors = [
-            (place, tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad, _watched(tensor))
-            for place, tensor in self._tensors(network)
-        ]
-        return modules, tensors, list(network.kept_channels)
+        modules = self._modules(network)
+        settings = [(type(module), _settings(module)) for module in modules]
+        tensors = [(t.shape, t.stride(), t.dtype, t.requires_grad, _watched(t)) for t in self._tensors(modules)]
+        return settings, tensors, list(network.kept_channels)
 
 
-_HOOKS = tuple(name for name in nn.Module().__dict__ if name.endswith("_hooks"))
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Its attributes: their values, such as a stride, or how many entries they have, such as hooks."""
+    return {
+        name: len(value) if isinstance(value, dict | list | set) else value if isinstance(value, _PLAIN) else ""
+        for name, value in module.__dict__.items()
+        if name != "training"
+    }
 
 
-def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Its settings, such as a stride, and the names of its other attributes."""
-    kinds = (int, float, str, tuple, type(None))
-    return {n: v if isinstance(v, kinds) else "" for n, v in module.__dict__.items() if n != "training"}
+_PLAIN = (int, float, str, tuple, type(None))
 
 
 def _watched(tensor: Tensor) -> bool:

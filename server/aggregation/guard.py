@@ -36,7 +36,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
-from flwr.app import ArrayRecord, Message
+from flwr.app import Message
 from torch import Tensor, from_numpy
 
 from lightcl.exchange.messages import ARRAYS
@@ -44,7 +44,7 @@ from lightcl.exchange.section import Guard
 from lightcl.exchange.tensors import Arrays, is_statistic
 from server.aggregation.robust import FEW, lower_median
 from server.aggregation.weights import Contribution
-from server.arrays import PlainArray
+from server.arrays import plain_record
 
 FACTOR, FACTOR_OF_FEW = 2.0, 4.0
 """F from three devices on, and below. Measured on honest fleets: docs/results/reliability.md."""
@@ -277,8 +277,8 @@ def _shorten_(reply: Message, current: Arrays, factor: float) -> None:
     moved = {}
     for name, array in reply.content.array_records[ARRAYS].items():
         update = array.numpy().astype(np.float64) - current[name]
-        moved[name] = PlainArray((current[name] + factor * update).astype(np.float32))
-    reply.content[ARRAYS] = ArrayRecord(moved)
+        moved[name] = (current[name] + factor * update).astype(np.float32)
+    reply.content[ARRAYS] = plain_record(moved)
 
 
 def _strange_batch_norm(items: Sequence[Contribution], current: Arrays) -> dict[int, str]:

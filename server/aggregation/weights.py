@@ -11,7 +11,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as strategies
 from torch import Tensor
@@ -23,7 +23,7 @@ from lightcl.exchange.tensors import STATISTICS, Arrays, is_statistic, split, we
 from lightcl.scenario import Server
 from lightcl.storage.state import under
 from server.aggregation.robust import not_finite
-from server.arrays import PlainArray
+from server.arrays import plain_record
 
 STRATEGIES: dict[StrategyName, type[strategies.FedAvg]] = {
     "FedAvg": strategies.FedAvg,
@@ -119,7 +119,7 @@ class SharedWeights:
         with _quiet():
             # Names in sorted order throughout: FedAvgM pairs tensors by position.
             names = sorted(name for name in self.arrays if not is_statistic(name))
-            current = ArrayRecord({name: PlainArray(self.arrays[name]) for name in names})
+            current = plain_record({name: self.arrays[name] for name in names})
             self._strategy.configure_train(round_number, current, ConfigRecord(), grid)
             moved, _ = self._strategy.aggregate_train(round_number, replies)
         if moved is not None:
@@ -160,8 +160,8 @@ class SharedWeights:
 
 
 def _reply(instruction: Message, arrays: Arrays) -> Message:
-    parameters = {name: PlainArray(arrays[name]) for name in sorted(arrays) if not is_statistic(name)}
-    return Message(RecordDict({ARRAYS: ArrayRecord(parameters)}), reply_to=instruction)
+    parameters = {name: arrays[name] for name in sorted(arrays) if not is_statistic(name)}
+    return Message(RecordDict({ARRAYS: plain_record(parameters)}), reply_to=instruction)
 
 
 @contextmanager

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flwr.app import ArrayRecord
 from flwr.clientapp import ClientApp
 
 from client.app import make_app as make_device_app
-from lightcl.exchange.tensors import Arrays
-from server.arrays import PlainArray
+from server.arrays import plain_record
 
 
 def make_app(state: Path) -> ClientApp:
@@ -18,9 +16,5 @@ def make_app(state: Path) -> ClientApp:
     Saves are not synced to disk. A killed process loses nothing; a power cut may leave older or damaged states, and
     damaged ones are refused: start such a run over with --overwrite.
     """
-    return make_device_app(state, durable=False, pack=_plain)
-
-
-def _plain(arrays: Arrays) -> ArrayRecord:
-    """Tensors reach the server through shared memory, so nobody encodes or decodes them."""
-    return ArrayRecord({name: PlainArray(array) for name, array in arrays.items()})
+    # Tensors reach the server through shared memory, so nobody needs to encode and decode them.
+    return make_device_app(state, durable=False, pack=plain_record)

@@ -103,13 +103,12 @@ class DeviceWorker:
         import ray
         from flwr.app import ArrayRecord
 
-        from server.arrays import PlainArray
+        from server.arrays import plain_record
 
         key = reference.hex()
         if key not in self._shared:
-            self._shared[key] = ray.get(reference)
-            for array_name, array in self._shared[key].items():
-                self._shared[key][array_name] = PlainArray(array.numpy())
+            encoded = ray.get(reference)
+            self._shared[key] = plain_record({name: array.numpy() for name, array in encoded.items()})
             if len(self._shared) > SHARED_RECORDS:
                 self._shared.popitem(last=False)
         self._shared.move_to_end(key)
