@@ -114,6 +114,7 @@ class EdgeDevice:
         self.rows: dict[str, dict[int, list[float]]] = {"til": {}, "cil": {}}
         self._state = StateFolder(folder, durable=durable)
         self._shared_versions = shared
+        self._start_of_head = shared.start(self._own_head()) if shared else None  # before the state, which refers to it
         self._saved_at = time.monotonic()
         self._optimizer_values: dict[str, Any] = {}  # as of the last save; they belong to the tensors saved with them
         self._lost: Path | None = None  # the missing file of its shared tensors
@@ -378,6 +379,13 @@ class EdgeDevice:
         except (OSError, safetensors.SafetensorError):  # the state then holds all of its tensors, or is refused as well
             return None
 
+    def _own_head(self) -> dict[str, torch.Tensor]:
+        """Of all that changes, what a device with a shared suffix does not share; empty where it shares all or none."""
+        if self.scenario.server.aggregation != "suffix":
+            return {}
+        name, head = self.network.head_name, self.network.head.state_dict()
+        return {f"network/{name}.{key}": tensor.detach().cpu().clone() for key, tensor in head.items()}
+
     def _save(self, shared: Path | None = None) -> None:
         tensors = {f"network/{name}": tensor for name, tensor in changing_tensors(self.network).items()}
         tensors |= {f"method/{name}": tensor for name, tensor in self.method.state_dict().items()}
@@ -385,7 +393,8 @@ class EdgeDevice:
         tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
         if self._losses:
             tensors[LOSSES] = torch.stack(self._losses)
-        self._state.save(tensors, self._values().to_json(), shared=shared)
+        start = self._start_of_head if shared else None  # until its test a device holds far more than a head
+        self._state.save(tensors, self._values().to_json(), shared=shared, start=start)
         self._received, self.saved_version = None, self.version
         self._saved_at = time.monotonic()
 

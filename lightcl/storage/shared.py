@@ -3,17 +3,24 @@
 Only the newest version is kept. A state that refers to an older one has lost these tensors (`Stored.lost`), which is
 intended: its device is idle, and receives the newest version before it works again. So the disk that a fleet takes does
 not grow with the number of rounds.
+
+What a device does not share is close to what all devices had at first: that is kept as well, and a state holds the
+difference (`lightcl/storage/difference.py`).
 """
 
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
+
+from lightcl.storage.files import checksum_once
+from lightcl.storage.state import Start
 
 PATTERN = "version-*.safetensors"
 
@@ -44,6 +51,31 @@ class SharedVersions:
                 temporary.unlink(missing_ok=True)
                 raise
         return path
+
+    def start(self, tensors: Mapping[str, Tensor]) -> Start | None:
+        """What a device has at first of the tensors that it does not share, in a file; None where there are none, or
+        the disk refuses it.
+
+        The file is named by its content, and written again where it is damaged.
+        """
+        if not tensors:
+            return None
+        content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        value = zlib.crc32(content)
+        path = self.folder / f"start-{value:08x}.safetensors"
+        try:
+            if not path.exists() or checksum_once(path) != value:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                temporary = self.folder / f".{path.name}.{os.getpid()}.partial"
+                try:
+                    temporary.write_bytes(content)
+                    temporary.replace(path)
+                except OSError:
+                    temporary.unlink(missing_ok=True)
+                    raise
+        except OSError:
+            return None
+        return Start(path, dict(tensors))
 
 
 def _number(file: Path) -> int:

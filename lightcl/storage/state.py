@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightcl.errors import Failure
+from lightcl.storage.difference import difference, restored
 from lightcl.storage.files import checksum, checksum_once, sync, sync_names_above, text_checksum, write_atomically
 
 MANIFEST = "state.json"
@@ -38,7 +39,9 @@ GENERATIONS = 2
 CHECKSUM = "checksum"
 """Key of the manifest's own checksum: the CRC-32 of all its other keys, as `json.dumps` writes them."""
 FILES = "files"
-"""Key of the files of tensors: `own`, and `shared` where tensors are shared; each has `name` and `checksum`."""
+"""Key of the files of tensors: `own`, and `shared` and `start` where there are such; each has `name` and `checksum`."""
+DIFFERENCE = "difference/"
+"""Before the name of a tensor of which the file has the difference to `start` only."""
 TENSORS = "tensors-*.safetensors"
 UNNAMED = ".tmp*"
 """What safetensors writes into before it gives the file its name."""
@@ -69,12 +72,26 @@ class _File(NamedTuple):
     checksum: int
 
 
+class Start(NamedTuple):
+    """A file of tensors that were equal in many states at first, and these tensors."""
+
+    file: Path
+    tensors: Mapping[str, Tensor]
+
+
+class _Files(NamedTuple):
+    """The files that a manifest names; `own` is None where nothing was saved yet."""
+
+    own: _File | None = None
+    shared: _File | None = None
+    start: _File | None = None
+
+
 class _Generation(NamedTuple):
-    """A manifest's text and the files that it names; `own` is None where nothing was saved yet."""
+    """A manifest's text, the files that it names and its values."""
 
     text: str
-    own: _File | None
-    shared: _File | None
+    files: _Files
     values: dict[str, Any]
 
 
@@ -137,17 +154,20 @@ class StateFolder:
     def _load(self, manifest: Path, check: Callable[[Stored], object] | None) -> Stored | None:
         """The generation of this manifest. Raises Damaged or OSError."""
         generation = _read(manifest)
-        if generation.own is None:
+        own, shared, start = generation.files
+        if own is None:
             if generation.values or (self.folder / PREVIOUS).exists():
                 raise Damaged(f"{manifest.name} names no tensors")
             self._current, self._fell_back = generation, False
             return None
-        tensors, lost = self._tensors_of(generation.own, checksum), None
-        if generation.shared is not None:
+        tensors, lost = self._tensors_of(own, checksum), None
+        if start is not None:
+            tensors = _whole(tensors, self._tensors_of(start, checksum_once))
+        if shared is not None:
             try:
-                tensors = self._tensors_of(generation.shared, checksum_once) | tensors
+                tensors = self._tensors_of(shared, checksum_once) | tensors
             except (OSError, Damaged):
-                lost = self.folder / generation.shared.name
+                lost = self.folder / shared.name
         stored = Stored(tensors, generation.values, lost)
         if check is not None:
             check(stored)
@@ -166,64 +186,73 @@ class StateFolder:
     # -- writing -----------------------------------------------------------------------------------------------
 
     def save(
-        self, tensors: Mapping[str, Tensor] | None, values: Mapping[str, Any], *, shared: Path | None = None
+        self,
+        tensors: Mapping[str, Tensor] | None,
+        values: Mapping[str, Any],
+        *,
+        shared: Path | None = None,
+        start: Start | None = None,
     ) -> None:
         """Replaces the state. `tensors=None` keeps those saved before and writes only the values.
 
         `shared` is a file of tensors that other states hold too (`SharedVersions`): those of `tensors` that are equal
-        to them are not written, and the state refers to the file. Raises StateError where the disk refuses it; the
-        state is then the old one.
+        to them are not written, and the state refers to the file. Of those that are in `start`, what differs is
+        written. Raises StateError where the disk refuses it; the state is then the old one.
         """
         try:
-            self._save(tensors, values, shared)
+            self._save(tensors, values, shared, start)
         except (OSError, safetensors.SafetensorError) as error:
             raise StateError(
                 f"{self.folder}: the state cannot be saved ({_short(error)}); the one before is still there"
             ) from error
 
-    def _save(self, tensors: Mapping[str, Tensor] | None, values: Mapping[str, Any], shared: Path | None) -> None:
+    def _save(
+        self, tensors: Mapping[str, Tensor] | None, values: Mapping[str, Any], shared: Path | None, start: Start | None
+    ) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._current is None:
             self.load()  # never write over the tensors that the manifest names
         if self._current is None:
             if self.durable:
                 sync_names_above(self.folder)
-            self._write(MANIFEST, None, None, {})
+            self._write(MANIFEST, _Files(), {})
         current = self._current
         assert current is not None
-        if tensors is None and current.own is not None:
-            self._write(MANIFEST, current.own, current.shared, values)
+        before = current.files.own
+        if tensors is None and before is not None:
+            self._write(MANIFEST, current.files, values)
             self._fell_back = False
             return
-        name = f"tensors-{_number(current.own) + 1}.safetensors"
+        name = f"tensors-{_number(before) + 1}.safetensors"
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or {}).items()}
         link, common = self._in_common(shared, plain) if shared else (None, set[str]())
+        written, begun = self._differences({n: t for n, t in plain.items() if n not in common}, start)
         path = self.folder / name
         try:
-            save_file({n: t for n, t in plain.items() if n not in common}, path)
+            save_file(written, path)
             if self.durable:
                 sync(path)
             own = _File(name, checksum(path))
-            if self.durable and current.own is not None and not self._fell_back:
+            if self.durable and before is not None and not self._fell_back:
                 write_atomically(self.folder / PREVIOUS, current.text)
             elif self.durable:
                 sync(self.folder)  # the manifest must not be there before the name of the tensors
-            self._write(MANIFEST, own, link, values)
+            self._write(MANIFEST, _Files(own, link, begun), values)
         except (OSError, safetensors.SafetensorError):
             if self._current is current:  # no manifest names it
                 path.unlink(missing_ok=True)
             raise
         self._fell_back = False
-        self._clean_up({name, current.own.name} if self.durable and current.own else {name})
+        self._clean_up({name, before.name} if self.durable and before else {name})
 
-    def _write(self, name: str, own: _File | None, shared: _File | None, values: Mapping[str, Any]) -> None:
+    def _write(self, name: str, files: _Files, values: Mapping[str, Any]) -> None:
         """Replaces a manifest, and knows about it as soon as it may be in place."""
-        files = {"own": own and own._asdict()} | ({"shared": shared._asdict()} if shared else {})
-        body = {**values, FILES: files}
+        named = {key: file and file._asdict() for key, file in files._asdict().items() if file or key == "own"}
+        body = {**values, FILES: named}
         text = json.dumps(body)
         signed = f'{text[:-1]}, "{CHECKSUM}": {text_checksum(text)}}}'
         before = self._current
-        self._current = _Generation(signed, own, shared, dict(values))
+        self._current = _Generation(signed, files, dict(values))
         try:
             write_atomically(self.folder / name, signed, durable=self.durable)
         except OSError:
@@ -257,6 +286,37 @@ class StateFolder:
         equal = {name for name, tensor in common.items() if torch.equal(tensor, tensors[name])}
         return (file, equal) if equal else (None, set())
 
+    def _differences(
+        self, tensors: Mapping[str, Tensor], start: Start | None
+    ) -> tuple[dict[str, Tensor], _File | None]:
+        """What is written of `tensors`, and the file that it is the difference to."""
+        found = dict(tensors)
+        if start is None:
+            return found, None
+        try:
+            file = _File(os.path.relpath(start.file, self.folder), checksum_once(start.file))
+        except OSError:  # another process removed it, or the disk fails
+            return found, None
+        for name in start.tensors.keys() & tensors.keys():
+            less = difference(tensors[name], start.tensors[name])
+            if less is not None:
+                del found[name]
+                found[f"{DIFFERENCE}{name}"] = less
+        return found, (file if found.keys() != tensors.keys() else None)
+
+
+def _whole(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file that refers to `start`. Raises Damaged."""
+    found = {name: tensor for name, tensor in tensors.items() if not name.startswith(DIFFERENCE)}
+    for name, content in under(tensors, DIFFERENCE).items():
+        if name not in start:
+            raise Damaged(f"the start of the tensor {name} is missing")
+        try:
+            found[name] = restored(content, start[name])
+        except ValueError as error:
+            raise Damaged(f"{name}: {error}") from error
+    return found
+
 
 def _read(manifest: Path) -> _Generation:
     """Raises Damaged for anything but a manifest as `StateFolder` writes it, OSError where there is none."""
@@ -272,7 +332,7 @@ def _read(manifest: Path) -> _Generation:
     files = values.pop(FILES, None)
     if not isinstance(files, dict) or "own" not in files:
         raise Damaged(f"{manifest.name} names no files")
-    return _Generation(text, _file(files["own"], manifest), _file(files.get("shared"), manifest), values)
+    return _Generation(text, _Files(*(_file(files.get(key), manifest) for key in _Files._fields)), values)
 
 
 def _file(entry: object, manifest: Path) -> _File | None:

@@ -156,7 +156,7 @@ def test_an_idle_device_whose_version_is_gone_takes_the_newest_and_gives_the_sam
         second = {name: array + 0.01 for name, array in first.items()}
         other.receive(second, 2)
         other.save_received()
-        assert [f.name for f in (folder / "shared").iterdir()] == ["version-2.safetensors"]
+        assert [f.name for f in (folder / "shared").glob("version-*")] == ["version-2.safetensors"]
         if lose:
             device = with_shared(folder)
             assert device.version == 0
@@ -184,6 +184,21 @@ def test_a_device_with_older_tensors_than_the_server_believes_says_so(tmp_path: 
     assert (device.position, device.version) == (Position(0, 2), 0)
     with pytest.raises(OutOfStep, match="has version 0 of the shared tensors, the request is for version 3"):
         device.check_version(3)
+
+
+@pytest.mark.parametrize("damaged", [False, True], ids=["gone", "damaged"])
+def test_a_device_writes_the_start_of_its_head_again(tmp_path: Path, damaged: bool) -> None:
+    device = with_shared(tmp_path)
+    device.train(0, 2)
+    device.receive(device.outgoing(), 1)
+    device.save_received()
+    assert "difference/network/fc.weight" in load_file(newest(tmp_path / "d0"))
+    start = next((tmp_path / "shared").glob("start-*"))
+    if damaged:
+        flip(start)
+    else:
+        start.unlink()
+    toys.assert_same(everything(with_shared(tmp_path)), everything(device))
 
 
 def test_a_version_file_that_cannot_be_written_costs_only_disk(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from lightcl.storage import files
 from lightcl.storage.files import checksum
 from lightcl.storage.shared import SharedVersions
-from lightcl.storage.state import StateFolder, Stored
+from lightcl.storage.state import Start, StateError, StateFolder, Stored
 
 
 def load(folder: Path) -> Stored:
@@ -111,3 +111,71 @@ def test_a_shared_file_is_checked_once_for_all_states_and_again_when_it_changes(
     file.write_bytes(content[:-1] + b"x")
     assert load(tmp_path / "d").lost is not None
     assert reads == [file]
+
+
+def saved_with_start(tmp_path: Path) -> tuple[StateFolder, Path, dict[str, torch.Tensor]]:
+    """A state with a head of 200 rows, of which 20 have moved."""
+    begun = {"head": torch.randn(200, 160)}
+    start = SharedVersions(tmp_path / "shared").start(begun)
+    assert start is not None
+    tensors = {"head": begun["head"].clone(), "b": torch.zeros(2)}
+    tensors["head"][30:50] += 0.001
+    state = StateFolder(tmp_path / "d", durable=False)
+    state.save(tensors, {"n": 1}, start=start)
+    return state, start.file, tensors
+
+
+def test_a_state_holds_what_differs_from_the_start(tmp_path: Path) -> None:
+    state, _, tensors = saved_with_start(tmp_path)
+    state.save(None, {"n": 2})
+    own = next((tmp_path / "d").glob("*.safetensors"))
+    assert own.stat().st_size < 20_000 < 200 * 160 * 4
+    stored = load(tmp_path / "d")
+    assert stored.values == {"n": 2}
+    assert stored.tensors.keys() == tensors.keys()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in stored.tensors.items())
+
+
+def test_devices_with_the_same_start_share_one_file_which_later_versions_leave_alone(tmp_path: Path) -> None:
+    versions = SharedVersions(tmp_path / "shared")
+    first, second = (versions.start({"head": torch.ones(3)}) for _ in range(2))
+    other = versions.start({"head": torch.zeros(3)})
+    assert first is not None
+    assert second is not None
+    assert other is not None
+    assert first.file == second.file != other.file
+    for version in (1, 2):
+        versions.file(version, {"a": torch.zeros(2)})
+    assert first.file.exists()
+    assert versions.start({}) is None
+
+
+@pytest.mark.parametrize("damaged", [False, True], ids=["gone", "damaged"])
+def test_without_its_start_a_state_cannot_be_read_until_the_start_is_written_again(
+    tmp_path: Path, damaged: bool
+) -> None:
+    versions, begun = SharedVersions(tmp_path / "shared"), {"head": torch.randn(200, 160)}
+    start = versions.start(begun)
+    assert start is not None
+    StateFolder(tmp_path / "d", durable=False).save({"head": begun["head"] + 0.001}, {"n": 1}, start=start)
+    if damaged:
+        content = start.file.read_bytes()
+        start.file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        start.file.unlink()
+    with pytest.raises(StateError, match="start-"):
+        load(tmp_path / "d")
+    assert versions.start(begun) == start
+    assert torch.equal(load(tmp_path / "d").tensors["head"], begun["head"] + 0.001)
+
+
+def test_a_start_that_the_disk_refuses_is_none_and_the_state_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "shared").write_text("a file where the folder would be")
+    assert SharedVersions(tmp_path / "shared").start({"head": torch.ones(3)}) is None
+
+
+def test_a_start_that_has_gone_since_is_not_referred_to(tmp_path: Path) -> None:
+    state, file, tensors = saved_with_start(tmp_path)
+    file.unlink()
+    state.save(tensors, {"n": 3}, start=Start(file, {"head": torch.zeros(200, 160)}))
+    assert torch.equal(load(tmp_path / "d").tensors["head"], tensors["head"])
