@@ -51,7 +51,7 @@ def shared_tensors(network: Backbone, aggregation: Aggregation) -> dict[str, Ten
 def outgoing(network: Backbone, aggregation: Aggregation) -> Arrays:
     """A copy of the shared tensors, as fp32 arrays."""
     return {
-        name: tensor.detach().cpu().float().contiguous().numpy().copy()
+        name: np.array(tensor.detach().cpu().float().numpy(), order="C")
         for name, tensor in shared_tensors(network, aggregation).items()
     }
 

@@ -2,6 +2,9 @@
 
 One thread makes all decisions. It takes events from a queue: a job was submitted, a worker has started, a job is done.
 Nothing polls, and the work per job does not depend on the number of jobs.
+
+While many jobs wait, a worker has its next one beside the one that it runs: the way of a result to this thread and of a
+job back takes milliseconds, and on a machine that is as busy as it should be, more.
 """
 
 from __future__ import annotations
@@ -20,8 +23,8 @@ logger = logging.getLogger("lightcl")
 
 PROBE_SECONDS = 5.0
 """How often an existing cluster is checked while nothing happens."""
-ATTEMPTS = 2
-"""How often a job is tried before it counts as the cause of the workers' deaths."""
+DEATHS = 2
+"""Workers that die over one job until the job counts as the cause."""
 
 
 class PoolBroken(Exception):
@@ -39,7 +42,7 @@ class Job:
     deliver: Callable[[Any], None]
     expires: float
     """Time of `clock()` after which the job is no longer started."""
-    attempts: int = 0
+    deaths: int = 0
 
 
 class WorkerPool:
@@ -63,7 +66,9 @@ class WorkerPool:
         self._on_broken, self._clock = on_broken, clock
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: deque[Job] = deque()
+        self._jobs: dict[Any, list[Job]] = {}  # of the actors that have started: the job that runs and the next one
         self._idle: list[Any] = []
+        self._single: dict[Any, None] = {}  # those without a next job, the first that became so at the front
         self._actors: set[Any] = set()
         self._deaths = 0  # since a worker last finished a job
         self.replaced = 0
@@ -117,6 +122,7 @@ class WorkerPool:
         error = greeting.exception()
         if error is None:
             self._admit(greeting.result())
+            self._jobs[actor] = []
             self._idle.append(actor)
         elif _is_death(error):
             self._replace(actor)
@@ -124,25 +130,42 @@ class WorkerPool:
             raise PoolBroken(f"a worker could not start: {error}")
 
     def _dispatch(self) -> None:
-        while self._idle and self._waiting:
+        # The last jobs go to whoever is free first.
+        while self._waiting and (self._idle or (self._single and len(self._waiting) > len(self._jobs))):
             job = self._waiting.popleft()
             if job.expires < self._clock():
                 job.deliver(TimeoutError("expired before a worker was free"))
                 continue
-            actor = self._idle.pop()
-            job.attempts += 1
+            actor = self._idle.pop() if self._idle else next(iter(self._single))
+            self._jobs[actor].append(job)
+            self._note(actor)
             self._when_done(actor.handle.remote(job.argument), partial(self._finished, actor, job))
 
+    def _note(self, actor: Any) -> None:
+        """After a change of its jobs."""
+        self._single.pop(actor, None)
+        if not self._jobs[actor]:
+            self._idle.append(actor)
+        elif len(self._jobs[actor]) == 1:
+            self._single[actor] = None
+
     def _finished(self, actor: Any, job: Job, result: Future[Any]) -> None:
+        if actor not in self._jobs:  # it has died, and its jobs are with others
+            return
         error = result.exception()
         if error is not None and _is_death(error):
-            if job.attempts < ATTEMPTS:
-                self._waiting.appendleft(job)
+            self._single.pop(actor, None)
+            running, *others = self._jobs.pop(actor)
+            self._waiting.extendleft(reversed(others))
+            running.deaths += 1
+            if running.deaths < DEATHS:
+                self._waiting.appendleft(running)
             else:
-                job.deliver(None)
+                running.deliver(None)
             self._replace(actor)
             return
-        self._idle.append(actor)
+        self._jobs[actor].remove(job)
+        self._note(actor)
         self._deaths = 0
         job.deliver(error if error is not None else result.result())
 

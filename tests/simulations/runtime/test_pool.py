@@ -1,0 +1,131 @@
+"""Which worker gets which job, and when. The workers are doubles here; tests/.../test_ray_grid.py has Ray's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError
+
+from simulations.runtime.pool import Job, PoolBroken, WorkerPool
+
+
+class Call:
+    """A method of a worker: `remote` begins a call, which the test ends."""
+
+    def __init__(self, begun: Callable[[Any, Future[Any]], None]) -> None:
+        self._begun = begun
+
+    def remote(self, argument: Any = None) -> Call:
+        self._future: Future[Any] = Future()
+        self._begun(argument, self._future)
+        return self
+
+    def future(self) -> Future[Any]:
+        return self._future
+
+
+class Worker:
+    """Starts at once; `given` are its unfinished jobs."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, Future[Any]] = {}
+        self.greet = Call(lambda _, future: future.set_result(None))
+        self.handle = Call(self.given.__setitem__)
+
+    def finish(self, job: str) -> None:
+        self.given.pop(job).set_result(f"result of {job}")
+
+    def die(self) -> None:
+        for future in self.given.values():
+            future.set_exception(ActorDiedError())
+
+
+class Bench:
+    """A pool with workers of the test, and what it has delivered."""
+
+    def __init__(self, size: int) -> None:
+        self.workers: list[Worker] = []
+        self.results: dict[str, Any] = {}
+        self.broken: list[PoolBroken] = []
+        self.pool = WorkerPool(
+            self._start, size, admit=lambda _: None, alive=lambda: True, on_broken=self.broken.append, clock=lambda: 0.0
+        )
+
+    def _start(self) -> Worker:
+        self.workers.append(Worker())
+        return self.workers[-1]
+
+    def submit(self, *jobs: str) -> None:
+        for job in jobs:
+            self.pool.submit(Job(job, lambda result, job=job: self.results.__setitem__(job, result), expires=1.0))
+        self.settle()
+
+    def settle(self) -> None:
+        """Until the pool has seen every event before this one."""
+        seen: list[bool] = []
+        self.pool._events.put(lambda: seen.append(True))
+        while not seen:
+            time.sleep(0.001)
+
+    def finish(self, worker: int, job: str) -> None:
+        self.workers[worker].finish(job)
+        self.settle()
+
+    def die(self, worker: int) -> None:
+        self.workers[worker].die()
+        self.settle()
+
+    @property
+    def given(self) -> list[list[str]]:
+        return [sorted(worker.given) for worker in self.workers]
+
+
+@pytest.fixture
+def two(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    monkeypatch.setattr("simulations.runtime.pool._kill", lambda _: None)
+    bench = Bench(2)
+    bench.settle()
+    yield bench
+    bench.pool.close()
+    assert not bench.broken
+
+
+def test_every_worker_has_a_job_before_one_has_a_next_one(two: Bench) -> None:
+    two.submit("a", "b")
+    assert sorted(two.given) == [["a"], ["b"]]
+
+
+def test_workers_get_next_jobs_and_the_last_ones_wait_for_whoever_is_free_first(two: Bench) -> None:
+    two.submit("a", "b", "c", "d", "e", "f")
+    assert sorted(map(len, two.given)) == [2, 2]  # e and f wait
+    slow, fast = 0, 1
+    for job in sorted(two.given[fast]):
+        two.finish(fast, job)
+    two.finish(fast, "e" if "e" in two.given[fast] else "f")
+    left = {"e", "f"} - set(two.results)
+    assert set(two.given[fast]) == left
+    assert len(two.given[slow]) == 2, "they were there before"
+    assert len(two.results) == 3
+
+
+def test_no_job_has_a_second_one_behind_it_while_others_are_free(two: Bench) -> None:
+    two.submit("a", "b", "c")
+    assert sorted(map(len, two.given)) == [1, 1]
+    holder = next(i for i, jobs in enumerate(two.given) if "b" in jobs)
+    two.finish(holder, "b")
+    assert two.given[holder] == ["c"]
+
+
+def test_the_next_job_of_a_worker_that_dies_is_not_blamed(two: Bench) -> None:
+    two.submit("a", "b", "c", "d", "e", "f")
+    first = two.given[0]
+    two.die(0)
+    two.die(2)  # the worker that came for it, with the same jobs
+    running, after = sorted(first)
+    assert two.results == {running: None}, "two workers have died over it"
+    assert any(after in jobs for jobs in [two.given[1], *two.given[3:]])
+    assert two.pool.replaced == 2
