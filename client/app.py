@@ -427,6 +427,7 @@ def _lender(text: str, overrides: Overrides, channels: int, classes: int, *, man
     network that a device is done with.
     """
     template = build_network(_scenario(text, overrides), in_channels=channels, classes=classes)
+    template.eval()  # as after a task: changing the mode of all modules takes a millisecond
     if many and template.frozen_batch_norm == "eval":
         template.prefix.derived = {}
     return NetworkLender(template, again=many)

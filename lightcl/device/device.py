@@ -94,7 +94,7 @@ class EdgeDevice:
         if scenario.device.convolutions == "winograd":
             use_winograd_(self.network.suffix)
         self.prefix_digest = digest(self.network.prefix)
-        self.channel_digest = channel_digest(self.network)
+        self.channel_digest = self.network.prefix.derive("channels", lambda: channel_digest(self.network))
         self.method = scenario.method.build(self.network)
         if scenario.fixed_prefix:
             self.method.prefix_features = fixed_prefix(scenario, self.network, self.prefix_digest)

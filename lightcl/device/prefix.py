@@ -205,7 +205,7 @@ def fixed_prefix(scenario: Scenario, network: Backbone, prefix_digest: str) -> F
         "hardware": _hardware(network.head.weight.device),
         "threads": device.threads,
     }
-    stores = Stores(prefix_cache(device.prefix_cache_gb), about, dtype)
+    stores = network.prefix.derive("stores", lambda: Stores(prefix_cache(device.prefix_cache_gb), about, dtype))
     return FixedPrefix(network, stores, dtype, _mapped(network))
 
 

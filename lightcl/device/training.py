@@ -106,7 +106,8 @@ def train_epoch(
 def evaluate(method: Method, tasks: Sequence[Task], scenario: Scenario, device: torch.device) -> list[TaskAccuracy]:
     """Accuracy on each task. TIL: argmax over the task's classes; CIL: argmax over all rows of the head, which stand
     for the classes of the fleet's streams."""
-    method.network.eval()
+    if method.network.training:
+        method.network.eval()
     results = []
     size = min(EVALUATION_BATCH, scenario.training.batch_size)
     for task in tasks:

@@ -49,7 +49,8 @@ class NetworkLender:
         with torch.no_grad():
             for tensor, start in zip(self._tensors(self._modules(network)), self._start, strict=True):
                 tensor.copy_(start)
-        network.train(self._template.training)
+        if network.training != self._template.training:
+            network.train(self._template.training)
 
     @staticmethod
     def _tensors(modules: Iterable[nn.Module]) -> list[Tensor]:

@@ -72,6 +72,34 @@ def test_a_segment_that_is_cut_short_is_made_again(tmp_path: Path, content: byte
     assert torch.equal(store.read(np.arange(2))[0], features(2))
 
 
+def test_a_segment_that_is_cut_short_while_it_is_open_is_absent_and_can_be_written(tmp_path: Path) -> None:
+    """Under a memory map this would kill the process."""
+    store = store_in(tmp_path)
+    store.write(np.arange(4), features(4))
+    os.truncate(tmp_path / "one" / "00000.rows", 8 * SEGMENT_ROWS + 2 * 48 + 5)
+    assert store.read(np.arange(4))[1].tolist() == [True, True, False, False]
+    store.write(np.arange(4), features(4))
+    found, present = store.read(np.arange(4))
+    assert present.all()
+    assert torch.equal(found, features(4))
+    os.truncate(tmp_path / "one" / "00000.rows", 0)
+    assert not store.read(np.arange(4))[1].any()
+
+
+def test_a_store_keeps_a_bounded_number_of_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_cache, "OPEN_SEGMENTS", 3)
+    store, rows = store_in(tmp_path), SEGMENT_ROWS * np.arange(8)
+    store.write(rows, features(8))
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        found, present = store.read(rows)
+        assert present.all()
+        assert torch.equal(found, features(8))
+        assert len(os.listdir("/proc/self/fd")) <= before
+    del store
+    assert len(os.listdir("/proc/self/fd")) == before - 3
+
+
 def test_the_least_recently_used_segment_goes_first(tmp_path: Path) -> None:
     cache = PrefixCache(tmp_path, 2 * SEGMENT)
     stores = {key: cache.store(key, SHAPE, torch.float32, {}) for key in ("old", "used", "new")}
