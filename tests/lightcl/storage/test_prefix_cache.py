@@ -31,6 +31,10 @@ def features(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def test_rows_come_back_bit_by_bit_also_in_another_process(tmp_path: Path) -> None:
     rows, values = np.array([3, SEGMENT_ROWS + 1, 0]), features(3)
     store_in(tmp_path).write(rows, values)
@@ -90,14 +94,14 @@ def test_a_store_keeps_a_bounded_number_of_files_open(tmp_path: Path, monkeypatc
     monkeypatch.setattr(prefix_cache, "OPEN_SEGMENTS", 3)
     store, rows = store_in(tmp_path), SEGMENT_ROWS * np.arange(8)
     store.write(rows, features(8))
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     for _ in range(2):
         found, present = store.read(rows)
         assert present.all()
         assert torch.equal(found, features(8))
-        assert len(os.listdir("/proc/self/fd")) <= before
+        assert open_files() <= before
     del store
-    assert len(os.listdir("/proc/self/fd")) == before - 3
+    assert open_files() == before - 3
 
 
 def test_the_least_recently_used_segment_goes_first(tmp_path: Path) -> None:
