@@ -1,0 +1,48 @@
+"""In a simulation one network object goes from device to device; a board gets a new one for every message."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import client.app
+from client.app import make_app
+from lightcl.networks.lending import NetworkLender
+from lightcl.records.folder import RunFolder
+from lightcl.scenario import Scenario, method_names
+from server.rounds import Coordinator
+from tests.inprocess import InProcessGrid, Silent, small
+
+ISOLATED = ("pnn", "sparcl-er", "sparcl-derpp")
+
+
+def rows(folder: Path, scenario: Scenario, *, durable: bool) -> list[dict[str, Any]]:
+    client.app._lender.cache_clear()  # as in a new process
+    grid = InProcessGrid(folder / "s", 2)
+    grid.app = make_app(folder / "s", durable=durable)
+    run = RunFolder(folder / "run")
+    run.begin(scenario, {"run": "r"}, [])
+    assert Coordinator(scenario, run, "r", Silent(), durable=False).run(grid).devices_finished == 2
+    found = [json.loads(line) for line in (folder / "run" / "devices.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "timing"} for row in found]
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_the_numbers_are_those_of_new_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    scenario = small(
+        method={"name": method},
+        fleet={"devices": 2},
+        server={"aggregation": "none" if method in ISOLATED else "suffix"},
+        training={"epochs": 1},
+    )
+    kept: list[bool] = []
+    set_back = NetworkLender._set_back_
+    monkeypatch.setattr(NetworkLender, "_set_back_", lambda *given: (kept.append(True), set_back(*given))[1])
+    simulated = rows(tmp_path / "simulation", scenario, durable=False)
+    assert kept or method in ("pnn", "lightcl-sparse"), "each was a new one"
+    kept.clear()
+    assert simulated == rows(tmp_path / "boards", scenario, durable=True)
+    assert not kept
