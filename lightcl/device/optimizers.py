@@ -37,6 +37,13 @@ def step(optimizer: torch.optim.Optimizer) -> None:
         inspect.unwrap(type(optimizer).step)(optimizer)
 
 
+def drop_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """`optimizer.zero_grad(set_to_none=True)` without its wrapper, which takes longer than the work."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+
+
 @contextmanager
 def updates_at_once(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Inside a `with`, the backward pass updates each parameter by plain SGD as soon as its gradient is complete.

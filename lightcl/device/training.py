@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightcl.data.batches import training_batches
 from lightcl.data.tasks import Task, TaskContext
-from lightcl.device.optimizers import step, updates_at_once
+from lightcl.device.optimizers import drop_gradients, step, updates_at_once
 from lightcl.errors import Failure
 from lightcl.methods import Method
 from lightcl.scenario import Scenario
@@ -88,7 +88,7 @@ def train_epoch(
             method.after_step(batch, context)
             # Here and not before the next backward pass, so that the next forward pass, `end_task` and the evaluation
             # need no memory for gradients that are no longer used.
-            optimizer.zero_grad(set_to_none=True)
+            drop_gradients(optimizer)
             losses.append(loss.detach())
             progress.images += len(batch.labels)
     with autocast(scenario, context.device):
