@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from lightcl.data.tasks import Batch, TaskContext
 from lightcl.methods.base import Method, MethodParameters, StepCost, register
+from lightcl.networks.pooling import global_average
 from lightcl.networks.staged import Backbone
 from lightcl.seeds import derive
 
@@ -107,7 +108,7 @@ class PNN(Method):
                     maps[k] = column.run_block(block, maps[k])
             if block in self.boundaries:
                 maps = [self._with_laterals(maps, k, self.boundaries[block]) for k in range(len(columns))]
-        logits: list[Tensor] = [column.head(h.mean((2, 3))) for column, h in zip(columns, maps, strict=True)]
+        logits: list[Tensor] = [column.head(global_average(h)) for column, h in zip(columns, maps, strict=True)]
         return logits
 
     def _with_laterals(self, maps: list[Tensor], k: int, boundary: str) -> Tensor:

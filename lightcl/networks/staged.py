@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightcl.errors import RequestError, nearest
+from lightcl.networks.pooling import global_average
 
 FeatureMaps = dict[str, Tensor]
 Derived = TypeVar("Derived")
@@ -217,7 +218,7 @@ class Backbone(nn.Module, ABC):
 
     def classify(self, features: Tensor, on_map: OnMap | None = None) -> Tensor:
         """Prefix outputs to logits `[N, classes]`; calls `on_map` with the suffix's feature maps where it is given."""
-        logits: Tensor = self.head(self.suffix(features, on_map).mean((2, 3)))
+        logits: Tensor = self.head(global_average(self.suffix(features, on_map)))
         return logits
 
     def run_block(self, name: str, x: Tensor, on_map: OnMap | None = None) -> Tensor:
