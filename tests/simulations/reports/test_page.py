@@ -132,6 +132,14 @@ def test_page_and_pictures_are_complete(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_unpainted")
+def test_devices_without_a_task_are_of_the_fleet_and_not_of_the_figures(tmp_path: Path) -> None:
+    end = Results.of([], 2, devices=5, dropped={}, rounds=[], without_tasks=3)
+    text = text_of(build_report(make_run(tmp_path, TWO_DEVICES, TWO_ROUNDS, end, devices=5)))
+    assert "5 devices (3 without a task), iid" in text
+    assert "2 of 2 devices are tested on fewer than 50 images" in text
+
+
+@pytest.mark.usefixtures("_unpainted")
 def test_figures_of_a_completed_run(tmp_path: Path) -> None:
     folder = make_run(tmp_path, TWO_DEVICES, TWO_ROUNDS, results())
     text = text_of(build_report(folder))
