@@ -26,8 +26,9 @@ $(READY): pyproject.toml
 demo: $(READY) ## Compare SGD, LightCL and LightCL-plus on the same ten devices: a table and a page
 	@$(BIN)/lightcl sweep demo --out runs/demo --overwrite
 
-test: $(READY) ## Run the test suite in two processes (without the slow tests)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+# A quarter of the time is spent waiting, so that three tests at a time fit two cores.
+test: $(READY) ## Run the test suite in three processes (without the slow tests)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadgroup
 
 test-slow: $(READY) ## Run the slow tests: real SuperLink and SuperNode processes, `flwr run`
 	@$(BIN)/python -m pytest -m slow
