@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
@@ -43,13 +44,8 @@ class SharedVersions:
             for old in self.folder.glob(PATTERN):
                 if _number(old) < version:  # a late message about an older version must not remove a newer one
                     old.unlink(missing_ok=True)
-            temporary = self.folder / f".{path.name}.{os.getpid()}.partial"
-            try:
-                save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-                temporary.replace(path)
-            except (OSError, safetensors.SafetensorError):
-                temporary.unlink(missing_ok=True)
-                raise
+            with _in_place_of(path) as temporary:
+                save_file(_plain(tensors), temporary)
         return path
 
     def start(self, tensors: Mapping[str, Tensor]) -> Start | None:
@@ -60,22 +56,33 @@ class SharedVersions:
         """
         if not tensors:
             return None
-        content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        content = save(_plain(tensors))
         value = zlib.crc32(content)
         path = self.folder / f"start-{value:08x}.safetensors"
         try:
             if not path.exists() or checksum_once(path) != value:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                temporary = self.folder / f".{path.name}.{os.getpid()}.partial"
-                try:
+                with _in_place_of(path) as temporary:
                     temporary.write_bytes(content)
-                    temporary.replace(path)
-                except OSError:
-                    temporary.unlink(missing_ok=True)
-                    raise
         except OSError:
             return None
         return Start(path, dict(tensors))
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+@contextmanager
+def _in_place_of(path: Path) -> Iterator[Path]:
+    """A file of this process that takes the place of `path`; nothing of it is left where the disk refuses it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except (OSError, safetensors.SafetensorError):
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _number(file: Path) -> int:

@@ -67,8 +67,6 @@ class WorkerPool:
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: deque[Job] = deque()
         self._jobs: dict[Any, list[Job]] = {}  # of the actors that have started: the job that runs and the next one
-        self._idle: list[Any] = []
-        self._single: dict[Any, None] = {}  # those without a next job, the first that became so at the front
         self._actors: set[Any] = set()
         self._deaths = 0  # since a worker last finished a job
         self.replaced = 0
@@ -123,38 +121,29 @@ class WorkerPool:
         if error is None:
             self._admit(greeting.result())
             self._jobs[actor] = []
-            self._idle.append(actor)
         elif _is_death(error):
             self._replace(actor)
         else:
             raise PoolBroken(f"a worker could not start: {error}")
 
     def _dispatch(self) -> None:
-        # The last jobs go to whoever is free first.
-        while self._waiting and (self._idle or (self._single and len(self._waiting) > len(self._jobs))):
+        while self._waiting and self._jobs:
+            actor, jobs = min(self._jobs.items(), key=lambda item: len(item[1]))
+            most = 2 if len(self._waiting) > len(self._jobs) else 1  # the last jobs go to whoever is free first
+            if len(jobs) >= most:
+                return
             job = self._waiting.popleft()
             if job.expires < self._clock():
                 job.deliver(TimeoutError("expired before a worker was free"))
                 continue
-            actor = self._idle.pop() if self._idle else next(iter(self._single))
-            self._jobs[actor].append(job)
-            self._note(actor)
+            jobs.append(job)
             self._when_done(actor.handle.remote(job.argument), partial(self._finished, actor, job))
-
-    def _note(self, actor: Any) -> None:
-        """After a change of its jobs."""
-        self._single.pop(actor, None)
-        if not self._jobs[actor]:
-            self._idle.append(actor)
-        elif len(self._jobs[actor]) == 1:
-            self._single[actor] = None
 
     def _finished(self, actor: Any, job: Job, result: Future[Any]) -> None:
         if actor not in self._jobs:  # it has died, and its jobs are with others
             return
         error = result.exception()
         if error is not None and _is_death(error):
-            self._single.pop(actor, None)
             running, *others = self._jobs.pop(actor)
             self._waiting.extendleft(reversed(others))
             running.deaths += 1
@@ -165,7 +154,6 @@ class WorkerPool:
             self._replace(actor)
             return
         self._jobs[actor].remove(job)
-        self._note(actor)
         self._deaths = 0
         job.deliver(error if error is not None else result.result())
 
