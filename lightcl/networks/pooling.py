@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightcl.networks.layout import Layout
+
 
 def global_average(feature_map: Tensor) -> Tensor:
     """`[N, C, H, W]` -> `[N, C]`: `feature_map.mean((2, 3))`, with the same gradient to the bit.
@@ -23,12 +25,12 @@ def global_average(feature_map: Tensor) -> Tensor:
 class _GlobalAverage(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, feature_map: Tensor) -> Tensor:
-        ctx.like = torch.empty_like(feature_map, device="meta")
+        ctx.layout = Layout.of(feature_map)
         return feature_map.mean((2, 3))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (gradient,) = gradients
-        height, width = ctx.like.shape[2:]
-        of_map = torch.empty_like(ctx.like, device=gradient.device)
+        height, width = ctx.layout.shape[2:]
+        of_map: Tensor = ctx.layout.empty(gradient.device)
         return of_map.copy_((gradient / (height * width))[:, :, None, None])

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightcl.networks.layout import Layout
 from lightcl.networks.staged import FeatureMaps, OnMap
 from lightcl.storage.state import under
 
@@ -96,13 +97,13 @@ class _SquaredDrift(torch.autograd.Function):
         channels = vital.nonzero()[:, 0]
         difference = feature_map[first:].index_select(1, channels).float() - then
         ctx.save_for_backward(difference, channels)
-        ctx.first, ctx.like = first, torch.empty_like(feature_map, device="meta")
+        ctx.first, ctx.layout = first, Layout.of(feature_map)
         return difference.square().sum()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         difference, channels = ctx.saved_tensors
-        of_map = torch.zeros_like(ctx.like, device=difference.device)
+        of_map: Tensor = ctx.layout.empty(difference.device).zero_()
         of_map[ctx.first :].index_copy_(1, channels, (gradients[0] * (2 * difference)).to(of_map.dtype))
         return of_map, None, None, None
 
