@@ -36,13 +36,14 @@ from lightcl.data.sources import ImageSet, Source
 from lightcl.data.tasks import Batch
 from lightcl.device.device import EdgeDevice
 from lightcl.device.prefix import DTYPES, FixedPrefix
-from lightcl.device.training import train_epoch
+from lightcl.device.training import autocast, train_epoch
 from lightcl.networks.staged import Backbone
 from lightcl.scenario import Scenario
 from tests.reference.paper_step import PaperStep
 
 OURS: dict[str, dict[str, dict[str, object]]] = {
     "fresh augmentation, no cache": {},
+    "fresh augmentation, no cache, joint": {"method": {"memory_pass": "joint"}},
     "2 views, no cache": {"data": {"views": 2}, "device": {"prefix_cache": "off"}},
     "2 views, cache": {"data": {"views": 2}},
     "2 views, cache, at once": {"data": {"views": 2}, "training": {"update": "at-once"}},
@@ -165,11 +166,12 @@ def ours(
     scenario = scenario_of(width, sections, chosen)
     device = EdgeDevice(scenario, 0, folder, source=Source(images, images), share=Share(everything, everything))
     first, second = device._context(0), device._context(1)
-    device.method.begin_task(first)
-    device.network.eval()
-    device.method.end_task(first)
-    device.network.train()
-    device.method.begin_task(second)
+    with autocast(scenario, device.accelerator):  # as a device does
+        device.method.begin_task(first)
+        device.network.eval()
+        device.method.end_task(first)
+        device.network.train()
+        device.method.begin_task(second)
     epochs = iter(range(10**6))
 
     def run() -> int:

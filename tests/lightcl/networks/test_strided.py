@@ -1,0 +1,73 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightcl.networks.resnet import StagedResNet
+from lightcl.networks.strided import StridedConv2d, weight_gradient
+
+LAYOUTS = [torch.channels_last, torch.contiguous_format]
+
+
+def test_weight_gradient_by_hand() -> None:
+    """A 2x2 map, one output: the patch is the map with a border of zeros to the left and on top."""
+    x = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
+    gradient = torch.tensor([[[[10.0]]]])
+    assert weight_gradient(x, gradient, stride=2).tolist() == [[[[0, 0, 0], [0, 10, 20], [0, 30, 40]]]]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("side", [1, 7, 8])
+@pytest.mark.parametrize("stride", [2, 3])
+def test_weight_gradient_agrees_with_pytorchs(layout: torch.memory_format, side: int, stride: int) -> None:
+    x = torch.randn(5, 6, side, side, dtype=torch.float64).contiguous(memory_format=layout)
+    weight = torch.randn(8, 6, 3, 3, dtype=torch.float64, requires_grad=True)
+    result = torch.conv2d(x, weight, None, stride, 1)
+    gradient = torch.randn_like(result).contiguous(memory_format=layout)
+    result.backward(gradient)  # type: ignore[no-untyped-call]
+    assert weight.grad is not None
+    assert torch.allclose(weight_gradient(x, gradient, stride), weight.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_in_bf16_all_gradients_are_as_exact_as_pytorchs(layout: torch.memory_format) -> None:
+    """Measured against fp64 on the same rounded inputs; a bf16 number has a relative error of up to 1/256."""
+    x = torch.randn(4, 16, 8, 8).bfloat16().contiguous(memory_format=layout)
+    ours = StridedConv2d(16, 32, 2).to(memory_format=layout)
+    with torch.no_grad():
+        ours.weight.copy_(ours.weight.bfloat16())
+    gradient = torch.randn(4, 32, 4, 4).bfloat16()
+
+    def gradients(convolution: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        maps = x.to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            result: Tensor = convolution(maps)
+        of_maps, of_weight = torch.autograd.grad(result, (maps, convolution.weight), gradient.to(dtype))  # type: ignore[arg-type]
+        return result.double(), of_maps.double(), of_weight.double()
+
+    plain = nn.Conv2d(16, 32, 3, 2, 1, bias=False).to(memory_format=layout)
+    plain.load_state_dict(ours.state_dict())
+    exact = gradients(plain.double(), torch.float64)
+    for one, true in zip(gradients(ours, torch.bfloat16), exact, strict=True):
+        assert (one - true).abs().max() <= true.abs().max() / 256
+    assert not torch.equal(gradients(ours, torch.bfloat16)[2], exact[2])  # it did round
+
+
+def test_it_is_pytorchs_convolution_outside_bf16_training() -> None:
+    ours = StridedConv2d(4, 8, 2)
+    x = torch.randn(2, 4, 8, 8)
+    assert "Strided" not in str(ours(x).grad_fn)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "Strided" in str(ours(x).grad_fn)
+        with torch.no_grad():
+            assert torch.equal(ours(x), torch.conv2d(x, ours.weight, None, 2, 1))
+
+
+def test_the_weights_gradient_lies_in_memory_as_the_weights_do() -> None:
+    """Otherwise autograd copies it."""
+    network = StagedResNet(width=4).to(memory_format=torch.channels_last)
+    convolution = network.get_submodule("layer4.0.conv1")
+    assert isinstance(convolution, StridedConv2d)
+    with torch.autocast("cpu", torch.bfloat16):
+        network(torch.rand(3, 3, 32, 32)).sum().backward()
+    assert convolution.weight.grad is not None
+    assert convolution.weight.grad.stride() == convolution.weight.stride()
