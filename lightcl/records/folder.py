@@ -214,12 +214,9 @@ class RunFolder:
         rows = []
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
         for number, line in enumerate(lines, 1):
-            try:
-                values = json.loads(line)
-            except ValueError:
-                values = None
-                if self._never_finished(name, lines[number:]):
-                    break
+            values = _parsed(line)
+            if not isinstance(values, dict) and self._never_finished(name, lines[number:]):
+                break
             rows.append((kind.from_json(values, f"{file}, line {number}"), line))
         return rows
 
@@ -232,7 +229,8 @@ class RunFolder:
         if not rest:
             return True
         unfinished = -1 if name == ROUNDS else len(self.rounds()) + 1
-        return all(_is_torn(line) or json.loads(line).get("round") == unfinished for line in rest)
+        later = (_parsed(line) for line in rest)
+        return all(not isinstance(values, dict) or values.get("round") == unfinished for values in later)
 
     def forget_after(self, round_number: int) -> None:
         """Drops rows of rounds that were not finished when the run was killed; they are written again later.
@@ -286,12 +284,12 @@ class RunFolder:
         return kind.from_json(values, str(file))
 
 
-def _is_torn(line: str) -> bool:
-    """Whether a line is not even JSON, as a row always is."""
+def _parsed(line: str) -> object:
+    """The value of a line; None where it is not JSON. A row is a dictionary, but a piece of one may be a number."""
     try:
-        return not isinstance(json.loads(line), dict)
+        return json.loads(line)
     except ValueError:
-        return True
+        return None
 
 
 def _end_with_a_line_(file: Path) -> None:

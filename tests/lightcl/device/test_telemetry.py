@@ -268,7 +268,7 @@ def test_a_meter_samples_at_both_ends_and_in_between(tmp_path: Path) -> None:
         while len(seen) < 3:
             pass
         board.zone(1, "gpu-thermal", 63_500)
-        while len(seen) < 6:
+        while len(seen) < 23:  # a sample that had begun before, or that met the file half written, is not the last one
             pass
         board.zone(1, "gpu-thermal", 40_000)
     tally = meter.tally

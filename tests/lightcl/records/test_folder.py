@@ -39,7 +39,7 @@ def damage_last_line(folder, name, text):
 
 
 @pytest.mark.parametrize("name", ["rounds.jsonl", "devices.jsonl"])
-@pytest.mark.parametrize("text", ["{}", "[1]", '{"round": 1}', "}\n{}"])
+@pytest.mark.parametrize("text", ["{}", "[1]\n{}", '{"round": 1}', "}\n{}"])
 def test_a_line_that_is_not_a_row_is_named(tmp_path, name, text):
     folder = begun(tmp_path)
     damage_last_line(folder, name, text)
@@ -132,6 +132,19 @@ def test_rows_that_the_disk_refuses_in_the_middle_of_a_run(tmp_path):
     (tmp_path / "devices.jsonl").mkdir()
     with pytest.raises(Failure, match=r"devices\.jsonl cannot be written \(Is a directory\); make room"):
         folder.append("devices.jsonl", [DeviceRow(3, 0, "device-0", 0, 1)])
+
+
+@pytest.mark.parametrize("piece", [b"5", b"0.25", b"null", b'"dev"', b"[1]", b'{"round": 3, "dev'])
+def test_a_piece_of_a_row_is_torn_also_where_it_is_json(tmp_path, piece):
+    folder = begun(tmp_path)
+    file = tmp_path / "devices.jsonl"
+    whole = file.read_bytes()
+    for end in (b"", b"\n"):
+        file.write_bytes(whole + piece + end)
+        assert [row.round for row in folder.devices()] == [1, 2]
+    folder.prepare(resume=True, overwrite=False)
+    folder.forget_after(2)
+    assert file.read_bytes() == whole
 
 
 def test_rows_of_an_unfinished_round_may_be_torn_and_others_may_not(tmp_path):
