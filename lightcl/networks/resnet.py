@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightcl.networks import register_backbone
+from lightcl.networks.convolution import Conv3x3
 from lightcl.networks.staged import Backbone, ChannelSet, OnMap
-from lightcl.networks.strided import StridedConv2d
 
 Stem = Literal["cifar", "imagenet"]
 
@@ -68,13 +68,9 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
-        self.conv1: nn.Conv2d = (
-            nn.Conv2d(in_channels, channels, 3, 1, 1, bias=False)
-            if stride == 1
-            else StridedConv2d(in_channels, channels, stride)
-        )
+        self.conv1 = Conv3x3(in_channels, channels, stride)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.conv2 = Conv3x3(channels, channels)
         self.bn2 = nn.BatchNorm2d(channels)
         self.downsample: nn.Module | None = None
         if stride != 1 or in_channels != channels:

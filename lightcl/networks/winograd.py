@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightcl.networks.convolution import Conv3x3
+
 TILE, REACH = 4, 6
 """Outputs and inputs of a tile along one side."""
 BLOCK = 2**20
@@ -41,8 +43,8 @@ OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -
 """Aᵀ"""
 
 
-class WinogradConv2d(nn.Conv2d):
-    """A convolution that computes by Winograd's algorithm where it applies, and as PyTorch does where it does not.
+class WinogradConv2d(Conv3x3):
+    """A convolution that computes by Winograd's algorithm where it applies, and as `Conv3x3` does where it does not.
 
     It applies to fp32 maps on the CPU whose sides are multiples of 4, outside autocast. Weights and state dict are
     those of `nn.Conv2d`.
@@ -68,7 +70,8 @@ def use_winograd_(stage: nn.Module) -> int:
 
     Those are 3x3 with stride 1 and padding 1, without groups, dilation or bias.
     """
-    found = [module for module in stage.modules() if type(module) is nn.Conv2d and suits(module)]
+    convolutions = [module for module in stage.modules() if isinstance(module, nn.Conv2d)]
+    found = [module for module in convolutions if type(module) in (nn.Conv2d, Conv3x3) and suits(module)]
     for module in found:
         module.__class__ = WinogradConv2d  # the parameters stay the same objects
     return len(found)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightcl.errors import RequestError
+from lightcl.networks.convolution import Conv3x3, by_product
 from lightcl.networks.resnet import StagedResNet
 from lightcl.networks.staged import Backbone
 from lightcl.networks.winograd import TILE, suits
@@ -35,6 +36,8 @@ class Convolution:
     kernel: int
     tiles: int = 0
     """4x4 tiles a sample, where Winograd's algorithm can compute it (lightcl/networks/winograd.py); 0: it cannot."""
+    by_product: bool = False
+    """Whether the weight gradient in bf16 is one matrix product on the CPU (lightcl/networks/convolution.py)."""
 
 
 @dataclass(frozen=True)
@@ -178,5 +181,6 @@ def _convolution(
         sum(p.numel() for p in norm.parameters()),
         layer.kernel_size[0],
         0 if not suits(layer) or height % TILE or width % TILE else positions // TILE**2,
+        isinstance(layer, Conv3x3) and by_product(positions, layer.stride[0]),
     )
     return shape, (out[0], out[1])

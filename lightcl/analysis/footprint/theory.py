@@ -483,6 +483,8 @@ class _Step:
 
     def _working(self, convolution: Convolution, direction: int, samples: int) -> int:
         """Bytes that a convolution of the suffix takes while it runs, forward (0) or backward (1)."""
+        if direction and convolution.by_product and self.size == BF16 and self.workload.accelerator == "cpu":
+            return self._product(convolution, samples)
         if not (self.workload.winograd and convolution.tiles):
             return self._layout(convolution, direction)
         positions = _positions(convolution)
@@ -492,6 +494,13 @@ class _Step:
         products = len(places) * (block * inputs + tiles * (inputs + block))  # of weights, inputs and outputs
         gradients = (convolution.weights + samples * convolution.inputs) * direction
         return int((products + gradients) * FP32)
+
+    def _product(self, convolution: Convolution, samples: int) -> int:
+        """Bytes of a weight gradient as a matrix product: the patches and the gradient itself. The copy of the weights
+        for the inputs' gradient is gone before."""
+        positions = _positions(convolution)
+        patch = convolution.weights * positions // convolution.outputs  # the inputs of one output
+        return (samples * positions * patch + convolution.weights) * BF16
 
     def _layout(self, convolution: Convolution | None, direction: int) -> int:
         """Bytes of the copies of a convolution's weights while it runs: forward (0) or backward (1)."""

@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightcl.networks.convolution import Conv3x3, by_product, weight_gradient
 from lightcl.networks.resnet import StagedResNet
-from lightcl.networks.strided import StridedConv2d, weight_gradient
+from lightcl.networks.winograd import use_winograd_
 
 LAYOUTS = [torch.channels_last, torch.contiguous_format]
 
@@ -17,7 +18,7 @@ def test_weight_gradient_by_hand() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("side", [1, 7, 8])
-@pytest.mark.parametrize("stride", [2, 3])
+@pytest.mark.parametrize("stride", [1, 2, 3])
 def test_weight_gradient_agrees_with_pytorchs(layout: torch.memory_format, side: int, stride: int) -> None:
     x = torch.randn(5, 6, side, side, dtype=torch.float64).contiguous(memory_format=layout)
     weight = torch.randn(8, 6, 3, 3, dtype=torch.float64, requires_grad=True)
@@ -29,10 +30,11 @@ def test_weight_gradient_agrees_with_pytorchs(layout: torch.memory_format, side:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_in_bf16_all_gradients_are_as_exact_as_pytorchs(layout: torch.memory_format) -> None:
+@pytest.mark.parametrize("stride", [1, 2])
+def test_in_bf16_all_gradients_are_as_exact_as_pytorchs(layout: torch.memory_format, stride: int) -> None:
     """Measured against fp64 on the same rounded inputs; a bf16 number has a relative error of up to 1/256."""
-    x = torch.randn(4, 16, 8, 8).bfloat16().contiguous(memory_format=layout)
-    ours = StridedConv2d(16, 32, 2).to(memory_format=layout)
+    x = torch.randn(4, 16, 4 * stride, 4 * stride).bfloat16().contiguous(memory_format=layout)
+    ours = Conv3x3(16, 32, stride).to(memory_format=layout)
     with torch.no_grad():
         ours.weight.copy_(ours.weight.bfloat16())
     gradient = torch.randn(4, 32, 4, 4).bfloat16()
@@ -44,7 +46,7 @@ def test_in_bf16_all_gradients_are_as_exact_as_pytorchs(layout: torch.memory_for
         of_maps, of_weight = torch.autograd.grad(result, (maps, convolution.weight), gradient.to(dtype))  # type: ignore[arg-type]
         return result.double(), of_maps.double(), of_weight.double()
 
-    plain = nn.Conv2d(16, 32, 3, 2, 1, bias=False).to(memory_format=layout)
+    plain = nn.Conv2d(16, 32, 3, stride, 1, bias=False).to(memory_format=layout)
     plain.load_state_dict(ours.state_dict())
     exact = gradients(plain.double(), torch.float64)
     for one, true in zip(gradients(ours, torch.bfloat16), exact, strict=True):
@@ -53,20 +55,65 @@ def test_in_bf16_all_gradients_are_as_exact_as_pytorchs(layout: torch.memory_for
 
 
 def test_it_is_pytorchs_convolution_outside_bf16_training() -> None:
-    ours = StridedConv2d(4, 8, 2)
+    ours = Conv3x3(4, 8, 2)
     x = torch.randn(2, 4, 8, 8)
-    assert "Strided" not in str(ours(x).grad_fn)
+    assert not chosen(ours, x)
     with torch.autocast("cpu", torch.bfloat16):
-        assert "Strided" in str(ours(x).grad_fn)
+        assert chosen(ours, x)
         with torch.no_grad():
             assert torch.equal(ours(x), torch.conv2d(x, ours.weight, None, 2, 1))
 
 
-def test_the_weights_gradient_lies_in_memory_as_the_weights_do() -> None:
+@pytest.mark.parametrize(
+    ("stride", "side", "expected"), [(1, 4, True), (1, 5, False), (2, 8, True), (2, 16, True), (2, 17, False)]
+)
+def test_only_small_maps_are_computed_by_a_product(stride: int, side: int, expected: bool) -> None:
+    """At most 4x4 outputs, with a stride at most 8x8: a side of 17 and a stride of 2 give 9."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert chosen(Conv3x3(4, 8, stride), torch.randn(2, 4, side, side)) is expected
+    assert by_product(((side - 1) // stride + 1) ** 2, stride) is expected
+
+
+def test_winograds_convolution_is_the_same_in_bf16() -> None:
+    stage = nn.Sequential(Conv3x3(4, 8))
+    assert use_winograd_(stage) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert chosen(stage[0], torch.randn(2, 4, 4, 4))
+
+
+def test_passes_of_a_step_share_one_copy_of_the_weight() -> None:
+    """As in autocast; the copy is gone with the last graph, and an update makes a new one."""
+    ours = Conv3x3(4, 8)
+    x = torch.randn(2, 4, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        first, second = ours(x), ours(x)
+        assert saved_weight(first) is saved_weight(second)
+        (first.sum() + second.sum()).backward()
+        assert ours._copy is not None
+        del first, second
+        assert ours._copy() is None
+        before = ours(x)
+        with torch.no_grad():
+            ours.weight.add_(1)
+        assert saved_weight(before) is not saved_weight(ours(x))
+        assert torch.equal(saved_weight(ours(x)), ours.weight.bfloat16())
+
+
+def saved_weight(result: Tensor) -> Tensor:
+    weight: Tensor = result.grad_fn.saved_tensors[1]  # type: ignore[union-attr]
+    return weight
+
+
+def chosen(convolution: nn.Module, x: Tensor) -> bool:
+    return "ByProduct" in str(convolution(x).grad_fn)
+
+
+@pytest.mark.parametrize("name", ["layer4.0.conv1", "layer4.1.conv2"])
+def test_the_weights_gradient_lies_in_memory_as_the_weights_do(name: str) -> None:
     """Otherwise autograd copies it."""
     network = StagedResNet(width=4).to(memory_format=torch.channels_last)
-    convolution = network.get_submodule("layer4.0.conv1")
-    assert isinstance(convolution, StridedConv2d)
+    convolution = network.get_submodule(name)
+    assert isinstance(convolution, Conv3x3)
     with torch.autocast("cpu", torch.bfloat16):
         network(torch.rand(3, 3, 32, 32)).sum().backward()
     assert convolution.weight.grad is not None
