@@ -24,11 +24,9 @@ class Conv3x3(nn.Conv2d):
     rounded in another order.
     """
 
-    _copy: ref[Tensor] | None = None
-    _copied = (0, 0)
-
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__(in_channels, out_channels, 3, stride, 1, bias=False)
+        self._rounded = RoundedWeight()
 
     def forward(self, input: Tensor) -> Tensor:
         """`[N, C, H, W]` -> `[N, C', H', W']`."""
@@ -40,18 +38,29 @@ class Conv3x3(nn.Conv2d):
             and torch.get_autocast_dtype("cpu") == torch.bfloat16
             and by_product(_outputs(input, self.stride[0]), self.stride[0])
         ):
-            result: Tensor = _ByProduct.apply(input.bfloat16(), self._weight(), self.stride[0])
+            result: Tensor = _ByProduct.apply(input.bfloat16(), self._rounded(self.weight), self.stride[0])
             return result
         return super().forward(input)
 
-    def _weight(self) -> Tensor:
-        """The weight in bf16, made once for all passes of a step, as autocast does: it lives as long as their graphs,
-        and the passes' gradients are summed in bf16."""
-        weight, now = self._copy() if self._copy else None, (id(self.weight), self.weight._version)
-        if weight is None or self._copied != now:
-            weight = self.weight.bfloat16()
-            self._copy, self._copied = ref(weight), now
-        return weight
+
+class RoundedWeight:
+    """A weight in bf16, made once for all passes of a step, as autocast does: it lives as long as their graphs, and the
+    passes' gradients are summed in bf16."""
+
+    def __init__(self) -> None:
+        self._copy: ref[Tensor] | None = None
+        self._of = (0, 0)
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        rounded, now = self._copy() if self._copy else None, (id(weight), weight._version)
+        if rounded is None or self._of != now:
+            rounded = weight.bfloat16()
+            self._copy, self._of = ref(rounded), now
+        return rounded
+
+    def __reduce__(self) -> tuple[type[RoundedWeight], tuple[()]]:
+        """A copied network starts without one."""
+        return RoundedWeight, ()
 
 
 def by_product(positions: int, stride: int) -> bool:

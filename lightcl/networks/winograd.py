@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightcl.networks.convolution import Conv3x3
+from lightcl.networks.convolution import Conv3x3, RoundedWeight
 
 TILE, REACH = 4, 6
 """Outputs and inputs of a tile along one side."""
@@ -74,6 +74,7 @@ def use_winograd_(stage: nn.Module) -> int:
     found = [module for module in convolutions if type(module) in (nn.Conv2d, Conv3x3) and suits(module)]
     for module in found:
         module.__class__ = WinogradConv2d  # the parameters stay the same objects
+        vars(module)["_rounded"] = RoundedWeight()
     return len(found)
 
 

@@ -1,3 +1,6 @@
+from copy import deepcopy
+from weakref import ref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -88,15 +91,24 @@ def test_passes_of_a_step_share_one_copy_of_the_weight() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         first, second = ours(x), ours(x)
         assert saved_weight(first) is saved_weight(second)
+        copy = ref(saved_weight(first))
         (first.sum() + second.sum()).backward()
-        assert ours._copy is not None
         del first, second
-        assert ours._copy() is None
+        assert copy() is None
         before = ours(x)
         with torch.no_grad():
             ours.weight.add_(1)
         assert saved_weight(before) is not saved_weight(ours(x))
         assert torch.equal(saved_weight(ours(x)), ours.weight.bfloat16())
+
+
+def test_a_copied_module_rounds_its_own_weight() -> None:
+    ours, x = Conv3x3(4, 8), torch.randn(2, 4, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = ours(x)
+        other = deepcopy(ours)
+        assert saved_weight(other(x)) is not saved_weight(result)
+        assert torch.equal(other(x), result)
 
 
 def saved_weight(result: Tensor) -> Tensor:

@@ -17,20 +17,22 @@ def template() -> Backbone:
     return network
 
 
-def train_(network: Backbone) -> None:
+def train_(network: Backbone, bf16: bool = False) -> None:
     network.train()
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
-    network(torch.rand(4, 3, 32, 32)).sum().backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        network(torch.rand(4, 3, 32, 32)).sum().backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     network.eval()
 
 
-def test_the_next_device_gets_the_same_object_set_back_to_the_template() -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_next_device_gets_the_same_object_set_back_to_the_template(bf16: bool) -> None:
     start = template()
     lender = NetworkLender(start, again=True)
     with lender.lent() as first:
-        train_(first)
+        train_(first, bf16)
         assert not torch.equal(first.head.weight, start.head.weight)
     with lender.lent() as second:
         assert second is first
