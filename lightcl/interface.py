@@ -27,7 +27,7 @@ from lightcl.data.images import ImageSet, Source
 from lightcl.data.partition import Share
 from lightcl.data.tasks import Batch, Task
 from lightcl.device.device import EdgeDevice
-from lightcl.device.training import EVALUATION_BATCH, OnEpoch, autocast
+from lightcl.device.training import OnEpoch, autocast, evaluation_batch
 from lightcl.errors import RequestError
 from lightcl.exchange.messages import Tested, Trained
 from lightcl.methods import Method
@@ -135,7 +135,7 @@ class OpenDevice:
                 f"the images have {pictures.shape[3]} channels; the device was trained on {self.network.in_channels}"
             )
         tensor = torch.from_numpy(pictures).permute(0, 3, 1, 2)
-        size = min(EVALUATION_BATCH, self.scenario.training.batch_size)
+        size = evaluation_batch(self.scenario)
         self.network.eval()
         found = []
         with torch.no_grad(), autocast(self.scenario, self.edge.accelerator):

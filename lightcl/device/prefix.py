@@ -99,6 +99,9 @@ class FixedPrefix(PrefixFeatures):
         super().__init__(network)
         self.stores, self.rounding, self._weights = stores, rounding, weights
         self._folded: Stage | None = None
+        self._awaited = 0
+        """Images of announced batches that are still to be asked for, where something had to be computed for them: then
+        the next ones are likely to need the prefix, too, and it stays in memory."""
         self._shapes: dict[tuple[int, ...], tuple[int, int, int]] = {}
 
     def __call__(self, batches: Sequence[Batch], on_map: OnMap | None = None) -> Tensor:
@@ -108,6 +111,21 @@ class FixedPrefix(PrefixFeatures):
             parts = [self._features(batch) for batch in batches]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """A small batch fills no chunk, so what the store lacks of several is computed in chunks across them."""
+        store, first = self._store(batches[0]), batches[0].origin
+        if store is None or first is None:
+            return
+        rows = np.unique(np.concatenate([batch.origin.indices for batch in batches if batch.origin is not None]))
+        missing = rows[~store.present(rows)]
+        for start in range(0, len(missing), CHUNK):
+            samples = Samples(first.source, missing[start : start + CHUNK])
+            view = batches[0].view
+            self._features((samples.load() if view is None else viewed(samples, view)).to(self._device))
+            if self.stores is None:  # it was switched off
+                return
+        self._awaited = sum(map(len, batches)) if len(missing) else 0
+
     def _features(self, batch: Batch) -> Tensor:
         store = self._store(batch)
         if store is None or batch.origin is None:
@@ -116,7 +134,9 @@ class FixedPrefix(PrefixFeatures):
         found, present = store.read(rows)
         features = found.to(self._device, self._dtype)
         if present.all():
-            self.release()
+            if self._awaited <= 0:
+                self.release()
+            self._awaited -= len(batch)
             return features
         missing = np.flatnonzero(~present)
         computed = self._compute(batch.images[torch.from_numpy(missing)])

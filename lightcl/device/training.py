@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from lightcl.data.batches import training_batches
-from lightcl.data.tasks import Task, TaskContext
+from lightcl.data.tasks import Batch, Task, TaskContext
 from lightcl.device.optimizers import drop_gradients, step, updates_at_once
+from lightcl.device.prefix import CHUNK
 from lightcl.errors import Failure
 from lightcl.methods import Method
 from lightcl.scenario import Scenario
 from lightcl.seeds import derive
 
 EVALUATION_BATCH = 128
-"""Upper limit; never more than the training batch, so that testing needs no more memory than training."""
+"""Upper limit."""
+AHEAD = 64
+"""Images of the batches that are announced to the prefix together (`Method.prepare`)."""
 
 
 class TrainingFailure(Failure):
@@ -74,10 +78,9 @@ def train_epoch(
     )
     at_once = scenario.training.update == "at-once"
     with updates_at_once(optimizer) if at_once else nullcontext():
-        for number, batch in enumerate(batches):
-            if number < done:  # drawn all the same: the batches of an epoch share one generator
-                continue
-            if number > done:
+        # Those that are done are drawn all the same: the batches of an epoch share one generator.
+        for number, batch in enumerate(_announced(islice(batches, done, None), method, context, scenario)):
+            if number:
                 progress.check()
             with autocast(scenario, context.device):
                 loss = method.loss(batch, context)
@@ -102,6 +105,27 @@ def train_epoch(
     return mean
 
 
+def _announced(batches: Iterator[Batch], method: Method, context: TaskContext, scenario: Scenario) -> Iterator[Batch]:
+    """The same batches; where the prefix's outputs are cached, small ones are announced some time before their turn."""
+    count = AHEAD // context.batch_size
+    if count < 2 or context.batch_size % CHUNK == 0 or not scenario.caches_prefix:
+        yield from batches
+        return
+    while group := list(islice(batches, count)):
+        with autocast(scenario, context.device):
+            method.prepare(*group)
+        yield from group
+
+
+def evaluation_batch(scenario: Scenario) -> int:
+    """Images of a pass that tests: as many as a training batch has, or up to four times as many where these are few.
+
+    Without a graph a pass keeps less than a quarter of the maps, so testing needs no more memory than training.
+    """
+    batch = scenario.training.batch_size
+    return min(EVALUATION_BATCH, max(batch, min(4 * batch, 32)))
+
+
 @torch.no_grad()
 def evaluate(method: Method, tasks: Sequence[Task], scenario: Scenario, device: torch.device) -> list[TaskAccuracy]:
     """Accuracy on each task. TIL: argmax over the task's classes; CIL: argmax over all rows of the head, which stand
@@ -109,19 +133,18 @@ def evaluate(method: Method, tasks: Sequence[Task], scenario: Scenario, device: 
     if method.network.training:
         method.network.eval()
     results = []
-    size = min(EVALUATION_BATCH, scenario.training.batch_size)
-    for task in tasks:
-        samples = task.tested_on(scenario.stream.evaluate_on)
-        classes = torch.tensor(task.rows, device=device)
-        til = cil = 0
-        for batch in samples.batches(size):
-            batch = batch.to(device)
-            with autocast(scenario, device):
+    with autocast(scenario, device):  # once: it rounds every weight anew
+        for task in tasks:
+            samples = task.tested_on(scenario.stream.evaluate_on)
+            classes = torch.tensor(task.rows, device=device)
+            til = cil = 0
+            for batch in samples.batches(evaluation_batch(scenario)):
+                batch = batch.to(device)
                 logits = method.predict(batch).float()
-            til += int((classes[logits[:, classes].argmax(1)] == batch.labels).sum())
-            cil += int((logits.argmax(1) == batch.labels).sum())
-        count = len(samples)
-        results.append(TaskAccuracy(til / count if count else 0.0, cil / count if count else 0.0, count))
+                til += int((classes[logits[:, classes].argmax(1)] == batch.labels).sum())
+                cil += int((logits.argmax(1) == batch.labels).sum())
+            count = len(samples)
+            results.append(TaskAccuracy(til / count if count else 0.0, cil / count if count else 0.0, count))
     return results
 
 

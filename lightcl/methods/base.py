@@ -174,6 +174,9 @@ class PrefixFeatures:
         images = batches[0].images if len(batches) == 1 else torch.cat([batch.images for batch in batches])
         return self.network.features(images, on_map)
 
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """Announces batches of one source and view that are asked for next; a cache computes what it lacks of them."""
+
     def release(self) -> None:
         """Lets go of what the next call can make again; called where a task's training begins and ends."""
 
@@ -239,6 +242,10 @@ class Method:
     def features_of(self, *batches: Batch, on_map: OnMap | None = None) -> Tensor:
         """Prefix outputs `[N, C, H, W]` of the batches, computed as one batch; no method calls the prefix itself."""
         return self.prefix_features(batches, on_map)
+
+    def prepare(self, *batches: Batch) -> None:
+        """Announces batches whose `features_of` are asked for one by one: together they take less time."""
+        self.prefix_features.prepare(batches)
 
     def logits_of(self, batch: Batch) -> Tensor:
         """Logits `[N, head]`."""

@@ -130,6 +130,7 @@ class LightCL(Method):
         if context.is_first or self.parameters.beta == 0:
             return
         samples = context.sample(self.parameters.memory_size, purpose="memory")
+        self.prepare(samples, self._important(context))
         with unmoved_statistics(self.network.prefix):  # once per task suffices: the prefix is frozen
             inputs = self.features_of(samples)
         tied = torch.arange(self.network.classes, device=context.device)
@@ -163,11 +164,16 @@ class LightCL(Method):
         """Marks the most important channels of this task as vital, in addition to those of earlier tasks."""
         self.recorded = None
         maps: FeatureMaps = {}
-        self.network.classify(self.features_of(context.sample(context.batch_size, "importance")), maps.__setitem__)
+        self.network.classify(self.features_of(self._important(context)), maps.__setitem__)
         for name, feature_map in maps.items():
             importance = channel_importance(feature_map)
             mask = vital_channels(importance, self.parameters.ratio, self.parameters.vital_selection)
             self.vital[name] = mask | self.vital.get(name, mask)
+
+    @staticmethod
+    def _important(context: TaskContext) -> Batch:
+        """One batch of the task, on which the importance of channels is measured."""
+        return context.sample(context.batch_size, purpose="importance")
 
     @property
     def memory(self) -> Tensor | None:

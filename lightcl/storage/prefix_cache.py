@@ -146,6 +146,16 @@ class FeatureStore:
                     present[position] = segment.read(row, found[position])
         return self._tensor(memory), present
 
+    def present(self, rows: np.ndarray) -> np.ndarray:
+        """Which of `rows` `[N]` are there, `[N]` boolean; a damaged one counts, until it is read."""
+        present = np.zeros(len(rows), dtype=bool)
+        for number, positions in _by_segment(rows):
+            segment = self._open(number)
+            if segment is not None:
+                for position, row in positions:
+                    present[position] = segment.checksum(row) != 0
+        return present
+
     def write(self, rows: np.ndarray, features: Tensor) -> None:
         """Stores `features` `[N, C, H, W]` under `rows` `[N]`.
 
@@ -228,11 +238,15 @@ class _Segment:
 
     def read(self, row: int, target: np.ndarray) -> bool:
         """Reads a row into `target` `[row bytes]`; whether it is there and undamaged."""
-        expected = int.from_bytes(os.pread(self._handle, CHECKSUM_BYTES, row * CHECKSUM_BYTES), sys.byteorder)
+        expected = self.checksum(row)
         if not expected:
             return False
         length = os.preadv(self._handle, [target.data], self._place(row))
         return length == self._row_bytes and _checksum(target) == expected
+
+    def checksum(self, row: int) -> int:
+        """0 where the row is not there."""
+        return int.from_bytes(os.pread(self._handle, CHECKSUM_BYTES, row * CHECKSUM_BYTES), sys.byteorder)
 
     def write(self, row: int, content: np.ndarray) -> None:
         """Raises OSError."""

@@ -12,6 +12,7 @@ from lightcl.data.augment import View
 from lightcl.data.batches import viewed
 from lightcl.data.images import ImageSet
 from lightcl.data.tasks import Batch, Samples
+from lightcl.device import prefix
 from lightcl.device.device import EdgeDevice
 from lightcl.device.prefix import FixedPrefix, fixed_prefix, prefix_cache, warm
 from lightcl.errors import RequestError
@@ -213,3 +214,46 @@ def test_an_invalid_cache_setting_is_refused(sections, text):
 def test_the_prefix_cache_has_its_own_folder(tmp_path):
     assert isinstance(prefix_cache(), PrefixCache)
     assert prefix_cache().folder == tmp_path / "cache" / "prefix"
+
+
+def chunks_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of images in every chunk that passes the prefix from here on, before it is padded."""
+    found: list[int] = []
+    compute = FixedPrefix._compute
+
+    def counted(self: FixedPrefix, images: torch.Tensor) -> torch.Tensor:
+        found.extend(len(part) for part in torch.split(images, prefix.CHUNK))
+        return compute(self, images)
+
+    monkeypatch.setattr(FixedPrefix, "_compute", counted)
+    return found
+
+
+def test_small_batches_share_chunks(tmp_path, monkeypatch):
+    """18 images of a task in batches of 4: two chunks per view, where every batch alone would be one."""
+    found = chunks_of(monkeypatch)
+    method = {"name": "lightcl", "beta": 0.0}
+    held = toys.source(train=10, size=16)
+    scenario = toys.scenario(data=VIEWS, method=method, training={"epochs": 2, "batch_size": 4})
+    device = EdgeDevice(scenario, 0, tmp_path / "device", source=held, share=toys.whole(held))
+    device.train(0, 2)
+    assert len(device.stream.to_learn(0).train) == 18
+    assert found == [16, 2, 16, 2, 4]  # two views, then the images on which importance is measured
+
+
+def test_announced_batches_keep_the_prefix_until_they_are_done(monkeypatch):
+    network = toys.network(freeze="layer3").to(memory_format=torch.channels_last).eval()
+    held = toys.source(size=16)
+    features = fixed_prefix(toys.scenario(data=VIEWS), network, digest(network.prefix))
+    view = View(0, 1, "crop-flip", 1)
+    batches = [viewed(Samples(held.train, np.arange(start, start + 4)), view) for start in (0, 4, 8)]
+    found = chunks_of(monkeypatch)
+    features.prepare(batches)
+    assert found == [12]
+    for batch in batches:
+        features([batch])
+        assert features._folded is not None
+    features.prepare(batches)  # nothing is missing
+    features([batches[0]])
+    assert features._folded is None
+    assert found == [12]
