@@ -17,6 +17,7 @@ import safetensors
 import torch
 
 from lightcl.assembly import build_network, build_stream, fleet_head
+from lightcl.data.batches import viewed
 from lightcl.data.field import CHANNELS, NotReady
 from lightcl.data.partition import Share, share_of
 from lightcl.data.sources import Source, load_source
@@ -197,6 +198,7 @@ class EdgeDevice:
             meter.check(again=self._unfinished is not None)
             progress.check = meter.check
         begun = self.position.task == goal.task and (self.position.epochs > 0 or bool(progress.losses))
+        self._announce(context, range(self.position.epochs if begun else 0, goal.epochs))
         if not begun:
             self.position = Position(goal.task, 0)
             self.network.train()
@@ -224,6 +226,16 @@ class EdgeDevice:
             if meter and epoch + 1 < goal.epochs:
                 meter.check()
         return loss
+
+    def _announce(self, context: TaskContext, epochs: range) -> None:
+        """Says what the prefix will be asked for while the task is learned up to the end of these epochs, and in the
+        test after it."""
+        if not self.scenario.caches_prefix:
+            return
+        views = [view for view in dict.fromkeys(map(context.view, epochs)) if view is not None]
+        images = [viewed(context.task.train, view) for view in views]
+        tested = context.task.tested_on(self.scenario.stream.evaluate_on).load()
+        self.method.prefix_features.announce([*images[:1], *self.method.looks_at(context), *images[1:], tested])
 
     def skip_to(self, task: int) -> None:
         """Starts a device that has learned nothing at `task`, as if there were no earlier tasks.

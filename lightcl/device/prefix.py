@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,8 @@ from lightcl.storage.prefix_cache import CacheFull, FeatureStore, PrefixCache
 CHUNK = 16
 FORMAT = 1
 """Part of every key; raise it when the computation of the outputs changes."""
+Announced = tuple[FeatureStore, Batch, int]
+"""A store, a batch with images that it lacks, and the row of one of them."""
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 GB = 1_000_000_000
 
@@ -99,9 +101,8 @@ class FixedPrefix(PrefixFeatures):
         super().__init__(network)
         self.stores, self.rounding, self._weights = stores, rounding, weights
         self._folded: Stage | None = None
-        self._awaited = 0
-        """Images of announced batches that are still to be asked for, where something had to be computed for them: then
-        the next ones are likely to need the prefix, too, and it stays in memory."""
+        self._later: Iterator[Announced] = iter(())
+        self._next: Announced | None = None  # taken from `_later` already
         self._shapes: dict[tuple[int, ...], tuple[int, int, int]] = {}
 
     def __call__(self, batches: Sequence[Batch], on_map: OnMap | None = None) -> Tensor:
@@ -111,20 +112,9 @@ class FixedPrefix(PrefixFeatures):
             parts = [self._features(batch) for batch in batches]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def prepare(self, batches: Sequence[Batch]) -> None:
-        """A small batch fills no chunk, so what the store lacks of several is computed in chunks across them."""
-        store, first = self._store(batches[0]), batches[0].origin
-        if store is None or first is None:
-            return
-        rows = np.unique(np.concatenate([batch.origin.indices for batch in batches if batch.origin is not None]))
-        missing = rows[~store.present(rows)]
-        for start in range(0, len(missing), CHUNK):
-            samples = Samples(first.source, missing[start : start + CHUNK])
-            view = batches[0].view
-            self._features((samples.load() if view is None else viewed(samples, view)).to(self._device))
-            if self.stores is None:  # it was switched off
-                return
-        self._awaited = sum(map(len, batches)) if len(missing) else 0
+    def announce(self, batches: Iterable[Batch]) -> None:
+        """A chunk that would have to be padded takes images that are asked for later instead."""
+        self._later, self._next = self._absent_of(tuple(batches)) if self.stores is not None else iter(()), None
 
     def _features(self, batch: Batch) -> Tensor:
         store = self._store(batch)
@@ -134,18 +124,60 @@ class FixedPrefix(PrefixFeatures):
         found, present = store.read(rows)
         features = found.to(self._device, self._dtype)
         if present.all():
-            if self._awaited <= 0:
+            if not self._needed_soon(store):
                 self.release()
-            self._awaited -= len(batch)
             return features
         missing = np.flatnonzero(~present)
-        computed = self._compute(batch.images[torch.from_numpy(missing)])
+        others = self._others(store, rows[missing])
+        images = [batch.images[torch.from_numpy(missing)], *(other.images for _, other in others)]
+        computed, *further = torch.split(self._compute(torch.cat(images)), list(map(len, images)))
         features[torch.from_numpy(missing).to(self._device)] = computed
         try:
             store.write(rows[missing], computed)
+            for (place, other), outputs in zip(others, further, strict=True):
+                assert other.origin is not None
+                place.write(other.origin.indices, outputs)
         except (CacheFull, OSError) as error:
             self._switch_off(error)
         return features
+
+    def _others(self, store: FeatureStore, rows: np.ndarray) -> list[tuple[FeatureStore, Batch]]:
+        """Announced images and the stores that lack them, for the room that `rows` of `store` leave in a chunk."""
+        room, known = -len(rows) % CHUNK, {(id(store), row) for row in rows.tolist()}
+        found = list[tuple[FeatureStore, Batch, list[int]]]()
+        while room and (announced := self._peek()) is not None:
+            self._next = None
+            place, batch, row = announced
+            if (id(place), row) in known:
+                continue
+            known.add((id(place), row))
+            room -= 1
+            if found and found[-1][1] is batch:
+                found[-1][2].append(row)
+            else:
+                found.append((place, batch, [row]))
+        return [(place, _again(batch, chosen).to(self._device)) for place, batch, chosen in found]
+
+    def _needed_soon(self, store: FeatureStore) -> bool:
+        """Whether the next of the announced images is one of this store's, so that folding again would cost time."""
+        announced = self._peek() if self._folded is not None else None
+        return announced is not None and announced[0] is store
+
+    def _peek(self) -> Announced | None:
+        if self._next is not None and self._next[0].present(self._next[2]):  # stored since
+            self._next = None
+        if self._next is None:
+            self._next = next(self._later, None)
+        return self._next
+
+    def _absent_of(self, batches: Sequence[Batch]) -> Iterator[Announced]:
+        """The images of the batches that are not stored at the time when it is their turn."""
+        for batch in batches:
+            store = self._store(batch)
+            if store is not None and batch.origin is not None:
+                for row in batch.origin.indices.tolist():
+                    if not store.present(row):
+                        yield store, batch, row
 
     def release(self) -> None:
         """With a cache, the suffix alone stays in memory."""
@@ -207,6 +239,13 @@ class FixedPrefix(PrefixFeatures):
         """The type that the prefix computes in: inside autocast, that of autocast."""
         kind = self._device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+
+
+def _again(batch: Batch, rows: list[int]) -> Batch:
+    """Some of the batch's images, by their rows in its source."""
+    assert batch.origin is not None
+    samples = Samples(batch.origin.source, np.array(rows))
+    return samples.load() if batch.view is None else viewed(samples, batch.view)
 
 
 def fixed_prefix(scenario: Scenario, network: Backbone, prefix_digest: str) -> FixedPrefix:

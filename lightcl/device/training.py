@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from lightcl.data.batches import training_batches
-from lightcl.data.tasks import Batch, Task, TaskContext
+from lightcl.data.tasks import Task, TaskContext
 from lightcl.device.optimizers import drop_gradients, step, updates_at_once
-from lightcl.device.prefix import CHUNK
 from lightcl.errors import Failure
 from lightcl.methods import Method
 from lightcl.scenario import Scenario
@@ -21,8 +20,6 @@ from lightcl.seeds import derive
 
 EVALUATION_BATCH = 128
 """Upper limit."""
-AHEAD = 64
-"""Images of the batches that are announced to the prefix together (`Method.prepare`)."""
 
 
 class TrainingFailure(Failure):
@@ -79,7 +76,7 @@ def train_epoch(
     at_once = scenario.training.update == "at-once"
     with updates_at_once(optimizer) if at_once else nullcontext():
         # Those that are done are drawn all the same: the batches of an epoch share one generator.
-        for number, batch in enumerate(_announced(islice(batches, done, None), method, context, scenario)):
+        for number, batch in enumerate(islice(batches, done, None)):
             if number:
                 progress.check()
             with autocast(scenario, context.device):
@@ -103,18 +100,6 @@ def train_epoch(
             f"training.learning_rate ({scenario.training.learning_rate}) or a smaller weight of the method's own terms"
         )
     return mean
-
-
-def _announced(batches: Iterator[Batch], method: Method, context: TaskContext, scenario: Scenario) -> Iterator[Batch]:
-    """The same batches; where the prefix's outputs are cached, small ones are announced some time before their turn."""
-    count = AHEAD // context.batch_size
-    if count < 2 or context.batch_size % CHUNK == 0 or not scenario.caches_prefix:
-        yield from batches
-        return
-    while group := list(islice(batches, count)):
-        with autocast(scenario, context.device):
-            method.prepare(*group)
-        yield from group
 
 
 def evaluation_batch(scenario: Scenario) -> int:

@@ -7,7 +7,7 @@ for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, TypeVar
 
@@ -174,8 +174,11 @@ class PrefixFeatures:
         images = batches[0].images if len(batches) == 1 else torch.cat([batch.images for batch in batches])
         return self.network.features(images, on_map)
 
-    def prepare(self, batches: Sequence[Batch]) -> None:
-        """Announces batches of one source and view that are asked for next; a cache computes what it lacks of them."""
+    def announce(self, batches: Iterable[Batch]) -> None:
+        """Says which images are asked for later, the next ones first, instead of what was said before.
+
+        A cache may compute them together with others. They need not be asked for in these batches.
+        """
 
     def release(self) -> None:
         """Lets go of what the next call can make again; called where a task's training begins and ends."""
@@ -199,6 +202,11 @@ class Method:
 
     def begin_task(self, context: TaskContext) -> None:
         """Called once before the first step of a task; the network is in training mode."""
+
+    def looks_at(self, context: TaskContext) -> Sequence[Batch]:
+        """The task's images that `begin_task` and `end_task` ask `features_of` for, so that a cache can compute them
+        together with others."""
+        return ()
 
     def select(self, samples: Samples, context: TaskContext, epoch: int) -> Samples:
         """The task's training samples that this epoch (0-based) passes over."""
@@ -242,10 +250,6 @@ class Method:
     def features_of(self, *batches: Batch, on_map: OnMap | None = None) -> Tensor:
         """Prefix outputs `[N, C, H, W]` of the batches, computed as one batch; no method calls the prefix itself."""
         return self.prefix_features(batches, on_map)
-
-    def prepare(self, *batches: Batch) -> None:
-        """Announces batches whose `features_of` are asked for one by one: together they take less time."""
-        self.prefix_features.prepare(batches)
 
     def logits_of(self, batch: Batch) -> Tensor:
         """Logits `[N, head]`."""

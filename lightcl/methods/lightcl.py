@@ -18,7 +18,7 @@ these classes were learned works against the cross-entropy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Literal
 
@@ -129,8 +129,7 @@ class LightCL(Method):
         self.recorded = None
         if context.is_first or self.parameters.beta == 0:
             return
-        samples = context.sample(self.parameters.memory_size, purpose="memory")
-        self.prepare(samples, self._important(context))
+        samples = self._memory_samples(context)
         with unmoved_statistics(self.network.prefix):  # once per task suffices: the prefix is frozen
             inputs = self.features_of(samples)
         tied = torch.arange(self.network.classes, device=context.device)
@@ -169,6 +168,13 @@ class LightCL(Method):
             importance = channel_importance(feature_map)
             mask = vital_channels(importance, self.parameters.ratio, self.parameters.vital_selection)
             self.vital[name] = mask | self.vital.get(name, mask)
+
+    def looks_at(self, context: TaskContext) -> Sequence[Batch]:
+        regularized = not context.is_first and self.parameters.beta > 0
+        return [*([self._memory_samples(context)] * regularized), self._important(context)]
+
+    def _memory_samples(self, context: TaskContext) -> Batch:
+        return context.sample(self.parameters.memory_size, purpose="memory")
 
     @staticmethod
     def _important(context: TaskContext) -> Batch:

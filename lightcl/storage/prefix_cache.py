@@ -146,15 +146,11 @@ class FeatureStore:
                     present[position] = segment.read(row, found[position])
         return self._tensor(memory), present
 
-    def present(self, rows: np.ndarray) -> np.ndarray:
-        """Which of `rows` `[N]` are there, `[N]` boolean; a damaged one counts, until it is read."""
-        present = np.zeros(len(rows), dtype=bool)
-        for number, positions in _by_segment(rows):
-            segment = self._open(number)
-            if segment is not None:
-                for position, row in positions:
-                    present[position] = segment.checksum(row) != 0
-        return present
+    def present(self, row: int) -> bool:
+        """Whether a row is there; a damaged one counts, until it is read."""
+        number, inside = divmod(int(row), SEGMENT_ROWS)
+        segment = self._open(number)
+        return segment is not None and segment.checksum(inside) != 0
 
     def write(self, rows: np.ndarray, features: Tensor) -> None:
         """Stores `features` `[N, C, H, W]` under `rows` `[N]`.

@@ -229,8 +229,9 @@ def chunks_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def test_small_batches_share_chunks(tmp_path, monkeypatch):
-    """18 images of a task in batches of 4: two chunks per view, where every batch alone would be one."""
+def test_images_that_are_asked_for_later_take_the_room_in_a_chunk(tmp_path, monkeypatch):
+    """18 images of a task in two views, four of them as they are, and ten test images: 50 outputs in four chunks, where
+    every batch of four alone would be one."""
     found = chunks_of(monkeypatch)
     method = {"name": "lightcl", "beta": 0.0}
     held = toys.source(train=10, size=16)
@@ -238,22 +239,39 @@ def test_small_batches_share_chunks(tmp_path, monkeypatch):
     device = EdgeDevice(scenario, 0, tmp_path / "device", source=held, share=toys.whole(held))
     device.train(0, 2)
     assert len(device.stream.to_learn(0).train) == 18
-    assert found == [16, 2, 16, 2, 4]  # two views, then the images on which importance is measured
+    device.evaluate()
+    assert found == [16, 16, 16, 2]
 
 
-def test_announced_batches_keep_the_prefix_until_they_are_done(monkeypatch):
+def test_an_announced_image_is_computed_once_and_as_if_alone(monkeypatch):
+    network = toys.network(freeze="layer3").to(memory_format=torch.channels_last).eval()
+    held = toys.source(size=16)
+    scenario, weights = toys.scenario(data=VIEWS), digest(network.prefix)
+    seen, view = Samples(held.train, np.arange(10)), View(0, 1, "crop-flip", 1)
+    tested = Samples(held.test, np.arange(6))
+    asked = [viewed(seen, view), seen.load(), tested.load()]
+    expected = [FixedPrefix(network)([batch]) for batch in asked]
+    features = fixed_prefix(scenario, network, weights)
+    found = chunks_of(monkeypatch)
+    features.announce([*asked, seen.load()])  # the last ones once more
+    first = features([viewed(seen.only(slice(0, 4)), view)])
+    assert found == [16]  # four, the other six of the view, and six of the images as they are
+    rest = [features([batch]) for batch in asked]
+    assert found == [16, 10]
+    assert torch.equal(first, expected[0][:4])
+    assert all(torch.equal(one, other) for one, other in zip(rest, expected, strict=True))
+
+
+def test_the_prefix_stays_in_memory_while_the_next_announced_image_needs_it():
     network = toys.network(freeze="layer3").to(memory_format=torch.channels_last).eval()
     held = toys.source(size=16)
     features = fixed_prefix(toys.scenario(data=VIEWS), network, digest(network.prefix))
-    view = View(0, 1, "crop-flip", 1)
-    batches = [viewed(Samples(held.train, np.arange(start, start + 4)), view) for start in (0, 4, 8)]
-    found = chunks_of(monkeypatch)
-    features.prepare(batches)
-    assert found == [12]
-    for batch in batches:
+    seen, tested = Samples(held.train, np.arange(20)).load(), Samples(held.test, np.arange(20)).load()
+    asked = [Samples(held.train, np.arange(start, start + 4)).load() for start in (0, 4)]
+    kept = []
+    features.announce([seen, tested])
+    for batch in (*asked, *asked, seen, *asked):
         features([batch])
-        assert features._folded is not None
-    features.prepare(batches)  # nothing is missing
-    features([batches[0]])
-    assert features._folded is None
-    assert found == [12]
+        kept.append(features._folded is not None)
+    # Four and twelve announced; found, but four more of them are missing; the last of them; found.
+    assert kept == [True, True, True, True, True, False, False]
