@@ -19,7 +19,7 @@ from lightcl.scenario import Scenario
 from lightcl.seeds import derive
 
 EVALUATION_BATCH = 128
-"""Upper limit."""
+"""Images of a pass that tests, at most."""
 
 
 class TrainingFailure(Failure):
@@ -105,7 +105,7 @@ def train_epoch(
 def evaluation_batch(scenario: Scenario) -> int:
     """Images of a pass that tests: as many as a training batch has, or up to four times as many where these are few.
 
-    Without a graph a pass keeps less than a quarter of the maps, so testing needs no more memory than training.
+    Without a graph a pass keeps few maps at a time, so testing needs no more memory than training.
     """
     batch = scenario.training.batch_size
     return min(EVALUATION_BATCH, max(batch, min(4 * batch, 32)))
