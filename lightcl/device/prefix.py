@@ -290,10 +290,11 @@ class Warmed:
     images: int
 
 
-def warm(scenario: Scenario, source: Source, *, looked_at: bool = True) -> Iterator[Warmed]:
+def warm(scenario: Scenario, source: Source, *, looked_at: bool = True, classes: int | None = None) -> Iterator[Warmed]:
     """Computes and stores every output that the scenario's devices may ask the cache for.
 
     `looked_at`: training images without augmentation as well, where a method only looks at them before or after a task.
+    `classes`: rows of the devices' head, where they are not those of the fleet's streams; random weights depend on it.
 
     Raises RequestError where the scenario uses no cache, and where the cache is too small or the disk is full.
     """
@@ -304,8 +305,8 @@ def warm(scenario: Scenario, source: Source, *, looked_at: bool = True) -> Itera
         )
     accelerator = choose_accelerator(scenario.device.accelerator)
     set_up_torch(accelerator, scenario.device.threads)
-    classes = len(fleet_head(scenario, source))
-    network = build_network(scenario, in_channels=source.channels, classes=classes).to(accelerator).eval()
+    rows = len(fleet_head(scenario, source)) if classes is None else classes
+    network = build_network(scenario, in_channels=source.channels, classes=rows).to(accelerator).eval()
     features = fixed_prefix(scenario, network, digest(network.prefix))
     parts = list(_parts(scenario, source, looked_at))
     total, done = sum(len(samples) for samples, _ in parts), 0

@@ -232,7 +232,7 @@ def measure_here(scenario: Scenario, image: Image, classes: int, way: Way) -> di
     _warm_up(accelerator)
     devices: list[EdgeDevice] = []
     if scenario.caches_prefix:  # what is measured is training from the cache; a new task's memory samples are not in it
-        list(warm(scenario, source, looked_at=False))
+        list(warm(scenario, source, looked_at=False, classes=classes))
     with tempfile.TemporaryDirectory() as folder:
 
         def prepare() -> None:

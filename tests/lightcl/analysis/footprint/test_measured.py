@@ -134,6 +134,16 @@ def test_measured_is_what_theory_counts(changes):
     assert measured["evaluation"] <= 1.05 * measured["training"]
 
 
+def test_the_cache_is_filled_for_a_head_of_any_size():
+    """Random weights depend on the number of classes; the rehearsal has four, the data set ten."""
+    scenario = toys.scenario(network={"weights": "none", "width": 16}, method={"name": "lightcl"}, **CACHED)
+    image, classes = (3, 32, 32), 10
+    network = build_network(scenario, in_channels=3, classes=classes)
+    theory = footprint(network, scenario.method.cost_on(network), rehearsed_workload(scenario, image, classes))
+    measured = measure_here(scenario, image, classes, "tensors")
+    assert 0.95 < measured["training"] / theory.peak < 1.05
+
+
 @pytest.mark.parametrize("method", ["ewc", "pnn", "er", "sparcl-derpp", "lightcl-plus"])
 def test_the_other_methods_need_about_what_theory_counts(method):
     scenario = toys.scenario(
