@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from lightcl.data.field import CHANNELS, NotReady
 from lightcl.data.partition import Share, share_of
 from lightcl.data.sources import Source, load_source
 from lightcl.data.streams.field import FieldStream
-from lightcl.data.tasks import Task, TaskContext, TaskStream
+from lightcl.data.tasks import Batch, Task, TaskContext, TaskStream
 from lightcl.device import hardware
 from lightcl.device.hardware import choose_accelerator, set_up_torch
 from lightcl.device.metering import Board, LimitReached, Meter, Spent
@@ -198,7 +198,8 @@ class EdgeDevice:
             meter.check(again=self._unfinished is not None)
             progress.check = meter.check
         begun = self.position.task == goal.task and (self.position.epochs > 0 or bool(progress.losses))
-        self._announce(context, range(self.position.epochs if begun else 0, goal.epochs))
+        epochs = range(self.position.epochs if begun else 0, goal.epochs)
+        self.method.prefix_features.announce(self._announced(context, epochs))
         if not begun:
             self.position = Position(goal.task, 0)
             self.network.train()
@@ -227,15 +228,14 @@ class EdgeDevice:
                 meter.check()
         return loss
 
-    def _announce(self, context: TaskContext, epochs: range) -> None:
-        """Says what the prefix will be asked for while the task is learned up to the end of these epochs, and in the
-        test after it."""
-        if not self.scenario.caches_prefix:
-            return
+    def _announced(self, context: TaskContext, epochs: range) -> Iterator[Batch]:
+        """What the prefix will be asked for while the task is learned up to the end of these epochs, and in the test
+        after it."""
         views = [view for view in dict.fromkeys(map(context.view, epochs)) if view is not None]
-        images = [viewed(context.task.train, view) for view in views]
-        tested = context.task.tested_on(self.scenario.stream.evaluate_on).load()
-        self.method.prefix_features.announce([*images[:1], *self.method.looks_at(context), *images[1:], tested])
+        yield from (viewed(context.task.train, view) for view in views[:1])
+        yield from self.method.looks_at(context)
+        yield from (viewed(context.task.train, view) for view in views[1:])
+        yield context.task.tested_on(self.scenario.stream.evaluate_on).load()
 
     def skip_to(self, task: int) -> None:
         """Starts a device that has learned nothing at `task`, as if there were no earlier tasks.

@@ -114,7 +114,7 @@ class FixedPrefix(PrefixFeatures):
 
     def announce(self, batches: Iterable[Batch]) -> None:
         """A chunk that would have to be padded takes images that are asked for later instead."""
-        self._later, self._next = self._absent_of(tuple(batches)) if self.stores is not None else iter(()), None
+        self._later, self._next = self._absent_of(batches), None
 
     def _features(self, batch: Batch) -> Tensor:
         store = self._store(batch)
@@ -170,7 +170,7 @@ class FixedPrefix(PrefixFeatures):
             self._next = next(self._later, None)
         return self._next
 
-    def _absent_of(self, batches: Sequence[Batch]) -> Iterator[Announced]:
+    def _absent_of(self, batches: Iterable[Batch]) -> Iterator[Announced]:
         """The images of the batches that are not stored at the time when it is their turn."""
         for batch in batches:
             store = self._store(batch)
@@ -244,8 +244,12 @@ class FixedPrefix(PrefixFeatures):
 def _again(batch: Batch, rows: list[int]) -> Batch:
     """Some of the batch's images, by their rows in its source."""
     assert batch.origin is not None
-    samples = Samples(batch.origin.source, np.array(rows))
-    return samples.load() if batch.view is None else viewed(samples, batch.view)
+    return _seen(Samples(batch.origin.source, np.array(rows)), batch.view)
+
+
+def _seen(samples: Samples, view: View | None) -> Batch:
+    """All samples, without augmentation where there is no view."""
+    return samples.load() if view is None else viewed(samples, view)
 
 
 def fixed_prefix(scenario: Scenario, network: Backbone, prefix_digest: str) -> FixedPrefix:
@@ -328,7 +332,7 @@ def warm(scenario: Scenario, source: Source, *, looked_at: bool = True, classes:
             ):
                 warnings.simplefilter("error", RuntimeWarning)
                 try:
-                    batch = chosen.load() if view is None else viewed(chosen, view)
+                    batch = _seen(chosen, view)
                     features([batch.to(accelerator)])
                 except RuntimeWarning as warning:
                     raise RequestError(str(warning)) from warning

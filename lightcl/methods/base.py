@@ -177,7 +177,8 @@ class PrefixFeatures:
     def announce(self, batches: Iterable[Batch]) -> None:
         """Says which images are asked for later, the next ones first, instead of what was said before.
 
-        A cache may compute them together with others. They need not be asked for in these batches.
+        A cache may compute them together with others. They need not be asked for in these batches, which are only made
+        when a cache has room for them.
         """
 
     def release(self) -> None:
