@@ -20,7 +20,6 @@ def folded(network: Backbone) -> Stage:
         raise ValueError("the prefix's batch-norm is in training mode and cannot be folded")
     # In a deepcopy, the blocks and the named modules are still the same objects.
     stage = copy.deepcopy(network.prefix)
-    stage.derived = None
     pairs = [pair for s in network.channel_sets() for pair in zip(s.writers, s.norms, strict=True)]
     for writer, norm_name in pairs:
         if not _has(stage, writer):

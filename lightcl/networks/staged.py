@@ -65,6 +65,10 @@ class Stage(nn.Module):
                 parent = parent.get_submodule(part)
             parent.add_module(last, module)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy derives for itself: what was derived may be large, or hold open files, which a copy would close."""
+        return self.__dict__ | {"derived": None}
+
     @property
     def block_modules(self) -> tuple[nn.Module, ...]:
         """The modules of `blocks`, in order."""

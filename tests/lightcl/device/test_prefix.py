@@ -275,3 +275,17 @@ def test_the_prefix_stays_in_memory_while_the_next_announced_image_needs_it():
         kept.append(features._folded is not None)
     # Four and twelve announced; found, but four more of them are missing; the last of them; found.
     assert kept == [True, True, True, True, True, False, False]
+
+
+def test_folding_leaves_the_files_of_a_partly_filled_cache_open():
+    """The stores of a worker's prefix hold open files when the first missing output is computed, as after a kill."""
+    network = toys.network(freeze="layer3").to(memory_format=torch.channels_last).eval()
+    held, weights = toys.source(size=16), digest(network.prefix)
+    first, second = (Samples(held.train, np.arange(start, start + 16)).load() for start in (0, 16))
+    fixed_prefix(toys.scenario(data=VIEWS), network, weights)([first])
+    network.prefix.derived = {}  # as in a worker, whose devices share the prefix
+    features = fixed_prefix(toys.scenario(data=VIEWS), network, weights)
+    expected = features([first])
+    features([second])
+    assert network.prefix.derive("stores", lambda: None) is features.stores
+    assert torch.equal(features([first]), expected)
