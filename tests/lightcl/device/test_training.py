@@ -96,30 +96,34 @@ def test_training_learns():
 
 
 def test_regularization_keeps_the_patterns_in_place():
-    """With β = 0 nothing keeps the suffix from following the new task."""
-    moved = {}
-    for beta in (0.0, 0.001):
-        network = toys.network()
-        run(network, epochs=3, tasks=1)
-        before = toys.copy_of(network.state_dict())
-        scenario = toys.scenario(method={"beta": beta}, training={"learning_rate": 0.05})
-        method = scenario.method.build(network)
-        method.end_task(toys.context(0, [0, 1]))
-        context = toys.context(1, [2, 3], seen=[0, 1, 2, 3])
-        network.train()
-        method.begin_task(context)
-        optimizer = make_optimizer(method, scenario)
-        for epoch in range(3):
-            train_epoch(method, optimizer, context, scenario, epoch)
-        samples = context.sample(5, "memory").images
-        now, then = {}, {}
-        network.eval()
-        with torch.no_grad():
-            network.classify(network.features(samples), now.__setitem__)
-            network.load_state_dict(before)
-            network.classify(network.features(samples), then.__setitem__)
-        moved[beta] = sum(float((now[m] - then[m])[:, mask].square().sum()) for m, mask in method.vital.items())
-    assert moved[0.001] < 0.7 * moved[0.0]
+    """With β = 0 nothing keeps the suffix from following the new task. Four networks, since how far one of them moves
+    depends on the rounding of the processor."""
+    free, kept = (sum(pattern_movement(beta, seed) for seed in range(4)) for beta in (0.0, 0.003))
+    assert kept < 0.6 * free
+
+
+def pattern_movement(beta: float, seed: int) -> float:
+    """Squared distance of the vital feature maps before and after a second task."""
+    network = toys.network(seed=seed)
+    run(network, epochs=3, tasks=1)
+    before = toys.copy_of(network.state_dict())
+    scenario = toys.scenario(method={"beta": beta}, training={"learning_rate": 0.01})
+    method = scenario.method.build(network)
+    method.end_task(toys.context(0, [0, 1]))
+    context = toys.context(1, [2, 3], seen=[0, 1, 2, 3])
+    network.train()
+    method.begin_task(context)
+    optimizer = make_optimizer(method, scenario)
+    for epoch in range(3):
+        train_epoch(method, optimizer, context, scenario, epoch)
+    samples = context.sample(5, "memory").images
+    now, then = {}, {}
+    network.eval()
+    with torch.no_grad():
+        network.classify(network.features(samples), now.__setitem__)
+        network.load_state_dict(before)
+        network.classify(network.features(samples), then.__setitem__)
+    return sum(float((now[m] - then[m])[:, mask].square().sum()) for m, mask in method.vital.items())
 
 
 @pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])

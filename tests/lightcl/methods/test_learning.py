@@ -76,19 +76,29 @@ def test_columns_forget_nothing(tmp_path, sgd):
     assert given.til > sgd.til + 0.15
 
 
-def test_ewc_forgets_less(tmp_path):
-    """Only where the network is pre-trained, and not by much on average (docstring of lightcl/methods/ewc.py).
+def test_ewc_holds_the_weights_that_matter(tmp_path):
+    """Weighted by the Fisher information of the first task, the weights move less in the second one than without it.
 
-    Of five seeds this is the one at which SGD forgets much and EWC clearly less: it shows what EWC can do, not that it
-    does so on average.
+    Whether less is forgotten is another question: not on average, and where it is depends on the rounding of the
+    processor (docstring of lightcl/methods/ewc.py).
     """
-    sections = {
-        "network": {"weights": "builtin", "width": None},
-        "training": {"epochs": 5, "batch_size": 16},
-        "seed": 3,
-    }
-    plain = learn(tmp_path / "sgd", {"name": "sgd"}, **sections)
-    given = learn(tmp_path / "ewc", {"name": "ewc", "fisher_samples": 60}, **sections)
-    assert plain.til_forgetting > 0.1
-    assert given.til_forgetting < plain.til_forgetting - 0.05
-    assert given.til > plain.til
+    free, held = (sum(movement(tmp_path, strength, seed) for seed in (0, 3, 4)) for strength in (0.0, 10.0))
+    assert held < 0.85 * free
+
+
+def movement(folder: Path, strength: float, seed: int) -> float:
+    """Σ F (θ - θ*)² after the second task of two digits each, with a pre-trained network."""
+    scenario = toys.scenario(
+        method={"name": "ewc", "fisher_samples": 60, "strength": strength},
+        data={"source": "digits", "augmentation": "none"},
+        fleet={"devices": 3, "test_data": "whole"},
+        network={"weights": "builtin", "width": None},
+        training={"epochs": 5, "batch_size": 16},
+        seed=seed,
+    )
+    device = EdgeDevice(scenario, 0, folder / f"{strength}-{seed}")
+    device.train(0, 5)
+    fisher, anchor = dict(device.method.fisher), dict(device.method.anchor)
+    device.train(1, 5)
+    weights = {name: weight.detach() for name, weight in device.network.named_parameters()}
+    return sum(float((fisher[name] * (weights[name] - anchor[name]).square()).sum()) for name in fisher)
