@@ -7,8 +7,9 @@ of it with SGD and a DataLoader, and returns all of it; `FedAvg` averages, and F
 devices on Ray actors. The network is the same ResNet-18 (width 20). Its images are decoded beforehand and neither
 augmented nor rehearsed, all of which is in its favor.
 
-Ours is `lightcl simulate`: LightCL, a frozen prefix, a shared suffix, the project's engine; in fp32 and in bf16, with
-fresh augmentation, with views and an empty prefix cache, and with a prefix cache that an earlier run has filled.
+Ours is `lightcl simulate`: LightCL, a frozen prefix, a shared suffix, the project's engine; in fp32, in bf16 and as the
+bundled fleets compute, with fresh augmentation, with views and an empty prefix cache, and with a prefix cache that an
+earlier run has filled.
 
 A device-round is one device's training on the images of its first task and one test on its test images. The kinds
 take turns, each run is a process of its own, and the first round, in which workers start, does not count. Beside the
@@ -48,26 +49,31 @@ from lightcl.scenario import Scenario, load_scenario
 
 CLASSES_PER_TASK = 5
 """Of ten: two tasks, so that a device of a thousand has 22 images of CIFAR-10 per task."""
+FP32, BF16 = ["device.precision=fp32"], ["device.precision=bf16"]
+BUNDLED = ["device.precision=auto", "device.convolutions=auto", "method.memory_pass=joint"]
+"""What the bundled fleets have: the fastest arithmetic of the machine."""
 OURS = {
-    "ours, fp32": (0, "fp32", False),
-    "ours, fp32, views, empty cache": (2, "fp32", False),
-    "ours, fp32, views, filled cache": (2, "fp32", True),
-    "ours, bf16": (0, "bf16", False),
-    "ours, bf16, views, empty cache": (2, "bf16", False),
-    "ours, bf16, views, filled cache": (2, "bf16", True),
+    "ours, fp32": (0, FP32, False),
+    "ours, fp32, views, empty cache": (2, FP32, False),
+    "ours, fp32, views, filled cache": (2, FP32, True),
+    "ours, bf16": (0, BF16, False),
+    "ours, bf16, views, empty cache": (2, BF16, False),
+    "ours, bf16, views, filled cache": (2, BF16, True),
+    "ours, as bundled, views, empty cache": (2, BUNDLED, False),
+    "ours, as bundled, views, filled cache": (2, BUNDLED, True),
 }
-"""By name: data.views, device.precision, and whether the prefix cache of an earlier run is kept."""
+"""By name: data.views, other changes, and whether the prefix cache of an earlier run is kept."""
 
 
-def changes_for(chosen: argparse.Namespace, images: str, views: int, precision: str) -> list[str]:
+def changes_for(chosen: argparse.Namespace, images: str, views: int, others: list[str]) -> list[str]:
     return [
         "data.source=parquet", f"data.path={images}", "data.augmentation=crop-flip", f"data.views={views}",
         f"stream.tasks={2}", f"stream.classes_per_task={CLASSES_PER_TASK}", "stream.held_out=0.1",
         f"fleet.devices={chosen.devices}", "fleet.partition=iid", "fleet.test_data=share",
         f"training.epochs={chosen.epochs}", f"training.batch_size={chosen.batch}",
         f"server.fraction={chosen.per_round / chosen.devices}", "server.aggregation=suffix",
-        "device.accelerator=cpu", f"device.precision={precision}", f"simulation.workers={chosen.workers}",
-        "simulation.keep_states=none", f"network.width={chosen.width}", f"network.weights={chosen.weights}",
+        "device.accelerator=cpu", f"simulation.workers={chosen.workers}", "simulation.keep_states=none",
+        f"network.width={chosen.width}", f"network.weights={chosen.weights}", *others,
     ]  # fmt: skip
 
 
@@ -258,19 +264,21 @@ def write_noise(folder: Path, train: int, test: int, side: int) -> None:
         Dataset.from_dict(content, features).to_parquet(folder / f"{split}.parquet")
 
 
-def print_rates(chosen: argparse.Namespace, kinds: dict[str, tuple[int, str, bool]], images: str, folder: str) -> None:
+def print_rates(
+    chosen: argparse.Namespace, kinds: dict[str, tuple[int, list[str], bool]], images: str, folder: str
+) -> None:
     plain = "plain Flower app, fp32"
     costs: dict[str, list[tuple[float, float]]] = {plain: []} | {name: [] for name in kinds}
     efficiency: dict[str, list[float]] = {name: [] for name in kinds}
-    plain_changes = changes_for(chosen, images, 0, "fp32")
+    plain_changes = changes_for(chosen, images, 0, [])
     shares = Path(folder, "shares")
     shares.mkdir()
     write_shares(load_scenario("quickstart", plain_changes), shares)
     for _ in range(chosen.repeats):
         costs[plain].append(plain_cost(plain_changes, chosen, str(shares)))
-        for name, (views, precision, filled) in kinds.items():
-            changes = changes_for(chosen, images, views, precision)
-            if not filled:  # a run with the same views and the same precision comes first
+        for name, (views, others, filled) in kinds.items():
+            changes = changes_for(chosen, images, views, others)
+            if not filled:  # otherwise a run with the same views and changes came first
                 empty_cache()
             found = in_a_process("quickstart", changes, chosen.rounds + 1)
             costs[name].append(our_cost(found))

@@ -30,6 +30,7 @@ from lightcl.data.sources import Source, SourceRequest, comes_to_boards, load_so
 from lightcl.data.sources.field import FIELD
 from lightcl.data.streams import learnable
 from lightcl.data.streams.field import FieldStream
+from lightcl.device.arithmetic import with_arithmetic
 from lightcl.device.device import EdgeDevice, OutOfStep
 from lightcl.device.hardware import choose_accelerator, gpu_uuid
 from lightcl.device.metering import Board, LimitReached, Limits
@@ -55,6 +56,7 @@ from lightcl.exchange.tensors import Arrays, ExchangeError
 from lightcl.exchange.wire import decoded, packed
 from lightcl.export.model import Description
 from lightcl.networks.lending import NetworkLender
+from lightcl.networks.winograd import use_winograd_
 from lightcl.scenario import Scenario, scenario_from_json
 from lightcl.storage.files import exclusive
 from lightcl.storage.shared import SharedVersions
@@ -408,8 +410,8 @@ def local_settings(node: Mapping[str, object], state: Path | None) -> Local:
 
 @lru_cache(maxsize=2)
 def _scenario(text: str, overrides: Overrides) -> Scenario:
-    """The scenario of an instruction, as this node changes it. Raises RequestError."""
-    return overrides.apply(scenario_from_json(text))
+    """The scenario of an instruction, as this node changes it, with what is auto resolved. Raises RequestError."""
+    return with_arithmetic(overrides.apply(scenario_from_json(text)))
 
 
 @lru_cache(maxsize=2)
@@ -426,7 +428,10 @@ def _lender(text: str, overrides: Overrides, channels: int, classes: int, *, man
     Where a process serves `many` devices, what is computed from the frozen prefix stays in memory, and so does a
     network that a device is done with.
     """
-    template = build_network(_scenario(text, overrides), in_channels=channels, classes=classes)
+    scenario = _scenario(text, overrides)
+    template = build_network(scenario, in_channels=channels, classes=classes)
+    if scenario.device.convolutions == "winograd":
+        use_winograd_(template.suffix)
     template.eval()  # as after a task: changing the mode of all modules takes a millisecond
     if many and template.frozen_batch_norm == "eval":
         template.prefix.derived = {}

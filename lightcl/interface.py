@@ -26,6 +26,7 @@ import torch
 from lightcl.data.images import ImageSet, Source
 from lightcl.data.partition import Share
 from lightcl.data.tasks import Batch, Task
+from lightcl.device.arithmetic import with_arithmetic
 from lightcl.device.device import EdgeDevice
 from lightcl.device.training import OnEpoch, autocast, evaluation_batch
 from lightcl.errors import RequestError
@@ -58,11 +59,11 @@ class OpenDevice:
                 "method.share_statistics needs a fleet, whose server adds up the sums: use simulations.run_fleet, or "
                 "set it to false"
             )
-        self.scenario, self.number = scenario, number
+        self.scenario, self.number = with_arithmetic(scenario), number
         self._temporary = tempfile.TemporaryDirectory(prefix="lightcl-") if folder is None else None
         self.folder = Path(self._temporary.name if self._temporary is not None else folder or ".")
         try:
-            self.edge = EdgeDevice(scenario, number, self.folder, source=source, share=share)
+            self.edge = EdgeDevice(self.scenario, number, self.folder, source=source, share=share)
         except BaseException:
             self.close()
             raise

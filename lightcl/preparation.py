@@ -16,6 +16,7 @@ from lightcl.assembly import build_network, count_fleet
 from lightcl.data.partition import Shares, partition
 from lightcl.data.sources import Source, comes_to_boards, load_source
 from lightcl.data.streams import TaskCounts
+from lightcl.device.arithmetic import with_arithmetic
 from lightcl.device.hardware import choose_accelerator
 from lightcl.errors import RequestError
 from lightcl.exchange.tensors import outgoing
@@ -136,11 +137,14 @@ def open_run(
     *,
     resume: bool,
     overwrite: bool,
+    here: bool = True,
     on_step: OnStep | None = None,
 ) -> Prepared:
     """Checks the request as a whole, and only then writes; `kind` is "fleet" or "device N". Raises RequestError.
 
     The scenario that it returns has a freeze point, never "auto"; `on_step` watches the analysis that chooses it.
+    `here`: the devices compute on this machine, so that it decides what is "auto" in `device`; otherwise each board
+    does.
     """
     if resume and folder.exists:
         about = folder.read()
@@ -150,10 +154,12 @@ def open_run(
                 f"{scenario.data.path or scenario.data.source!r} (data.path, data.source); name the scenario that it "
                 "began with, or another --out"
             )
-        scenario = _as_chosen(folder, scenario)
+        scenario = _as_chosen(folder, scenario, about["scenario"])
         _check_same(folder, scenario, {"kind": kind})
     elif not (overwrite and folder.exists):
         folder.prepare(resume=resume, overwrite=overwrite)
+    if here:
+        scenario = with_arithmetic(scenario)
     prepared = prepare(scenario)
     if kind.startswith("device "):
         _check_learns(prepared, int(kind.removeprefix("device ")))
@@ -202,8 +208,13 @@ def _with_freeze(scenario: Scenario, point: str) -> Scenario:
     return scenario.model_copy(update={"network": scenario.network.model_copy(update={"freeze": point})})
 
 
-def _as_chosen(folder: RunFolder, scenario: Scenario) -> Scenario:
-    """`network.freeze: auto` as it was resolved when the run in the folder began; nothing is analyzed again."""
+def _as_chosen(folder: RunFolder, scenario: Scenario, before: Mapping[str, Any]) -> Scenario:
+    """What is "auto" in the scenario as it was resolved when the run in the folder began, `before`: another machine may
+    continue it, and nothing is analyzed again."""
+    if not is_old(before):
+        device = scenario_from_json(json.dumps(before)).device
+        if "auto" not in (device.precision, device.convolutions):  # else it is the run of a fleet of boards
+            scenario = with_arithmetic(scenario, device)
     analysis = folder.analysis()
     if scenario.network.freeze != "auto" or analysis is None:
         return scenario

@@ -62,7 +62,9 @@ def main(grid: Grid, context: Context) -> None:
         def log_step(what: str, done: int, total: int) -> None:
             logger.info("choosing the freeze point: %s, epoch %d of %d", what, done, total)
 
-        prepared = open_run(folder, scenario, command, "fleet", resume=resume, overwrite=False, on_step=log_step)
+        prepared = open_run(
+            folder, scenario, command, "fleet", resume=resume, overwrite=False, here=False, on_step=log_step
+        )  # fmt: skip
         scenario = prepared.scenario
         tasks, images = prepared.tasks, KnownImages.of(prepared)
     else:

@@ -24,6 +24,7 @@ from lightcl.data.sources import Source, load_source
 from lightcl.data.streams.field import FieldStream
 from lightcl.data.tasks import Batch, Task, TaskContext, TaskStream
 from lightcl.device import hardware
+from lightcl.device.arithmetic import with_arithmetic
 from lightcl.device.hardware import choose_accelerator, set_up_torch
 from lightcl.device.metering import Board, LimitReached, Meter, Spent
 from lightcl.device.optimizers import make_optimizer
@@ -73,6 +74,7 @@ class EdgeDevice:
         stream: FieldStream | None = None,
     ) -> None:  # fmt: skip
         hardware.reset_peak()  # a simulation's worker runs many devices, large and small ones
+        scenario = with_arithmetic(scenario)
         self.scenario, self.number = scenario, number
         if stream is not None:
             self.stream: TaskStream = stream

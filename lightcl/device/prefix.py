@@ -27,6 +27,7 @@ from lightcl.data.augment import View
 from lightcl.data.batches import viewed
 from lightcl.data.images import Source, cache_folder
 from lightcl.data.tasks import Batch, Samples
+from lightcl.device.arithmetic import with_arithmetic
 from lightcl.device.hardware import choose_accelerator, set_up_torch
 from lightcl.device.mapped import MappedWeights
 from lightcl.errors import RequestError
@@ -307,6 +308,7 @@ def warm(scenario: Scenario, source: Source, *, looked_at: bool = True, classes:
             "this scenario uses no prefix cache: it needs data.views above 0 or device.prefix_cache: on, a method with "
             "a frozen prefix, and network.frozen_batch_norm: eval"
         )
+    scenario = with_arithmetic(scenario)
     accelerator = choose_accelerator(scenario.device.accelerator)
     set_up_torch(accelerator, scenario.device.threads)
     rows = len(fleet_head(scenario, source)) if classes is None else classes

@@ -69,11 +69,12 @@ class Device(Section):
     """PyTorch threads per device. Another number may round differently and so change the results slightly."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the CUDA device if there is one, otherwise the CPU; cuda: an error if there is none."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast of the forward pass; weights and loss stay fp32."""
-    convolutions: Literal["direct", "winograd"] = "direct"
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """bf16: autocast of the forward pass; weights and loss stay fp32. auto: bf16 where the machine is known to be
+    faster in it, else fp32 (docs/how-to/many-devices.md)."""
+    convolutions: Literal["auto", "direct", "winograd"] = "direct"
     """3x3 convolutions of the trained blocks. winograd: a quarter of the multiplications on maps whose sides are
-    multiples of 4, in fp32 on the CPU; rounds differently (docs/results/performance.md)."""
+    multiples of 4, in fp32 on the CPU; rounds differently. auto: winograd where it is known to be faster."""
     prefix_cache: Literal["auto", "on", "off"] = "auto"
     """Whether outputs of the frozen prefix are kept on disk, for images without augmentation and for data.views; auto:
     where data.views is above 0 and network and method allow it."""

@@ -31,7 +31,9 @@ def pretrain(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the images")] = 12,
     batch_size: Annotated[int, typer.Option(min=2, help="Images per step")] = 128,
     learning_rate: Annotated[float, typer.Option(help="Peak of the one-cycle schedule")] = 0.2,
-    fp32: Annotated[bool, typer.Option("--fp32", help="Without bf16 autocast")] = False,
+    fp32: Annotated[
+        bool, typer.Option("--fp32", help="Without bf16 autocast, which is used where the machine is faster in it")
+    ] = False,
     no_flip: Annotated[bool, typer.Option("--no-flip", help="Without horizontal flips (digits, letters)")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and order")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Torch threads; default: all cores")] = None,
@@ -45,6 +47,8 @@ def pretrain(
     import torch
 
     from lightcl.data.sources import SourceRequest, load_source, source_names
+    from lightcl.device.arithmetic import bf16_pays
+    from lightcl.device.hardware import choose_accelerator
     from lightcl.networks.resnet import Stem
     from lightcl.pretraining import Recipe
     from lightcl.pretraining import pretrain as run
@@ -62,7 +66,7 @@ def pretrain(
     images = load_source(SourceRequest(source, path, image_size))
     recipe = Recipe(
         width=width, stem=cast(Stem, stem), epochs=epochs, batch_size=batch_size, peak_learning_rate=learning_rate,
-        bf16=not fp32, flip=not no_flip, seed=seed,
+        bf16=not fp32 and bf16_pays(choose_accelerator("auto")) == "yes", flip=not no_flip, seed=seed,
     )  # fmt: skip
     name = data_name or (path.name if path else source)
     accuracy = run(images, recipe, weights, data=name, command=command_line(), report=_print_epoch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from simulations.options import (
@@ -30,6 +31,7 @@ def validate(scenario: ScenarioFile, changes: Changes = None, plugins: Plugins =
     """Check a scenario against its data and weights without running it."""
     from lightcl.data.field import CHANNELS
     from lightcl.data.sources import comes_to_boards
+    from lightcl.device.arithmetic import arithmetic_of, slow_precision
     from lightcl.preparation import prepare
     from server.aggregation import Aggregator
     from server.commands.check import check_scenario
@@ -53,7 +55,11 @@ def validate(scenario: ScenarioFile, changes: Changes = None, plugins: Plugins =
         markup=False,
         soft_wrap=True,
     )
-    for line in fleet_lines(prepared):
+    for key, chosen in asdict(arithmetic_of(checked)).items():
+        if getattr(checked.device, key) == "auto":
+            out.print(f"device.{key}: auto chooses {chosen} on this machine", highlight=False)
+    slow = slow_precision(checked)
+    for line in [*fleet_lines(prepared), *([f"warning: {slow}"] if slow else [])]:
         style = "yellow" if line.startswith("warning") else None
         out.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 

@@ -10,6 +10,7 @@ import pytest
 
 import client.app
 from client.app import make_app
+from lightcl.networks import winograd
 from lightcl.networks.lending import NetworkLender
 from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario, method_names
@@ -46,3 +47,15 @@ def test_the_numbers_are_those_of_new_networks(tmp_path: Path, monkeypatch: pyte
     kept.clear()
     assert simulated == rows(tmp_path / "boards", scenario, durable=True)
     assert not kept
+
+
+def test_so_does_one_with_winograds_convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "CHANNELS", 1)
+    scenario = small(
+        fleet={"devices": 2}, training={"epochs": 1}, device={"convolutions": "winograd", "accelerator": "cpu"}
+    )
+    kept: list[bool] = []
+    set_back = NetworkLender._set_back_
+    monkeypatch.setattr(NetworkLender, "_set_back_", lambda *given: (kept.append(True), set_back(*given))[1])
+    rows(tmp_path, scenario, durable=False)
+    assert kept, "each was a new one"

@@ -14,7 +14,7 @@ from lightcl.errors import RequestError
 from lightcl.networks.convolution import Conv3x3, by_product
 from lightcl.networks.resnet import StagedResNet
 from lightcl.networks.staged import Backbone
-from lightcl.networks.winograd import TILE, suits
+from lightcl.networks.winograd import suits, tiles_of
 
 Image = tuple[int, int, int]
 """Channels, height, width."""
@@ -35,7 +35,7 @@ class Convolution:
     """Affine parameters of the batch-norm."""
     kernel: int
     tiles: int = 0
-    """4x4 tiles a sample, where Winograd's algorithm can compute it (lightcl/networks/winograd.py); 0: it cannot."""
+    """4x4 tiles a sample, where Winograd's algorithm computes it (lightcl/networks/winograd.py); 0: it does not."""
     by_product: bool = False
     """Whether the weight gradient in bf16 is one matrix product on the CPU (lightcl/networks/convolution.py)."""
 
@@ -180,7 +180,7 @@ def _convolution(
         weights * positions,
         sum(p.numel() for p in norm.parameters()),
         layer.kernel_size[0],
-        0 if not suits(layer) or height % TILE or width % TILE else positions // TILE**2,
+        tiles_of(height, width) if suits(layer) else 0,
         isinstance(layer, Conv3x3) and by_product(positions, layer.stride[0]),
     )
     return shape, (out[0], out[1])

@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 
 from lightcl.analysis.footprint.shapes import Block, Convolution, Image, NetworkShape, shape_of
 from lightcl.data.tasks import TaskStream
+from lightcl.device.arithmetic import Arithmetic, arithmetic_of
 from lightcl.device.prefix import CHUNK
 from lightcl.methods.base import StepCost
 from lightcl.networks.staged import Backbone
@@ -113,23 +114,23 @@ class Footprint:
 
 
 def workload_of(scenario: Scenario, stream: TaskStream, image: Image, accelerator: str = "cpu") -> Workload:
-    training = scenario.training
+    training, arithmetic = scenario.training, arithmetic_of(scenario)
     train, test = sum(len(task.train) for task in stream), sum(len(task.test) for task in stream)
     views = 1 if scenario.augmentation == "none" else scenario.data.views + 1  # and as they are, for the method
-    half = scenario.device.precision == "bf16" or scenario.device.prefix_cache_dtype != "exact"
+    half = arithmetic.precision == "bf16" or scenario.device.prefix_cache_dtype != "exact"
     return Workload(
         image,
         training.batch_size,
         training.epochs,
         tuple(len(stream.to_learn(task).train) for task in range(stream.first, len(stream))),
-        scenario.device.precision,
+        arithmetic.precision,
         training.momentum > 0,
         training.weight_decay > 0,
         accelerator,
         training.optimizer,
         training.update == "at-once",
         ("cached" if scenario.caches_prefix else "fixed") if scenario.fixed_prefix else "batch",
-        scenario.device.convolutions == "winograd" and scenario.device.precision == "fp32" and accelerator == "cpu",
+        arithmetic == Arithmetic("fp32", "winograd") and accelerator == "cpu",
         (views * train + test) * scenario.caches_prefix,
         BF16 if half else FP32,
     )

@@ -8,8 +8,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightcl.networks import winograd
-from lightcl.networks.winograd import WinogradConv2d, use_winograd_
+from lightcl.networks.winograd import WinogradConv2d, tiles_of, use_winograd_
 from tests.lightcl import toys
+
+
+@pytest.fixture(autouse=True)
+def few_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "CHANNELS", 1)
+
 
 BOUND = 5e-5
 """Of the largest value; the algorithm loses about one decimal digit to the direct convolution."""
@@ -61,10 +67,18 @@ def test_a_shift_by_hand():
     assert torch.allclose(shift(rows)[0, 0], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 6, 8), (2, 5, 2, 2)])
+@pytest.mark.parametrize("shape", [(2, 5, 6, 8), (2, 5, 2, 2), (2, 5, 20, 16)])
 def test_other_sides_are_computed_directly(shape):
     fast, x = convolution(5, 7), maps(*shape)
     assert torch.equal(fast(x), F.conv2d(x, fast.weight, padding=1))
+
+
+def test_few_channels_and_large_maps_are_not_worth_it(monkeypatch):
+    monkeypatch.setattr(winograd, "CHANNELS", 5)
+    assert use_winograd_(nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, bias=False))) == 0
+    assert use_winograd_(nn.Sequential(nn.Conv2d(8, 4, 3, padding=1, bias=False))) == 0
+    assert use_winograd_(nn.Sequential(nn.Conv2d(5, 5, 3, padding=1, bias=False))) == 1
+    assert [tiles_of(*size) for size in ((4, 4), (8, 12), (16, 16), (16, 20), (6, 8))] == [1, 6, 16, 0, 0]
 
 
 def test_under_autocast_it_is_pytorchs_convolution():
