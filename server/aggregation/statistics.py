@@ -89,7 +89,7 @@ class ClassSums:
         """The head; None where it does not exist or is not finite."""
         try:
             head = outgoing_head(self._method, sums)
-        except ValueError:
+        except Exception:  # of any kind: the sums were made elsewhere, and the culprit has to be found
             return None
         return head if not_finite(head) is None else None
 

@@ -116,26 +116,29 @@ class SharedWeights:
             )
         # Flower replaces the tensors in these collections and changes none in place.
         optimizer = {name: copy(getattr(self._strategy, name, None)) for name in (*OPTIMIZER_STATE, *MOMENTUM_STATE)}
-        with _quiet():
-            # Names in sorted order throughout: FedAvgM pairs tensors by position.
-            names = sorted(name for name in self.arrays if not is_statistic(name))
-            current = plain_record({name: self.arrays[name] for name in names})
-            self._strategy.configure_train(round_number, current, ConfigRecord(), grid)
-            moved, _ = self._strategy.aggregate_train(round_number, replies)
-        if moved is not None:
-            averaged |= {name: array.numpy().astype(np.float32) for name, array in moved.items()}
-        for reply in replies:  # Flower's views of it are reference cycles: all tensors would stay for many rounds
-            reply.content[ARRAYS].clear()
-        wrong = not_finite(averaged)
-        if wrong is not None:
-            self._warned(f"round {round_number}: the new tensor {wrong!r} is not finite; the old model is kept")
-        if moved is None or wrong is not None:
+        has_moved = False
+        try:
+            with _quiet():
+                # Names in sorted order throughout: FedAvgM pairs tensors by position.
+                names = sorted(name for name in self.arrays if not is_statistic(name))
+                current = plain_record({name: self.arrays[name] for name in names})
+                self._strategy.configure_train(round_number, current, ConfigRecord(), grid)
+                moved, _ = self._strategy.aggregate_train(round_number, replies)
+            if moved is not None:
+                averaged |= {name: array.numpy().astype(np.float32) for name, array in moved.items()}
+            wrong = not_finite(averaged)
+            if wrong is not None:
+                self._warned(f"round {round_number}: the new tensor {wrong!r} is not finite; the old model is kept")
+            has_moved = moved is not None and wrong is None
+        finally:
+            for reply in replies:  # Flower's views of it are reference cycles: all tensors would stay for many rounds
+                reply.content[ARRAYS].clear()
             for name, value in optimizer.items():  # otherwise one overflow would stay in its moments for good
-                if hasattr(self._strategy, name):
+                if not has_moved and hasattr(self._strategy, name):
                     setattr(self._strategy, name, value)
-            return False
-        self.arrays = averaged
-        return True
+        if has_moved:
+            self.arrays = averaged
+        return has_moved
 
     def state(self) -> dict[str, Tensor]:
         """The tensors and those of the server's optimizer."""
