@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
+from benchmarks.gauntlet import Change, shifted, wider
 from lightcl.assembly import build_network
 from lightcl.exchange.section import Guard
 from lightcl.preparation import prepare
@@ -243,6 +245,66 @@ def test_strange_batch_norm_statistics_are_left_out(sent: Message, strange: tupl
     assert set(refused) == {1}
 
 
+def statistics(items: list[Contribution]) -> list[tuple[float, float]]:
+    """Mean and variance of the devices' first channel."""
+    return [(float(item.batch_norm[MEAN][0]), float(item.batch_norm[VARIANCE][0])) for item in items]
+
+
+def test_statistics_of_more_than_twice_the_usual_shift_are_cut_to_the_usual_one(sent: Message) -> None:
+    """The last model has mean 0 and variance 1, so that a mean is its shift and so is a standard deviation, less 1."""
+    warnings: list[str] = []
+    guard = UpdateGuard("clip", 8, warnings.append)
+    given, model = batch_norm(sent, (0.3, 1.0), (-0.4, 1.0), (0.8, 1.0))
+    assert guard.check(given, model, 1) == (given, {}), "0.8 is twice the median"
+    assert warnings == []
+    given, model = batch_norm(sent, (0.3, 1.0), (-0.4, 1.0), (3.0, 1.0))
+    kept, refused = guard.check(given, model, 1)
+    assert refused == {}
+    assert [item.device for item in kept if item.reply] == [0, 1, 2], "its weights count as they are"
+    assert np.allclose(statistics(kept), [(0.3, 1.0), (-0.4, 1.0), (0.4, 1.0)])
+    assert warnings == [
+        "round 1: server.guard: device 2: statistics of layer4.0.bn1 are 3 standard deviations from the last model's, "
+        "the usual is 0.4; clipped"
+    ]
+    given, model = batch_norm(sent, (0.3, 1.0), (-0.4, 1.0), (0.0, 9.0))  # the standard deviation is 3: a shift of 2
+    kept, _ = guard.check(given, model, 1)
+    assert np.allclose(statistics(kept)[2], (0.0, 1.4**2))
+    kept, refused = UpdateGuard("refuse", 8, print).check(given, model, 1)
+    assert ([item.device for item in kept], set(refused)) == ([0, 1], {2})
+    assert UpdateGuard("off", 8, print).check(given, model, 1) == (given, {})
+
+
+def test_a_shift_of_statistics_is_judged_as_an_update_is(sent: Message) -> None:
+    """A device with more steps may move further; few devices are held against earlier rounds; tiny shifts are right."""
+    still, model = batch_norm(sent, (0.0, 1.0), (0.0, 1.0), (0.09, 1.0))
+    assert UpdateGuard("clip", 8, pytest.fail).check(still, model, 1) == (still, {}), "where most do not move"
+    given, model = batch_norm(sent, (0.2, 1.0), (0.2, 1.0), (1.5, 1.0))
+    more = [replace(item, examples=80.0 if item.device == 2 else 20.0) for item in given]
+    guard = UpdateGuard("clip", 20, pytest.fail)
+    assert guard.check(more, model, 1) == (more, {}), "four steps: 4 x 0.2 is usual"
+    guard = UpdateGuard("clip", 8, print)
+    two, model = batch_norm(sent, (0.2, 1.0), (2.0, 1.0))
+    assert np.allclose(statistics(guard.check(two, model, 1)[0]), [(0.2, 1.0), (0.2, 1.0)]), "the smaller one of two"
+    again = UpdateGuard("clip", 8, print)
+    again.restore_(guard.state())
+    alone, model = batch_norm(sent, (3.0, 1.0))
+    assert np.allclose(statistics(again.check(alone, model, 2)[0]), [(0.2, 1.0)]), "a resumed run remembers"
+    assert UpdateGuard("clip", 8, pytest.fail).check(alone, model, 1) == (alone, {}), "nothing to compare with"
+
+
+def test_one_layer_that_is_far_is_cut_and_no_other(sent: Message) -> None:
+    names = [f"layer4.{block}.bn1.running_{kind}" for block in (0, 1) for kind in ("mean", "var")]
+
+    def arrays(*values: float) -> dict[str, np.ndarray]:
+        return {name: np.full(4, v, np.float32) for name, v in zip([WEIGHT, *names], (1.0, *values), strict=True)}
+
+    rows = [(0.3, 4.0, 0.3, 1.0), (0.3, 4.0, 0.3, 1.0), (0.3, 4.0, 3.0, 1.0)]
+    given = [contribution(sent, arrays(*row), 1.0, device) for device, row in enumerate(rows)]
+    kept, _ = UpdateGuard("clip", 8, print).check(given, arrays(0.0, 4.0, 0.0, 1.0), 1)
+    found = [[float(item.batch_norm[name][0]) for name in names] for item in kept]
+    assert np.allclose(found, [rows[0]] * 3)
+
+
 def test_other_statistics_of_all_devices_are_the_data(sent: Message) -> None:
     """A network that is not trained yet: all devices are far from its first statistics."""
     given, model = batch_norm(sent, (50.0, 90.0), (60.0, 120.0), (40.0, 70.0))
@@ -418,6 +480,31 @@ def test_a_million_million_examples(tmp_path: Path, known: bool) -> None:
     assert coordinator.aggregator is not None
     own = replies[0].content.array_records["arrays"][WEIGHT].numpy()
     assert np.abs(coordinator.aggregator.arrays[WEIGHT] - own).max() > 1e-4, "the model is not the attacker's"
+
+
+@pytest.mark.parametrize("change", [shifted(3), shifted(9), wider(9)])
+@pytest.mark.parametrize("strategy", ["FedAvg", "FedMedian"])
+def test_statistics_of_one_device_do_not_decide_the_fleets(tmp_path: Path, strategy: str, change: Change) -> None:
+    """Means that are far away and variances that are too large: the model's are nearly those of others."""
+
+    def spoil(reply: Message, coordinator: Coordinator) -> None:
+        assert coordinator.aggregator is not None
+        arrays = {name: array.numpy().copy() for name, array in reply.content.array_records["arrays"].items()}
+        changed = change(arrays, coordinator.aggregator.arrays, np.random.default_rng(0))
+        reply.content["arrays"] = ArrayRecord({name: Array(array) for name, array in changed.items()})
+
+    scenario = small(server={"aggregation": "suffix", "strategy": strategy}, stream={"tasks": 1}, training=STEADY)
+    honest = run(tmp_path / "honest", scenario)[0].aggregator
+    coordinator, watch = run(tmp_path / "hostile", scenario, spoil)
+    assert watch.refusals == []
+    assert any("device 2: statistics of layer4." in warning for warning in watch.warnings)
+    assert honest is not None
+    assert coordinator.aggregator is not None
+    for name in honest.arrays:
+        if name.endswith("running_mean"):
+            deviation = float(np.sqrt(honest.arrays[name.removesuffix("mean") + "var"].mean()))
+            moved = coordinator.aggregator.arrays[name] - honest.arrays[name]
+            assert np.sqrt((moved**2).mean()) < 0.3 * deviation
 
 
 STEADY = {"learning_rate": 0.01, "batch_size": 32}
