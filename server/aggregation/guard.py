@@ -30,7 +30,8 @@ deviations σ of C channels, those of the last model with index w, a device's sh
     d = √(1/C Σ_c (μ_c - μ_wc)² + (σ_c - σ_wc)²) / √(1/C Σ_c σ_wc²),
 
 the Wasserstein distance of normal distributions. The usual shift of each device is that of the formula above with d in
-place of the norm. A shift of more than F times the usual is cut to the usual one: μ and σ move only a part of the way.
+place of the norm. Statistics that are shifted by more than F times the usual in a layer are not averaged; in rounds of
+one or two devices, which cannot say who is right, μ and σ of this layer move a part of the way, as far as is usual.
 
 Norm clipping: Sun et al., "Can you really backdoor federated learning?", 2019. Here an update out of range is cut to
 the usual norm, not to the limit: three times an honest update already spoils a model of three devices.
@@ -51,6 +52,7 @@ from lightcl.exchange.messages import ARRAYS
 from lightcl.exchange.section import Guard
 from lightcl.exchange.tensors import Arrays, is_statistic
 from server.aggregation.robust import FEW, lower_median
+from server.aggregation.statistics import COUNT
 from server.aggregation.weights import Contribution
 from server.arrays import plain_record
 
@@ -103,7 +105,10 @@ class UpdateGuard:
     """Shifts of the batch-norm statistics of the last updates, by layer, and after them the shifts per step."""
 
     def bound_examples(self, contributions: Sequence[Contribution], round_number: int) -> list[Contribution]:
-        """No device weighs more than the images that the server knows of, else than a multiple of the median."""
+        """No device weighs more than the images that the server knows of, else than a multiple of the median.
+
+        Class sums are over as many samples as examples are reported: they are scaled, which keeps the classes' means.
+        """
         if self.mode == "off" or not contributions:
             return list(contributions)
         given = [min(item.examples, item.images or item.examples) for item in contributions]
@@ -113,7 +118,7 @@ class UpdateGuard:
             most = float(item.images or math.floor(EXAMPLES_FACTOR * median))
             if item.examples > most:
                 cut[item.device] = f"{item.examples:g} examples count as {most:g}"
-            bounded.append(replace(item, examples=min(item.examples, most)))
+            bounded.append(_weighing_at_most(item, most))
         self._warn(round_number, cut)
         return bounded
 
@@ -122,6 +127,8 @@ class UpdateGuard:
     ) -> tuple[list[Contribution], dict[int, str]]:
         """The contributions that may move the model `current`, and why others are refused, by device."""
         items = [item for item in contributions if item.reply]
+        if self.mode != "off" and not items:  # without weights, examples alone are held against earlier rounds
+            self._history = [*self._history, *((0.0, 0.0, item.examples) for item in contributions)][-REMEMBERED:]
         if self.mode == "off" or not items:
             return list(contributions), {}
         norms, directions = _compared(items, current)
@@ -144,6 +151,8 @@ class UpdateGuard:
         opposed = {items[index].device: text for index, text in (directions.outliers() if directions else {}).items()}
         out = opposed.keys() | absurd
         said = {d: f"its update has norm {n:.3g}, the usual is {m:.3g}" for d, (n, m) in too_long.items()} | opposed
+        if len(items) >= FEW:
+            strange = shifted | strange
         for device, text in (shifted | strange).items():
             said[device] = f"{said[device]}; {text}" if device in said else text
         refused = said if self.mode == "refuse" else {}
@@ -168,7 +177,7 @@ class UpdateGuard:
         return kept, {device: f"server.guard: {text}" for device, text in refused.items()}
 
     def state(self) -> dict[str, Tensor]:
-        saved = {"guard/history": self._history, "guard/shifts": self._shifts}
+        saved: dict[str, Sequence[Sequence[float]]] = {"guard/history": self._history, "guard/shifts": self._shifts}
         return {name: from_numpy(np.array(rows)) for name, rows in saved.items() if rows and len(rows[0])}
 
     def restore_(self, state: Mapping[str, Tensor]) -> None:
@@ -224,6 +233,14 @@ class UpdateGuard:
             texts = [f"device {device}: {text}" for device, text in list(said.items())[:NAMED]]
             more = f"; and {len(said) - NAMED} more devices" if len(said) > NAMED else ""
             self.warned(f"round {round_number}: server.guard: {'; '.join(texts)}{more}")
+
+
+def _weighing_at_most(item: Contribution, most: float) -> Contribution:
+    samples = float(item.sums[COUNT].sum()) if COUNT in item.sums else 0.0
+    sums = item.sums
+    if samples > most:
+        sums = {name: array * (most / samples) for name, array in item.sums.items()}
+    return replace(item, examples=min(item.examples, most), sums=sums)
 
 
 def _norm(model: Arrays) -> float:
@@ -358,8 +375,8 @@ def _too_far(
     parts: dict[int, dict[str, float]] = {}
     texts: dict[int, str] = {}
     for index, item in enumerate(items):
-        far = np.flatnonzero(shifts[:, index] > limits[:, index])
-        if len(far):
+        far = [layer for layer in range(len(layers)) if shifts[layer, index] > limits[layer, index]]
+        if far:
             cut = {layers[k]: float(usual[k, index] / shifts[k, index]) for k in far}
             worst = min(far, key=lambda k: cut[layers[k]])
             parts[item.device] = cut
