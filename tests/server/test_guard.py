@@ -624,3 +624,33 @@ def test_off_is_off_in_yaml() -> None:
     assert Server.model_validate({"guard": False}).guard == "off"
     with pytest.raises(ValueError, match="guard"):
         Server.model_validate({"guard": True})
+
+
+@pytest.mark.parametrize("factor", [1, 1000])
+def test_a_device_that_claims_images_of_its_own_is_bounded_as_an_unknown_one(tmp_path: Path, factor: int) -> None:
+    """The server knows all images; device 2 says that it has others, and reports a thousand times as many."""
+    scenario = small(stream={"tasks": 1}, method=PLUS)
+    prepared, watch, folder = prepare(scenario), Watch(), RunFolder(tmp_path / "run")
+    folder.begin(scenario, {"run": "r"}, [])
+    coordinator = Coordinator(scenario, folder, "r", watch, prepared.tasks, images=KnownImages.of(prepared))
+
+    def tamper(message: Message, reply: Message) -> Message:
+        record = dict(reply.content["reply"])
+        if record.get("partition") == 2:
+            reply.content["reply"] = ConfigRecord(record | {"own_data": True, "tasks": [0]})
+        elif message.metadata.message_type == "train" and message.content["instruction"]["device"] == 2:
+            reply.content["reply"] = ConfigRecord(record | {"examples": factor * record["examples"]})
+            with_sums(scaled(factor, "count", "total", "gram"))(reply, coordinator)
+        return reply
+
+    coordinator.run(InProcessGrid(tmp_path / "states", 3, tamper))
+    claimed = [text for text in watch.warnings if "own-data" in text]
+    assert len(claimed) == 1
+    assert (
+        "devices with images of their own (own-data): [2]. What the server knows of their images is not" in claimed[0]
+    )
+    events = [json.loads(line) for line in (tmp_path / "run" / EVENTS).read_text().splitlines()]
+    assert claimed == [event["text"] for event in events if event["event"] == "warned" and "own-data" in event["text"]]
+    assert watch.refusals == []
+    assert coordinator.aggregator is not None
+    assert coordinator.aggregator.sums["statistics/count"].sum() == 80 + 94 + (85 if factor == 1 else 2 * 94)
