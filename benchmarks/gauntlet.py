@@ -236,6 +236,27 @@ def variance(value: float) -> Change:
     }
 
 
+def shifted(deviations: float) -> Change:
+    """Batch-norm means, this many of the last model's standard deviations away from them."""
+
+    def change(arrays: Arrays, model: Arrays, draw: np.random.Generator) -> Arrays:
+        changed = dict(arrays)
+        for name in [name for name in arrays if name.endswith("running_mean")]:
+            deviation = np.sqrt(model[name.removesuffix("mean") + "var"].mean())
+            changed[name] = (model[name] + deviations * deviation).astype(np.float32)
+        return changed
+
+    return change
+
+
+def wider(factor: float) -> Change:
+    """The device's batch-norm variances, times a factor."""
+    return lambda arrays, model, draw: {
+        name: (factor * array).astype(np.float32) if name.endswith("running_var") else array
+        for name, array in arrays.items()
+    }
+
+
 def float64(value: float) -> Change:
     return lambda arrays, model, draw: {name: np.full(array.shape, value) for name, array in arrays.items()}
 
@@ -273,6 +294,9 @@ OF_WEIGHTS = {
     "sign flip x 1.9": Attack(moved(-1.9)),
     "sign flip x 10": Attack(moved(-10)),
     "variance 1e30": Attack(variance(1e30)),
+    "means + 3 sd": Attack(shifted(3)),
+    "means + 9 sd": Attack(shifted(9)),
+    "variances x 9": Attack(wider(9)),
     "10^12 examples, noise": Attack(noise(1), 10**12),
     "10^12 examples, sign flip x 10": Attack(moved(-10), 10**12),
     "fp64 values of 1e300": Attack(float64(1e300)),

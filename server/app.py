@@ -52,7 +52,7 @@ def main(grid: Grid, context: Context) -> None:
     scenario = load_scenario(wanted, shlex.split(str(config.get("set", ""))))
     for line in keys_without_effect(scenario):
         logger.warning("%s", line)
-    Aggregator.check(scenario.server)
+    Aggregator.check(scenario)
     folder = RunFolder(Path(str(config.get("out") or f"runs/{scenario.name}-{context.run_id}")).absolute())
     command, resume = f"flwr run ({wanted})", bool(config.get("resume", False))
     tasks: Sequence[tuple[int, ...]] | None = None  # where only the boards have images, each says what it can learn

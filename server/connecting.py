@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lightcl.data.sources import comes_to_boards
-from lightcl.errors import one_line
+from lightcl.errors import one_line, shown
 from lightcl.exchange.messages import Greeting
 from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario
@@ -119,6 +119,11 @@ class Connections:
             every = self.scenario.stream.tasks
             self.folder.note_own_data(new, {d: tasks for d, tasks in learned.items() if len(tasks) < every})
             self._own_data |= new
+            if self.ledger.terms:  # the server has images, too, and only the devices say that theirs are others
+                self._warn(
+                    f"devices with images of their own (own-data): {shown(sorted(new))}. What the server knows of "
+                    "their images is not used: they count at most as twice the median of a round"
+                )
         if self.nodes.settled or not self.nodes.awaited:  # before that the next greeting may turn the majority
             for problem in self.nodes.problems:  # also where no device is missing because of it
                 self._warn(problem)

@@ -10,6 +10,11 @@ from lightcl.seeds import numpy_generator
 from server.ledger import Entry
 
 
+def devices_per_round(scenario: Scenario) -> int:
+    """The most devices that train in a round."""
+    return max(1, round(scenario.server.fraction * scenario.fleet.devices))
+
+
 class Selection:
     """Chooses among the reachable devices; subclasses may consider availability or deadlines.
 
@@ -19,7 +24,7 @@ class Selection:
     def __init__(self, scenario: Scenario) -> None:
         self._scenario = scenario
         self._seed, self._devices = scenario.seed, scenario.fleet.devices
-        self._wanted = max(1, round(scenario.server.fraction * scenario.fleet.devices))
+        self._wanted = devices_per_round(scenario)
 
     def choose(self, reachable: Sequence[Entry], round_number: int) -> list[Entry]:
         """The devices that have learned the smallest share of their streams; `server.fraction` of the fleet, by number.

@@ -37,7 +37,7 @@ def run_fleet(
     RunFailure where the run cannot continue.
     """
     check_simulation(scenario)
-    Aggregator.check(scenario.server)
+    Aggregator.check(scenario)
     folder = RunFolder(Path(out).absolute())
     prepared = open_run(folder, scenario, shlex.join(sys.argv), "fleet", resume=resume, overwrite=overwrite)
     with folder.locked():

@@ -32,6 +32,8 @@ STATISTICS = "statistics/"
 FLEET_HEAD = "fleet_head/"
 LARGEST = float(np.finfo(np.float32).max)
 """The largest number that a device may send. The server computes in fp64, where these do not overflow."""
+TYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
+"""What tensors may hold. NumPy has wider types, and other orders of bytes, that PyTorch cannot take."""
 
 
 class ExchangeError(Exception):
@@ -99,8 +101,9 @@ def check(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]
     for name, array in arrays.items():
         if tuple(array.shape) != shapes[name]:
             raise ExchangeError(f"tensor {name!r} has shape {list(array.shape)}, expected {list(shapes[name])}")
-        if not np.issubdtype(array.dtype, np.floating):
-            raise ExchangeError(f"tensor {name!r} holds {array.dtype}, expected floating-point values")
+        if array.dtype not in TYPES:
+            allowed = ", ".join(map(str, TYPES))
+            raise ExchangeError(f"tensor {name!r} holds {array.dtype}, expected floating-point values ({allowed})")
         if not np.isfinite(array).all():
             raise ExchangeError(f"tensor {name!r} holds values that are not finite")
         if array.itemsize > 4 and not (np.abs(array) <= LARGEST).all():  # sums and averages of them would overflow

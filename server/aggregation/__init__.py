@@ -9,15 +9,25 @@ from flwr.app import Array, ArrayRecord
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from lightcl.errors import RequestError, one_line
 from lightcl.exchange.compression import codec_named
 from lightcl.exchange.messages import ARRAYS
 from lightcl.exchange.tensors import Arrays, outgoing, size_in_bytes
 from lightcl.exchange.wire import packed
 from lightcl.methods import Method
-from lightcl.scenario import Scenario, Server
+from lightcl.scenario import Scenario
 from server.aggregation.guard import UpdateGuard
 from server.aggregation.statistics import ClassSums
-from server.aggregation.weights import Contribution, SharedWeights, build_strategy, contribution
+from server.aggregation.weights import (
+    Contribution,
+    SharedWeights,
+    advice,
+    build_strategy,
+    contribution,
+    least_replies,
+)
+from server.mailbox import ENDS_THE_RUN
+from server.selection import devices_per_round
 
 __all__ = ["Aggregator", "Contribution", "Outcome", "build_strategy", "contribution"]
 
@@ -41,6 +51,7 @@ class Aggregator:
         self, scenario: Scenario, method: Method, warned: Callable[[str], None], *, packs: bool = False
     ) -> None:
         section = scenario.server
+        self._warned = warned
         self._weights = SharedWeights(section, outgoing(method.network, section.aggregation), warned)
         self._sums = ClassSums(method, section.guard, warned)
         self._guard = UpdateGuard(section.guard, scenario.training.batch_size, warned)
@@ -49,9 +60,18 @@ class Aggregator:
         self._record: tuple[int, ArrayRecord, int] | None = None
 
     @staticmethod
-    def check(section: Server) -> None:
-        """Raises RequestError for options that the strategy refuses."""
+    def check(scenario: Scenario) -> None:
+        """Raises RequestError for options that the strategy refuses, or that no round of this fleet can meet."""
+        section = scenario.server
         build_strategy(section)
+        most, (needed, rule) = devices_per_round(scenario), least_replies(section)
+        if section.aggregation != "none" and most < needed:
+            options = ", ".join(f"{name} {value:g}" for name, value in section.options())
+            raise RequestError(
+                f"server.strategy {section.strategy} with {options} needs {needed} devices in a round ({rule}), but at "
+                f"most {most} train in one (fleet.devices {scenario.fleet.devices}, server.fraction "
+                f"{section.fraction:g}). {advice(section, most)}"
+            )
 
     @property
     def shares(self) -> bool:
@@ -94,13 +114,20 @@ class Aggregator:
     def update(self, contributions: Sequence[Contribution], round_number: int, grid: Grid) -> Outcome:
         """Moves the shared tensors by the checked replies of one round; their tensors are gone afterwards.
 
-        A reply is refused as a whole: where its sums are, its weights are not averaged, either.
+        A reply is refused as a whole: where its sums are, its weights are not averaged, either. Where the weights
+        cannot be averaged, they stay as they are, with a warning; sums that are in by then stay in.
         """
         refused = self._sums.unlike_the_fleet(_sums_of(contributions))
         left = self._guard.bound_examples(_without(contributions, refused), round_number)
         left, too_far = self._guard.check(left, self._weights.arrays, round_number)
         summed, unsolved = self._sums.update_(_sums_of(left), round_number)
-        moved = self._weights.update_(_without(left, unsolved), round_number, grid)
+        try:
+            moved = self._weights.update_(_without(left, unsolved), round_number, grid)
+        except ENDS_THE_RUN:
+            raise
+        except Exception as error:  # Flower's strategies have their own kinds, and replies may be made to raise them
+            moved, why = False, one_line(f"{type(error).__name__}: {error}")
+            self._warned(f"round {round_number}: the weights cannot be averaged ({why}); they stay as they are")
         self.version += bool(summed) or moved
         for item in contributions:  # those of refused replies, too
             if item.reply:

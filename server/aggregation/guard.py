@@ -24,6 +24,15 @@ with d_t the size of tensor t. Where one of them is noise, d_t cos² has the mea
 (chi-squared of one degree of freedom, nearly), so that r is 1 ± √(2/T). Honest updates with different classes may be
 orthogonal as a whole, but not in all tensors.
 
+Batch-norm statistics are held against the last model's in the same way, layer by layer. With means μ and standard
+deviations σ of C channels, those of the last model with index w, a device's shift in standard deviations is
+
+    d = √(1/C Σ_c (μ_c - μ_wc)² + (σ_c - σ_wc)²) / √(1/C Σ_c σ_wc²),
+
+the Wasserstein distance of normal distributions. The usual shift of each device is that of the formula above with d in
+place of the norm. Statistics that are shifted by more than F times the usual in a layer are not averaged; in rounds of
+one or two devices, which cannot say who is right, μ and σ of this layer move a part of the way, as far as is usual.
+
 Norm clipping: Sun et al., "Can you really backdoor federated learning?", 2019. Here an update out of range is cut to
 the usual norm, not to the limit: three times an honest update already spoils a model of three devices.
 """
@@ -43,6 +52,7 @@ from lightcl.exchange.messages import ARRAYS
 from lightcl.exchange.section import Guard
 from lightcl.exchange.tensors import Arrays, is_statistic
 from server.aggregation.robust import FEW, lower_median
+from server.aggregation.statistics import COUNT
 from server.aggregation.weights import Contribution
 from server.arrays import plain_record
 
@@ -63,7 +73,11 @@ SMALLEST = 1e-3
 """An update of this share of the model's norm is never too large: where most devices hardly move."""
 
 BATCH_NORM_FACTOR = 10.0
-"""For the mean variance of a batch-norm tensor; for a shift of its means, in standard deviations."""
+"""Statistics beyond this are not averaged at all: the mean variance of a batch-norm tensor; a shift of its means, in
+standard deviations."""
+
+SMALLEST_SHIFT = 0.1
+"""A shift of so many standard deviations is never too large: where most devices hardly move."""
 
 EXAMPLES_FACTOR = 2.0
 """Times the median of a round, where the server does not know how many images a device has."""
@@ -87,9 +101,14 @@ class UpdateGuard:
     warned: Callable[[str], None]
     _history: list[tuple[float, float, float]] = field(default_factory=list)
     """Norm, norm per step of an epoch, and examples of the last updates."""
+    _shifts: list[list[float]] = field(default_factory=list)
+    """Shifts of the batch-norm statistics of the last updates, by layer, and after them the shifts per step."""
 
     def bound_examples(self, contributions: Sequence[Contribution], round_number: int) -> list[Contribution]:
-        """No device weighs more than the images that the server knows of, else than a multiple of the median."""
+        """No device weighs more than the images that the server knows of, else than a multiple of the median.
+
+        Class sums are over as many samples as examples are reported: they are scaled, which keeps the classes' means.
+        """
         if self.mode == "off" or not contributions:
             return list(contributions)
         given = [min(item.examples, item.images or item.examples) for item in contributions]
@@ -99,7 +118,7 @@ class UpdateGuard:
             most = float(item.images or math.floor(EXAMPLES_FACTOR * median))
             if item.examples > most:
                 cut[item.device] = f"{item.examples:g} examples count as {most:g}"
-            bounded.append(replace(item, examples=min(item.examples, most)))
+            bounded.append(_weighing_at_most(item, most))
         self._warn(round_number, cut)
         return bounded
 
@@ -108,6 +127,8 @@ class UpdateGuard:
     ) -> tuple[list[Contribution], dict[int, str]]:
         """The contributions that may move the model `current`, and why others are refused, by device."""
         items = [item for item in contributions if item.reply]
+        if self.mode != "off" and not items:  # without weights, examples alone are held against earlier rounds
+            self._history = [*self._history, *((0.0, 0.0, item.examples) for item in contributions)][-REMEMBERED:]
         if self.mode == "off" or not items:
             return list(contributions), {}
         norms, directions = _compared(items, current)
@@ -121,10 +142,19 @@ class UpdateGuard:
         }
         absurd = {device for device, (norm, most) in too_long.items() if norm > FAR * max(most, least)}
         strange = _strange_batch_norm(items, current)
+        layers = _layers(items, current)
+        shifts = _shifts(items, current, layers)
+        usual_shifts = self._usual_shifts(items, shifts)
+        parts, shifted = _too_far(
+            items, layers, shifts, np.maximum(factor * usual_shifts, SMALLEST_SHIFT), usual_shifts
+        )
         opposed = {items[index].device: text for index, text in (directions.outliers() if directions else {}).items()}
         out = opposed.keys() | absurd
-        said = strange | {d: f"its update has norm {n:.3g}, the usual is {m:.3g}" for d, (n, m) in too_long.items()}
-        said |= opposed
+        said = {d: f"its update has norm {n:.3g}, the usual is {m:.3g}" for d, (n, m) in too_long.items()} | opposed
+        if len(items) >= FEW:
+            strange = shifted | strange
+        for device, text in (shifted | strange).items():
+            said[device] = f"{said[device]}; {text}" if device in said else text
         refused = said if self.mode == "refuse" else {}
         kept = [item for item in contributions if item.device not in refused]
         if self.mode == "clip":
@@ -132,22 +162,29 @@ class UpdateGuard:
                 if item.reply and item.device in too_long.keys() - out:
                     norm, most = too_long[item.device]
                     _shorten_(item.reply, current, most / norm)
+            kept = [_without_far_statistics(item, current, parts.get(item.device, {})) for item in kept]
             kept = [replace(item, batch_norm={}) if item.device in strange else item for item in kept]
             kept = [replace(item, reply=None, batch_norm={}) if item.device in out else item for item in kept]
-            self._warn(round_number, {d: f"{t}; {'left out' if d in out else 'clipped'}" for d, t in said.items()})
-        for item, norm, most in zip(items, norms, usual, strict=True):
+            lost = out | (strange.keys() - too_long.keys())
+            self._warn(round_number, {d: f"{t}; {'left out' if d in lost else 'clipped'}" for d, t in said.items()})
+        for index, item in enumerate(items):
             if item.device not in refused and item.device not in out:
-                length = min(norm, most)  # so that a device alone cannot raise it round by round
+                length = min(norms[index], usual[index])  # so that a device alone cannot raise it round by round
                 self._history.append((length, length / self._steps(item), item.examples))
-        del self._history[:-REMEMBERED]
+                ways = np.minimum(shifts[:, index], usual_shifts[:, index])
+                self._shifts.append([*ways.tolist(), *(ways / self._steps(item)).tolist()])
+        del self._history[:-REMEMBERED], self._shifts[:-REMEMBERED]
         return kept, {device: f"server.guard: {text}" for device, text in refused.items()}
 
     def state(self) -> dict[str, Tensor]:
-        return {"guard/history": from_numpy(np.array(self._history))} if self._history else {}
+        saved: dict[str, Sequence[Sequence[float]]] = {"guard/history": self._history, "guard/shifts": self._shifts}
+        return {name: from_numpy(np.array(rows)) for name, rows in saved.items() if rows and len(rows[0])}
 
     def restore_(self, state: Mapping[str, Tensor]) -> None:
         if "guard/history" in state:
             self._history = [(row[0], row[1], row[2]) for row in state["guard/history"].tolist()]
+        if "guard/shifts" in state:
+            self._shifts = state["guard/shifts"].tolist()
 
     def _earlier(self, column: int) -> list[float]:
         return [row[column] for row in self._history]
@@ -155,30 +192,55 @@ class UpdateGuard:
     def _steps(self, item: Contribution) -> int:
         return max(1, math.ceil(item.examples / self.batch_size))
 
-    def _usual_norms(self, items: Sequence[Contribution], norms: Sequence[float], current: Arrays) -> list[float]:
-        """m_i of every device."""
+    def _usual(
+        self, items: Sequence[Contribution], norms: Sequence[float], earlier: Sequence[Sequence[float]], alone: float
+    ) -> list[float]:
+        """m_i of every device. `earlier` are norms of the last updates and those per step.
+
+        `alone` stands for them where a device has nothing else to be compared with.
+        """
         steps = [self._steps(item) for item in items]
         lengths, paces = list(norms), [norm / count for norm, count in zip(norms, steps, strict=True)]
         if len(items) < FEW:
-            lengths, paces = lengths + self._earlier(0), paces + self._earlier(1)
-        if len(lengths) == 1:  # nothing to compare with but the model itself
-            lengths, paces = [_norm(current)], [0.0]
+            lengths, paces = lengths + [row[0] for row in earlier], paces + [row[1] for row in earlier]
+        if len(lengths) == 1:
+            lengths, paces = [alone], [0.0]
         length, pace = lower_median(lengths), lower_median(paces)
         if len(items) == 2:
             length, pace = max(length, min(norms)), max(pace, min(paces[:2]))
-        elif len(items) == 1 and self._history:
-            length, pace = max(self._earlier(0)), max(self._earlier(1))
+        elif len(items) == 1 and earlier:
+            length, pace = max(row[0] for row in earlier), max(row[1] for row in earlier)
         total = sum(item.examples for item in items)
         return [
             max(length, pace * count) * max(1.0, total / (len(items) * item.examples))
             for item, count in zip(items, steps, strict=True)
         ]
 
+    def _usual_norms(self, items: Sequence[Contribution], norms: Sequence[float], current: Arrays) -> list[float]:
+        """m_i of every device, for its weights."""
+        return self._usual(items, norms, [row[:2] for row in self._history], alone=_norm(current))
+
+    def _usual_shifts(self, items: Sequence[Contribution], shifts: np.ndarray) -> np.ndarray:
+        """m_i of every device in each layer, `[layers, devices]` as `shifts`."""
+        found = np.zeros_like(shifts)
+        for layer, given in enumerate(shifts):
+            earlier = [(row[layer], row[len(shifts) + layer]) for row in self._shifts]
+            found[layer] = self._usual(items, given.tolist(), earlier, alone=BATCH_NORM_FACTOR)
+        return found
+
     def _warn(self, round_number: int, said: Mapping[int, str]) -> None:
         if said:
             texts = [f"device {device}: {text}" for device, text in list(said.items())[:NAMED]]
             more = f"; and {len(said) - NAMED} more devices" if len(said) > NAMED else ""
             self.warned(f"round {round_number}: server.guard: {'; '.join(texts)}{more}")
+
+
+def _weighing_at_most(item: Contribution, most: float) -> Contribution:
+    samples = float(item.sums[COUNT].sum()) if COUNT in item.sums else 0.0
+    sums = item.sums
+    if samples > most:
+        sums = {name: array * (most / samples) for name, array in item.sums.items()}
+    return replace(item, examples=min(item.examples, most), sums=sums)
 
 
 def _norm(model: Arrays) -> float:
@@ -279,6 +341,61 @@ def _shorten_(reply: Message, current: Arrays, factor: float) -> None:
         update = array.numpy().astype(np.float64) - current[name]
         moved[name] = (current[name] + factor * update).astype(np.float32)
     reply.content[ARRAYS] = plain_record(moved)
+
+
+def _layers(items: Sequence[Contribution], current: Arrays) -> list[str]:
+    """The batch-norm layers whose statistics are shared."""
+    ending = ".running_var"
+    return [name.removesuffix(ending) for name in current if name.endswith(ending)] if items[0].batch_norm else []
+
+
+def _moments(arrays: Arrays, layer: str) -> tuple[np.ndarray, np.ndarray]:
+    """Means and standard deviations of a layer, `[C]` each, in fp64."""
+    means, variances = (arrays[f"{layer}.running_{name}"].astype(np.float64) for name in ("mean", "var"))
+    return means, np.sqrt(variances)
+
+
+def _shifts(items: Sequence[Contribution], current: Arrays, layers: Sequence[str]) -> np.ndarray:
+    """How far statistics are from the last model's, in its standard deviations, `[layers, devices]`."""
+    shifts = np.zeros((len(layers), len(items)))
+    for row, layer in zip(shifts, layers, strict=True):
+        means, deviations = _moments(current, layer)
+        unit = math.sqrt(max(float((deviations**2).mean()), 1e-12))
+        for index, item in enumerate(items):
+            own = _moments(item.batch_norm, layer)
+            row[index] = math.sqrt(float(((own[0] - means) ** 2 + (own[1] - deviations) ** 2).mean())) / unit
+    return shifts
+
+
+def _too_far(
+    items: Sequence[Contribution], layers: Sequence[str], shifts: np.ndarray, limits: np.ndarray, usual: np.ndarray
+) -> tuple[dict[int, dict[str, float]], dict[int, str]]:
+    """Devices with layers whose statistics are shifted beyond `limits`: the part of the way that the usual shift is, by
+    layer, and a text about the farthest."""
+    parts: dict[int, dict[str, float]] = {}
+    texts: dict[int, str] = {}
+    for index, item in enumerate(items):
+        far = [layer for layer in range(len(layers)) if shifts[layer, index] > limits[layer, index]]
+        if far:
+            cut = {layers[k]: float(usual[k, index] / shifts[k, index]) for k in far}
+            worst = min(far, key=lambda k: cut[layers[k]])
+            parts[item.device] = cut
+            texts[item.device] = (
+                f"statistics of {layers[worst]} are {shifts[worst, index]:.3g} standard deviations from the last "
+                f"model's, the usual is {usual[worst, index]:.3g}"
+            )
+    return parts, texts
+
+
+def _without_far_statistics(item: Contribution, current: Arrays, parts: Mapping[str, float]) -> Contribution:
+    """The device's statistics; those of the layers in `parts` move only this part of the way from the last model's."""
+    moved: Arrays = {}
+    for layer, part in parts.items():
+        before, own = _moments(current, layer), _moments(item.batch_norm, layer)
+        means, deviations = (last + part * (given - last) for last, given in zip(before, own, strict=True))
+        moved[f"{layer}.running_mean"] = means.astype(np.float32)
+        moved[f"{layer}.running_var"] = (deviations**2).astype(np.float32)
+    return replace(item, batch_norm=item.batch_norm | moved) if moved else item
 
 
 def _strange_batch_norm(items: Sequence[Contribution], current: Arrays) -> dict[int, str]:

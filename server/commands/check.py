@@ -38,7 +38,7 @@ def check_scenario(scenario: Scenario, channels: int) -> str:
     from lightcl.exchange.tensors import outgoing, size_in_bytes
     from server.aggregation import Aggregator
 
-    Aggregator.check(scenario.server)
+    Aggregator.check(scenario)
     if scenario.network.freeze == "auto":
         raise RequestError(
             "network.freeze is 'auto', which takes images to choose from; run `lightcl analyze` where images are, and "

@@ -147,7 +147,7 @@ def prepare(given: Path, changes: list[str], out: Path | None, boards: int) -> t
     if str(given) == "-":
         raise RequestError("SCENARIO is '-', but a server needs a file or the name of a bundled scenario")
     scenario = load_scenario(given, changes)
-    Aggregator.check(scenario.server)
+    Aggregator.check(scenario)
     if scenario.fleet.devices < boards:
         raise RequestError(
             f"fleet.devices is {scenario.fleet.devices}, but the fleet has {boards} boards (devices in server.toml); "

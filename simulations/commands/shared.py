@@ -34,7 +34,7 @@ def open_folder(
     from server.aggregation import Aggregator
     from simulations.progress import AnalysisProgress
 
-    Aggregator.check(scenario.server)
+    Aggregator.check(scenario)
     with AnalysisProgress(console) as progress:
         prepared = open_run(folder, scenario, command, kind, resume=resume, overwrite=overwrite, on_step=progress.step)
     if scenario.network.freeze == "auto":

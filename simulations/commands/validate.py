@@ -37,7 +37,7 @@ def validate(scenario: ScenarioFile, changes: Changes = None, plugins: Plugins =
     from server.commands.check import check_scenario
 
     loaded = read_scenario(scenario, changes, plugins)
-    Aggregator.check(loaded.server)
+    Aggregator.check(loaded)
     name = "the standard input" if str(scenario) == "-" else str(scenario)
     if comes_to_boards(loaded.data.source):
         text = check_scenario(loaded, CHANNELS)

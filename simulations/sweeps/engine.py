@@ -82,7 +82,7 @@ def _check_cell(cell: Cell) -> None:
             raise RequestError(f"fleet.devices is {scenario.fleet.devices}: there is no device {cell.device}")
         if scenario.method.sums_statistics:
             raise RequestError("method.share_statistics needs a fleet: leave out --device, or set it to false")
-    Aggregator.check(scenario.server)
+    Aggregator.check(scenario)
     prepare(scenario)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
+from benchmarks.gauntlet import Change, shifted, wider
 from lightcl.assembly import build_network
 from lightcl.exchange.section import Guard
 from lightcl.preparation import prepare
@@ -243,6 +245,68 @@ def test_strange_batch_norm_statistics_are_left_out(sent: Message, strange: tupl
     assert set(refused) == {1}
 
 
+def statistics(items: list[Contribution]) -> list[tuple[float, float]]:
+    """Mean and variance of the devices' first channel."""
+    return [(float(item.batch_norm[MEAN][0]), float(item.batch_norm[VARIANCE][0])) for item in items]
+
+
+def test_statistics_of_more_than_twice_the_usual_shift_are_left_out(sent: Message) -> None:
+    """The last model has mean 0 and variance 1, so that a mean is its shift and so is a standard deviation, less 1."""
+    warnings: list[str] = []
+    guard = UpdateGuard("clip", 8, warnings.append)
+    given, model = batch_norm(sent, (0.3, 1.0), (-0.4, 1.0), (0.8, 1.0))
+    assert guard.check(given, model, 1) == (given, {}), "0.8 is twice the median"
+    assert warnings == []
+    given, model = batch_norm(sent, (0.3, 1.0), (-0.4, 1.0), (3.0, 1.0))
+    kept, refused = guard.check(given, model, 1)
+    assert refused == {}
+    assert [item.device for item in kept if item.reply] == [0, 1, 2], "its weights count as they are"
+    assert [bool(item.batch_norm) for item in kept] == [True, True, False]
+    assert warnings == [
+        "round 1: server.guard: device 2: statistics of layer4.0.bn1 are 3 standard deviations from the last model's, "
+        "the usual is 0.4; left out"
+    ]
+    given, model = batch_norm(sent, (0.3, 1.0), (-0.4, 1.0), (0.0, 9.0))  # the standard deviation is 3: a shift of 2
+    kept, _ = guard.check(given, model, 1)
+    assert [bool(item.batch_norm) for item in kept] == [True, True, False]
+    kept, refused = UpdateGuard("refuse", 8, print).check(given, model, 1)
+    assert ([item.device for item in kept], set(refused)) == ([0, 1], {2})
+    assert UpdateGuard("off", 8, print).check(given, model, 1) == (given, {})
+
+
+def test_a_shift_of_statistics_is_judged_as_an_update_is(sent: Message) -> None:
+    """A device with more steps may move further; few devices are held against earlier rounds; tiny shifts are right."""
+    still, model = batch_norm(sent, (0.0, 1.0), (0.0, 1.0), (0.09, 1.0))
+    assert UpdateGuard("clip", 8, pytest.fail).check(still, model, 1) == (still, {}), "where most do not move"
+    given, model = batch_norm(sent, (0.2, 1.0), (0.2, 1.0), (1.5, 1.0))
+    more = [replace(item, examples=80.0 if item.device == 2 else 20.0) for item in given]
+    guard = UpdateGuard("clip", 20, pytest.fail)
+    assert guard.check(more, model, 1) == (more, {}), "four steps: 4 x 0.2 is usual"
+    guard = UpdateGuard("clip", 8, print)
+    two, model = batch_norm(sent, (0.2, 1.0), (2.0, 1.0))
+    assert np.allclose(statistics(guard.check(two, model, 1)[0]), [(0.2, 1.0), (0.2, 1.0)]), "the smaller one of two"
+    wide, model = batch_norm(sent, (0.2, 1.0), (0.0, 9.0))  # a standard deviation of 3, which is a shift of 2
+    assert np.allclose(statistics(guard.check(wide, model, 1)[0]), [(0.2, 1.0), (0.0, 1.2**2)])
+    again = UpdateGuard("clip", 8, print)
+    again.restore_(guard.state())
+    alone, model = batch_norm(sent, (3.0, 1.0))
+    assert np.allclose(statistics(again.check(alone, model, 2)[0]), [(0.2, 1.0)]), "a resumed run remembers"
+    assert UpdateGuard("clip", 8, pytest.fail).check(alone, model, 1) == (alone, {}), "nothing to compare with"
+
+
+def test_one_layer_that_is_far_is_cut_and_no_other(sent: Message) -> None:
+    names = [f"layer4.{block}.bn1.running_{kind}" for block in (0, 1) for kind in ("mean", "var")]
+
+    def arrays(*values: float) -> dict[str, np.ndarray]:
+        return {name: np.full(4, v, np.float32) for name, v in zip([WEIGHT, *names], (1.0, *values), strict=True)}
+
+    rows = [(0.3, 4.0, 0.3, 1.0), (0.3, 4.0, 3.0, 1.0)]
+    given = [contribution(sent, arrays(*row), 1.0, device) for device, row in enumerate(rows)]
+    kept, _ = UpdateGuard("clip", 8, print).check(given, arrays(0.0, 4.0, 0.0, 1.0), 1)
+    found = [[float(item.batch_norm[name][0]) for name in names] for item in kept]
+    assert np.allclose(found, [rows[0]] * 2)
+
+
 def test_other_statistics_of_all_devices_are_the_data(sent: Message) -> None:
     """A network that is not trained yet: all devices are far from its first statistics."""
     given, model = batch_norm(sent, (50.0, 90.0), (60.0, 120.0), (40.0, 70.0))
@@ -311,6 +375,37 @@ def test_permuted_labels_are_refused_where_a_majority_knows_the_classes(sums: Cl
     assert set(sums.unlike_the_fleet(swapped)) == {2}, "against the sums so far"
     assert sums.unlike_the_fleet({2: reported(sums, 2, {2: 2, 3: 3})}) == {}, "new classes are no mistake"
     assert sums.unlike_the_fleet({2: reported(sums, 2, {0: 1, 1: 0}, n=4)}) == {}, "too few samples to tell"
+
+
+def test_one_wrong_class_of_several_is_enough(sums: ClassSums) -> None:
+    right = {label: label for label in range(5)}
+    fleet = {device: reported(sums, device, right) for device in range(2)}
+    assert sums.unlike_the_fleet(fleet | {2: reported(sums, 2, right)}) == {}
+    wrong = reported(sums, 2, right | {3: 1})
+    said = {2: "its class 3 looks like the fleet's class 1: mislabeled class sums"}
+    assert sums.unlike_the_fleet(fleet | {2: wrong}) == said
+    sums.update_(fleet, 1)
+    assert sums.unlike_the_fleet({2: wrong}) == said, "against the sums so far"
+
+
+def test_class_sums_over_too_many_samples_are_scaled_down(sent: Message, sums: ClassSums) -> None:
+    """Sums over 2 x 40 samples, of which 60 count: three quarters of everything."""
+    warnings: list[str] = []
+    guard = UpdateGuard("clip", 8, warnings.append)
+    given = [contribution(sent, reported(sums, d, HONEST, n=n), 2.0 * n, d) for d, n in enumerate((15, 15, 40))]
+    kept = guard.bound_examples(given, 4)
+    assert warnings == ["round 4: server.guard: device 2: 80 examples count as 60"]
+    assert [item.examples for item in kept] == [30, 30, 60]
+    assert all(kept[device] == given[device] for device in (0, 1))
+    for name, array in given[2].sums.items():
+        assert np.allclose(kept[2].sums[name], 0.75 * array)
+    guard.check(kept, {}, 4)
+    alone = contribution(sent, reported(sums, 3, HONEST, n=5000), 1e4, 3)
+    assert guard.bound_examples([alone], 5)[0].sums["statistics/count"].sum() == 60, (
+        "twice the median of earlier rounds"
+    )
+    known = replace(given[2], images=20)
+    assert guard.bound_examples([known], 6)[0].sums["statistics/count"].sum() == 20
 
 
 def test_a_head_that_is_worse_for_the_fleet_is_not_adopted(sums: ClassSums) -> None:
@@ -420,6 +515,32 @@ def test_a_million_million_examples(tmp_path: Path, known: bool) -> None:
     assert np.abs(coordinator.aggregator.arrays[WEIGHT] - own).max() > 1e-4, "the model is not the attacker's"
 
 
+@pytest.mark.parametrize("change", [shifted(3), shifted(9), wider(9)])
+@pytest.mark.parametrize("strategy", ["FedAvg", "FedMedian"])
+def test_statistics_of_one_device_do_not_decide_the_fleets(tmp_path: Path, strategy: str, change: Change) -> None:
+    """Means that are far away and variances that are too large: the model's are nearly those of others."""
+
+    def spoil(reply: Message, coordinator: Coordinator) -> None:
+        assert coordinator.aggregator is not None
+        arrays = {name: array.numpy().copy() for name, array in reply.content.array_records["arrays"].items()}
+        changed = change(arrays, coordinator.aggregator.arrays, np.random.default_rng(0))
+        reply.content["arrays"] = ArrayRecord({name: Array(array) for name, array in changed.items()})
+
+    scenario = small(server={"aggregation": "suffix", "strategy": strategy}, stream={"tasks": 1}, training=STEADY)
+    honest = run(tmp_path / "honest", scenario)[0].aggregator
+    coordinator, watch = run(tmp_path / "hostile", scenario, spoil)
+    assert watch.refusals == []
+    assert any("device 2: statistics of layer4." in warning for warning in watch.warnings)
+    assert all("device 2" in warning for warning in watch.warnings)
+    assert honest is not None
+    assert coordinator.aggregator is not None
+    for name in honest.arrays:
+        if name.endswith("running_mean"):
+            deviation = float(np.sqrt(honest.arrays[name.removesuffix("mean") + "var"].mean()))
+            moved = coordinator.aggregator.arrays[name] - honest.arrays[name]
+            assert np.sqrt((moved**2).mean()) < 0.3 * deviation
+
+
 STEADY = {"learning_rate": 0.01, "batch_size": 32}
 """Tiny untrained networks diverge on single devices with more and longer steps; the guard then clips honest updates."""
 
@@ -503,3 +624,33 @@ def test_off_is_off_in_yaml() -> None:
     assert Server.model_validate({"guard": False}).guard == "off"
     with pytest.raises(ValueError, match="guard"):
         Server.model_validate({"guard": True})
+
+
+@pytest.mark.parametrize("factor", [1, 1000])
+def test_a_device_that_claims_images_of_its_own_is_bounded_as_an_unknown_one(tmp_path: Path, factor: int) -> None:
+    """The server knows all images; device 2 says that it has others, and reports a thousand times as many."""
+    scenario = small(stream={"tasks": 1}, method=PLUS)
+    prepared, watch, folder = prepare(scenario), Watch(), RunFolder(tmp_path / "run")
+    folder.begin(scenario, {"run": "r"}, [])
+    coordinator = Coordinator(scenario, folder, "r", watch, prepared.tasks, images=KnownImages.of(prepared))
+
+    def tamper(message: Message, reply: Message) -> Message:
+        record = dict(reply.content["reply"])
+        if record.get("partition") == 2:
+            reply.content["reply"] = ConfigRecord(record | {"own_data": True, "tasks": [0]})
+        elif message.metadata.message_type == "train" and message.content["instruction"]["device"] == 2:
+            reply.content["reply"] = ConfigRecord(record | {"examples": factor * record["examples"]})
+            with_sums(scaled(factor, "count", "total", "gram"))(reply, coordinator)
+        return reply
+
+    coordinator.run(InProcessGrid(tmp_path / "states", 3, tamper))
+    claimed = [text for text in watch.warnings if "own-data" in text]
+    assert len(claimed) == 1
+    assert (
+        "devices with images of their own (own-data): [2]. What the server knows of their images is not" in claimed[0]
+    )
+    events = [json.loads(line) for line in (tmp_path / "run" / EVENTS).read_text().splitlines()]
+    assert claimed == [event["text"] for event in events if event["event"] == "warned" and "own-data" in event["text"]]
+    assert watch.refusals == []
+    assert coordinator.aggregator is not None
+    assert coordinator.aggregator.sums["statistics/count"].sum() == 80 + 94 + (85 if factor == 1 else 2 * 94)

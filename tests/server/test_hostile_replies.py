@@ -140,6 +140,58 @@ def test_class_sums_that_would_spoil_the_fleets_head(tmp_path: Path, factor: flo
     assert said in refusals[0][1]
 
 
+def test_class_sums_of_a_type_that_pytorch_cannot_take(tmp_path: Path) -> None:
+    """They are refused with the reply, not found where the sums of all devices are solved."""
+
+    def spoil(reply: Message) -> None:
+        arrays = {name: array.numpy() for name, array in reply.content["arrays"].items()}
+        reply.content["arrays"] = ArrayRecord({name: Array(a.astype(np.longdouble)) for name, a in arrays.items()})
+
+    listener = run_with(tmp_path, small(stream={"tasks": 1}, method=PLUS), spoil)
+    assert {device for device, _ in listener.refusals} == {1}
+    assert "expected floating-point values (float16, float32, float64)" in listener.refusals[0][1]
+    assert not listener.warnings
+
+
+def test_the_device_is_found_whose_sums_raise_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    scenario = small(method=PLUS)
+    sums = ClassSums(scenario.method.build(build_network(scenario, in_channels=1, classes=10)), "off", pytest.fail)
+    good = {name: np.zeros_like(array) for name, array in sums.sums.items()}
+    good["statistics/count"][0] = 1
+    bad = good | {"statistics/count": 7 * good["statistics/count"]}
+
+    def solve(method: Any, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if given["statistics/count"].sum() >= 7:
+            raise TypeError("not this one")
+        return {}
+
+    monkeypatch.setattr("server.aggregation.statistics.outgoing_head", solve)
+    refused = {1: "no finite head can be solved from its class sums"}
+    assert sums.update_({0: good, 1: bad, 2: good}, 1) == ({0, 2}, refused)
+
+
+def test_sums_that_are_in_count_although_the_weights_cannot_be_averaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the devices would send the same sums again, and they would be in twice."""
+    scenario = small(stream={"tasks": 1}, method=PLUS, server={"aggregation": "suffix"})
+
+    def fail(*given: Any) -> None:
+        raise RuntimeError("no average")
+
+    monkeypatch.setattr("server.aggregation.weights.strategies.FedAvg.aggregate_train", fail)
+    folder, listener = RunFolder(tmp_path / "run"), Silent()
+    folder.begin(scenario, {"run": "r"}, [])
+    coordinator = Coordinator(scenario, folder, "r", listener)
+    coordinator.run(InProcessGrid(tmp_path / "s", 3))
+    why = "the weights cannot be averaged (RuntimeError: no average); they stay as they are"
+    assert listener.warnings == [f"round 1: {why}"]
+    assert [entry.summed for entry in coordinator.ledger.entries] == [(0,)] * 3
+    assert coordinator.aggregator is not None
+    assert coordinator.aggregator.version == 1, "the head is new"
+    assert coordinator.aggregator.sums["statistics/count"].sum() == 80 + 94 + 85
+
+
 def test_sums_without_a_head_are_left_out() -> None:
     scenario = small(method=PLUS)
     method = scenario.method.build(build_network(scenario, in_channels=1, classes=10))

@@ -107,12 +107,30 @@ def with_value(value):
         (put("layer4.0.bn1.bias", lambda a: a[None]), r"'layer4.0.bn1.bias' has shape \[1, 32\], expected \[32\]"),
         (put("layer4.0.bn1.bias", lambda a: a.astype(str)), r"'layer4.0.bn1.bias' holds [<>]U\d+, expected floating"),
         (put("layer4.0.bn1.bias", lambda a: a.astype(np.int64)), r"'layer4.0.bn1.bias' holds int64, expected floating"),
+        (
+            put("layer4.0.bn1.bias", lambda a: a.astype(np.longdouble)),
+            r"'layer4.0.bn1.bias' holds float\d+, expected flo",
+        ),
+        (put("layer4.0.bn1.bias", lambda a: a.astype(">f4")), r"'layer4.0.bn1.bias' holds >f4, expected floating"),
         (put("layer3.0.conv1.weight", lambda _: np.zeros(1)), r"'layer3.0.conv1.weight' is not part of the exchange"),
         (put("fc.bias", lambda _: np.zeros(4)), r"'fc.bias' is not part of the exchange"),
         (lambda arrays: arrays.pop("layer4.0.downsample.0.weight"), r"'layer4.0.downsample.0.weight' is missing"),
         (lambda arrays: arrays.clear(), r"'layer4.0.bn1.bias' is missing"),
     ],
-    ids=["nan", "infinite", "short", "extra axis", "text", "integer", "prefix", "head", "missing", "empty"],
+    ids=[
+        "nan",
+        "infinite",
+        "short",
+        "extra axis",
+        "text",
+        "integer",
+        "long",
+        "big",
+        "prefix",
+        "head",
+        "missing",
+        "empty",
+    ],
 )
 def test_bad_tensors_are_refused_by_name_and_nothing_changes(change, message):
     network = toys.network(seed=2)
