@@ -51,6 +51,7 @@ from lightcl.exchange.messages import (
     Instruction,
     ProtocolError,
     Refusal,
+    Tested,
 )
 from lightcl.exchange.tensors import Arrays, ExchangeError
 from lightcl.exchange.wire import decoded, packed
@@ -341,7 +342,7 @@ def _train(device: EdgeDevice, instruction: Instruction, receive: Callable[[], N
         content[ARRAYS] = pack(arrays)
         content[METRICS] = MetricRecord({EXAMPLES: trained.examples})
     if instruction.evaluate:
-        content[TESTED] = ConfigRecord(device.evaluate().to_record())
+        content[TESTED] = ConfigRecord(_tested(device).to_record())
     return content
 
 
@@ -349,7 +350,21 @@ def _evaluate(device: EdgeDevice, instruction: Instruction, receive: Callable[[]
     device.check_at(instruction.task, instruction.until_epoch)
     receive()
     device.check_version(instruction.version)
-    return _reply(device.evaluate().to_record())
+    return _reply(_tested(device).to_record())
+
+
+def _tested(device: EdgeDevice) -> Tested:
+    """Tests the device. Raises FieldDamaged where the images of a task that it learned are gone.
+
+    They do not come again, so this is no reason to wait for images.
+    """
+    try:
+        return device.evaluate()
+    except NotReady as error:
+        raise FieldDamaged(
+            f"{error.reason}, but the device has learned it: the folder of its images is lost; restore the state "
+            "folder from a copy, or remove it: the device then begins its stream again"
+        ) from error
 
 
 def _reply(record: dict[str, object]) -> RecordDict:

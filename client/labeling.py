@@ -18,9 +18,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 from lightcl.data.field import FieldTasks, NotReady
+from lightcl.data.sources.decoding import opened
 from lightcl.data.sources.field import SETTLE_SECONDS, UNLABELED, Contents, FieldFile, read_contents, settled
 from lightcl.errors import RequestError
 
@@ -59,7 +60,7 @@ class Labeling:
     _skipped: list[str] = field(default_factory=list)
     _moves: list[Move] = field(default_factory=list)
     _taken_back: set[str] = field(default_factory=set)
-    _unreadable: set[str] = field(default_factory=set)
+    _unreadable: dict[str, str] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     @classmethod
@@ -91,7 +92,7 @@ class Labeling:
             names.sort(key=lambda name: (name in self._skipped and 1 + self._skipped.index(name), name))
             names.sort(key=lambda name: name not in self._taken_back)
             labeled = Counter(label for _, label in contents.labeled)
-            broken = [f"{name} cannot be shown" for name in sorted(self._unreadable)]
+            broken = [self._unreadable[name] for name in sorted(self._unreadable)]
             return {
                 "image": names[0] if names else None,
                 "waiting": len(names),
@@ -132,19 +133,18 @@ class Labeling:
     def picture(self, name: str) -> bytes:
         """An unlabeled image as JPEG. Raises KeyError where there is none of this name that can be shown."""
         file = self._file_of(name)
-        try:
-            with Image.open(file) as picture:
-                picture.draft("RGB", (LONGEST_SIDE, LONGEST_SIDE))
-                shown = ImageOps.exif_transpose(picture).convert("RGB")
-        except FileNotFoundError as error:
-            raise KeyError(name) from error
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            with self._lock:
-                self._unreadable.add(name)
-            raise KeyError(name) from error
-        shown.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
         content = io.BytesIO()
-        shown.save(content, "JPEG", quality=90)
+        try:
+            with opened(file, f"{name} cannot be shown") as picture:
+                picture.draft("RGB", (LONGEST_SIDE, LONGEST_SIDE))
+                shown = picture if picture.mode in ("L", "RGB") else picture.convert("RGB")
+                shown.thumbnail((LONGEST_SIDE, LONGEST_SIDE))  # before it is copied
+                ImageOps.exif_transpose(shown).convert("RGB").save(content, "JPEG", quality=90)
+        except RequestError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):  # it was moved a moment ago
+                with self._lock:
+                    self._unreadable[name] = str(error)
+            raise KeyError(name) from error
         return content.getvalue()
 
     def label(self, name: str, label: str) -> None:

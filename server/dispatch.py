@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
@@ -24,6 +25,7 @@ from server.mailbox import AGAIN_SECONDS, ENDS_THE_RUN, LATE_SECONDS, Mailbox, r
 from server.nodes import Nodes
 from server.replies import back_off_of
 
+Phase = Literal["train", "evaluate"]
 MOST_LOSSES = 3
 """A device that is lost so often over one message has failed: its reply may be one that the gateway cuts off."""
 LEAST_BACK_OFF = 5.0
@@ -90,12 +92,12 @@ class Dispatch:
         )
 
     def exchange(
-        self, sent: Mapping[int, Message], rows: dict[int, DeviceRow], phase: str
+        self, sent: Mapping[int, Message], rows: dict[int, DeviceRow], phase: Phase
     ) -> Iterator[tuple[Entry, Message]]:
         """Sends and waits; gives the replies that carry a report, by device number, and notes the rest as errors.
 
-        Devices that wait for images are asked again as long as others are at work; where none is, until a reply has
-        come or another device is back. Then they leave the round, and their rows are removed.
+        Devices that wait for images to train on are asked again as long as others are at work; where none is, until a
+        reply has come or another device is back. Then they leave the round, and their rows are removed.
 
         It keeps no reply that it has given away: those of a large fleet are most of the server's memory.
         """
@@ -115,7 +117,7 @@ class Dispatch:
             reachable,
             timeout,
             done,
-            lambda number, reply: self._postponed(reply, rows[number], waits),
+            lambda number, reply: self._postponed(reply, rows[number], waits, phase),
             lambda number: self._again(sent[number], rows[number], waits, sent),
             waits.enough,
             sorted(waits.unsent),
@@ -181,11 +183,12 @@ class Dispatch:
                 self.listener.warned(text)
         return AGAIN_SECONDS if now < waits.until[number] and waits.losses[number] < MOST_LOSSES else None
 
-    def _postponed(self, reply: Message, row: DeviceRow, waits: _Waits) -> float | None:
+    def _postponed(self, reply: Message, row: DeviceRow, waits: _Waits, phase: Phase) -> float | None:
         """After how many seconds a device that backs off or is lost is asked again; None where it is to be done with.
 
         None, too, where the device has used up its waits of this round (`server.longest_back_off`), or says nonsense:
-        the reply is then a failure, unless the device waits for images.
+        the reply is then a failure, unless the device waits for images to train on. To be tested no device waits for
+        images: it is tested on tasks that it has learned.
         """
         if not self.mailbox.simulated and reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
             return self._lost(row.device, waits)
@@ -197,7 +200,7 @@ class Dispatch:
             return None
         if found is None:
             return None
-        if found.for_images and comes_to_boards(self.scenario.data.source):
+        if phase == "train" and found.for_images and comes_to_boards(self.scenario.data.source):
             waits.idle.add(row.device)
         if self.aggregator and found.version == self.aggregator.version:
             waits.informed.add(row.device)

@@ -127,6 +127,10 @@ class Journal:
         self._save(round_number, None)
         return row
 
+    def note_nothing(self, round_number: int) -> None:
+        """Saves that `round_number` is the last round: the one after it had begun, but no device took part."""
+        self._save(round_number, None)
+
     def note_failure(self, reason: str) -> None:
         """Says in the run folder why the run ended; a run that could not be reopened keeps the results that it had."""
         with suppress(OSError, RequestError):  # the disk may be the reason

@@ -137,7 +137,15 @@ class Coordinator:
         if session and (untested := self._untested(pending)):
             session.phases.test_(untested, pending.rows)
         self.ledger.count_failures_(pending.rows)
-        self.listener.round_finished(self._journal.note_finished(self.round, pending, start))
+        self._record(pending, start)
+
+    def _record(self, finished: PendingRound, start: float) -> None:
+        """The end of a round that began at `start`; one that no device took part in begins again."""
+        if finished.rows:
+            self.listener.round_finished(self._journal.note_finished(self.round, finished, start))
+            return
+        self.round -= 1
+        self._journal.note_nothing(self.round)
 
     def _untested(self, pending: PendingRound) -> list[Entry]:
         """The devices of a round that have learned their task and are still to be tested on it."""
@@ -153,4 +161,4 @@ class Coordinator:
             self.listener.round_started(self.round, 1, len(late))
             rows = session.new_rows(late, self.round)
             session.phases.test_(late, rows)
-            self.listener.round_finished(self._journal.note_finished(self.round, PendingRound(rows, 0.0), start))
+            self._record(PendingRound(rows, 0.0), start)

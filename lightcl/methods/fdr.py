@@ -5,11 +5,11 @@ Benjamin, Rolnick, Körding: "Measuring and Regularizing Networks in Function Sp
     loss = CE(f(x), y) + α·(1/|M|)·Σ_{x' in M} ‖softmax(f(x')) - softmax(f*(x'))‖₂
 
 M is the working memory: at the end of each task, samples of it are stored with the network's outputs f* at that time
-(in evaluation mode). The memory is divided equally among the tasks so far; earlier tasks give up the samples that they
-stored last. Details: the distance is between softmax outputs and is added to the loss of the same step, while the
-version in the DER++ paper's comparison takes a second optimizer step for it; that version's α (0.3 for Split CIFAR-10
-and 200 samples) is the default. Samples are replayed without augmentation, since f* belongs to exactly these inputs,
-and share the batch and its batch-norm statistics with the new ones.
+(in evaluation mode). The memory is divided equally among the tasks that the device has learned; earlier tasks give up
+the samples that they stored last. Details: the distance is between softmax outputs and is added to the loss of the same
+step, while the version in the DER++ paper's comparison takes a second optimizer step for it; that version's α (0.3 for
+Split CIFAR-10 and 200 samples) is the default. Samples are replayed without augmentation, since f* belongs to exactly
+these inputs, and share the batch and its batch-norm statistics with the new ones.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class FDR(Method):
         self.draws = 0
 
     def loss(self, batch: Batch, context: TaskContext) -> Tensor:
-        if not self.memory:
+        if not self.memory or not len(self.memory["tasks"]):
             return super().loss(batch, context)
         random = numpy_generator(context.seed, "draw", self.draws)
         self.draws += 1
@@ -65,9 +65,10 @@ class FDR(Method):
     @torch.no_grad()
     def end_task(self, context: TaskContext) -> None:
         """Makes room for this task's samples and stores them with the network's current outputs."""
-        shares = equal_shares(self.parameters.buffer_size, context.task.id + 1)
+        stored = sorted(set(self.memory["tasks"].tolist())) if self.memory else []  # a device may skip tasks
+        shares = equal_shares(self.parameters.buffer_size, len(stored) + 1)
         kept = {
-            name: [rows[self.memory["tasks"] == task][:share] for task, share in enumerate(shares[:-1])]
+            name: [rows[self.memory["tasks"] == task][:share] for task, share in zip(stored, shares, strict=False)]
             for name, rows in self.memory.items()
         }
         new = context.sample(shares[-1], purpose="memory")

@@ -25,6 +25,7 @@ from client.labeling import Labeling, LabelServer
 from lightcl.data.field import FieldTasks
 from lightcl.errors import RequestError
 from tests.lightcl.data.field import draw, drop, later, plan, tasks
+from tests.lightcl.data.odd_images import EPS, blank_png, fake_ghostscript
 from tests.simulations.test_command_line import lightcl
 
 
@@ -147,7 +148,40 @@ def test_what_cannot_be_shown_is_named_and_passed_over(folder: Path) -> None:
     with serving(labeling(folder)) as server:
         assert ask(server, "GET", "/image?name=unlabeled/0000.png")[0] == 404
         _, state = ask(server, "GET", "/state")
-    assert (state["image"], state["problems"]) == ("unlabeled/0001.png", ["unlabeled/0000.png cannot be shown"])
+    reason = "the image does not decode (not an image, or an unknown format)"
+    problems = [f"unlabeled/0000.png cannot be shown: {reason}"]
+    assert (state["image"], state["problems"]) == ("unlabeled/0001.png", problems)
+
+
+def test_other_formats_and_too_many_pixels_are_not_opened(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ghostscript = fake_ghostscript(folder.parent, monkeypatch)
+    (folder / "unlabeled" / "0000.png").write_bytes(EPS)
+    (folder / "unlabeled" / "0001.png").write_bytes(blank_png(8000, 6000))
+    with serving(labeling(folder)) as server:
+        assert ask(server, "GET", "/image?name=unlabeled/0000.png")[0] == 404
+        assert ask(server, "GET", "/image?name=unlabeled/0001.png")[0] == 404
+        assert ask(server, "GET", "/image?name=unlabeled/0002.png")[0] == 200
+        _, state = ask(server, "GET", "/state")
+    assert state["image"] == "unlabeled/0002.png"
+    assert state["problems"][1].startswith("unlabeled/0001.png cannot be shown: the image has 8000x6000 pixels")
+    assert not ghostscript.exists()
+
+
+@pytest.mark.parametrize("name", ["photo.jpg", "photo.png", "indexed.png", "photo.tif"])
+def test_a_large_photo_is_shown_small_and_upright(folder: Path, name: str) -> None:
+    """Its left half is red; its orientation says that it was taken with the camera turned to the right."""
+    photo = Image.new("RGB", (2000, 1000), (0, 0, 200))
+    photo.paste((200, 0, 0), (0, 0, 1000, 1000))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    if name == "indexed.png":
+        photo = photo.convert("P", palette=Image.Palette.ADAPTIVE)
+    photo.save(folder / "unlabeled" / name, exif=exif)
+    shown = Image.open(io.BytesIO(labeling(folder).picture(f"unlabeled/{name}")))
+    assert shown.size == (800, 1600)
+    top, bottom = shown.getpixel((400, 200)), shown.getpixel((400, 1400))
+    assert top[0] > 150 > 50 > top[2]
+    assert bottom[2] > 150 > 50 > bottom[0]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections import Counter
@@ -17,6 +18,8 @@ from flwr.app import ConfigRecord, Message, RecordDict
 import client.app
 from lightcl.data import field
 from lightcl.data.field import FieldPlan, FieldTasks
+from lightcl.data.streams.field import FieldStream
+from lightcl.device.device import EdgeDevice
 from lightcl.errors import Stopped
 from lightcl.exchange.messages import Instruction
 from lightcl.export.folders import find_model
@@ -26,6 +29,7 @@ from lightcl.records import Run, load_run
 from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario
 from server import dispatch
+from server.checkpoint import Checkpoint, PendingRound
 from server.mailbox import Mailbox
 from server.rounds import Coordinator
 from tests.inprocess import InProcessGrid, Silent
@@ -290,6 +294,98 @@ def test_a_server_that_is_stopped_while_its_boards_wait_continues(tmp_path: Path
     assert run.devices[-1].tested == ([2] if keep == "none" else [0, 1, 2])
     assert run.results is not None
     assert all(before[number] <= boards.learned(number) for number in range(2))
+
+
+def no_images(message: Message) -> Message:
+    """What a board says that waits for images, whatever it was asked."""
+    values = {"task": 0, "epochs": 2, "version": 1, "reason": "no images", "retry_after": 1.0, "for_images": True}
+    return Message(RecordDict({"reply": ConfigRecord(values)}), reply_to=message)
+
+
+def test_a_board_that_waits_for_images_when_it_is_tested_has_failed(tmp_path: Path) -> None:
+    """It has learned the task, so it cannot wait for its images; and the run goes on without it."""
+    boards = Boards(tmp_path)
+    boards.waits = boards.bring
+    look = boards.tamper
+
+    def tamper(message: Message, reply: Message) -> Message:
+        device = message.content.config_records["instruction"]["device"]
+        if device == 0 and message.metadata.message_type == "evaluate":
+            return no_images(message)
+        return look(message, reply)
+
+    boards.tamper = tamper
+    chosen = scenario(server={"aggregation": "suffix", "longest_back_off": 0.05, "max_failures": 2})
+    run, listener = run_on(tmp_path / "run", boards, chosen)
+    assert run.results is not None
+    assert run.results.devices_finished == 1
+    refused = "backed off for 0.05 s in this round (server.longest_back_off): no images"
+    assert listener.refusals == [(0, refused)] * 2
+    assert run.results.dropped == {0: refused}
+
+
+def test_a_run_that_has_only_such_a_board_continues(tmp_path: Path) -> None:
+    """The state saved between training and test is taken up, and the failed test is done again."""
+    boards, chosen = Boards(tmp_path, 1), scenario(1, server={"aggregation": "suffix", "longest_back_off": 0.05})
+    boards.waits = boards.bring
+    look, target = boards.tamper, RunFolder(tmp_path / "run")
+    open_remote_run(target, chosen, "lightcl server run", resume=False)
+    stopped, listener = Coordinator(chosen, target, "r", Silent()), Silent()
+
+    def tamper(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type != "evaluate" or listener.refusals:
+            return look(message, reply)
+        stopped.stop.set()
+        return no_images(message)
+
+    boards.tamper = tamper
+    with pytest.raises(Stopped):
+        stopped.run(boards)
+    open_remote_run(target, chosen, "lightcl server run", resume=True)
+    Coordinator(chosen, target, "r", listener).run(boards)
+    run = load_run(tmp_path / "run")
+    assert run.results is not None
+    assert [(row.round, row.task, bool(row.til)) for row in run.devices] == [(1, 0, False), (2, 0, True), (3, 1, True)]
+    assert len(listener.refusals) == 1
+
+
+def test_a_saved_round_without_devices_begins_again(tmp_path: Path) -> None:
+    boards, chosen, target = Boards(tmp_path, 1), scenario(1), RunFolder(tmp_path / "run")
+    boards.waits = boards.bring
+    open_remote_run(target, chosen, "lightcl server run", resume=False)
+    checkpoint = Checkpoint(target.path / "server")
+    checkpoint.save(1, PendingRound({}, 0.0), 0, {}, [])
+    checkpoint.close()
+    Coordinator(chosen, target, "r", Silent()).run(boards)
+    run = load_run(tmp_path / "run")
+    assert run.results is not None
+    assert [row.round for row in run.rounds] == [1, 2]
+
+
+@pytest.mark.parametrize("aggregation", ["none", "suffix"])
+def test_a_board_that_lost_the_images_of_a_learned_task_says_so(tmp_path: Path, aggregation: str) -> None:
+    boards = Boards(tmp_path)
+    boards.waits = boards.bring
+    look, train = boards.tamper, EdgeDevice.train
+
+    def lose(device: EdgeDevice, task: int, until: int) -> Any:
+        report = train(device, task, until)
+        if device.number == 0 and isinstance(device.stream, FieldStream):
+            shutil.rmtree(device.stream.tasks.folder / "task-00000")
+            del device.stream.tasks.cut
+            device.stream._opened.clear()
+        return report
+
+    boards.tamper = look
+    chosen = scenario(server={"aggregation": aggregation, "max_failures": 1})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EdgeDevice, "train", lose)
+        run, listener = run_on(tmp_path / "run", boards, chosen)
+    assert run.results is not None
+    assert run.results.devices_finished == 1
+    ((device, reason),) = listener.refusals
+    assert device == 0
+    assert reason.startswith("FieldDamaged: task 0 has no images so far, but the device has learned it: the folder")
 
 
 def ask(boards: Boards, kind: str, chosen: Scenario, **changes: Any) -> dict[str, Any]:

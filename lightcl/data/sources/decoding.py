@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +16,73 @@ from lightcl.errors import RequestError
 
 SIXTEEN_BITS_AS_I = ("PNG", "PPM")
 """Formats whose 16-bit images some versions of Pillow open with 32 bits; these formats have no 32-bit images."""
+FORMATS = (
+    "JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "PSD", "HEIF", "JXL", "TGA",
+)  # fmt: skip
+"""The formats that are read, by Pillow's names: those of `IMAGE_SUFFIXES` that are pixels. Plugins of Pillow that a
+user loads bring HEIF and JXL. TGA comes last: its files have no mark by which they are known."""
+MOST_PIXELS = 40_000_000
+"""Of an image: 160 MB as RGB in memory, and for a moment twice that."""
 MOST_CLASSES = 100_000
 """A head has a row per class up to the largest label, with or without images."""
+
+
+@contextmanager
+def opened(content: str | Path | bytes, place: str) -> Iterator[Image.Image]:
+    """An image file, or bytes, of one of `FORMATS` and with at most `MOST_PIXELS`, whatever the file's name is.
+
+    Pillow opens a file by its content, and would start Ghostscript for PostScript that is called photo.jpg. Raises
+    RequestError naming `place`, also for whatever goes wrong inside: for damaged files, decoders raise errors of any
+    kind.
+    """
+    Image.init()  # all of Pillow's formats, and those of its plugins that are loaded
+    formats = [name for name in FORMATS if name in Image.OPEN]
+    try:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=formats) as picture:
+            _check_size(picture, place)
+            yield picture
+    except RequestError:
+        raise
+    except UnidentifiedImageError as error:  # its text names the object that holds the bytes
+        raise RequestError(f"{place}: the image does not decode (not an image, or an unknown format)") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise RequestError(f"{place}: the image is too large (allowed: up to {MOST_PIXELS} pixels): {error}") from error
+    except Exception as error:  # of any kind: one damaged file may not end the reading of the others
+        raise RequestError(f"{place}: the image does not decode ({str(error) or type(error).__name__})") from error
+
+
+def _check_size(picture: Image.Image, place: str) -> None:
+    """A small file may have pixels that fill the memory of a board."""
+    width, height = picture.size
+    if width * height > MOST_PIXELS:
+        raise RequestError(
+            f"{place}: the image has {width}x{height} pixels, {width * height} in all (allowed: up to {MOST_PIXELS}); "
+            "make it smaller"
+        )
 
 
 def decode(content: str | bytes, place: str, size: int | None) -> Image.Image:
     """Decodes a file or bytes to 8-bit gray or RGB (first frame of an animation), resized to `size` x `size` pixels.
 
-    Raises RequestError naming `place` for content that does not decode or whose range of values is unknown.
+    Raises RequestError naming `place` for content that does not decode, has too many pixels or an unknown range of
+    values.
     """
-    try:
-        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as picture:
-            if picture.mode == "F" or (picture.mode == "I" and picture.format not in SIXTEEN_BITS_AS_I):
-                raise RequestError(
-                    f"{place}: the image has {'float' if picture.mode == 'F' else '32-bit integer'} pixels, so its "
-                    "white level is unknown; allowed: 8 or 16 bits per channel"
-                )
-            if picture.mode.startswith("I"):  # 16 bits per pixel; convert() would clip them to white
-                converted = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
-            else:
-                converted = picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, UnidentifiedImageError):  # its text names the object that holds the bytes
-            raise RequestError(f"{place}: the image does not decode (not an image, or an unknown format)") from error
-        raise RequestError(f"{place}: the image does not decode ({error})") from error
-    return converted if size is None else resized(converted, size)
+    with opened(content, place) as picture:
+        if picture.mode == "F" or (picture.mode == "I" and picture.format not in SIXTEEN_BITS_AS_I):
+            raise RequestError(
+                f"{place}: the image has {'float' if picture.mode == 'F' else '32-bit integer'} pixels, so its "
+                "white level is unknown; allowed: 8 or 16 bits per channel"
+            )
+        picture.load()
+        _check_size(picture, place)  # an icon may hold a larger image than it says
+        if picture.mode.startswith("I"):  # 16 bits per pixel; convert() would clip them to white
+            converted = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
+            return converted if size is None else resized(converted, size)
+        mode = "L" if picture.mode in ("1", "L", "LA") else "RGB"
+        if picture.mode == mode and size is not None and picture.size != (size, size):
+            return resized(picture, size)  # convert() would copy all pixels
+        converted = picture.convert(mode)
+        return converted if size is None else resized(converted, size)
 
 
 def resized(picture: Image.Image, size: int) -> Image.Image:

@@ -17,6 +17,7 @@ from lightcl.data.field import ASK_SECONDS, FieldDamaged, FieldTasks, NotReady, 
 from lightcl.data.sources.field import read_contents
 from lightcl.errors import RequestError
 from tests.lightcl.data.field import draw, drop, later, plan, tasks
+from tests.lightcl.data.odd_images import EPS, blank_png, fake_ghostscript
 
 
 @pytest.fixture
@@ -143,6 +144,22 @@ def test_half_a_file_is_never_learned_and_the_whole_one_is(folder: Path, state: 
     shutil.copy(folder / "cup" / "0000.png", folder / "cup" / "empty.jpg")
     (folder / "cup" / "empty.jpg").write_bytes(b"")
     assert "empty.jpg: the image does not decode" in tasks(state, folder).waiting().problems[0]
+
+
+def test_a_file_that_is_dangerous_to_open_is_a_problem_of_this_file(
+    folder: Path, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ghostscript = fake_ghostscript(folder.parent, monkeypatch)
+    drop(folder, "cup", range(6))
+    drop(folder, "bottle", range(10, 16))
+    (folder / "cup" / "drawing.jpg").write_bytes(EPS)
+    (folder / "cup" / "large.png").write_bytes(blank_png(8000, 6000))
+    found = tasks(state, folder)
+    assert len(found.gather(0).images) == 12
+    problems = found.waiting().problems
+    assert problems[0].startswith("cup/drawing.jpg: the image does not decode (not an image")
+    assert problems[1].startswith("cup/large.png: the image has 8000x6000 pixels")
+    assert not ghostscript.exists()
 
 
 def test_hidden_and_other_files_are_left_out(folder: Path, state: Path) -> None:

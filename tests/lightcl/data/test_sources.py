@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torchvision
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from sklearn.datasets import load_digits
 
 from lightcl.data import images as image_cache
@@ -22,11 +23,13 @@ from lightcl.data import sources
 from lightcl.data.images import ImageSet, SourceRequest, iter_batches, split_off_test
 from lightcl.data.partition import partition
 from lightcl.data.section import Data
-from lightcl.data.sources import load_source, register_source
-from lightcl.data.sources.image_folder import _class_names, _image_files
+from lightcl.data.sources import decoding, load_source, register_source
+from lightcl.data.sources.decoding import FORMATS, decode
+from lightcl.data.sources.image_folder import IMAGE_SUFFIXES, _class_names, _image_files
 from lightcl.data.sources.parquet import read_parquet
 from lightcl.errors import RequestError
 from tests.lightcl import toys
+from tests.lightcl.data.odd_images import EPS, blank_png, fake_ghostscript, icon
 
 
 def picture(value: int, size: int = 8, mode: str = "RGB") -> Image.Image:
@@ -63,6 +66,74 @@ def write_parquet(
 
 def parquet(path: Path, **options) -> image_cache.Source:
     return load_source(SourceRequest("parquet", path, **options))
+
+
+# -- images of unknown origin --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "svg"])
+def test_a_file_is_opened_as_a_raster_format_alone(tmp_path, monkeypatch, suffix):
+    """Pillow gives PostScript to Ghostscript, whatever the file is called."""
+    ghostscript = fake_ghostscript(tmp_path, monkeypatch)
+    file = tmp_path / f"photo.{suffix}"
+    file.write_bytes(EPS)
+    for content in (str(file), EPS):
+        with pytest.raises(RequestError, match=r"cup/photo: the image does not decode \(not an image, or an unknown"):
+            decode(content, "cup/photo", 8)
+    assert not ghostscript.exists()
+
+
+@pytest.mark.parametrize("suffix", [s for s in IMAGE_SUFFIXES if s not in (".svg", ".psd", ".jxl", ".heic", ".heif")])
+def test_the_formats_of_all_names_are_read(tmp_path, suffix):
+    mode = {".pgm": "L", ".pbm": "1"}.get(suffix, "RGB")
+    picture(200, 32).convert(mode).save(tmp_path / f"photo{suffix}")
+    content = (tmp_path / f"photo{suffix}").read_bytes()
+    given = np.asarray(decode(content, "photo", None))
+    assert given.shape[:2] == (32, 32)
+    assert abs(int(given[-1, -1].max()) - (255 if mode == "1" else 200)) <= 2
+    assert Image.registered_extensions()[suffix] in (*FORMATS, "MPO")
+
+
+@pytest.mark.parametrize(
+    "error", [struct.error("odd"), AssertionError(), MemoryError(), RuntimeError("odd"), KeyError(3)]
+)
+def test_whatever_a_decoder_raises_is_the_failure_of_this_file(monkeypatch, error):
+    def load(self):
+        raise error
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    text = re.escape(str(error) or type(error).__name__)
+    with pytest.raises(RequestError, match=rf"cup/1.png: the image does not decode \({text}\)"):
+        decode(png(10), "cup/1.png", None)
+
+
+@pytest.mark.filterwarnings("ignore:Image was not the expected size")
+def test_an_image_may_not_have_endless_pixels(monkeypatch):
+    """A board has a gigabyte of memory, and 48 million pixels of one color fill 46 kilobytes."""
+    large = blank_png(8000, 6000)
+    assert len(large) < 300_000
+    told = r"x.png: the image has 8000x6000 pixels, 48000000 in all \(allowed: up to 40000000\); make it smaller"
+    with pytest.raises(RequestError, match=told):
+        decode(large, "x.png", 32)
+    with pytest.raises(RequestError, match=r"x.png: the image is too large \(allowed: up to 40000000 pixels\)"):
+        decode(blank_png(20_000, 20_000)[:1000], "x.png", 32)  # Pillow's own limit
+    monkeypatch.setattr(decoding, "MOST_PIXELS", 100)
+    assert decode(blank_png(10, 10), "x.png", None).size == (10, 10)
+    for content in (blank_png(10, 11), icon(blank_png(11, 11), 8)):
+        with pytest.raises(RequestError, match="the image has 1"):
+            decode(content, "x.png", None)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_an_image_is_resized_as_if_it_were_converted_first(mode):
+    stream = io.BytesIO()
+    random = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(random).convert("L").convert(mode).save(stream, "TIFF" if mode == "CMYK" else "PNG")
+    with Image.open(stream) as opened:
+        literal = opened.convert("L" if mode in ("1", "L", "LA") else "RGB")
+    expected = literal.resize((8, 8), Image.Resampling.BILINEAR)
+    found = decode(stream.getvalue(), "x", 8)
+    assert (found.mode, found.tobytes()) == (expected.mode, expected.tobytes())
 
 
 # -- every source --------------------------------------------------------------------------------------------------

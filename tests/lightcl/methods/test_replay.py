@@ -109,6 +109,22 @@ def test_fdr_shares_its_memory_between_the_tasks():
     assert torch.equal(method.memory["logits"][0], table.Table().rows.detach()[0])  # not what it says now
 
 
+def test_fdr_shares_its_memory_between_the_tasks_that_a_device_learns():
+    """Of tasks 1, 4 and 5, 5 rows are divided 5, then 3 + 2, then 2 + 2 + 1, as those of tasks 0, 1 and 2 would be."""
+    method = make(FDRParameters(buffer_size=5))
+    for task, expected in ((1, [1] * 5), (4, [1] * 3 + [4] * 2), (5, [1] * 2 + [4] * 2 + [5])):
+        method.end_task(table.context(task, [0, 1], [0, 1], rows=[0] * 9, labels=[0] * 9))
+        assert method.memory["tasks"].tolist() == expected
+
+
+def test_fdr_has_a_memory_after_a_late_first_task():
+    method = make(FDRParameters(buffer_size=2))
+    for task, expected in ((2, [2, 2]), (3, [2, 3]), (4, [2, 3]), (5, [2, 3])):
+        method.end_task(table.context(task, [0, 1], [0, 1]))
+        assert method.memory["tasks"].tolist() == expected
+        assert math.isfinite(method.loss(NEW, NOW).item())
+
+
 @pytest.mark.parametrize("parameters", [ERParameters(), DERppParameters()])
 def test_all_samples_pass_as_one_batch(parameters):
     """They share batch-norm's statistics, and move the running ones once."""
