@@ -31,9 +31,11 @@ from lightcl.device.hardware import choose_accelerator, set_up_torch
 from lightcl.device.mapped import MappedWeights
 from lightcl.errors import RequestError
 from lightcl.methods.base import PrefixFeatures
+from lightcl.networks import BACKBONES
 from lightcl.networks.folding import folded
 from lightcl.networks.staged import Backbone, OnMap, Stage
 from lightcl.networks.weights import digest
+from lightcl.plugins import from_plugin, source_digest
 from lightcl.scenario import Scenario
 from lightcl.storage.prefix_cache import CacheFull, FeatureStore, PrefixCache
 
@@ -258,6 +260,14 @@ def fixed_prefix(scenario: Scenario, network: Backbone, prefix_digest: str) -> F
         return FixedPrefix(network)
     device = scenario.device
     dtype = DTYPES.get(device.prefix_cache_dtype)
+    stores = network.prefix.derive(
+        "stores", lambda: Stores(prefix_cache(device.prefix_cache_gb), _about(scenario, network, prefix_digest), dtype)
+    )
+    return FixedPrefix(network, stores, dtype, _mapped(network))
+
+
+def _about(scenario: Scenario, network: Backbone, prefix_digest: str) -> dict[str, Any]:
+    """The part of a store's key that is the same for all images and views."""
     about = {
         "format": FORMAT,
         "network": f"{scenario.network.name}, width {network.width}, up to {scenario.freeze}",
@@ -266,10 +276,17 @@ def fixed_prefix(scenario: Scenario, network: Backbone, prefix_digest: str) -> F
         # Rounding may depend on these:
         "torch": torch.__version__,
         "hardware": _hardware(network.head.weight.device),
-        "threads": device.threads,
+        "threads": scenario.device.threads,
     }
-    stores = network.prefix.derive("stores", lambda: Stores(prefix_cache(device.prefix_cache_gb), about, dtype))
-    return FixedPrefix(network, stores, dtype, _mapped(network))
+    return about | _plugin_code(scenario.network.name, network)
+
+
+def _plugin_code(name: str, network: Backbone) -> dict[str, list[str]]:
+    """Digests of the plugins' files that define the prefix; the built-in networks have `FORMAT` instead."""
+    blocks = [module for block in network.prefix.block_modules for module in block.modules()]
+    kinds = {kind for module in (network, *network.prefix.modules(), *blocks) for kind in type(module).__mro__}
+    defined = [owner for owner in (BACKBONES.find(name), *kinds) if from_plugin(owner)]
+    return {"code": sorted({source_digest(owner) for owner in defined})} if defined else {}
 
 
 def _mapped(network: Backbone) -> MappedWeights | None:

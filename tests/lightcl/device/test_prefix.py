@@ -1,12 +1,15 @@
 """Prefix outputs image by image, and the cache of them: the same numbers on, off, and in any batch."""
 
 import multiprocessing
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 
+from lightcl import plugins
 from lightcl.assembly import build_network
 from lightcl.data.augment import View
 from lightcl.data.batches import viewed
@@ -16,6 +19,7 @@ from lightcl.device import prefix
 from lightcl.device.device import EdgeDevice
 from lightcl.device.prefix import FixedPrefix, fixed_prefix, prefix_cache, warm
 from lightcl.errors import RequestError
+from lightcl.networks import BACKBONES
 from lightcl.networks.weights import digest
 from lightcl.storage.prefix_cache import CacheFull, FeatureStore, PrefixCache
 from tests.lightcl import toys
@@ -133,6 +137,26 @@ def test_processes_share_a_store():
     assert np.array_equal(first, second)
     assert keys == again
     assert len(other) == 2  # other weights, another store
+
+
+def test_a_changed_network_of_a_plugin_has_a_store_of_its_own(tmp_path, monkeypatch):
+    """Same weights, another activation; the file is read again, as in another process."""
+    monkeypatch.setenv(plugins.VARIABLE, "")
+    monkeypatch.setattr(BACKBONES, "_objects", dict(BACKBONES))
+    file, loaded = tmp_path / "net.py", set(sys.modules)
+    text = (Path(__file__).parents[3] / "examples" / "a_new_network.py").read_text()
+    network = {"name": "small-cnn", "width": 4, "freeze": "block1"}
+    tested = Samples(toys.source(size=16).test, np.arange(8))
+    for content in (text, text.replace("F.relu", "F.tanh"), text):
+        for name in set(sys.modules) - loaded:
+            del sys.modules[name]
+        file.write_text(content)
+        plugins.load_plugins([file])
+        scenario = toys.scenario(data=VIEWS, network=network)
+        built = build_network(scenario, in_channels=3, classes=4).eval()
+        expected = FixedPrefix(built)([tested.load()])
+        assert torch.equal(fixed_prefix(scenario, built, digest(built.prefix))([tested.load()]), expected)
+    assert [len(store.about["code"]) for store in prefix_cache().stores()] == [1, 1]
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("fp16", 2**-11), ("bf16", 2**-8)])
