@@ -123,7 +123,11 @@ class FixedPrefix(PrefixFeatures):
         if store is None or batch.origin is None:
             return self._compute(batch.images)
         rows = batch.origin.indices
-        found, present = store.read(rows)
+        try:
+            found, present = store.read(rows)
+        except OSError as error:
+            self._switch_off(error)
+            return self._compute(batch.images)
         features = found.to(self._device, self._dtype)
         if present.all():
             if not self._needed_soon(store):
@@ -134,6 +138,8 @@ class FixedPrefix(PrefixFeatures):
         images = [batch.images[torch.from_numpy(missing)], *(other.images for _, other in others)]
         computed, *further = torch.split(self._compute(torch.cat(images)), list(map(len, images)))
         features[torch.from_numpy(missing).to(self._device)] = computed
+        if self.stores is None:  # off since: another store failed
+            return features
         try:
             store.write(rows[missing], computed)
             for (place, other), outputs in zip(others, further, strict=True):
@@ -166,7 +172,7 @@ class FixedPrefix(PrefixFeatures):
         return announced is not None and announced[0] is store
 
     def _peek(self) -> Announced | None:
-        if self._next is not None and self._next[0].present(self._next[2]):  # stored since
+        if self._next is not None and not self._lacks(self._next[0], self._next[2]):  # stored since
             self._next = None
         if self._next is None:
             self._next = next(self._later, None)
@@ -178,8 +184,16 @@ class FixedPrefix(PrefixFeatures):
             store = self._store(batch)
             if store is not None and batch.origin is not None:
                 for row in batch.origin.indices.tolist():
-                    if not store.present(row):
+                    if self._lacks(store, row):
                         yield store, batch, row
+
+    def _lacks(self, store: FeatureStore, row: int) -> bool:
+        """Whether an image is to be computed for a store; of none where the cache is off."""
+        try:
+            return self.stores is not None and not store.present(row)
+        except OSError as error:
+            self._switch_off(error)
+            return False
 
     def release(self) -> None:
         """With a cache, the suffix alone stays in memory."""

@@ -1,5 +1,6 @@
 """Prefix outputs image by image, and the cache of them: the same numbers on, off, and in any batch."""
 
+import errno
 import multiprocessing
 import sys
 from pathlib import Path
@@ -191,6 +192,21 @@ def test_a_full_disk_switches_the_cache_off_and_not_the_run(tmp_path, monkeypatc
     with pytest.warns(RuntimeWarning, match="prefix cache is off"):
         _, numbers = learned(tmp_path / "c", data=VIEWS)
     assert numbers == expected
+
+
+def test_a_segment_that_cannot_be_opened_switches_the_cache_off_and_not_the_run(tmp_path, monkeypatch):
+    _, expected = learned(tmp_path / "a", data=VIEWS)
+    before = [store.rows for store in prefix_cache().stores()]
+
+    def failing(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("lightcl.storage.prefix_cache._Segment", failing)
+    with pytest.warns(RuntimeWarning, match="prefix cache is off from here on: .*Too many open files") as told:
+        _, numbers = learned(tmp_path / "b", data=VIEWS)
+    assert numbers == expected
+    assert len(told) == 1
+    assert [store.rows for store in prefix_cache().stores()] == before
 
 
 def test_a_damaged_store_is_computed_again(tmp_path):
