@@ -205,7 +205,7 @@ def _entry(source: Source, fleet: Fleet, seed: int) -> Path:
     parts = [source.train.labels_digest, source.test.labels_digest]
     if fleet.partition == "natural":
         parts += [array_digest(s.groups) for s in (source.train, source.test) if s.groups is not None]
-    key = json.dumps([fleet.model_dump(mode="json", exclude={"test_data", "test_images"}), seed, parts, 4])
+    key = json.dumps([fleet.model_dump(mode="json", exclude={"test_data", "test_images"}), seed, parts, 5])
     return cache_folder() / "partitions" / hashlib.sha256(key.encode()).hexdigest()[:20]
 
 
@@ -254,6 +254,7 @@ def _train_owners(source: Source, fleet: Fleet, seed: int) -> np.ndarray:
 def _test_owners(source: Source, owners: np.ndarray, fleet: Fleet, seed: int) -> np.ndarray:
     """The device of every test image: the images of a class are divided among the devices that train on the class.
 
+    Where a class has fewer test images than such devices, devices drawn at random get one each.
     Under a natural partition, a test image belongs to the device that has its user's training images.
     """
     labels = source.test.labels
@@ -262,9 +263,10 @@ def _test_owners(source: Source, owners: np.ndarray, fleet: Fleet, seed: int) ->
     for label in np.unique(labels):
         holders = np.unique(owners[given & (source.train.labels == label)])
         if len(holders):
-            members = numpy_generator(seed, "partition", "test", int(label)).permutation(
-                np.flatnonzero(labels == label)
-            )
+            generator = numpy_generator(seed, "partition", "test", int(label))
+            members = generator.permutation(np.flatnonzero(labels == label))
+            if len(members) < len(holders):  # or the devices with the highest numbers would never be tested
+                holders = generator.permutation(holders)[: len(members)]
             tests[members] = np.repeat(holders, even_sizes(len(members), len(holders)))
     if fleet.partition == "natural" and source.train.groups is not None and source.test.groups is not None:
         owner_of = np.full(len(source.train.group_names), NOBODY)

@@ -317,6 +317,27 @@ def test_a_plugin_adds_a_partitioner(source, monkeypatch):
 # -- test images ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["iid", "pathological"])
+def test_a_small_test_set_is_shared_by_devices_from_the_entire_fleet(kind):
+    """2 classes of 300 training images and 30 test images each; with `iid` 100 devices hold a class."""
+    source = labeled(list(range(2)) * 300, list(range(2)) * 30, 2)
+    fleet = {"devices": 100, "classes_per_device": 1} if kind == "pathological" else {"devices": 100}
+    shares = shares_of(source, kind, **fleet)
+    tested = np.array([len(share.test) for share in shares])
+    assert tested.sum() == 60
+    assert tested.max() <= (1 if kind == "pathological" else 2)
+    assert all(part.sum() >= 6 for part in np.array_split(tested, 4))
+    other = np.array([len(share.test) for share in shares_of(source, kind, seed=1, **fleet)])
+    assert not np.array_equal(tested, other)
+
+
+def test_a_class_with_as_many_test_images_as_devices_is_divided_as_before(source):
+    """Numbers from before devices were drawn."""
+    shares = shares_of(source, "iid", devices=8)
+    assert shares[0].test.tolist() == [10, 19, 26, 27, 33]
+    assert shares[5].test.tolist() == [2, 11, 15, 28, 34]
+
+
 def test_matched_counts_by_hand():
     # 30 and 10 training images, 100 test images each: class 0 runs out first; class 1: 10 * 100 / 30 = 33.3
     assert matched_counts(np.array([30, 10, 0]), np.array([100, 100, 100])).tolist() == [100, 33, 0]
