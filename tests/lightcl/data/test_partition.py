@@ -1,5 +1,6 @@
 """Which device holds which samples: by hand, and against flwr-datasets."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ from datasets import Dataset
 from flwr_datasets import partitioner as reference
 from pydantic import ValidationError
 
+from lightcl import plugins
 from lightcl.data import partition as partition_module
 from lightcl.data import partitioners
 from lightcl.data.images import ImageSet, Source
@@ -312,6 +314,46 @@ def test_a_plugin_adds_a_partitioner(source, monkeypatch):
         register_partitioner("iid", lambda pool: pool.labels)
     with pytest.raises(RequestError, match="partitioner 'round-robin' is registered twice"):
         register_partitioner("round-robin", partitioners.linear)
+
+
+@pytest.mark.parametrize(
+    ("returned", "text"),
+    [
+        (lambda pool: np.full(len(pool.labels), 3), "devices 3 to 3"),
+        (lambda pool: np.full(len(pool.labels), -2), "devices -2 to -2"),
+        (lambda pool: np.zeros(len(pool.labels) - 1, int), r"int64 of shape \[199\]"),
+        (lambda pool: 0, r"int64 of shape \[\]"),
+        (lambda pool: np.zeros(len(pool.labels)), r"float64 of shape \[200\]"),
+    ],
+)
+def test_what_a_partitioner_of_a_plugin_returns_is_checked_and_nothing_bad_is_cached(
+    source, tmp_path, monkeypatch, returned, text
+):
+    monkeypatch.setenv("LIGHTCL_CACHE", str(tmp_path))
+    monkeypatch.setattr(partitioners.PARTITIONERS, "_objects", dict(partitioners.PARTITIONERS))
+    register_partitioner("own", returned)
+    for _ in range(2):
+        with pytest.raises(RequestError, match=f"fleet.partition 'own': the partitioner returned {text}, expected"):
+            partition(source, Fleet(devices=3, partition="own"), 0)
+    assert not list(tmp_path.glob("partitions/*"))
+
+
+def test_a_changed_partitioner_of_a_plugin_divides_anew(source, tmp_path, monkeypatch):
+    """The file is read again, as in another process."""
+    monkeypatch.setenv(plugins.VARIABLE, "")
+    monkeypatch.setattr(partitioners.PARTITIONERS, "_objects", dict(partitioners.PARTITIONERS))
+    file, loaded = tmp_path / "own.py", set(sys.modules)
+    for device in (0, 2):
+        for name in set(sys.modules) - loaded:
+            del sys.modules[name]
+        file.write_text(
+            "import lightcl\n\n"
+            f"def own(pool):\n    return [{device}] * len(pool.labels)\n\n"
+            "lightcl.register_partitioner('own', own)\n"
+        )
+        plugins.load_plugins([file])
+        sizes = partition(source, Fleet(devices=3, partition="own"), 0).sizes.tolist()
+        assert sizes == [200 * (device == other) for other in range(3)]
 
 
 # -- test images ---------------------------------------------------------------------------------------------------
