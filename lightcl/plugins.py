@@ -11,18 +11,22 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
+import marshal
 import os
 import sys
 import traceback
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 
 from lightcl.errors import RequestError
 
 VARIABLE = "LIGHTCL_PLUGINS"
 GROUP = "lightcl.plugins"
+_DIGEST = "__lightcl_digest__"
+"""Attribute of a plugin's module: digest of its file when it was imported."""
 
 
 def load_plugins(files: Sequence[Path]) -> None:
@@ -64,6 +68,7 @@ def _import_file(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise RequestError(f"plugin {path}: not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
+    setattr(module, _DIGEST, _digest(path.read_bytes()))
     sys.modules[name] = module  # before it runs: what it registers may look into registries, which load plugins
     try:
         spec.loader.exec_module(module)
@@ -79,6 +84,47 @@ def _line(error: Exception, path: Path) -> str:
         return f", line {error.lineno}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     return f", line {lines[-1]}" if lines else ""
+
+
+def source_digest(defined: object) -> str:
+    """Digest of the file that defines a class, a function or the class of an object, so that a cache notices a change.
+
+    A plugin's file counts as it was when it was imported. Where there is no file, as in a notebook, the compiled code
+    counts. Files that this one imports do not.
+    """
+    while isinstance(defined, partial):
+        defined = defined.func
+    owner = defined if inspect.isclass(defined) or inspect.isroutine(defined) else type(defined)
+    imported: str | None = getattr(sys.modules.get(owner.__module__), _DIGEST, None)
+    if imported is not None:
+        return imported
+    try:
+        file = inspect.getsourcefile(owner)
+    except (TypeError, OSError):  # defined in no file
+        file = None
+    if file and Path(file).is_file():
+        return _digest(Path(file).read_bytes())
+    name = f"{owner.__module__}.{owner.__qualname__}"
+    return _digest(b"".join([name.encode(), *(marshal.dumps(code) for code in _code_of(owner))]))
+
+
+def from_plugin(defined: object) -> bool:
+    """Whether a class or function is neither this project's nor PyTorch's nor Python's: then it is a plugin's."""
+    root = str(getattr(defined, "__module__", "")).partition(".")[0]
+    return root == "__main__" or root not in {"lightcl", "torch", *sys.stdlib_module_names}
+
+
+def _code_of(owner: object) -> Iterator[CodeType]:
+    """The code of a function, or of the functions that a class defines."""
+    for value in vars(owner).values() if inspect.isclass(owner) else [owner]:
+        function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+        code = getattr(function, "__code__", None)
+        if isinstance(code, CodeType):
+            yield code
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 @cache  # once per process; an error is not cached

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -67,6 +68,8 @@ def disk_of_states(prepared: Prepared) -> DiskNeed:
 def simulate_fleet(prepared: Prepared, folder: RunFolder, listener: Listener) -> None:
     """Runs the rounds that the folder does not have yet; the folder is open and locked, the scenario is resolved.
 
+    With `keep_states: none`, the states are deleted when the run is complete: one with dropped devices can be resumed.
+
     Raises RequestError where the disk has too little room for the states, RunFailure where the run cannot continue.
     """
     check_disk(disk_of_states(prepared), folder.path / "devices")
@@ -75,11 +78,14 @@ def simulate_fleet(prepared: Prepared, folder: RunFolder, listener: Listener) ->
     coordinator = Coordinator(
         prepared.scenario, folder, run_id, listener, prepared.tasks, images=images, durable=False
     )  # fmt: skip
+    states = folder.path / "devices"
     try:
-        simulate(make_app(coordinator), folder.path / "devices", prepared.scenario)
+        simulate(make_app(coordinator), states, prepared.scenario)
     except KeyboardInterrupt:
         coordinator.stop.set()
         folder.interrupt(coordinator.ledger.dropped)  # also where workers that Ctrl-C ended were taken for dead ones
         raise
     finally:
         coordinator.stop.set()  # the server runs in a thread of this process and must end with it
+    if prepared.scenario.simulation.keep_states == "none" and folder.completed:
+        shutil.rmtree(states, ignore_errors=True)

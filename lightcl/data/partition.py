@@ -20,6 +20,8 @@ import numpy as np
 from lightcl.data.images import UNREADABLE, Source, array_digest, cache_folder, remove_entry, write_entry
 from lightcl.data.partitioners import NOBODY, Pool, even_sizes, find_partitioner
 from lightcl.data.section import Fleet
+from lightcl.errors import RequestError
+from lightcl.plugins import from_plugin, source_digest
 from lightcl.seeds import derive, numpy_generator
 
 
@@ -205,7 +207,10 @@ def _entry(source: Source, fleet: Fleet, seed: int) -> Path:
     parts = [source.train.labels_digest, source.test.labels_digest]
     if fleet.partition == "natural":
         parts += [array_digest(s.groups) for s in (source.train, source.test) if s.groups is not None]
-    key = json.dumps([fleet.model_dump(mode="json", exclude={"test_data", "test_images"}), seed, parts, 4])
+    partitioner = find_partitioner(fleet.partition)
+    if from_plugin(partitioner):
+        parts.append(source_digest(partitioner))
+    key = json.dumps([fleet.model_dump(mode="json", exclude={"test_data", "test_images"}), seed, parts, 5])
     return cache_folder() / "partitions" / hashlib.sha256(key.encode()).hexdigest()[:20]
 
 
@@ -246,14 +251,31 @@ def _train_owners(source: Source, fleet: Fleet, seed: int) -> np.ndarray:
     order = numpy_generator(seed, "partition", "order").permutation(len(split))
     groups = None if split.groups is None else split.groups[order]
     pool = Pool(split.labels[order], groups, fleet, derive(seed, "partition") % 2**31)
+    given = np.asarray(find_partitioner(fleet.partition)(pool))
+    _check_owners(given, len(split), fleet)
     owners = np.empty(len(split), dtype=np.int64)
-    owners[order] = find_partitioner(fleet.partition)(pool)
+    owners[order] = given
     return owners
+
+
+def _check_owners(owners: np.ndarray, images: int, fleet: Fleet) -> None:
+    """Raises RequestError where a partitioner, of a plugin most likely, did not return a device per image."""
+    wrong = None
+    if owners.shape != (images,) or owners.dtype.kind not in "iu":
+        wrong = f"{owners.dtype} of shape {list(owners.shape)}"
+    elif images and not NOBODY <= owners.min() <= owners.max() < fleet.devices:
+        wrong = f"devices {owners.min()} to {owners.max()}"
+    if wrong is not None:
+        raise RequestError(
+            f"fleet.partition {fleet.partition!r}: the partitioner returned {wrong}, expected an integer per training "
+            f"image [{images}]: a device from 0 to {fleet.devices - 1}, or {NOBODY} for an image that no device gets"
+        )
 
 
 def _test_owners(source: Source, owners: np.ndarray, fleet: Fleet, seed: int) -> np.ndarray:
     """The device of every test image: the images of a class are divided among the devices that train on the class.
 
+    Where a class has fewer test images than such devices, devices drawn at random get one each.
     Under a natural partition, a test image belongs to the device that has its user's training images.
     """
     labels = source.test.labels
@@ -262,9 +284,10 @@ def _test_owners(source: Source, owners: np.ndarray, fleet: Fleet, seed: int) ->
     for label in np.unique(labels):
         holders = np.unique(owners[given & (source.train.labels == label)])
         if len(holders):
-            members = numpy_generator(seed, "partition", "test", int(label)).permutation(
-                np.flatnonzero(labels == label)
-            )
+            generator = numpy_generator(seed, "partition", "test", int(label))
+            members = generator.permutation(np.flatnonzero(labels == label))
+            if len(members) < len(holders):  # or the devices with the highest numbers would never be tested
+                holders = generator.permutation(holders)[: len(members)]
             tests[members] = np.repeat(holders, even_sizes(len(members), len(holders)))
     if fleet.partition == "natural" and source.train.groups is not None and source.test.groups is not None:
         owner_of = np.full(len(source.train.group_names), NOBODY)

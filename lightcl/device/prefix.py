@@ -32,9 +32,11 @@ from lightcl.device.hardware import choose_accelerator, set_up_torch
 from lightcl.device.mapped import MappedWeights
 from lightcl.errors import RequestError
 from lightcl.methods.base import PrefixFeatures
+from lightcl.networks import BACKBONES
 from lightcl.networks.folding import folded
 from lightcl.networks.staged import Backbone, OnMap, Stage
 from lightcl.networks.weights import digest
+from lightcl.plugins import from_plugin, source_digest
 from lightcl.scenario import Scenario
 from lightcl.storage.prefix_cache import CacheFull, FeatureStore, PrefixCache
 
@@ -122,7 +124,11 @@ class FixedPrefix(PrefixFeatures):
         if store is None or batch.origin is None:
             return self._compute(batch.images)
         rows = batch.origin.indices
-        found, present = store.read(rows)
+        try:
+            found, present = store.read(rows)
+        except OSError as error:
+            self._switch_off(error)
+            return self._compute(batch.images)
         features = found.to(self._device, self._dtype)
         if present.all():
             if not self._needed_soon(store):
@@ -133,6 +139,8 @@ class FixedPrefix(PrefixFeatures):
         images = [batch.images[torch.from_numpy(missing)], *(other.images for _, other in others)]
         computed, *further = torch.split(self._compute(torch.cat(images)), list(map(len, images)))
         features[torch.from_numpy(missing).to(self._device)] = computed
+        if self.stores is None:  # off since: another store failed
+            return features
         try:
             store.write(rows[missing], computed)
             for (place, other), outputs in zip(others, further, strict=True):
@@ -165,7 +173,7 @@ class FixedPrefix(PrefixFeatures):
         return announced is not None and announced[0] is store
 
     def _peek(self) -> Announced | None:
-        if self._next is not None and self._next[0].present(self._next[2]):  # stored since
+        if self._next is not None and not self._lacks(self._next[0], self._next[2]):  # stored since
             self._next = None
         if self._next is None:
             self._next = next(self._later, None)
@@ -177,8 +185,16 @@ class FixedPrefix(PrefixFeatures):
             store = self._store(batch)
             if store is not None and batch.origin is not None:
                 for row in batch.origin.indices.tolist():
-                    if not store.present(row):
+                    if self._lacks(store, row):
                         yield store, batch, row
+
+    def _lacks(self, store: FeatureStore, row: int) -> bool:
+        """Whether an image is to be computed for a store; of none where the cache is off."""
+        try:
+            return self.stores is not None and not store.present(row)
+        except OSError as error:
+            self._switch_off(error)
+            return False
 
     def release(self) -> None:
         """With a cache, the suffix alone stays in memory."""
@@ -259,6 +275,14 @@ def fixed_prefix(scenario: Scenario, network: Backbone, prefix_digest: str) -> F
         return FixedPrefix(network)
     device = scenario.device
     dtype = DTYPES.get(device.prefix_cache_dtype)
+    stores = network.prefix.derive(
+        "stores", lambda: Stores(prefix_cache(device.prefix_cache_gb), _about(scenario, network, prefix_digest), dtype)
+    )
+    return FixedPrefix(network, stores, dtype, _mapped(network))
+
+
+def _about(scenario: Scenario, network: Backbone, prefix_digest: str) -> dict[str, Any]:
+    """The part of a store's key that is the same for all images and views."""
     about = {
         "format": FORMAT,
         "network": f"{scenario.network.name}, width {network.width}, up to {scenario.freeze}",
@@ -267,10 +291,17 @@ def fixed_prefix(scenario: Scenario, network: Backbone, prefix_digest: str) -> F
         # Rounding may depend on these:
         "torch": torch.__version__,
         "hardware": _hardware(network.head.weight.device),
-        "threads": device.threads,
+        "threads": scenario.device.threads,
     }
-    stores = network.prefix.derive("stores", lambda: Stores(prefix_cache(device.prefix_cache_gb), about, dtype))
-    return FixedPrefix(network, stores, dtype, _mapped(network))
+    return about | _plugin_code(scenario.network.name, network)
+
+
+def _plugin_code(name: str, network: Backbone) -> dict[str, list[str]]:
+    """Digests of the plugins' files that define the prefix; the built-in networks have `FORMAT` instead."""
+    blocks = [module for block in network.prefix.block_modules for module in block.modules()]
+    kinds = {kind for module in (network, *network.prefix.modules(), *blocks) for kind in type(module).__mro__}
+    defined = [owner for owner in (BACKBONES.find(name), *kinds) if from_plugin(owner)]
+    return {"code": sorted({source_digest(owner) for owner in defined})} if defined else {}
 
 
 def _mapped(network: Backbone) -> MappedWeights | None:

@@ -12,7 +12,9 @@ whenever the row is read. So two processes that write the same row at once, a ki
 lead to the same thing: a row that does not match counts as absent, and is computed again.
 
 The size is bounded: before a segment is created, the segments that were used least recently are deleted, over all
-stores. A segment's blocks are reserved when it is created, so that a full disk is noticed there.
+stores. A segment's blocks are reserved when it is created, so that a full disk is noticed there. A deleted segment is
+cut to length zero first, so that it takes no disk space in the processes that still have it open: they find its rows
+absent, and open the file of this name anew when they write.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ from lightcl.storage.files import exclusive, write_atomically
 
 SEGMENT_ROWS = 512
 CHECKSUM_BYTES = 8
-OPEN_SEGMENTS = 64
-"""Files that a store keeps open."""
+OPEN_SEGMENTS = 128
+"""Files that all stores of a cache keep open together; a process may often have 1024."""
 USE_SECONDS = 60.0
 """How exactly the last use of a segment is known; noting it at every read would be one system call per batch."""
 _PRESENT = 1 << 32
@@ -65,6 +67,11 @@ class PrefixCache:
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
+        self._segments: OrderedDict[tuple[str, int], _Segment] = OrderedDict()  # open, the last used at the end
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy opens its own files: it would close those of the original."""
+        return self.__dict__ | {"_segments": OrderedDict()}
 
     def store(
         self, key: str, shape: tuple[int, int, int], dtype: torch.dtype, about: Mapping[str, Any]
@@ -100,27 +107,49 @@ class PrefixCache:
             for file in (*folder.glob("*.rows"), *folder.glob(".*"), folder / "about.json"):
                 stat = _stat(file)
                 with suppress(OSError):
-                    file.unlink()
+                    _delete(file)
                     freed += stat.st_size if stat else 0
             with suppress(OSError):
                 folder.rmdir()
         return freed
 
     def make_room(self, size: int) -> None:
-        """Deletes the segments used least recently until `size` more bytes fit. Raises CacheFull where they never do.
+        """Deletes the segments used least recently until `size` more bytes fit.
 
-        A process that has opened a deleted segment keeps its blocks until it lets go of it.
+        Raises CacheFull where they never do.
         """
         if size > self.limit:
             raise CacheFull(f"one segment takes {size} bytes, but the cache may take only {self.limit}")
         files = [(s.st_mtime, s.st_size, file) for file in self.folder.glob("*/*.rows") if (s := _stat(file))]
         total = sum(length for _, length, _ in files)
+        deleted = False
         for _, length, file in sorted(files):
             if total + size <= self.limit:
-                return
+                break
             with suppress(OSError):
-                file.unlink()
-            total -= length
+                _delete(file)
+            total, deleted = total - length, True
+        for name, segment in list(self._segments.items()) if deleted else ():
+            if segment.deleted:
+                del self._segments[name]
+
+    def opened(self, key: str, number: int) -> _Segment | None:
+        """Segment `number` of the store `key`, if it was opened less than `USE_SECONDS` ago."""
+        segment = self._segments.get((key, number))
+        if segment is None or time.monotonic() - segment.opened >= USE_SECONDS:
+            return None
+        self._segments.move_to_end((key, number))
+        return segment
+
+    def keep_open(self, key: str, number: int, segment: _Segment) -> None:
+        """Keeps a segment open, instead of the one used least recently where there are too many."""
+        self._segments[key, number] = segment
+        if len(self._segments) > OPEN_SEGMENTS:
+            self._segments.popitem(last=False)
+
+    def drop(self, key: str, number: int) -> None:
+        """Closes a segment if it is open, as soon as nobody reads it."""
+        self._segments.pop((key, number), None)
 
 
 class FeatureStore:
@@ -128,13 +157,12 @@ class FeatureStore:
 
     def __init__(self, cache: PrefixCache, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         self._cache, self._folder, self.shape, self.dtype = cache, folder, shape, dtype
-        self._row_bytes = int(np.prod(shape)) * dtype.itemsize
-        self._segments: OrderedDict[int, _Segment] = OrderedDict()
+        self._key, self._row_bytes = folder.name, int(np.prod(shape)) * dtype.itemsize
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """Features `[N, C, H, W]` (channels-last) of `rows` `[N]`, and which of them are present, `[N]` boolean.
 
-        The values of an absent row are arbitrary.
+        The values of an absent row are arbitrary. Raises OSError where a segment is there and cannot be opened.
         """
         memory = torch.empty((len(rows), self._row_bytes), dtype=torch.uint8)
         found = memory.numpy()
@@ -147,7 +175,7 @@ class FeatureStore:
         return self._tensor(memory), present
 
     def present(self, row: int) -> bool:
-        """Whether a row is there; a damaged one counts, until it is read."""
+        """Whether a row is there; a damaged one counts, until it is read. Raises OSError as `read`."""
         number, inside = divmod(int(row), SEGMENT_ROWS)
         segment = self._open(number)
         return segment is not None and segment.checksum(inside) != 0
@@ -160,7 +188,11 @@ class FeatureStore:
         stored = features.detach().to("cpu", self.dtype).permute(0, 2, 3, 1).contiguous()
         content = stored.view(torch.uint8).reshape(len(rows), self._row_bytes).numpy()
         for number, positions in _by_segment(rows):
-            segment = self._open(number) or self._create(number)
+            segment = self._open(number)
+            if segment is not None and segment.deleted:
+                self._cache.drop(self._key, number)
+                segment = None
+            segment = segment or self._create(number)
             for position, row in positions:
                 segment.write(row, content[position])
 
@@ -176,22 +208,21 @@ class FeatureStore:
         return self._folder / f"{number:05d}.rows"
 
     def _open(self, number: int) -> _Segment | None:
-        """An open segment; None where it is missing, or where its length says that it is damaged."""
-        now = time.monotonic()
-        segment = self._segments.get(number)
-        if segment is not None and now - segment.opened < USE_SECONDS:
-            self._segments.move_to_end(number)
+        """An open segment; None where it is missing, or where its length says that it is damaged.
+
+        Raises OSError where it is there and cannot be opened: it must not be replaced by an empty one.
+        """
+        segment = self._cache.opened(self._key, number)
+        if segment is not None:
             return segment
-        self._segments.pop(number, None)  # it may have been deleted, and created again by another process
+        self._cache.drop(self._key, number)  # it may have been deleted, and created again by another process
         try:
-            segment = _Segment(self._file(number), self._row_bytes, now)
-        except OSError:
+            segment = _Segment(self._file(number), self._row_bytes, time.monotonic())
+        except FileNotFoundError:
             return None
         if segment.size != self._segment_bytes:
             return None
-        self._segments[number] = segment
-        if len(self._segments) > OPEN_SEGMENTS:
-            self._segments.popitem(last=False)
+        self._cache.keep_open(self._key, number, segment)
         return segment
 
     def _create(self, number: int) -> _Segment:
@@ -232,6 +263,11 @@ class _Segment:
         if time.time() - status.st_mtime > USE_SECONDS:
             os.utime(self._handle)
 
+    @property
+    def deleted(self) -> bool:
+        """Whether the file has no name any more."""
+        return os.fstat(self._handle).st_nlink == 0
+
     def read(self, row: int, target: np.ndarray) -> bool:
         """Reads a row into `target` `[row bytes]`; whether it is there and undamaged."""
         expected = self.checksum(row)
@@ -268,6 +304,14 @@ def _by_segment(rows: np.ndarray) -> Iterable[tuple[int, list[tuple[int, int]]]]
         number, inside = divmod(row, SEGMENT_ROWS)
         found.setdefault(number, []).append((position, inside))
     return found.items()
+
+
+def _delete(file: Path) -> None:
+    """Raises OSError."""
+    if file.suffix == ".rows":
+        with suppress(OSError):
+            os.truncate(file, 0)  # otherwise its blocks stay until the last process has closed it
+    file.unlink()
 
 
 def _stat(file: Path) -> os.stat_result | None:

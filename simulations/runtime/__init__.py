@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,5 +50,3 @@ def simulate(server: ServerApp, state: Path, scenario: Scenario) -> None:
     else:
         from simulations.runtime.ray_engine import run
     run(server, state, scenario)
-    if scenario.simulation.keep_states == "none":
-        shutil.rmtree(state, ignore_errors=True)

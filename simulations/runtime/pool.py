@@ -12,9 +12,11 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +24,9 @@ from typing import Any
 logger = logging.getLogger("lightcl")
 
 PROBE_SECONDS = 5.0
-"""How often an existing cluster is checked while nothing happens."""
+"""How often Ray is checked."""
+START_SECONDS = 300.0
+"""How long jobs may wait while no worker has started, or none of those that replace dead ones."""
 DEATHS = 2
 """Workers that die over one job until the job counts as the cause."""
 
@@ -69,6 +73,8 @@ class WorkerPool:
         self._jobs: dict[Any, list[Job]] = {}  # of the actors that have started: the job that runs and the next one
         self._actors: set[Any] = set()
         self._deaths = 0  # since a worker last finished a job
+        self._probed = time.monotonic()
+        self._stuck: float | None = None  # since when jobs wait without a worker
         self.replaced = 0
         """Workers that died and were replaced."""
         self._thread = threading.Thread(target=self._run, name="worker-pool", daemon=True)
@@ -91,20 +97,34 @@ class WorkerPool:
     def _run(self) -> None:
         try:
             while True:
-                try:
+                with suppress(queue.Empty):
                     event = self._events.get(timeout=PROBE_SECONDS)
-                except queue.Empty:
-                    if not self._alive():
-                        raise PoolBroken("the Ray cluster no longer answers") from None
-                    continue
-                if event is None:
-                    return
-                event()
-                self._dispatch()
+                    if event is None:
+                        return
+                    event()
+                    self._dispatch()
+                self._probe()
         except PoolBroken as error:
             self._on_broken(error)
         except Exception as error:
             self._on_broken(PoolBroken(f"Ray failed: {type(error).__name__}: {error}"))
+
+    def _probe(self) -> None:
+        """Raises PoolBroken where Ray has died, or where it starts no worker although jobs wait.
+
+        A Ray without its raylet says nothing: it accepts new workers and never starts them.
+        """
+        now = time.monotonic()
+        if not self._waiting or self._jobs:
+            self._stuck = None
+        elif self._stuck is None:
+            self._stuck = now
+        elif now - self._stuck > START_SECONDS:
+            raise PoolBroken(f"no Ray worker has started for {START_SECONDS:g} s, although devices wait for one")
+        if now - self._probed >= PROBE_SECONDS:
+            if not self._alive():
+                raise PoolBroken("the Ray cluster no longer answers")
+            self._probed = time.monotonic()
 
     def _fill(self) -> None:
         while len(self._actors) < self._size:

@@ -13,9 +13,9 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,24 @@ STARTS = 10
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
 
 
+LOCAL_PROCESSES = ("gcs_server", "raylet")
+"""The programs without which a Ray on this machine does nothing and says nothing."""
+
+
 @dataclass(frozen=True)
 class Connection:
-    """A connection to Ray. `address` is that of an existing cluster; None where Ray was started for this run."""
+    """A connection to Ray. `address` is that of an existing cluster; None where Ray was started for this run.
+
+    `processes` are those of a Ray that was started for this run (`LOCAL_PROCESSES`), by their number.
+    """
 
     address: str | None
+    processes: Mapping[int, str] = field(default_factory=dict)
 
     def alive(self) -> bool:
-        return self.address is None or listens(self.address, timeout=ANSWER_SECONDS)
+        if self.address is not None:
+            return listens(self.address, timeout=ANSWER_SECONDS)
+        return all(_program(pid) == name for pid, name in self.processes.items())
 
 
 def run(
@@ -206,20 +216,23 @@ def connected(scenario: Scenario) -> Iterator[Connection]:
     address = scenario.simulation.address
     with _own_signals():
         if address is None:
-            _start_local(scenario.simulation.workers)
+            processes = _start_local(scenario.simulation.workers)
         else:
+            processes = {}
             _connect(address)
     if address is not None and not address.startswith("ray://"):
         address = ray.get_runtime_context().gcs_address
     try:
-        yield Connection(address)
+        yield Connection(address, processes)
     finally:
         with _own_signals():
             ray.shutdown()
 
 
-def _start_local(workers: int) -> None:
-    """Starts Ray on this machine. Ray gives its processes 30 s, which a busy machine may exceed: then it tries again.
+def _start_local(workers: int) -> dict[int, str]:
+    """Starts Ray on this machine; returns its `LOCAL_PROCESSES`.
+
+    Ray gives its processes 30 s, which a busy machine may exceed: then it tries again.
 
     Raises Failure where Ray was too slow `STARTS` times.
     """
@@ -241,7 +254,8 @@ def _start_local(workers: int) -> None:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         else:
-            return
+            programs = {pid: _program(pid) for pid in _children() - before}
+            return {pid: name for pid, name in programs.items() if name in LOCAL_PROCESSES}
     raise Failure(f"Ray did not start within 30 s, {STARTS} times in a row; is this machine overloaded?")
 
 
@@ -254,6 +268,14 @@ def _children() -> set[int]:
             if int(parent) == os.getpid():
                 found.add(int(place.name))
     return found
+
+
+def _program(pid: int) -> str:
+    """The name of the program that a process runs; empty where the process has ended, also if nobody has noticed."""
+    try:
+        return Path((Path("/proc") / str(pid) / "cmdline").read_text().partition("\0")[0]).name
+    except OSError:
+        return ""
 
 
 def _connect(address: str) -> None:

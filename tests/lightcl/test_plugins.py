@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightcl import plugins
 from lightcl.errors import RequestError
@@ -158,3 +160,22 @@ def test_registry_by_itself():
         RequestError, match=r"paint\.color: unknown color \"gren\", did you mean 'green'\? \(allowed: red"
     ):
         colors.find("gren")
+
+
+def test_the_code_of_a_plugin_is_that_of_its_import(plugin):
+    file = plugin(NETWORK)
+    built = BACKBONES.find("resnet10")
+    before = plugins.source_digest(built)
+    file.write_text(NETWORK + "# edited while a run goes on\n")
+    assert plugins.source_digest(built) == plugins.source_digest(partial(built, width=4)) == before
+    assert plugins.from_plugin(built)
+    assert not any(map(plugins.from_plugin, (Scenario, torch.nn.Conv2d, Path)))
+
+
+def test_code_that_is_in_no_file_counts_as_it_was_compiled():
+    digests = []
+    for factor in ("1", "2", "1"):
+        defined = {"__name__": "notebook"}
+        exec(compile(f"class Twice:\n    def of(self):\n        return {factor}\n", "<cell>", "exec"), defined)
+        digests.append(plugins.source_digest(defined["Twice"]))
+    assert digests[0] == digests[2] != digests[1]

@@ -8,7 +8,9 @@ import pytest
 
 import lightcl
 from lightcl.errors import RequestError
-from lightcl.records import RoundRow
+from lightcl.records import Results, RoundRow
+from lightcl.records.folder import RunFolder
+from lightcl.scenario import Scenario
 from server.listeners import Listener
 from simulations import run_fleet
 
@@ -19,6 +21,26 @@ class Rounds(Listener):
 
     def round_finished(self, row: RoundRow) -> None:
         self.seen.append(row.round)
+
+
+@pytest.mark.parametrize("dropped", [{}, {1: "no answer"}])
+def test_states_are_deleted_only_when_the_run_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropped: dict[int, str]
+) -> None:
+    """A run with dropped devices can be resumed, which needs the states of all devices."""
+    out = tmp_path / "run"
+
+    def ended(server: object, state: Path, scenario: Scenario) -> None:
+        (state / "1").mkdir(parents=True)
+        finished = [{"til": {0: [0.5]}, "cil": {0: [0.5]}}]
+        RunFolder(out).finish(Results.of(finished, 1, devices=2, dropped=dropped, rounds=[]))
+
+    monkeypatch.setattr("simulations.fleet.simulate", ended)
+    scenario = lightcl.load_scenario(
+        {"stream": {"tasks": 1}, "fleet": {"devices": 2}, "simulation": {"workers": 1, "keep_states": "none"}}
+    )
+    run_fleet(scenario, out)
+    assert (out / "devices").exists() == bool(dropped)
 
 
 @pytest.mark.xdist_group("ray")

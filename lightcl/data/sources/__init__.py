@@ -7,12 +7,10 @@ and serves them from the cache afterwards. A plugin adds a source with `register
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lightcl.data.images import (
@@ -33,6 +31,7 @@ from lightcl.data.sources.image_folder import has_test_folder, read_image_folder
 from lightcl.data.sources.parquet import has_test_file, read_parquet
 from lightcl.data.sources.torchvision_sets import read_torchvision_set
 from lightcl.errors import RequestError, nearest
+from lightcl.plugins import source_digest
 from lightcl.registry import Registry
 
 __all__ = [
@@ -87,9 +86,7 @@ def register_source(
     """
     if name in _BUILT_IN:
         raise RequestError(f"data source {name!r} is built in; register yours under another name")
-    file = inspect.getsourcefile(reader)
-    code = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else name
-    SOURCES.register(name, SourceKind(reader, own_files, has_test_split, code))
+    SOURCES.register(name, SourceKind(reader, own_files, has_test_split, source_digest(reader)))
 
 
 def source_names() -> tuple[str, ...]:

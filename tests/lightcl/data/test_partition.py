@@ -1,5 +1,6 @@
 """Which device holds which samples: by hand, and against flwr-datasets."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ from datasets import Dataset
 from flwr_datasets import partitioner as reference
 from pydantic import ValidationError
 
+from lightcl import plugins
 from lightcl.data import partition as partition_module
 from lightcl.data import partitioners
 from lightcl.data.images import ImageSet, Source
@@ -314,7 +316,68 @@ def test_a_plugin_adds_a_partitioner(source, monkeypatch):
         register_partitioner("round-robin", partitioners.linear)
 
 
+@pytest.mark.parametrize(
+    ("returned", "text"),
+    [
+        (lambda pool: np.full(len(pool.labels), 3), "devices 3 to 3"),
+        (lambda pool: np.full(len(pool.labels), -2), "devices -2 to -2"),
+        (lambda pool: np.zeros(len(pool.labels) - 1, int), r"int64 of shape \[199\]"),
+        (lambda pool: 0, r"int64 of shape \[\]"),
+        (lambda pool: np.zeros(len(pool.labels)), r"float64 of shape \[200\]"),
+    ],
+)
+def test_what_a_partitioner_of_a_plugin_returns_is_checked_and_nothing_bad_is_cached(
+    source, tmp_path, monkeypatch, returned, text
+):
+    monkeypatch.setenv("LIGHTCL_CACHE", str(tmp_path))
+    monkeypatch.setattr(partitioners.PARTITIONERS, "_objects", dict(partitioners.PARTITIONERS))
+    register_partitioner("own", returned)
+    for _ in range(2):
+        with pytest.raises(RequestError, match=f"fleet.partition 'own': the partitioner returned {text}, expected"):
+            partition(source, Fleet(devices=3, partition="own"), 0)
+    assert not list(tmp_path.glob("partitions/*"))
+
+
+def test_a_changed_partitioner_of_a_plugin_divides_anew(source, tmp_path, monkeypatch):
+    """The file is read again, as in another process."""
+    monkeypatch.setenv(plugins.VARIABLE, "")
+    monkeypatch.setattr(partitioners.PARTITIONERS, "_objects", dict(partitioners.PARTITIONERS))
+    file, loaded = tmp_path / "own.py", set(sys.modules)
+    for device in (0, 2):
+        for name in set(sys.modules) - loaded:
+            del sys.modules[name]
+        file.write_text(
+            "import lightcl\n\n"
+            f"def own(pool):\n    return [{device}] * len(pool.labels)\n\n"
+            "lightcl.register_partitioner('own', own)\n"
+        )
+        plugins.load_plugins([file])
+        sizes = partition(source, Fleet(devices=3, partition="own"), 0).sizes.tolist()
+        assert sizes == [200 * (device == other) for other in range(3)]
+
+
 # -- test images ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["iid", "pathological"])
+def test_a_small_test_set_is_shared_by_devices_from_the_entire_fleet(kind):
+    """2 classes of 300 training images and 30 test images each; with `iid` 100 devices hold a class."""
+    source = labeled(list(range(2)) * 300, list(range(2)) * 30, 2)
+    fleet = {"devices": 100, "classes_per_device": 1} if kind == "pathological" else {"devices": 100}
+    shares = shares_of(source, kind, **fleet)
+    tested = np.array([len(share.test) for share in shares])
+    assert tested.sum() == 60
+    assert tested.max() <= (1 if kind == "pathological" else 2)
+    assert all(part.sum() >= 6 for part in np.array_split(tested, 4))
+    other = np.array([len(share.test) for share in shares_of(source, kind, seed=1, **fleet)])
+    assert not np.array_equal(tested, other)
+
+
+def test_a_class_with_as_many_test_images_as_devices_is_divided_as_before(source):
+    """Numbers from before devices were drawn."""
+    shares = shares_of(source, "iid", devices=8)
+    assert shares[0].test.tolist() == [10, 19, 26, 27, 33]
+    assert shares[5].test.tolist() == [2, 11, 15, 28, 34]
 
 
 def test_matched_counts_by_hand():

@@ -1,12 +1,16 @@
 """Prefix outputs image by image, and the cache of them: the same numbers on, off, and in any batch."""
 
+import errno
 import multiprocessing
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 
+from lightcl import plugins
 from lightcl.assembly import build_network
 from lightcl.data.augment import View
 from lightcl.data.batches import viewed
@@ -16,6 +20,7 @@ from lightcl.device import prefix
 from lightcl.device.device import EdgeDevice
 from lightcl.device.prefix import FixedPrefix, fixed_prefix, prefix_cache, warm
 from lightcl.errors import RequestError
+from lightcl.networks import BACKBONES
 from lightcl.networks.weights import digest
 from lightcl.storage.prefix_cache import CacheFull, FeatureStore, PrefixCache
 from tests.lightcl import toys
@@ -135,6 +140,26 @@ def test_processes_share_a_store():
     assert len(other) == 2  # other weights, another store
 
 
+def test_a_changed_network_of_a_plugin_has_a_store_of_its_own(tmp_path, monkeypatch):
+    """Same weights, another activation; the file is read again, as in another process."""
+    monkeypatch.setenv(plugins.VARIABLE, "")
+    monkeypatch.setattr(BACKBONES, "_objects", dict(BACKBONES))
+    file, loaded = tmp_path / "net.py", set(sys.modules)
+    text = (Path(__file__).parents[3] / "examples" / "a_new_network.py").read_text()
+    network = {"name": "small-cnn", "width": 4, "freeze": "block1"}
+    tested = Samples(toys.source(size=16).test, np.arange(8))
+    for content in (text, text.replace("F.relu", "F.tanh"), text):
+        for name in set(sys.modules) - loaded:
+            del sys.modules[name]
+        file.write_text(content)
+        plugins.load_plugins([file])
+        scenario = toys.scenario(data=VIEWS, network=network)
+        built = build_network(scenario, in_channels=3, classes=4).eval()
+        expected = FixedPrefix(built)([tested.load()])
+        assert torch.equal(fixed_prefix(scenario, built, digest(built.prefix))([tested.load()]), expected)
+    assert [len(store.about["code"]) for store in prefix_cache().stores()] == [1, 1]
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [("fp16", 2**-11), ("bf16", 2**-8)])
 def test_rounded_outputs_are_within_their_bound_and_the_same_cached_or_not(tmp_path, dtype, bound):
     hardware = {"prefix_cache_dtype": dtype, "accelerator": "cpu"}
@@ -167,6 +192,21 @@ def test_a_full_disk_switches_the_cache_off_and_not_the_run(tmp_path, monkeypatc
     with pytest.warns(RuntimeWarning, match="prefix cache is off"):
         _, numbers = learned(tmp_path / "c", data=VIEWS)
     assert numbers == expected
+
+
+def test_a_segment_that_cannot_be_opened_switches_the_cache_off_and_not_the_run(tmp_path, monkeypatch):
+    _, expected = learned(tmp_path / "a", data=VIEWS)
+    before = [store.rows for store in prefix_cache().stores()]
+
+    def failing(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("lightcl.storage.prefix_cache._Segment", failing)
+    with pytest.warns(RuntimeWarning, match="prefix cache is off from here on: .*Too many open files") as told:
+        _, numbers = learned(tmp_path / "b", data=VIEWS)
+    assert numbers == expected
+    assert len(told) == 1
+    assert [store.rows for store in prefix_cache().stores()] == before
 
 
 def test_a_damaged_store_is_computed_again(tmp_path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,6 +106,97 @@ def test_a_store_keeps_a_bounded_number_of_files_open(tmp_path: Path, monkeypatc
         assert open_files() <= before
     del store
     assert open_files() == before - 3
+
+
+def test_all_stores_of_a_cache_together_keep_a_bounded_number_of_files_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run with many views has many stores."""
+    monkeypatch.setattr(prefix_cache, "OPEN_SEGMENTS", 4)
+    before, cache = open_files(), PrefixCache(tmp_path, 100 * SEGMENT)
+    stores = [cache.store(f"view {view}", SHAPE, torch.float32, {}) for view in range(5)]
+    for _ in range(2):
+        for view, store in enumerate(stores):
+            store.write(SEGMENT_ROWS * np.arange(2), features(2, view))
+    for view, store in enumerate(stores):
+        found, present = store.read(SEGMENT_ROWS * np.arange(2))
+        assert present.all()
+        assert torch.equal(found, features(2, view))
+    assert open_files() == before + 4
+
+
+def _disk_space_of_deleted_files() -> int:
+    """Of the segments that this process has open and that have no name any more."""
+    taken = 0
+    for handle in list(Path("/proc/self/fd").iterdir()):
+        name = str(handle.readlink()) if handle.is_symlink() else ""
+        if ".rows" in name and name.endswith("(deleted)"):
+            taken += handle.stat().st_blocks * 512
+    return taken
+
+
+def test_deleted_segments_take_no_disk_space_in_the_process_that_deletes_them(tmp_path: Path) -> None:
+    before, store = open_files(), store_in(tmp_path, limit=2 * SEGMENT)
+    for number in range(8):
+        store.write(np.array([number * SEGMENT_ROWS]), features(1))
+    assert sum(file.stat().st_size for file in tmp_path.glob("*/*.rows")) == 2 * SEGMENT
+    assert _disk_space_of_deleted_files() == 0
+    assert open_files() == before + 2
+
+
+@pytest.mark.parametrize("by", ["the limit", "cache clear"])
+def test_a_segment_that_another_process_deletes_takes_no_disk_space_and_is_written_anew(
+    tmp_path: Path, by: str
+) -> None:
+    store, other = store_in(tmp_path), PrefixCache(tmp_path, 2 * SEGMENT)  # no files in common, as two processes
+    store.write(np.arange(2), features(2))
+    if by == "the limit":
+        other.make_room(2 * SEGMENT)
+    else:
+        other.clear()
+    assert not store.read(np.arange(2))[1].any()
+    assert not store.present(0)
+    assert _disk_space_of_deleted_files() == 0
+    store.write(np.array([1]), features(2)[1:])
+    found, present = store_in(tmp_path).read(np.arange(2))
+    assert present.tolist() == [False, True]
+    assert torch.equal(found[1], features(2)[1])
+
+
+def test_a_segment_that_cannot_be_opened_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a process with too many open files; the rows are there all the same."""
+    store_in(tmp_path).write(np.arange(3), features(3))
+    store, opening = store_in(tmp_path), os.open
+
+    def failing(path: Path, *rest: int) -> int:
+        if str(path).endswith(".rows"):
+            raise OSError(errno.EMFILE, "Too many open files")
+        return opening(path, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prefix_cache.os, "open", failing)
+        for use in (
+            lambda: store.write(np.array([5]), features(1)),
+            lambda: store.read(np.array([0])),
+            lambda: store.present(0),
+        ):
+            with pytest.raises(OSError, match="Too many open files"):
+                use()
+    found, present = store.read(np.arange(3))
+    assert present.all()
+    assert torch.equal(found, features(3))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_of_a_store_leaves_the_files_of_the_original_open(tmp_path: Path, copied: Callable[[Any], Any]) -> None:
+    store = store_in(tmp_path)
+    store.write(np.arange(2), features(2))
+    again = copied(store)
+    assert torch.equal(again.read(np.arange(2))[0], features(2))
+    del again
+    assert torch.equal(store.read(np.arange(2))[0], features(2))
+    copied(store._cache)
+    assert torch.equal(store.read(np.arange(2))[0], features(2))
 
 
 def test_the_least_recently_used_segment_goes_first(tmp_path: Path) -> None:

@@ -29,11 +29,11 @@ class Call:
 
 
 class Worker:
-    """Starts at once; `given` are its unfinished jobs."""
+    """Starts at once unless it is `late`; `given` are its unfinished jobs."""
 
-    def __init__(self) -> None:
+    def __init__(self, late: bool) -> None:
         self.given: dict[str, Future[Any]] = {}
-        self.greet = Call(lambda _, future: future.set_result(None))
+        self.greet = Call(lambda _, future: None if late else future.set_result(None))
         self.handle = Call(self.given.__setitem__)
 
     def finish(self, job: str) -> None:
@@ -51,12 +51,14 @@ class Bench:
         self.workers: list[Worker] = []
         self.results: dict[str, Any] = {}
         self.broken: list[PoolBroken] = []
+        self.late, self.alive = False, True
         self.pool = WorkerPool(
-            self._start, size, admit=lambda _: None, alive=lambda: True, on_broken=self.broken.append, clock=lambda: 0.0
-        )
+            self._start, size,
+            admit=lambda _: None, alive=lambda: self.alive, on_broken=self.broken.append, clock=lambda: 0.0,
+        )  # fmt: skip
 
     def _start(self) -> Worker:
-        self.workers.append(Worker())
+        self.workers.append(Worker(self.late))
         return self.workers[-1]
 
     def submit(self, *jobs: str) -> None:
@@ -70,6 +72,13 @@ class Bench:
         self.pool._events.put(lambda: seen.append(True))
         while not seen:
             time.sleep(0.001)
+
+    def why_broken(self) -> str:
+        """Why the pool ends, which it does within seconds."""
+        deadline = time.monotonic() + 20
+        while not self.broken and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return "; ".join(map(str, self.broken))
 
     def finish(self, worker: int, job: str) -> None:
         self.workers[worker].finish(job)
@@ -129,3 +138,37 @@ def test_the_next_job_of_a_worker_that_dies_is_not_blamed(two: Bench) -> None:
     assert two.results == {running: None}, "two workers have died over it"
     assert any(after in jobs for jobs in [two.given[1], *two.given[3:]])
     assert two.pool.replaced == 2
+
+
+@pytest.fixture
+def one(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    monkeypatch.setattr("simulations.runtime.pool._kill", lambda _: None)
+    monkeypatch.setattr("simulations.runtime.pool.PROBE_SECONDS", 0.05)
+    monkeypatch.setattr("simulations.runtime.pool.START_SECONDS", 0.3)
+    bench = Bench(1)
+    bench.settle()
+    yield bench
+    bench.pool.close()
+
+
+def test_a_replacement_that_never_starts_ends_the_run_while_jobs_wait(one: Bench) -> None:
+    """Ray accepts an actor that it will never start where it has no raylet, or where others have its CPUs."""
+    one.submit("a")
+    one.late = True
+    one.die(0)
+    assert "no Ray worker has started for 0.3 s" in one.why_broken()
+
+
+def test_without_waiting_jobs_a_worker_may_start_as_late_as_it_likes(one: Bench) -> None:
+    one.submit("a")
+    time.sleep(0.6)  # it works
+    one.late = True
+    one.finish(0, "a")
+    time.sleep(0.6)
+    assert not one.broken
+
+
+def test_a_ray_that_has_died_is_noticed_while_a_job_runs(one: Bench) -> None:
+    one.submit("a")
+    one.alive = False
+    assert "no longer answers" in one.why_broken()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +72,51 @@ def test_any_other_error_is_raised_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(RuntimeError, match="no such file"), connected(Scenario()):
         pass
     assert len(calls) == 1
+
+
+WITHOUT_RAYLET = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from flwr.serverapp import ServerApp
+from lightcl.scenario import Scenario
+from server.mailbox import WorkerDied
+from simulations.runtime import pool, ray_engine
+
+app = ServerApp()
+
+@app.main()
+def main(grid, context):
+    while not grid.wait_for_replies(0.1):
+        if (pids := [pid for pid, name in found.processes.items() if name == sys.argv[2]]):
+            os.kill(pids[0], signal.SIGKILL)
+
+pool.PROBE_SECONDS = 0.5
+connecting = ray_engine.Connection
+
+def connection(*given):
+    global found
+    found = connecting(*given)
+    return found
+
+ray_engine.Connection = connection
+threading.Timer(240, os._exit, [3]).start()
+try:
+    ray_engine.run(app, Path(sys.argv[1]), Scenario.model_validate({"simulation": {"workers": 1}}))
+except WorkerDied as error:
+    print(error, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.xdist_group("ray")
+@pytest.mark.parametrize("program", ["raylet", pytest.param("gcs_server", marks=pytest.mark.slow)])
+def test_a_run_whose_ray_on_this_machine_dies_ends_with_a_reason(tmp_path: Path, program: str) -> None:
+    """As after the system's out-of-memory killer; Ray itself says nothing, and the run would wait forever."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_RAYLET, str(tmp_path), program],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3],
+    )  # fmt: skip
+    assert "the Ray cluster no longer answers; continue with --resume" in done.stdout, done.stderr[-2000:]
 
 
 def test_this_version_of_ray_still_says_what_is_looked_for() -> None:
