@@ -2,8 +2,9 @@
 
 On a board, local matters come from the SuperNode's `--node-config`: `partition-id` (which device of the fleet this is;
 with `num-partitions`, which devices: see Greeting), `name`, `data-path`, `weights-path`, `own-data` (all of the
-local data is this device's), `state-dir`, `accelerator`, `threads`; and beyond which heat, disk and battery the board
-backs off: `limit-temperature-c`, `limit-free-disk-mb`, `limit-battery-percent`.
+local data is this device's), `delete-learned` (learned images may be deleted), `state-dir`, `accelerator`, `threads`;
+and beyond which heat, disk and battery the board backs off: `limit-temperature-c`, `limit-free-disk-mb`,
+`limit-battery-percent`.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ class Local:
     data_path: str | None = None
     weights_path: str | None = None
     own_data: bool = False
+    delete_learned: bool = False
     accelerator: str | None = None
     threads: int | None = None
     limit_temperature_c: float | None = None
@@ -193,7 +195,7 @@ def _greet(instruction: Instruction, scenario: Scenario, local: Local, message: 
             "num-partitions to the number of boards"
         )
     if comes_to_boards(scenario.data.source):
-        plan = FieldPlan.of(stream_plan(scenario), local.partition)
+        plan = field_plan(scenario, local, local.partition)
         plan.prepare(_folder_of(instruction.run, local.partition, local) / FIELD)
         digest, tasks = names_digest(plan.classes), list(range(plan.tasks))  # all of them will come
         greeting = Greeting(
@@ -210,6 +212,27 @@ def _greet(instruction: Instruction, scenario: Scenario, local: Local, message: 
         local.own_data, tasks,
     )  # fmt: skip
     return _reply(greeting.to_record())
+
+
+def field_plan(scenario: Scenario, local: Local, device: int) -> FieldPlan:
+    """How the images of this board become tasks, for a `scenario` with this node's overrides.
+
+    The scenario comes from the server, which may neither choose a folder of this machine nor have its files deleted.
+    Raises RequestError where the node's own configuration does not name the folder or allow the deletion.
+    """
+    if local.data_path is None:
+        raise RequestError(
+            "data.source: field needs the folder of this board's images, and only the board names it: set data in "
+            "device.toml (lightcl device init --data FOLDER), or data-path in --node-config"
+        )
+    plan = FieldPlan.of(stream_plan(scenario), device)
+    if plan.keep != "all" and not local.delete_learned:
+        raise RequestError(
+            f"data.keep is {plan.keep!r}, which deletes learned images in {plan.path}, and this board does not allow "
+            "it: set delete_learned = true in device.toml (lightcl device init --delete-learned), or "
+            "delete-learned=true in --node-config; or data.keep: all in the scenario"
+        )
+    return plan
 
 
 def _folder_of(run: str, device: int, local: Local) -> Path:
@@ -278,7 +301,7 @@ def _open_field(
     instruction: Instruction, scenario: Scenario, local: Local, folder: Path
 ) -> Iterator[tuple[EdgeDevice, Description]]:
     """The device of a scenario whose images come with time."""
-    plan = FieldPlan.of(stream_plan(scenario), instruction.device)
+    plan = field_plan(scenario, local, instruction.device)
     plan.note(folder / FIELD)
     stream = FieldStream(FieldTasks(folder / FIELD, plan))
     side = plan.image_size
@@ -395,9 +418,11 @@ def local_settings(node: Mapping[str, object], state: Path | None) -> Local:
             raise RequestError(f"--node-config {key} is {value!r}, expected a number from 0")
         return found
 
-    own_data = node.get("own-data", False)
-    if not isinstance(own_data, bool):
-        raise RequestError(f"--node-config own-data is {own_data!r}, expected true or false (without quotes)")
+    def flag(key: str) -> bool:
+        value = node.get(key, False)
+        if not isinstance(value, bool):
+            raise RequestError(f"--node-config {key} is {value!r}, expected true or false (without quotes)")
+        return value
 
     def path(key: str) -> str | None:
         return str(Path(str(node[key])).expanduser()) if node.get(key) else None
@@ -411,7 +436,8 @@ def local_settings(node: Mapping[str, object], state: Path | None) -> Local:
         state=Path(folder) if folder else state or default_state_folder(),
         data_path=path("data-path"),
         weights_path=path("weights-path"),
-        own_data=own_data,
+        own_data=flag("own-data"),
+        delete_learned=flag("delete-learned"),
         accelerator=str(node["accelerator"]) if node.get("accelerator") else None,
         threads=number("threads", 0) or None,
         limit_temperature_c=limit("limit-temperature-c"),

@@ -84,14 +84,18 @@ def check_state(config: BoardConfig) -> str:
 
 def check_data(config: BoardConfig) -> str:
     if not config.data:
-        if config.own_data:
-            raise RequestError("own_data is true, but data is not set; set data to the folder of this board's images")
-        return "no images of its own; the scenario's data.path is used"
+        for name in ("own_data", "delete_learned"):
+            if getattr(config, name):
+                raise RequestError(
+                    f"{name} is true, but data is not set; set data to the folder of this board's images"
+                )
+        return "no images of its own; the scenario's data.path is used, which data.source: field refuses"
     path = Path(config.data)
     if not path.exists():
         raise RequestError(f"data: {path} does not exist; is its disk mounted?")
     if path.is_dir():
-        return f"{path}: {sum(1 for _ in path.iterdir())} entries"
+        allowed = "; learned images may be deleted (delete_learned)" if config.delete_learned else ""
+        return f"{path}: {sum(1 for _ in path.iterdir())} entries{allowed}"
     with path.open("rb"):
         return f"{path}: {path.stat().st_size / 1e6:.1f} MB"
 

@@ -51,6 +51,8 @@ class BoardConfig:
     """Folder or file of its own images, in place of the scenario's `data.path`."""
     own_data: bool = False
     """All images under `data` are this board's; otherwise it takes its share of them."""
+    delete_learned: bool = False
+    """Learned images under `data` may be deleted, as the scenario's `data.keep` says. Without it the board refuses."""
     weights: str = ""
     """Its copy of the pre-trained weights, in place of the scenario's `network.weights`."""
     state: str = ""
@@ -87,6 +89,7 @@ class BoardConfig:
             "data-path": self.data,
             "weights-path": self.weights,
             "own-data": self.own_data,
+            "delete-learned": self.delete_learned,
             "accelerator": self.accelerator,
             "threads": self.threads,
             "limit-temperature-c": self.limits.temperature_c,
@@ -189,6 +192,7 @@ _RULES = {
     "server": _rule(str, "HOST:PORT, e.g. 192.168.0.10:9092", _is_address),
     "data": _PATH,
     "own_data": _FLAG,
+    "delete_learned": _FLAG,
     "weights": _PATH,
     "state": _PATH,
     "certificate": _PATH,

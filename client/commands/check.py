@@ -170,13 +170,13 @@ def _check_field(local: Local, scenario: Scenario) -> tuple[str, tuple[tuple[Sou
     them: network and memory do not depend on what the images show."""
     import numpy as np
 
-    from lightcl.assembly import stream_plan
-    from lightcl.data.field import CHANNELS, FieldPlan, FieldTasks, NotReady
+    from client.app import field_plan
+    from lightcl.data.field import CHANNELS, FieldTasks, NotReady
     from lightcl.data.sources import ImageSet, Source
 
-    plan = FieldPlan.of(stream_plan(scenario), local.partition)
+    plan = field_plan(scenario, local, local.partition)
     if not Path(plan.path).is_dir():
-        raise RequestError(f"data.path: {plan.path} is not a folder; make it, or mount its disk")
+        raise RequestError(f"{plan.path} is not a folder (data of this board); make it, or mount its disk")
     if plan.keep != "all" and not os.access(plan.path, os.W_OK):
         raise RequestError(
             f"data.keep is {plan.keep!r}, but {plan.path} cannot be written to; give this user the right, or keep: all"

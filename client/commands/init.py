@@ -32,6 +32,10 @@ def init(
     own_data: Annotated[
         bool | None, typer.Option("--own-data", help="All of these images are this board's, not its share of them")
     ] = None,
+    delete_learned: Annotated[
+        bool | None,
+        typer.Option("--delete-learned", help="Learned images may be deleted, as data.keep of a scenario says"),
+    ] = None,
     weights: Annotated[
         str | None, typer.Option(metavar="FILE", help="Pre-trained weights, in place of network.weights")
     ] = None,
@@ -68,8 +72,8 @@ def init(
     """
     given = {
         "name": name, "device": device, "devices": devices, "server": server, "data": data, "own_data": own_data,
-        "weights": weights, "state": state, "certificate": certificate, "key": key, "insecure": insecure,
-        "accelerator": accelerator, "threads": threads, "memory_mb": memory_mb,
+        "delete_learned": delete_learned, "weights": weights, "state": state, "certificate": certificate, "key": key,
+        "insecure": insecure, "accelerator": accelerator, "threads": threads, "memory_mb": memory_mb,
         "limits": _set(
             {"temperature_c": temperature_c, "free_disk_mb": free_disk_mb, "battery_percent": battery_percent}
         ),

@@ -87,13 +87,9 @@ class FieldPlan:
 
     @classmethod
     def of(cls, plan: StreamPlan, device: int) -> Self:
-        """Raises RequestError without `data.path`."""
+        """`data.path` is set: a board names its own folder."""
         data, stream = plan.data, plan.stream
-        if data.path is None:
-            raise RequestError(
-                "data.source: field needs the folder of this board's images: set `data` in its configuration "
-                "(lightcl device init --data FOLDER), or data.path"
-            )
+        assert data.path is not None
         assert data.classes is not None  # checked with the section
         assert data.image_size is not None
         return cls(
@@ -118,7 +114,7 @@ class FieldPlan:
         """
         path = Path(self.path)
         if not path.is_dir():
-            raise RequestError(f"data.path: {path} is not a folder (data.source: field); make it, or mount its disk")
+            raise RequestError(f"{path} is not a folder (data of this board); make it, or mount its disk")
         for name in (*self.classes, UNLABELED):
             with suppress(OSError):  # a read-only disk: its images can be learned as well
                 (path / name).mkdir(exist_ok=True)

@@ -26,13 +26,14 @@ class Data(Section):
     """digits ships with scikit-learn; cifar10, cifar100 and fashion-mnist are downloaded; parquet and image-folder read
     your files; field collects images on boards while the run goes on; a plugin may add more."""
     path: Path | None = Field(default=None, strict=False)
-    """Your parquet file or image folder; for the downloaded sets, the folder that holds (or gets) the copy; field: the
-    folder on the board, which normally stands in the board's own configuration."""
+    """Your parquet file or image folder; for the downloaded sets, the folder that holds (or gets) the copy; field: no
+    effect, each board names its own folder (`data` in its configuration)."""
     classes: tuple[str, ...] | None = Field(default=None, strict=False)
     """field: the names of all classes, e.g. [cup, bottle]: the head has a row for each, on every board."""
     keep: Literal["none", "buffer", "all"] = "all"
     """field: which images of a learned task stay on the board. all: every one; buffer: those that the device is still
-    tested on (samples that a method replays are in its state); none: no image, so old tasks are not tested again."""
+    tested on (samples that a method replays are in its state); none: no image, so old tasks are not tested again.
+    A board deletes images only where its own configuration has `delete_learned`."""
     image_size: int | None = Field(default=None, ge=8, le=1024)
     """Resize images to N x N pixels; default: keep their size. field needs it."""
     image_column: str | None = None

@@ -64,6 +64,11 @@ CONDITIONS = (
         lambda s: f"data.source: {s.data.source} is never downloaded",
     ),
     Condition(
+        "data", ("path",), "source",
+        lambda s: s.data.source != FIELD,
+        lambda s: "with data.source: field each board names its folder (data in its configuration)",
+    ),
+    Condition(
         "stream", ("ready_images", "ready_after"), "tasks",
         lambda s: s.data.source == FIELD,
         lambda s: f"it is for data.source: field, not {s.data.source}",

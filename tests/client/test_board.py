@@ -206,6 +206,9 @@ def test_keys_data_and_disk(tmp_path: Path) -> None:
         checks.check_data(board(tmp_path, data="none"))
     with pytest.raises(RequestError, match="own_data is true, but data is not set"):
         checks.check_data(board(tmp_path, own_data=True))
+    with pytest.raises(RequestError, match="delete_learned is true, but data is not set"):
+        checks.check_data(board(tmp_path, delete_learned=True))
+    assert checks.check_data(board(tmp_path, data=".", delete_learned=True)).endswith("may be deleted (delete_learned)")
     free = shutil.disk_usage(tmp_path).free // 10**6
     with pytest.raises(RequestError, match="MB free, at least"):
         checks.check_disk(board(tmp_path, limits={"free_disk_mb": 2 * free + 1000}))

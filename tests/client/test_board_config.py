@@ -18,8 +18,8 @@ LEAST = {"name": "drone-1", "device": 1, "devices": 3, "server": "server.example
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     config = BoardConfig(
-        **LEAST, data=str(tmp_path / "images"), own_data=True, state=str(tmp_path / "state"), insecure=True, threads=2,
-        accelerator="cpu", memory_mb=512, limits=Limits(85.5, 200, 20),
+        **LEAST, data=str(tmp_path / "images"), own_data=True, delete_learned=True, state=str(tmp_path / "state"),
+        insecure=True, threads=2, accelerator="cpu", memory_mb=512, limits=Limits(85.5, 200, 20),
     )  # fmt: skip
     file = tmp_path / "device.toml"
     file.write_text(config.to_toml())
@@ -27,15 +27,18 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 
 def test_the_node_configuration_is_what_the_app_reads(tmp_path: Path) -> None:
-    config = config_of({**LEAST, "state": "state", "data": "images", "limits": {"temperature_c": 80}}, "test", tmp_path)
+    values = {"state": "state", "data": "images", "delete_learned": True, "limits": {"temperature_c": 80}}
+    config = config_of(LEAST | values, "test", tmp_path)
     node = config.node_config()
     assert node == {
         "name": "drone-1", "partition-id": 1, "num-partitions": 3, "state-dir": str(tmp_path / "state"),
-        "data-path": str(tmp_path / "images"), "limit-temperature-c": 80,
+        "data-path": str(tmp_path / "images"), "delete-learned": True, "limit-temperature-c": 80,
     }  # fmt: skip
     local = local_settings(node, None)
     assert (local.partition, local.partitions, local.name) == (1, 3, "drone-1")
     assert (local.state, local.data_path) == (tmp_path / "state", str(tmp_path / "images"))
+    assert local.delete_learned
+    assert not local_settings(config_of(LEAST, "test", tmp_path).node_config(), None).delete_learned
 
 
 @pytest.mark.parametrize(
@@ -53,6 +56,7 @@ def test_the_node_configuration_is_what_the_app_reads(tmp_path: Path) -> None:
         ({"threads": -1}, "threads is -1"),
         ({"memory_mb": 12}, "at least 64"),
         ({"own_data": 1}, "allowed: true or false"),
+        ({"delete_learned": "yes"}, r"delete_learned is \"yes\" \(allowed: true or false\)"),
         ({"insecure": True, "key": "key"}, "insecure is true, but a key or certificate is set"),
         ({"limits": 3}, r"limits is 3, expected a table"),
         ({"limits": {"temperature_c": 5}}, r"limits.temperature_c is 5 \(allowed: 0 for no limit, else 20 to 150\)"),
@@ -91,8 +95,10 @@ def test_init_from_a_join_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     join.write_text(JoinFile("drone-1", 1, 3, "10.0.0.1:9092", certificate="PEM\n", key=private).to_toml())
     file = tmp_path / "board" / "device.toml"
     arguments = ("device", "init", "--config", str(file), "--join", str(join), "--threads", "2")
-    assert lightcl(monkeypatch, *arguments) == 0
+    images = ("--data", str(tmp_path), "--delete-learned")
+    assert lightcl(monkeypatch, *arguments, *images) == 0
     config = read_config(file)
+    assert (config.data, config.delete_learned) == (str(tmp_path), True)
     assert (config.name, config.device, config.devices, config.server) == ("drone-1", 1, 3, "10.0.0.1:9092")
     assert (config.insecure, config.threads) == (False, 2)
     assert Path(config.certificate).read_text() == "PEM\n"

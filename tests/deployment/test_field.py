@@ -81,7 +81,7 @@ def test_images_arrive_while_the_run_goes_on_and_a_board_is_killed(processes: Pr
     server.run(str(file), "--out", str(out))
     for number, folder in enumerate(folders):
         folder.mkdir()
-        server.kit_board(number, "--data", str(folder))
+        server.kit_board(number, "--data", str(folder), "--delete-learned")
     for folder in folders:
         wait_until((folder / "unlabeled").is_dir, "the folders of the classes are made", processes, 200)
 

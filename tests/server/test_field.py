@@ -66,7 +66,7 @@ class Boards(InProcessGrid):
         self.reasons: list[str] = []
         for number, context in enumerate(self.nodes.values()):
             self.folder(number).mkdir(parents=True)
-            context.node_config["data-path"] = str(self.folder(number))
+            context.node_config.update({"data-path": str(self.folder(number)), "delete-learned": True})
 
     def folder(self, number: int) -> Path:
         return self.place / f"images-{number}"
@@ -416,15 +416,51 @@ def test_what_a_device_answers_while_it_waits(tmp_path: Path) -> None:
     assert ask(boards, "evaluate", chosen)["tasks"] == [0]
     boards.folder(0).rename(tmp_path / "unplugged")
     assert "cannot be read (No such file or directory)" in ask(boards, "train", chosen, task=1)["reason"]
-    assert "is not a folder (data.source: field)" in ask(boards, "query", chosen)["reason"]
+    assert "is not a folder (data of this board)" in ask(boards, "query", chosen)["reason"]
 
 
 def test_a_board_needs_a_folder(tmp_path: Path) -> None:
     boards = Boards(tmp_path, 1)
     del boards.nodes[100].node_config["data-path"]
-    assert "set `data` in its configuration" in ask(boards, "query", scenario(1))["reason"]
+    assert "set data in device.toml" in ask(boards, "query", scenario(1))["reason"]
     boards.nodes[100].node_config.update({"data-path": str(boards.folder(0)), "num-partitions": 1})
     assert "has data.source: field, so it is one device" in ask(boards, "query", scenario(2))["reason"]
+
+
+@pytest.mark.parametrize("kind", ["query", "train", "evaluate"])
+def test_a_server_cannot_choose_the_folder(tmp_path: Path, kind: str) -> None:
+    """`data.path` of its scenario is no folder of the board, whatever lies there."""
+    photos, boards = tmp_path / "photos", Boards(tmp_path, 1)
+    for label in CLASSES:
+        drop(photos, label, range(500 * CLASSES.index(label), 500 * CLASSES.index(label) + 5))
+    chosen = scenario(1, data={"path": str(photos)})
+    del boards.nodes[100].node_config["data-path"]
+    assert "set data in device.toml" in ask(boards, kind, chosen)["reason"]
+    assert not (photos / "unlabeled").exists()
+    assert not list((tmp_path / "states").rglob("about.json"))
+
+
+@pytest.mark.parametrize("keep", ["buffer", "none"])
+def test_images_are_deleted_only_where_the_board_allows_it(tmp_path: Path, keep: str) -> None:
+    boards, chosen = Boards(tmp_path, 1), scenario(1, data={"keep": keep})
+    boards.bring(0, 0)
+    config = boards.nodes[100].node_config
+    config["delete-learned"] = False
+    for kind in ("query", "train", "evaluate"):
+        reason = ask(boards, kind, chosen)["reason"]
+        assert f"data.keep is {keep!r}, which deletes learned images in {boards.folder(0)}" in reason
+        assert "set delete_learned = true in device.toml" in reason
+    config["delete-learned"] = True
+    assert ask(boards, "train", chosen)["examples"] > 0
+    boards.bring(0, 1)
+    config["delete-learned"] = False  # it may be withdrawn
+    assert "does not allow it" in ask(boards, "train", chosen, task=1)["reason"]
+    assert len(list(boards.folder(0).rglob("*.png"))) == 20
+    config["delete-learned"] = True
+    ask(boards, "train", chosen, task=1)
+    assert len(list(boards.folder(0).rglob("*.png"))) == 10 + 2 * (keep == "buffer")
+    config["delete-learned"] = "yes"
+    assert "delete-learned is 'yes', expected true or false" in ask(boards, "train", chosen)["reason"]
 
 
 def test_images_that_cannot_be_deleted_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,8 +57,9 @@ def test_what_is_refused(data: dict[str, Any], sections: dict[str, Any], said: s
 
 
 def test_keys_without_effect_are_named() -> None:
-    given = scenario(stream={"cut": "own"}, fleet={"partition": "iid", "test_data": "whole"})
+    given = scenario({"path": "/images"}, stream={"cut": "own"}, fleet={"partition": "iid", "test_data": "whole"})
     lines = "\n".join(keys_without_effect(given))
+    assert 'data.path: "/images" has no effect: with data.source: field each board names its folder' in lines
     assert 'stream.cut: "own" has no effect: with data.source: field a task has the classes' in lines
     assert "fleet.test_data" in lines
     digits = Scenario.model_validate({"stream": {"ready_images": 50, "ready_after": 60.0}})
@@ -103,7 +104,7 @@ def test_doctor_looks_into_the_folder(tmp_path: Path) -> None:
     config = {"partition-id": 0, "state-dir": str(tmp_path / "state"), "data-path": str(folder)}
     (data,) = [one for one in run_checks(scenario(), config) if one.name == "data"]
     assert not data.passed
-    assert data.text == f"data.path: {folder} is not a folder; make it, or mount its disk"
+    assert data.text == f"{folder} is not a folder (data of this board); make it, or mount its disk"
     folder.mkdir()
     drop(folder, "Cups", range(2))
     found = {one.name: one for one in run_checks(scenario(), config)}
@@ -111,3 +112,17 @@ def test_doctor_looks_into_the_folder(tmp_path: Path) -> None:
     assert [name for name, one in found.items() if not one.passed] == []
     assert "frozen up to" in found["network"].text
     assert "a training step takes" in found["memory"].text
+
+
+def test_doctor_says_what_the_board_has_to_allow(tmp_path: Path) -> None:
+    config: dict[str, Any] = {"partition-id": 0, "state-dir": str(tmp_path / "state")}
+
+    def data_of(chosen: Scenario) -> str:
+        (found,) = [one.text for one in run_checks(chosen, config, machine=False) if one.name == "data"]
+        return found
+
+    assert "set data in device.toml" in data_of(scenario({"path": str(tmp_path)}))
+    config["data-path"] = str(tmp_path)
+    assert "set delete_learned = true in device.toml" in data_of(scenario({"keep": "buffer"}))
+    config["delete-learned"] = True
+    assert "0 of 100 labeled images" in data_of(scenario({"keep": "buffer"}))
