@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from lightcl.errors import one_line
+
 logger = logging.getLogger("lightcl")
 
 PROBE_SECONDS = 5.0
@@ -141,10 +143,11 @@ class WorkerPool:
         if error is None:
             self._admit(greeting.result())
             self._jobs[actor] = []
-        elif _is_death(error):
-            self._replace(actor)
-        else:
-            raise PoolBroken(f"a worker could not start: {error}")
+        elif _is_death(error) and not getattr(error, "actor_init_failed", False):
+            self._replace(actor, error)
+        else:  # its constructor raised an error, and will do so again
+            self._actors.discard(actor)
+            raise PoolBroken(f"a worker could not start: {_reason(error)}")
 
     def _dispatch(self) -> None:
         while self._waiting and self._jobs:
@@ -171,25 +174,32 @@ class WorkerPool:
                 self._waiting.appendleft(running)
             else:
                 running.deliver(None)
-            self._replace(actor)
+            self._replace(actor, error)
             return
         self._jobs[actor].remove(job)
         self._deaths = 0
         job.deliver(error if error is not None else result.result())
 
-    def _replace(self, actor: Any) -> None:
+    def _replace(self, actor: Any, error: BaseException) -> None:
         self._actors.discard(actor)
         if not self._alive():
             raise PoolBroken("the Ray cluster no longer answers")
         self._deaths += 1
         if self._deaths >= max(8, 4 * self._size):
             raise PoolBroken(
-                f"{self._deaths} Ray workers died one after the other (out of memory?): set fewer simulation.workers"
+                f"{self._deaths} Ray workers died one after the other (out of memory?): set fewer simulation.workers; "
+                f"the last one: {_reason(error)}"
             )
         self.replaced += 1
         logger.warning("a Ray worker died and is replaced")
         _kill(actor)  # one that only lost its connection must not keep running beside its replacement
         self._fill()
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of an error: Ray puts a traceback, or the actor's description, before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return one_line(lines[-1] if lines else type(error).__name__)
 
 
 def _kill(actor: Any) -> None:

@@ -175,6 +175,9 @@ class WorkerCheck:
         """Raises RequestError if the first worker cannot be used or does not start in time."""
         deadline = time.monotonic() + seconds
         while not self._answered.wait(0.1):
+            if grid.failure:
+                self._problem = grid.failure
+                break
             if time.monotonic() > deadline:
                 self._problem = f"no worker started within {seconds:g} s; are the cluster's CPUs in use?"
                 break

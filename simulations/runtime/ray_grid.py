@@ -57,6 +57,8 @@ class RayGrid(Grid):
         self._arrived = False  # a reply, since the last call of pull_messages
         self._end: Exception | None = None
         self._run: Any = None
+        self.failure = ""
+        """Why no worker can run any more; empty while they can."""
         self.stored = 0
         """ArrayRecords put into the object store so far."""
         self._pool = make_pool(self._break)
@@ -152,6 +154,7 @@ class RayGrid(Grid):
 
     def fail(self, reason: str) -> None:
         """End the run from another thread with a reason: every further call raises WorkerDied."""
+        self.failure = self.failure or reason
         self._finish(WorkerDied(f"{reason}; continue with --resume"))
 
     def _break(self, error: PoolBroken) -> None:

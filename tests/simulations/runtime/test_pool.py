@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayTaskError, WorkerCrashedError
 
 from simulations.runtime.pool import Job, PoolBroken, WorkerPool
 
@@ -28,20 +28,27 @@ class Call:
         return self._future
 
 
-class Worker:
-    """Starts at once unless it is `late`; `given` are its unfinished jobs."""
+def _end(future: Future[Any], error: Exception | None) -> None:
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
 
-    def __init__(self, late: bool) -> None:
+
+class Worker:
+    """Starts at once unless it is `late`, or fails to with `error`; `given` are its unfinished jobs."""
+
+    def __init__(self, late: bool, error: Exception | None) -> None:
         self.given: dict[str, Future[Any]] = {}
-        self.greet = Call(lambda _, future: None if late else future.set_result(None))
+        self.greet = Call(lambda _, future: None if late else _end(future, error))
         self.handle = Call(self.given.__setitem__)
 
     def finish(self, job: str) -> None:
         self.given.pop(job).set_result(f"result of {job}")
 
-    def die(self) -> None:
+    def die(self, error: Exception | None = None) -> None:
         for future in self.given.values():
-            future.set_exception(ActorDiedError())
+            future.set_exception(error or ActorDiedError())
 
 
 class Bench:
@@ -52,13 +59,14 @@ class Bench:
         self.results: dict[str, Any] = {}
         self.broken: list[PoolBroken] = []
         self.late, self.alive = False, True
+        self.error: Exception | None = None
         self.pool = WorkerPool(
             self._start, size,
             admit=lambda _: None, alive=lambda: self.alive, on_broken=self.broken.append, clock=lambda: 0.0,
         )  # fmt: skip
 
     def _start(self) -> Worker:
-        self.workers.append(Worker(self.late))
+        self.workers.append(Worker(self.late, self.error))
         return self.workers[-1]
 
     def submit(self, *jobs: str) -> None:
@@ -157,6 +165,24 @@ def test_a_replacement_that_never_starts_ends_the_run_while_jobs_wait(one: Bench
     one.late = True
     one.die(0)
     assert "no Ray worker has started for 0.3 s" in one.why_broken()
+
+
+def test_a_worker_that_cannot_be_built_ends_the_run_at_once_with_the_cause(one: Bench) -> None:
+    """Its app raises: on a cluster, a library is missing there, or a plugin."""
+    cause = RayTaskError("__init__", "Traceback:\n  ...\nModuleNotFoundError: No module named 'timm'\n", ValueError())
+    one.submit("a")
+    one.error = ActorDiedError(cause)
+    one.die(0)
+    assert one.why_broken() == "a worker could not start: ModuleNotFoundError: No module named 'timm'"
+    assert len(one.workers) == 2
+
+
+def test_the_last_death_is_named_where_workers_die_one_after_the_other(one: Bench) -> None:
+    one.error = WorkerCrashedError()
+    one.submit("a")
+    one.die(0)
+    assert "8 Ray workers died one after the other" in one.why_broken()
+    assert one.why_broken().endswith(f"the last one: {str(WorkerCrashedError()).splitlines()[-1].strip()}")
 
 
 def test_without_waiting_jobs_a_worker_may_start_as_late_as_it_likes(one: Bench) -> None:

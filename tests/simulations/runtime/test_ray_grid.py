@@ -145,7 +145,9 @@ def test_a_message_that_kills_every_worker_fails_alone(opened: Callable[..., Ray
 
 def test_workers_that_die_one_after_the_other_end_the_run(opened: Callable[..., RayGrid]) -> None:
     grid = opened(make_client_that_dies)
-    with pytest.raises(WorkerDied, match=r"8 Ray workers died .*fewer simulation\.workers.*--resume"):
+    with pytest.raises(
+        WorkerDied, match=r"8 Ray workers died .*fewer simulation\.workers; the last one: The actor .*--resume"
+    ):
         grid.send_and_receive([ask(grid.get_node_ids()[0])], timeout=120)
 
 
