@@ -17,7 +17,7 @@ from lightcl.metrics import Spread
 from lightcl.records import DeviceRow, Figures, Results, RoundRow
 from lightcl.records.folder import DEVICES, ROUNDS, RunFolder
 from lightcl.scenario import Scenario
-from simulations.commands.compare import By, collect, compare, print_comparison
+from simulations.commands.compare import By, collect, compare, find_baseline, print_comparison
 from simulations.reports.comparison import (
     Group,
     build_comparison,
@@ -293,8 +293,23 @@ def test_the_command(tmp_path, capsys):
     assert "lightcl" in out
     assert "page: " in out
     assert "| lightcl | sgd | 2 | +20.0 [+20.0, +20.0] |" in (tmp_path / "out" / "comparison.md").read_text()
+    assert "replaces" not in out
     compare(runs, out_folder=tmp_path / "out", baseline="lightcl")  # a comparison can be made again
     assert "| sgd | lightcl | 2 | −20.0" in (tmp_path / "out" / "comparison.md").read_text()
+    assert "comparison.html (replaces the comparison that was there)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_baseline_by_the_name_or_the_path_of_its_folder(tmp_path, monkeypatch):
+    runs = [make_run(tmp_path / "one" / "first", "sgd"), make_run(tmp_path / "two" / "second", "lightcl")]
+    runs.append(make_run(tmp_path / "two" / "first", "lightcl", alpha=0.5))
+    groups = collect(runs)
+    labels = [g.label for g in groups]
+    assert find_baseline("second", groups) == labels[1]
+    assert find_baseline(str(runs[2]), groups) == labels[2]
+    monkeypatch.chdir(tmp_path)
+    assert find_baseline("one/first/", groups) == labels[0]
+    with pytest.raises(RequestError, match="--baseline: 'first' is the folder of several; give its path"):
+        find_baseline("first", groups)
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
@@ -314,7 +329,10 @@ def test_headings_and_names_are_not_cut_off_in_the_terminal(tmp_path, width):
 
 def test_wrong_requests_are_refused(tmp_path):
     run = make_run(tmp_path / "a", "sgd")
-    with pytest.raises(RequestError, match="at least two"):
+    with pytest.raises(
+        RequestError,
+        match=r"at least two .*\(runs of one scenario, with other seeds or for other devices alone, are one\)",
+    ):
         compare([run], out_folder=tmp_path / "out")
     with pytest.raises(RequestError, match=r"holds no readable run.json"):
         compare([run, tmp_path / "nothing"], out_folder=tmp_path / "out")
