@@ -355,7 +355,7 @@ def test_wrong_requests_are_refused(tmp_path):
         match=r"at least two .*\(runs of one scenario, with other seeds or for other devices alone, are one\)",
     ):
         compare([run], out_folder=tmp_path / "out")
-    with pytest.raises(RequestError, match=r"holds no readable run.json"):
+    with pytest.raises(RequestError, match=r"nothing does not exist; name a run folder"):
         compare([run, tmp_path / "nothing"], out_folder=tmp_path / "out")
     other = make_run(tmp_path / "b", "lightcl")
     with pytest.raises(RequestError, match="--baseline: there is no 'lightcl2', did you mean 'lightcl'"):
