@@ -212,7 +212,7 @@ def _as_chosen(folder: RunFolder, scenario: Scenario, before: Mapping[str, Any])
     """What is "auto" in the scenario as it was resolved when the run in the folder began, `before`: another machine may
     continue it, and nothing is analyzed again."""
     if not is_old(before):
-        device = scenario_from_json(json.dumps(before)).device
+        device = scenario_from_json(json.dumps(before), str(folder.path / "run.json")).device
         if "auto" not in (device.precision, device.convolutions):  # else it is the run of a fleet of boards
             scenario = with_arithmetic(scenario, device)
     analysis = folder.analysis()
@@ -234,7 +234,7 @@ def _check_same(
             f"--resume: the run in {folder.path} was made by an earlier version; it can be read and reported, but not "
             "continued. Name another --out"
         )
-    before = scenario_from_json(json.dumps(about["scenario"]))
+    before = scenario_from_json(json.dumps(about["scenario"]), str(folder.path / "run.json"))
     differences = [
         f"{key} was {about.get(key)!r}, now {value!r}" for key, value in facts.items() if about.get(key) != value
     ]

@@ -161,7 +161,7 @@ def print_blocks(console: Console, found: Generalizability, threshold: float) ->
 
 
 def print_accuracies(console: Console, results: Results) -> None:
-    """The final figures of a run, in percent; the report has the percentiles."""
+    """The final figures of a run, accuracy in percent, differences in points; the report has the percentiles."""
     devices = results.devices_finished
     of = f"mean ± standard deviation over {devices} devices" if devices > 1 else "one device"
     console.print(f"After the last task, {of}", style="italic", highlight=False)
@@ -169,13 +169,15 @@ def print_accuracies(console: Console, results: Results) -> None:
     for name, figures in (("TIL (task known)", results.til), ("CIL (task not known)", results.cil)):
         if figures is None:  # the method answers only where the task is known
             continue
-        spreads = (figures.average_accuracy, figures.forgetting, figures.backward_transfer)
-        rows.append([name, *[_spread_text(spread, devices) for spread in spreads]])
-    print_table(console, ("", "average accuracy", "forgetting", "backward transfer"), rows)
+        accuracy = _spread_text(figures.average_accuracy, devices, "%")
+        others = [_spread_text(spread, devices) for spread in (figures.forgetting, figures.backward_transfer)]
+        rows.append([name, accuracy, *others])
+    print_table(console, ("", "average accuracy", "forgetting (points)", "backward transfer (points)"), rows)
 
 
-def _spread_text(spread: Spread, devices: int) -> str:
-    """Mean and standard deviation in percent; a dash where no device has the figure (forgetting after one task)."""
+def _spread_text(spread: Spread, devices: int, unit: str = "") -> str:
+    """Mean and standard deviation times 100; a dash where no device has the figure (forgetting after one task)."""
     if isnan(spread.mean):
         return "–"
-    return f"{spread.mean:.1%}" + (f" ± {spread.std:.1%}" if devices > 1 else "")
+    mean = round(100 * spread.mean, 1) + 0.0  # turns a rounded -0.0 into 0.0
+    return f"{mean:.1f}{unit}" + (f" ± {100 * spread.std:.1f}{unit}" if devices > 1 else "")

@@ -45,7 +45,7 @@ def memory_text(device: torch.device) -> str:
         page = os.sysconf("SC_PAGE_SIZE")
         free, total = page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")
         name = f"cpu, {os.cpu_count()} cores"
-    return f"{name}; {free / 2**20:.0f} of {total / 2**20:.0f} MiB memory free"
+    return f"{name}; {free / 1e6:.0f} of {total / 1e6:.0f} MB memory free"
 
 
 def _step(device: torch.device, kind: torch.dtype) -> list[Tensor]:

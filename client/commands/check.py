@@ -130,7 +130,7 @@ def _check_state_folder(folder: Path) -> tuple[str, None]:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder):
         pass
-    return f"{folder} is writable, {shutil.disk_usage(folder).free / 2**30:.1f} GiB free", None
+    return f"{folder} is writable, {shutil.disk_usage(folder).free // 10**6} MB free", None
 
 
 def _check_data(local: Local, scenario: Scenario) -> tuple[str, tuple[Source, int]]:
@@ -235,8 +235,8 @@ def _check_memory(scenario: Scenario, source: Source, local: Local, memory_mb: i
     step = footprint_of(scenario, source, None if local.own_data else local.partition, measuring=False).counted.peak
     loaded, free = resident("VmRSS") or 0, available_memory()
     text = (
-        f"a training step takes {step / 2**20:.0f} MiB beside {loaded / 2**20:.0f} MiB for Python, PyTorch and images; "
-        f"{free / 2**20:.0f} MiB available"
+        f"a training step takes {step / 1e6:.0f} MB beside {loaded / 1e6:.0f} MB for Python, PyTorch and images; "
+        f"{free / 1e6:.0f} MB available"
     )
     if step > free:
         raise RequestError(f"{text}; end other programs, or run `lightcl plan` for a scenario that fits")

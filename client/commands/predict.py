@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from client.commands.shared import state_folder
+from lightcl.errors import RequestError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,9 +45,13 @@ def predict(
 
     from lightcl.export.folders import find_model
     from lightcl.export.model import read_model
+    from lightcl.storage.state import StateError
 
     place = find_model(state_folder(folder), device)
-    model = read_model(*place)
+    try:
+        model = read_model(*place)
+    except StateError as error:  # no run was started, so none has failed
+        raise RequestError(str(error)) from error
     pictures = np.stack([model.read_image(str(image), str(image)) for image in images])
     answers = [answer(model, scores) for scores in model.scores(pictures)]
     if as_json:

@@ -50,7 +50,7 @@ def status_of(state_folder: Path, board_folder: Path) -> dict[str, Any]:
         **written,
         "running": running,
         "connected": running and bool(written.get("connected")),
-        "free_mb": shutil.disk_usage(state_folder).free // 2**20 if state_folder.exists() else None,
+        "free_mb": shutil.disk_usage(state_folder).free // 10**6 if state_folder.exists() else None,
         "newest_state": newest and {"folder": str(newest.parent), "saved": newest.stat().st_mtime},
         "field": field_of(state_folder),
     }
@@ -101,7 +101,7 @@ def _lines(name: str, server: str, values: dict[str, Any]) -> Iterator[str]:
     state = values["newest_state"]
     yield f"state       {state['folder']}, saved {duration(now - state['saved'])} ago" if state else "state       none"
     free = values["free_mb"]
-    yield f"disk        {free} MiB free" if free is not None else "disk        the state folder does not exist so far"
+    yield f"disk        {free} MB free" if free is not None else "disk        the state folder does not exist so far"
 
 
 def _message(about: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ from lightcl.errors import RequestError
 from lightcl.export.model import DESCRIPTION, Description
 from lightcl.records.folder import RunFolder
 from lightcl.records.old_runs import is_old
-from lightcl.scenario import scenario_from_json
+from lightcl.records.reading import recorded_scenario
 from lightcl.storage.state import MANIFEST
 
 
@@ -47,7 +46,7 @@ def _in_run(run: RunFolder, device: int | None) -> Place:
     about = run.read()
     if is_old(about["scenario"]):
         raise RequestError(f"{run.path}: the run was made by an earlier version; its states cannot be read")
-    scenario = scenario_from_json(json.dumps(about["scenario"]))
+    scenario = recorded_scenario(run, about["scenario"])
     kind = str(about.get("kind", "fleet"))
     only = int(kind.removeprefix("device ")) if kind.startswith("device ") else None
     number = (only or 0) if device is None else device

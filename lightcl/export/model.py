@@ -71,7 +71,7 @@ class Description:
         file = folder / DESCRIPTION
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
-            scenario = scenario_from_json(json.dumps(values["scenario"]))
+            scenario = scenario_from_json(json.dumps(values["scenario"]), str(file))
             sizes = [int(values[key]) for key in ("height", "width", "channels")]
             return cls(scenario, int(values["device"]), tuple(map(str, values["classes"])), *sizes)
         except (OSError, ValueError, KeyError, TypeError) as error:

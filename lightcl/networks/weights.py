@@ -15,11 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightcl.errors import RequestError, nearest, required
+from lightcl.errors import RequestError, required
 from lightcl.networks.staged import Backbone, Stage
 
 DISTRIBUTION = "lightcl-fleet"
 BUILTIN = "resnet18-w20-tiny-imagenet-32.safetensors"
+OTHER_NETWORK = (
+    "the weights are for another network; name a file of weights for this one, or set network.weights=none to train "
+    "from scratch"
+)
 
 
 def find_builtin() -> Path:
@@ -88,14 +92,14 @@ def load_tensors(network: Backbone, stored: Mapping[str, Tensor], origin: str, *
     unknown = stored.keys() - wanted.keys()
     if unknown:
         name = min(unknown)
-        raise RequestError(f"{origin}: tensor {name!r} is not in this network{nearest(name, wanted)}")
+        raise RequestError(f"{origin}: tensor {name!r} is not in this network; {OTHER_NETWORK}")
     with torch.no_grad():
         for name, target in wanted.items():
             if name.endswith("num_batches_tracked") or name in skipped:
                 continue
             source = stored.get(name)
             if source is None:
-                raise RequestError(f"{origin}: tensor {name!r} is missing")
+                raise RequestError(f"{origin}: tensor {name!r} is missing; {OTHER_NETWORK}")
             if not source.is_floating_point():
                 raise RequestError(
                     f"{origin}: tensor {name!r} is {str(source.dtype).removeprefix('torch.')}; allowed: floating point"

@@ -166,6 +166,9 @@ class RunFolder:
         try:
             values: dict[str, Any] = json.loads((self.path / "run.json").read_text())
         except (OSError, ValueError) as error:
+            if not self.path.is_dir():
+                what = "is a file" if self.path.exists() else "does not exist"
+                raise RequestError(f"{self.path} {what}; name a run folder (--out of simulate or train)") from error
             raise RequestError(f"{self.path} holds no readable run.json ({error})") from error
         if not isinstance(values, dict) or not isinstance(values.get("scenario"), dict):
             raise RequestError(f"{self.path / 'run.json'}: not the record of a run (it has no scenario)")

@@ -242,12 +242,13 @@ def load_run(path: str | Path) -> Run:
 def recorded_scenario(folder: RunFolder, values: dict[str, Any]) -> Scenario:
     """The scenario of a run.json, old keys translated. Raises RequestError naming the file."""
     try:
-        return scenario_from_json(json.dumps(translated(values)))
+        return scenario_from_json(json.dumps(translated(values)), "the scenario in it is not valid")
     except RequestError as error:
         advice = (
-            "; if a plugin registers it, name the plugin's file in LIGHTCL_PLUGINS" if "unknown" in str(error) else ""
+            "; if a plugin registers it, give the plugin's file with --plugin FILE (report, compare, export) or in "
+            "LIGHTCL_PLUGINS"
         )
-        raise RequestError(f"{folder.path / 'run.json'}: the scenario in it is not valid: {error}{advice}") from error
+        raise RequestError(f"{folder.path / 'run.json'}: {error}{advice if 'unknown' in str(error) else ''}") from error
 
 
 def _last_written(files: Iterable[Path]) -> datetime:

@@ -129,12 +129,12 @@ def _read(file: Path) -> tuple[str, yaml.Node | None, dict[str, Any]]:
     return name, tree, values
 
 
-def scenario_from_json(text: str) -> Scenario:
-    """A device's check of what the server sent. Raises RequestError."""
+def scenario_from_json(text: str, name: str = "<message>") -> Scenario:
+    """A device's check of what the server sent, or a scenario from the file `name`. Raises RequestError."""
     try:
         return Scenario.model_validate_json(text)
     except ValidationError as error:
-        lines = [_explain(problem, Origin("<message>"), _method_in(text)) for problem in error.errors()]
+        lines = [_explain(problem, Origin(name), _method_in(text)) for problem in error.errors()]
         raise RequestError("\n".join(lines)) from error
 
 
@@ -204,7 +204,9 @@ def _explain(problem: Mapping[str, Any], origin: Origin, method: object = None) 
     if kind == "value_error":  # its text begins with the key and may name others, each of which may be the culprit
         named = [found.split(".") for found in re.findall(rf"\b(?:{'|'.join(SECTIONS)})(?:\.\w+)+", message)]
         where, key = _place(named or [location], origin)
-        return f"{where}: {message.removeprefix(f'{key} ') if where == origin.change.format(key) else message}"
+        if where == origin.change.format(key) and message.startswith((f"{key} ", f"{key}: ")):
+            return where + message.removeprefix(key)  # the key once, as the subject of the sentence
+        return f"{where}: {message}"
     where, key = _place([location], origin)
     where += "" if where == origin.change.format(key) else f": {key}"
     if kind == "extra_forbidden":

@@ -36,7 +36,11 @@ def compare(
     ] = Path("runs/comparison"),
     baseline: Annotated[
         str | None,
-        typer.Option("--baseline", metavar="NAME", help="Run that the others are compared with; default: the first"),
+        typer.Option(
+            "--baseline",
+            metavar="NAME",
+            help="Run that the others are compared with, by its name in the table or its folder; default: the first",
+        ),
     ] = None,
     by: Annotated[
         By | None, typer.Option("--by", help="Break figures and differences down by the devices' images or tasks")
@@ -48,7 +52,6 @@ def compare(
 ) -> None:
     """Compare runs: accuracy, forgetting, memory, bytes and time, with paired differences and 95 % intervals."""
     use_plugins(plugins or [])
-    from lightcl.errors import nearest
     from lightcl.storage.files import names_in, writable, write_atomically
     from simulations.reports.breakdown import break_down, breakdown_drawings, breakdown_json, breakdown_tables
     from simulations.reports.comparison import PAGE, Group, markdown, to_json, write_page
@@ -58,17 +61,12 @@ def compare(
     groups, baselines = collect(runs), sweep_baselines(runs)
     if len(groups) < 2:
         raise RequestError(
-            f"compare: needs at least two scenarios, found {len(groups)} (runs that differ only in seed or device "
-            "count as one)"
+            f"compare: needs at least two scenarios, found {len(groups)} (runs of one scenario, with other seeds or "
+            "for other devices alone, are one)"
         )
     if baseline is not None:
-        labels = [group.label for group in groups]
-        if baseline not in labels:
-            raise RequestError(
-                f"--baseline: there is no {baseline!r}{nearest(baseline, labels)} (allowed: {', '.join(labels)})"
-            )
-        baselines = dict.fromkeys(labels, baseline)
-    names_in(out_folder, (PAGE, MARKDOWN, RECORDS, "plots"))
+        baselines = dict.fromkeys([group.label for group in groups], find_baseline(baseline, groups))
+    replaced = names_in(out_folder, (PAGE, MARKDOWN, RECORDS, "plots"))
     if measure:
         groups = [Group(g.label, g.runs, g.step_bytes or _step_bytes(g, out)) for g in groups]
     title = groups[0].scenario.name if len({g.scenario.name for g in groups}) == 1 else "Comparison of runs"
@@ -83,7 +81,29 @@ def compare(
         write_atomically(out_folder / MARKDOWN, markdown(comparison, tables))
         write_atomically(out_folder / RECORDS, json.dumps(values, indent=2))
     print_comparison(comparison, out, tables)
-    out.print(f"page: {os.path.relpath(page)}", highlight=False, markup=False, soft_wrap=True)
+    note = " (replaces the comparison that was there)" if replaced else ""
+    out.print(f"page: {os.path.relpath(page)}{note}", highlight=False, markup=False, soft_wrap=True)
+
+
+def find_baseline(given: str, groups: Sequence[Any]) -> str:
+    """The label of the group that has this name, or a run in this folder, given by its name or path.
+
+    Raises RequestError where none has, or several have.
+    """
+    from lightcl.errors import nearest
+
+    labels = [group.label for group in groups]
+    if given in labels:
+        return given
+    path = Path(given).resolve()
+    found = [group.label for group in groups if any(run.path.resolve() == path for run in group.runs)]
+    found = found or [group.label for group in groups if any(run.path.name == given for run in group.runs)]
+    if len(found) == 1:
+        return str(found[0])
+    allowed = f"allowed: {', '.join(map(repr, labels))}, or the folder of one of their runs"
+    if found:
+        raise RequestError(f"--baseline: {given!r} is the folder of several; give its path ({allowed})")
+    raise RequestError(f"--baseline: there is no {given!r}{nearest(given, labels)} ({allowed})")
 
 
 def collect(paths: list[Path]) -> list[Any]:

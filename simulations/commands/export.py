@@ -43,6 +43,7 @@ def export(
     from lightcl.export.folders import find_model
     from lightcl.export.formats import find_format
     from lightcl.export.model import read_model
+    from lightcl.storage.state import StateError
 
     use_plugins(plugins or [])
     kind = find_format(file_format)
@@ -51,7 +52,10 @@ def export(
     if file.is_dir() or (file.exists() and not overwrite):
         what = "is a folder; name a file" if file.is_dir() else "exists; replace it with --overwrite"
         raise RequestError(f"--out: {file} {what}")
-    model = read_model(about, folder)
+    try:
+        model = read_model(about, folder)
+    except StateError as error:  # no run was started, so none has failed
+        raise RequestError(str(error)) from error
     scenario = about.scenario
     compared = write(
         model, file_format, file, real_images(load_source(scenario.source_request()), images, scenario.seed)

@@ -51,6 +51,11 @@ class Group:
         return sorted({run.scenario.seed for run in self.runs})
 
     @property
+    def seeds_text(self) -> str:
+        """How many seeds, and which: `3 (0–2)`."""
+        return f"{len(self.seeds)} ({number_ranges(self.seeds)})"
+
+    @property
     def devices(self) -> list[int]:
         return sorted({device for run in self.runs for device in run.devices})
 
@@ -284,6 +289,17 @@ class Comparison:
         return any(group.joules for group in self.groups)
 
     @property
+    def paired(self) -> bool:
+        """Whether all differences are over pairs of the same device and seed."""
+        return all(d.paired for found in self.differences.values() for d in found.values() if d)
+
+    def same(self, key: str) -> Any:
+        """The value of a key such as "stream.tasks" that all scenarios have; None where they differ."""
+        section, _, name = key.partition(".")
+        values = {getattr(getattr(group.scenario, section), name) for group in self.groups}
+        return values.pop() if len(values) == 1 else None
+
+    @property
     def differing_keys(self) -> list[tuple[str, list[str]]]:
         """Scenario keys in which the groups that have them differ, with the values by group (DASH: no such key)."""
         flat = [_flat(_decisive(group.scenario)) for group in self.groups]
@@ -466,7 +482,7 @@ def table_rows(comparison: Comparison) -> list[Table]:
     memory = ["step memory (MiB)"] * step + ["process memory (MiB)"] * process
     rows = []
     for group in comparison.groups:
-        cells = [group.label, number_ranges(group.seeds), str(len(group.devices))]
+        cells = [group.label, group.seeds_text, str(len(group.devices))]
         cells += [_mean_text(group.mean(s, key)) for s, key in columns]
         cells += [f"{group.step_bytes / MIB:.1f}" if group.step_bytes else DASH] * step
         cells += [f"{group.process_mib:.0f}" if group.process_mib else DASH] * process

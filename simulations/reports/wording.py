@@ -23,7 +23,7 @@ def points(value: float) -> str:
 
 def signed_points(value: float) -> str:
     """A difference of accuracies in percentage points, with its sign."""
-    return DASH if isnan(value) else minus(f"{100 * value:+.1f}")
+    return DASH if isnan(value) else minus(f"{round(100 * value, 1) + 0.0:+.1f}")
 
 
 def interval_text(found: Difference | None) -> str:

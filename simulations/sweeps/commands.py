@@ -28,7 +28,11 @@ def sweep(
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option("--only", metavar="VARIANT", help="Run only this variant or value of an axis; repeatable"),
+        typer.Option(
+            "--only",
+            metavar="VARIANT",
+            help="Run only this variant or value of an axis, or the one that begins so; repeatable",
+        ),
     ] = None,
     seeds: Annotated[
         str | None, typer.Option("--seeds", metavar="N|LIST", help="How many seeds (5), or which ones (0,1,2)")

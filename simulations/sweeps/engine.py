@@ -111,7 +111,7 @@ def _check_same(sweep: Sweep, cell: Cell) -> None:
     if not file.exists():
         return
     try:
-        earlier = scenario_from_json(file.read_text(encoding="utf-8"))
+        earlier = scenario_from_json(file.read_text(encoding="utf-8"), str(file))
     except (OSError, ValueError) as error:
         raise RequestError(f"{file} cannot be read ({error}); replace the sweep with --overwrite") from error
     if scenario_digest(earlier) != scenario_digest(cell.scenario):

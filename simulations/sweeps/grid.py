@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -162,7 +162,7 @@ def make_sweep(
     names = list(dict.fromkeys(name for point in points for name in (point.variant, point.label) if name))
     if isinstance(description.baseline, str) and description.baseline not in names and not only:
         raise RequestError(
-            f"sweep.baseline {description.baseline!r}: no variant or point has this name (allowed: {', '.join(names)})"
+            f"sweep.baseline {description.baseline!r}: no variant or point has this name (allowed: {_quoted(names)})"
         )
     for device in description.devices:
         check_device(device, base)
@@ -229,14 +229,27 @@ def _axes(description: SweepDescription) -> Axes:
 def _limited(axes: Axes, only: Sequence[str]) -> Axes:
     """The axes with the values that `--only` names; an axis of which it names none stays as it is."""
     known = list(dict.fromkeys(name for values in axes.values() for name in values))
-    for name in only:
-        if name not in known:
-            raise RequestError(
-                f"--only: unknown variant {name!r}{nearest(name, known)} (allowed: {', '.join(known) or 'none'})"
-            )
+    chosen = {_the_one(name, known) for name in only}
     return {
-        axis: {name: keys for name, keys in values.items() if name in only} or values for axis, values in axes.items()
+        axis: {name: keys for name, keys in values.items() if name in chosen} or values for axis, values in axes.items()
     }
+
+
+def _the_one(given: str, known: Sequence[str]) -> str:
+    """The known name that `given` is or that alone begins with it, upper and lower case apart only where needed."""
+    small = given.casefold()
+    same = [name for name in known if name == given] or [name for name in known if name.casefold() == small]
+    found = same or [name for name in known if name.casefold().startswith(small)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise RequestError(f"--only: {given!r} may be {' or '.join(map(repr, found))}; write more of the name")
+    raise RequestError(f"--only: unknown variant {given!r}{nearest(given, known)} (allowed: {_quoted(known)})")
+
+
+def _quoted(names: Iterable[str]) -> str:
+    """A list of names, which may hold commas."""
+    return ", ".join(map(repr, names)) or "none"
 
 
 def _check_axes(description: SweepDescription, axes: Axes) -> None:
@@ -258,7 +271,7 @@ def _check_axes(description: SweepDescription, axes: Axes) -> None:
                     known = list(axes[axis])
                     raise RequestError(
                         f"{key}.{axis}: {value!r} is not on this axis{nearest(value, known)} "
-                        f"(allowed: {', '.join(known) or 'none'})"
+                        f"(allowed: {_quoted(known)})"
                     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ def test_a_board_that_can_join(tmp_path: Path) -> None:
     assert checks["node configuration"].text == "board-1, device 1 of the fleet"
     # 1,797 digits, of which 20 % of each class are test images; a third of the others
     assert "training images of 8x8x1, 10 classes (4 in the fleet's streams), 2 tasks" in checks["data"].text
-    assert "MiB memory free" in checks["accelerator"].text
+    assert "MB memory free" in checks["accelerator"].text
+    assert re.search(r"is writable, \d+ MB free$", checks["state folder"].text)
+    assert re.search(r"takes \d+ MB beside \d+ MB for Python, PyTorch and images; \d+ MB", checks["memory"].text)
     assert not list((tmp_path / "state").iterdir())
 
 

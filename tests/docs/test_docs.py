@@ -128,7 +128,9 @@ def commands_of(text: str) -> Iterator[list[str]]:
                 yield command[1:]
 
 
-OF_PLUGINS = re.compile(r"""unknown (method "hold-head"|network "small-cnn")|is '(stripes|halves)': unknown""")
+OF_PLUGINS = re.compile(
+    r"""unknown (method "hold-head"|network "(small-cnn|resnet10)")|is '(stripes|halves)': unknown"""
+)
 """Names that the plugins of the pages register, which the test does not load."""
 COMMANDS = [
     (f"{block}: {shlex.join(words)}", words)

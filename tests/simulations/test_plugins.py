@@ -91,7 +91,10 @@ def test_a_method_from_a_file_on_one_device_and_in_rays_workers(toy: Path, tmp_p
     alone, fleet = learned(tmp_path / "alone"), learned(tmp_path / "fleet")
     assert len(alone) == 2
     assert [row for row in fleet if row["device"] == 0] == alone
-    assert "name the plugin's file in LIGHTCL_PLUGINS" in lightcl(tmp_path, "report", "alone", code=2)
+    refused = lightcl(tmp_path, "report", "alone", code=2)
+    assert "with --plugin FILE (report, compare, export) or in LIGHTCL_PLUGINS" in " ".join(refused.split())
+    assert "<message>" not in refused
+    lightcl(tmp_path, "report", "alone", "--plugin", METHOD)
     lightcl(tmp_path, "report", "alone", LIGHTCL_PLUGINS=str(METHOD))
     lightcl(tmp_path, "train", toy, "--out", "sgd")
     plain = learned(tmp_path / "sgd")
@@ -122,7 +125,7 @@ def test_a_network_from_a_file(toy: Path, tmp_path: Path) -> None:
 def test_a_data_source_from_a_file(toy: Path, stripes: Path, tmp_path: Path) -> None:
     chosen = ["--plugin", stripes, "--set", "data.source=stripes", "--set", "data.augmentation=none"]
     assert "valid" in lightcl(tmp_path, "validate", toy, *chosen)
-    assert "data.source: is 'stripes': unknown" in lightcl(tmp_path, "validate", toy, *chosen[2:], code=2)
+    assert "data.source is 'stripes': unknown" in lightcl(tmp_path, "validate", toy, *chosen[2:], code=2)
     lightcl(tmp_path, "simulate", toy, *chosen, "--out", "run", "--set", "training.epochs=2")
     rows = learned(tmp_path / "run")
     assert [row["examples"] for row in rows] == [27] * 4  # 120 / 2 devices / 2 tasks, a tenth held out

@@ -10,11 +10,12 @@ import pytest
 from flwr.app import Message
 from rich.console import Console
 
-from lightcl.records import Results
+from lightcl.metrics import Spread
+from lightcl.records import Figures, Results
 from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario
 from server.rounds import Coordinator
-from simulations.progress import LiveProgress
+from simulations.progress import LiveProgress, print_accuracies
 from tests.inprocess import InProcessGrid, small
 
 
@@ -76,3 +77,12 @@ def test_a_reason_is_printed_unchanged(terminal: bool) -> None:
         progress.refused(3, reason)
     assert isinstance(console.file, StringIO)
     assert f"device 3: {reason}" in console.file.getvalue()
+
+
+def test_differences_are_points_and_zero_has_no_sign() -> None:
+    console = Console(width=120, file=StringIO(), record=True)
+    figures = Figures(Spread.of([0.5, 0.7]), Spread.of([-0.0004, 0.0002]), Spread.of([-0.25, -0.15]))
+    print_accuracies(console, Results(2, 2, {}, 2, figures, None, 0, 0, 1.0))
+    words = " ".join(console.export_text().split())
+    assert "60.0% ± 14.1% 0.0 ± 0.0 -20.0 ± 7.1" in words
+    assert words.count("(points)") == 2

@@ -47,7 +47,11 @@ def opened(content: str | Path | bytes, place: str) -> Iterator[Image.Image]:
         raise RequestError(f"{place}: the image does not decode (not an image, or an unknown format)") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RequestError(f"{place}: the image is too large (allowed: up to {MOST_PIXELS} pixels): {error}") from error
+    except FileNotFoundError as error:
+        raise RequestError(f"{place}: there is no such file") from error
     except Exception as error:  # of any kind: one damaged file may not end the reading of the others
+        if isinstance(error, OSError) and error.errno:  # the system's, such as a missing right; Pillow's have no number
+            raise RequestError(f"{place}: cannot be read ({error.strerror})") from error
         raise RequestError(f"{place}: the image does not decode ({str(error) or type(error).__name__})") from error
 
 

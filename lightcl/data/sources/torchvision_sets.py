@@ -22,9 +22,15 @@ def read_torchvision_set(request: SourceRequest) -> Source:
         try:
             data = kind(root, train=train, download=request.download)
         except (RuntimeError, OSError) as error:
+            # torchvision's own text advises an argument of its Python classes.
+            if request.download:
+                said = str(error).replace(" You can use download=True to download it", "")
+                why, first = f"the download failed: {said}", "set data.path to a folder that holds"
+            else:
+                why, first = "data.download is false", "set data.download=true, or data.path to a folder that holds"
             raise RequestError(
-                f"data.source {request.name!r}: not found under {root} and not downloaded ({error}). "
-                f"Set data.path to the folder that holds torchvision's copy, or use data.source=parquet with your file"
+                f"data.source {request.name!r}: not found under {root} and not downloaded ({why}); {first} "
+                "torchvision's copy, or use data.source=parquet with data.path for a local copy in parquet files"
             ) from error
         images = np.asarray(data.data)
         pictures = images if images.ndim == 4 else images[..., None]

@@ -229,9 +229,12 @@ def test_cifar10_from_a_local_copy(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion-mnist"])
 def test_a_missing_local_copy_is_an_error_that_names_the_folder(tmp_path, name):
     with pytest.raises(
-        RequestError, match=rf"data.source '{name}': not found under {tmp_path} .*Set data.path .*data.source=parquet"
-    ):
+        RequestError,
+        match=rf"data.source '{name}': not found under {tmp_path} .*; set data.download=true, or data.path to a folder "
+        ".*data.source=parquet with data.path for a local copy",
+    ) as refused:
         load_source(SourceRequest(name, tmp_path, download=False))
+    assert "download=True" not in str(refused.value)
 
 
 # -- parquet -------------------------------------------------------------------------------------------------------

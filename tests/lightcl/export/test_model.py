@@ -49,6 +49,10 @@ def test_an_image_file_becomes_what_the_source_would_have_made_of_it(tmp_path: P
     assert np.array_equal(model.read_image((tmp_path / "photo.png").read_bytes(), "body"), found)
     with pytest.raises(RequestError, match="the body: the image does not decode"):
         model.read_image(b"text", "the body")
+    with pytest.raises(RequestError, match=r"^nosuch\.png: there is no such file$"):
+        model.read_image(str(tmp_path / "nosuch.png"), "nosuch.png")
+    with pytest.raises(RequestError, match=r"^folder: cannot be read \(Is a directory\)$"):
+        model.read_image(str(tmp_path), "folder")
 
 
 def test_a_board_with_several_runs_gives_the_newest_and_a_device_by_its_number(tmp_path: Path) -> None:

@@ -40,3 +40,16 @@ def test_export_of_a_run(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     refused = said("run", "--format", "torchscript", "--out", "tiny.yaml/model.pt", code=2)
     assert "--out: tiny.yaml/model.pt cannot be written to" in refused
     assert sorted(file.name for file in run.parent.iterdir()) == files
+
+
+def test_a_damaged_state_is_a_wrong_request_since_no_run_was_started(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in (run / "devices").rglob("*.json"):
+        file.write_text("{")
+    capsys.readouterr()
+    assert lightcl(monkeypatch, "export", "run", "--format", "torchscript") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "the run failed" not in said
+    assert "state.json" in said

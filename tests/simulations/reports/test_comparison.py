@@ -6,6 +6,7 @@ import html
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from lightcl.errors import RequestError
 from lightcl.metrics import Spread
 from lightcl.records import DeviceRow, Figures, Results, RoundRow
 from lightcl.records.folder import DEVICES, ROUNDS, RunFolder
-from lightcl.scenario import Scenario
-from simulations.commands.compare import By, collect, compare, print_comparison
+from lightcl.scenario import Scenario, Stream
+from simulations.commands.compare import By, collect, compare, find_baseline, print_comparison
 from simulations.reports.comparison import (
     Group,
     build_comparison,
@@ -270,7 +271,7 @@ def test_the_page_and_its_numbers(tmp_path):
     page = text_of(tmp_path / "out" / "comparison.html")
     assert "Ten <devices>" in page
     # TIL, CIL, forgetting of both; 30 MiB; bytes and time. Where a step was measured the process is not shown.
-    assert "sgd 0 2 50.0 ± 10.0 25.0 ± 5.0 60.0 ± 10.0 30.0 ± 5.0 30.0 2.0 MB, 4.0 MB 10.0 s" in page
+    assert "sgd 1 (0) 2 50.0 ± 10.0 25.0 ± 5.0 60.0 ± 10.0 30.0 ± 5.0 30.0 2.0 MB, 4.0 MB 10.0 s" in page
     assert "lightcl sgd 2 +20.0 +20.0 … +20.0 +10.0 +10.0 … +10.0 −35.0 −98.5 … +28.5 −17.5 −49.3 … +14.3" in page
     assert "method.name sgd lightcl" in page
     source = (tmp_path / "out" / "comparison.html").read_text()
@@ -286,6 +287,26 @@ def test_the_page_and_its_numbers(tmp_path):
     assert values["groups"][0]["differences"] == {}
 
 
+def test_the_page_claims_no_pairs_and_no_common_stream_where_there_are_none(tmp_path):
+    runs = [make_run(tmp_path / "a", "sgd"), make_run(tmp_path / "b", "lightcl", alpha=0.5)]
+    build_comparison([group(run, label=run.name) for run in runs], tmp_path / "out", title="t")
+    page = text_of(tmp_path / "out" / "comparison.html")
+    assert "2 tasks of 2 classes" in page
+    assert "Dots: difference in average accuracy. Thick lines: its 95 % interval, over pairs where the table" in page
+    assert "on the same device and seed" not in page
+
+    one, other = (read_figures(run) for run in runs)
+    scenario = other.scenario.model_copy(update={"stream": Stream(tasks=2, classes_per_task=3)})
+    groups = [Group("a", (one,)), Group("b", (replace(other, scenario=scenario),))]
+    build_comparison(groups, tmp_path / "out", title="t")
+    page = text_of(tmp_path / "out" / "comparison.html")
+    assert "2 tasks" in page
+    assert "classes" not in page.partition("2 variants")[0]
+    paired = [group(make_run(tmp_path / "c", "lightcl"), label="c"), group(runs[0], label="a")]
+    build_comparison(paired, tmp_path / "out", title="t")
+    assert "on the same device and seed" in text_of(tmp_path / "out" / "comparison.html")
+
+
 def test_the_command(tmp_path, capsys):
     runs = [make_run(tmp_path / m, m) for m in ENDS]
     compare(runs, out_folder=tmp_path / "out")
@@ -293,8 +314,23 @@ def test_the_command(tmp_path, capsys):
     assert "lightcl" in out
     assert "page: " in out
     assert "| lightcl | sgd | 2 | +20.0 [+20.0, +20.0] |" in (tmp_path / "out" / "comparison.md").read_text()
+    assert "replaces" not in out
     compare(runs, out_folder=tmp_path / "out", baseline="lightcl")  # a comparison can be made again
     assert "| sgd | lightcl | 2 | −20.0" in (tmp_path / "out" / "comparison.md").read_text()
+    assert "comparison.html (replaces the comparison that was there)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_baseline_by_the_name_or_the_path_of_its_folder(tmp_path, monkeypatch):
+    runs = [make_run(tmp_path / "one" / "first", "sgd"), make_run(tmp_path / "two" / "second", "lightcl")]
+    runs.append(make_run(tmp_path / "two" / "first", "lightcl", alpha=0.5))
+    groups = collect(runs)
+    labels = [g.label for g in groups]
+    assert find_baseline("second", groups) == labels[1]
+    assert find_baseline(str(runs[2]), groups) == labels[2]
+    monkeypatch.chdir(tmp_path)
+    assert find_baseline("one/first/", groups) == labels[0]
+    with pytest.raises(RequestError, match="--baseline: 'first' is the folder of several; give its path"):
+        find_baseline("first", groups)
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
@@ -314,9 +350,12 @@ def test_headings_and_names_are_not_cut_off_in_the_terminal(tmp_path, width):
 
 def test_wrong_requests_are_refused(tmp_path):
     run = make_run(tmp_path / "a", "sgd")
-    with pytest.raises(RequestError, match="at least two"):
+    with pytest.raises(
+        RequestError,
+        match=r"at least two .*\(runs of one scenario, with other seeds or for other devices alone, are one\)",
+    ):
         compare([run], out_folder=tmp_path / "out")
-    with pytest.raises(RequestError, match=r"holds no readable run.json"):
+    with pytest.raises(RequestError, match=r"nothing does not exist; name a run folder"):
         compare([run, tmp_path / "nothing"], out_folder=tmp_path / "out")
     other = make_run(tmp_path / "b", "lightcl")
     with pytest.raises(RequestError, match="--baseline: there is no 'lightcl2', did you mean 'lightcl'"):

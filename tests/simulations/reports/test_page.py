@@ -362,6 +362,8 @@ def reported_with(devices: list[DeviceHistory]) -> Any:
 def test_folder_without_a_valid_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"holds no readable run\.json"):
         build_report(RunFolder(tmp_path))
+    with pytest.raises(RequestError, match=rf"^{tmp_path}/nodir does not exist; name a run folder"):
+        build_report(RunFolder(tmp_path / "nodir"))
     (tmp_path / "run.json").write_text(json.dumps({"scenario": {"sed": 3}}))
     with pytest.raises(RequestError, match=r"run\.json: the scenario in it is not valid(?s:.*)sed"):
         build_report(RunFolder(tmp_path))

@@ -151,6 +151,20 @@ def test_only_some_variants(tmp_path):
         cells(tmp_path, only=("sdg",), methods="all")
 
 
+def test_only_takes_the_beginning_of_a_name_in_any_case(tmp_path):
+    def labels(*only: str, **keys) -> list[str]:
+        return [point.label for point in cells(tmp_path, only=only, **keys).points]
+
+    names = {"SGD, everything": {}, "SGD, the head": {"training.epochs": 1}, "Isolated": {"training.epochs": 2}}
+    assert labels("iso", variants=names) == ["Isolated"]
+    assert labels("sgd, THE", variants=names) == ["SGD, the head"]
+    assert labels("lightcl", methods=["lightcl", "lightcl-plus"]) == ["lightcl"]  # a name is not only a beginning
+    with pytest.raises(RequestError, match="--only: 'sgd' may be 'SGD, everything' or 'SGD, the head'; write more"):
+        labels("sgd", variants=names)
+    with pytest.raises(RequestError, match=r"allowed: 'SGD, everything', 'SGD, the head', 'Isolated'\)"):
+        labels("head", variants=names)
+
+
 def test_a_grid_option_is_a_list_of_yaml_values():
     assert parse_grid("training.epochs=5,30") == ("training.epochs", [5, 30])
     assert parse_grid("a.b=[1, 2],[3],1e-3,none") == ("a.b", [[1, 2], [3], 1e-3, "none"])
