@@ -200,7 +200,7 @@ def _explain(problem: Mapping[str, Any], origin: Origin, method: object = None) 
         return _not_a_section(location[0], given, origin)
     if kind == "unknown_section":  # its class is registered under the key `name`
         location.append("name")
-    message = problem["msg"].removeprefix("Value error, ")
+    message = str(problem["msg"]).removeprefix("Value error, ")
     if kind == "value_error":  # its text begins with the key and may name others, each of which may be the culprit
         named = [found.split(".") for found in re.findall(rf"\b(?:{'|'.join(SECTIONS)})(?:\.\w+)+", message)]
         where, key = _place(named or [location], origin)
