@@ -7,12 +7,13 @@ import sys
 import threading
 from collections.abc import Callable
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
 from client.commands.predict import answer
+from client.request import LocalServer, content_length
 from lightcl.errors import Failure, RequestError
 from lightcl.export.folders import Place
 from lightcl.export.model import Model, read_model
@@ -75,10 +76,8 @@ class Follower:
         self._thread.join()
 
 
-class Endpoint(ThreadingHTTPServer):
+class Endpoint(LocalServer):
     """Listens on 127.0.0.1 only: whoever may use this machine may ask, and nobody else."""
-
-    daemon_threads = True
 
     def __init__(self, follower: Follower, port: int) -> None:
         """Raises RequestError for a port that is not free."""
@@ -138,15 +137,15 @@ class _Handler(BaseHTTPRequestHandler):
         """The image file. Raises _Refused."""
         if self.path != "/predict":
             raise _Refused(HTTPStatus.NOT_FOUND, f"no such page; allowed: {', '.join(self.paths)}")
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal():
+        length = content_length(self.headers)
+        if length is None:
             raise _Refused(HTTPStatus.LENGTH_REQUIRED, "the request needs a Content-Length")
-        if int(length) > MOST_BYTES:
+        if length > MOST_BYTES:
             raise _Refused(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{length} bytes; allowed: up to {MOST_BYTES} for an image file"
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body is too large (allowed: up to {MOST_BYTES} bytes)"
             )
-        content = self.rfile.read(int(length))
-        if len(content) < int(length):
+        content = self.rfile.read(length)
+        if len(content) < length:
             raise _Refused(HTTPStatus.BAD_REQUEST, f"the body has {len(content)} of {length} bytes")
         return content
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from ipaddress import ip_address
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,6 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from PIL import ImageOps
 
+from client.request import LocalServer, content_length
 from lightcl.data.field import FieldTasks, NotReady
 from lightcl.data.sources.decoding import opened
 from lightcl.data.sources.field import SETTLE_SECONDS, UNLABELED, Contents, FieldFile, read_contents, settled
@@ -202,10 +203,8 @@ class Labeling:
         return name.as_posix()
 
 
-class LabelServer(ThreadingHTTPServer):
+class LabelServer(LocalServer):
     """Serves the page. On another address than this machine's own, the page's path has a secret part."""
-
-    daemon_threads = True
 
     def __init__(self, labeling: Labeling, host: str, port: int) -> None:
         """Raises RequestError for an address or port that cannot be used."""
@@ -239,7 +238,10 @@ class LabelServer(ThreadingHTTPServer):
         if headers.get("Host", "") not in self.hosts or headers.get("Sec-Fetch-Site") in ("cross-site", "same-site"):
             return False
         origin = headers.get("Origin")
-        return origin is None or urlsplit(origin).netloc in self.hosts
+        try:
+            return origin is None or urlsplit(origin).netloc in self.hosts
+        except ValueError:  # not an address: http://[
+            return False
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -300,9 +302,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _path(self) -> str | None:
         """The path below the secret part; None where the request was refused."""
-        server, path = self.server, urlsplit(self.path).path
+        server = self.server
         if not server.allows(self.headers):
             self._json(HTTPStatus.FORBIDDEN, {"error": f"only for the page at {server.hosts[0]}"})
+            return None
+        try:
+            path = urlsplit(self.path).path
+        except ValueError:
+            self._json(HTTPStatus.BAD_REQUEST, {"error": "the address of the page cannot be read"})
             return None
         if not path.startswith(f"{server.prefix}/"):
             self._json(HTTPStatus.NOT_FOUND, {"error": "no such page"})
@@ -311,12 +318,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> dict[str, Any] | None:
         """The JSON object of a request; None where it was refused. A form of a foreign page cannot send JSON."""
-        length = self.headers.get("Content-Length", "")
-        if self.headers.get_content_type() != "application/json" or not length.isdecimal() or int(length) > MOST_BYTES:
+        length = content_length(self.headers)
+        if self.headers.get_content_type() != "application/json" or length is None or length > MOST_BYTES:
             self._json(HTTPStatus.BAD_REQUEST, {"error": f"expected JSON of at most {MOST_BYTES} bytes"})
             return None
         try:
-            values = json.loads(self.rfile.read(int(length)))
+            values = json.loads(self.rfile.read(length))
         except (ValueError, RecursionError):
             values = None
         if not isinstance(values, dict):

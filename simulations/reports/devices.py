@@ -13,6 +13,8 @@ from simulations.reports.figures import ReportedRun
 from simulations.reports.wording import DASH, minus
 
 Value = float | str | None
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""How a text begins that spreadsheets take for a formula."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,19 @@ def columns_of(run: ReportedRun) -> list[Column]:
 
 
 def devices_csv(columns: Sequence[Column], devices: Sequence[DeviceHistory]) -> str:
-    """All devices, figures not rounded; a field without a value is empty."""
+    """All devices, figures not rounded; a field without a value is empty.
+
+    A text that a spreadsheet would compute begins with ' instead: boards choose their names.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([column.name for column in columns])
-    writer.writerows([column.known(device) for column in columns] for device in devices)
+    writer.writerows([_cell(column.known(device)) for column in columns] for device in devices)
     return out.getvalue()
+
+
+def _cell(value: Value) -> Value:
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def named_devices(run: ReportedRun) -> list[tuple[str, DeviceHistory]]:

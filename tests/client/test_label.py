@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -204,7 +205,7 @@ def test_requests_of_foreign_pages_are_refused(folder: Path) -> None:
         port = server.server_port
         for headers in (
             {"Host": f"evil.example:{port}"}, {"Host": ""}, {"Origin": "http://evil.example"}, {"Origin": "null"},
-            {"Origin": f"http://127.0.0.1:{port + 1}"}, {"Sec-Fetch-Site": "cross-site"},
+            {"Origin": f"http://127.0.0.1:{port + 1}"}, {"Origin": "http://["}, {"Sec-Fetch-Site": "cross-site"},
         ):  # fmt: skip
             for method, path, values in (("GET", "/state", None), ("POST", "/skip", {"image": "unlabeled/0000.png"})):
                 assert ask(server, method, path, values, **headers)[0] == 403, headers
@@ -212,9 +213,24 @@ def test_requests_of_foreign_pages_are_refused(folder: Path) -> None:
         assert status == 400, "a form of another page may send text"
         assert ask(server, "POST", "/skip", ["no object"])[0] == 400
         assert ask(server, "POST", "/skip", {"image": "x" * 20_000})[0] == 400
+        assert ask(server, "POST", "/skip", {}, **{"Content-Length": "9" * 5000})[0] == 400
         assert ask(server, "POST", "/elsewhere", {})[0] == 404
+        with socket.create_connection((server.host, port), timeout=30) as connection:
+            connection.sendall(f"GET http://[ HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
+            assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
         assert ask(server, "GET", "/state", Host=f"localhost:{port}", Origin=f"http://localhost:{port}")[0] == 200
     assert labeling(folder).state()["image"] == "unlabeled/0000.png"
+
+
+def test_a_client_that_leaves_is_no_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with LabelServer(labeling(folder), "127.0.0.1", 0) as server:
+        for error in (ConnectionResetError(104, "Connection reset by peer"), RuntimeError("odd")):
+            assert capsys.readouterr().err == ""
+            try:
+                raise error
+            except (ConnectionError, RuntimeError):
+                server.handle_error(None, ("127.0.0.1", 1))
+    assert "RuntimeError: odd" in capsys.readouterr().err
 
 
 def test_on_another_address_the_page_has_a_secret_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

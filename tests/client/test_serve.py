@@ -120,6 +120,7 @@ def test_what_a_bad_request_gets(tmp_path: Path, picture: Path, monkeypatch: pyt
         assert "the image does not decode" in answer["error"]
         assert ask(server, "POST", "/predict", b"x" * 1001)[0] == 413
         assert ask(server, "POST", "/predict", **{"Content-Length": "many"})[0] == 411
+        assert ask(server, "POST", "/predict", **{"Content-Length": "9" * 5000})[0] == 413
         assert ask(server, "POST", "/elsewhere", b"x")[0] == 404
         assert ask(server, "GET", "/predict")[0] == 404
         assert ask(server, "POST", "/predict", picture.read_bytes())[0] == 200, "it still answers"

@@ -24,7 +24,7 @@ from lightcl.records.folder import ANALYSIS, RunFolder
 from lightcl.scenario import Fleet, Scenario, Server, Stream
 from simulations.options import number_ranges
 from simulations.reports import plots
-from simulations.reports.devices import columns_of, named_devices
+from simulations.reports.devices import Column, columns_of, devices_csv, named_devices
 from simulations.reports.figures import (
     chance,
     mean_matrix,
@@ -193,6 +193,18 @@ def test_what_boards_measured_is_shown_where_a_run_has_it(tmp_path: Path) -> Non
     assert {name for name in drawn if name.startswith("board-")} == {"board-temperature", "board-energy"}
     table = list(csv.DictReader((folder.path / "devices.csv").open(encoding="utf-8")))
     assert [row["joules_per_task"] for row in table] == ["", "300.0"]
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)"])
+def test_the_name_of_a_board_is_no_formula_in_a_spreadsheet(tmp_path: Path, name: str) -> None:
+    rows = [device_row(d, t) | {"name": name if d else "board = 0"} for t in range(2) for d in range(2)]
+    folder = make_run(tmp_path, rows, TWO_ROUNDS, results())
+    run = load_run(folder.path)
+    named = Column("name", "Name", lambda d: d.name, None)
+    loss = Column("change", "Change", lambda d: -1.5)
+    assert list(csv.reader(devices_csv([named, loss], run.histories).splitlines())) == [
+        ["name", "change"], ["board = 0", "-1.5"], [f"'{name}", "-1.5"],
+    ]  # fmt: skip
 
 
 @pytest.mark.usefixtures("_unpainted")
