@@ -47,6 +47,11 @@ _PRESENT = 1 << 32
 """Added to a row's CRC-32, so that no checksum of a row that is there is zero."""
 
 
+def size_on_disk(images: int, row_bytes: int) -> int:
+    """Bytes of a store with a row of `row_bytes` for every image: it grows by entire segments."""
+    return -(-images // SEGMENT_ROWS) * SEGMENT_ROWS * (CHECKSUM_BYTES + row_bytes)
+
+
 class CacheFull(Exception):
     """The disk has no room for another segment, or the limit is smaller than one segment."""
 
@@ -202,7 +207,7 @@ class FeatureStore:
 
     @property
     def _segment_bytes(self) -> int:
-        return SEGMENT_ROWS * (CHECKSUM_BYTES + self._row_bytes)
+        return size_on_disk(1, self._row_bytes)
 
     def _file(self, number: int) -> Path:
         return self._folder / f"{number:05d}.rows"
