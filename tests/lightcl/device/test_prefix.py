@@ -2,6 +2,7 @@
 
 import errno
 import multiprocessing
+import os
 import sys
 from pathlib import Path
 
@@ -70,6 +71,33 @@ def test_auto_caches_only_with_views(tmp_path):
     assert len(prefix_cache().stores()) == 4  # test images, training images as they are and in two views
     assert not toys.scenario(data=VIEWS, method={"name": "sgd"}).caches_prefix
     assert not toys.scenario(data=VIEWS, network={"frozen_batch_norm": "train"}).caches_prefix
+
+
+def test_training_images_without_augmentation_are_cached_where_the_cache_is_on(tmp_path):
+    """`data.views: 0`: the epochs see the source's own images."""
+    sections = {"data": {"augmentation": "none", "views": 0}, "method": {"name": "er"}, "network": {"freeze": "layer3"}}
+    ends = []
+    for name in ("a", "b"):
+        device, numbers = learned(tmp_path / name, device={"prefix_cache": "on", "accelerator": "cpu"}, **sections)
+        ends.append((numbers, trained_tensors(device)))
+    assert sorted(store.rows for store in prefix_cache().stores()) == [20, 72]  # a tenth of 80 is held out
+    assert ends[1][0] == ends[0][0]
+    toys.assert_same(ends[1][1], ends[0][1])
+
+
+def test_a_disk_that_fails_while_a_row_is_read_costs_only_time(tmp_path, monkeypatch):
+    _, expected = learned(tmp_path / "a", data=VIEWS)
+    reading = os.preadv
+
+    def failing(handle, buffers, place):
+        if place % 3 == 0:
+            raise OSError(errno.EIO, "Input/output error")
+        return reading(handle, buffers, place)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lightcl.storage.prefix_cache.os.preadv", failing)
+        _, numbers = learned(tmp_path / "b", data=VIEWS)
+    assert numbers == expected
 
 
 def test_views_also_work_without_a_cacheable_prefix(tmp_path):
