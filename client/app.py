@@ -37,19 +37,21 @@ from lightcl.device.hardware import choose_accelerator, gpu_uuid
 from lightcl.device.metering import Board, LimitReached, Limits
 from lightcl.device.telemetry import Sensors, nvml_gpu
 from lightcl.device.training import TrainingFailure
-from lightcl.errors import RequestError
+from lightcl.errors import RequestError, one_line
 from lightcl.exchange.compression import codec_named
 from lightcl.exchange.messages import (
     ARRAYS,
     EXAMPLES,
     INSTRUCTION,
     METRICS,
+    NOTICE,
     REPLY,
     TELEMETRY,
     TESTED,
     BackOff,
     Greeting,
     Instruction,
+    Notice,
     ProtocolError,
     Refusal,
     Tested,
@@ -267,7 +269,10 @@ def _with_device(
                 device.receive(codec_named(scenario.server.compression).restore(sent), instruction.version)
 
         try:
-            return work(device, instruction, receive)
+            content = work(device, instruction, receive)
+            if device.method.prefix_features.notice:  # a warning in this process may reach nobody
+                content[NOTICE] = ConfigRecord(Notice(one_line(device.method.prefix_features.notice)).to_record())
+            return content
         except (LimitReached, NotReady) as reached:
             position = (device.position.task, device.position.epochs, device.saved_version)
             for_images = True if isinstance(reached, NotReady) else None

@@ -18,6 +18,7 @@ from lightcl.data.sources import Source, comes_to_boards, load_source
 from lightcl.data.streams import TaskCounts
 from lightcl.device.arithmetic import with_arithmetic
 from lightcl.device.hardware import choose_accelerator
+from lightcl.device.prefix import check_cache_limit
 from lightcl.errors import RequestError
 from lightcl.exchange.tensors import outgoing
 from lightcl.networks.weights import digest
@@ -94,6 +95,8 @@ def prepare(scenario: Scenario) -> Prepared:
         raise RequestError(
             f"server.aggregation {scenario.server.aggregation!r} has nothing to share: every block is frozen"
         )
+    if scenario.network.freeze != "auto":
+        check_cache_limit(scenario, network, source.train.images.shape[1:])
     return Prepared(scenario, source, shares, counts, digest(network.prefix))
 
 
@@ -126,6 +129,7 @@ def choose_freeze_point(prepared: Prepared, on_step: OnStep | None = None) -> Pr
     scenario = _with_freeze(scenario, analysis["freeze"])
     network = build_network(scenario, in_channels=source.channels, classes=len(prepared.counts.head))
     scenario.method.build(network)  # raises RequestError if the method does not accept this point
+    check_cache_limit(scenario, network, source.train.images.shape[1:])
     return replace(prepared, scenario=scenario, prefix=digest(network.prefix), analysis=analysis)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flwr.app import Message, MessageType
 
@@ -15,7 +15,7 @@ from server.aggregation import Aggregator, Contribution, Outcome, contribution
 from server.dispatch import Dispatch
 from server.ledger import Entry
 from server.mailbox import ENDS_THE_RUN
-from server.replies import AcceptedTraining, ReplyCheck, telemetry_of
+from server.replies import AcceptedTraining, ReplyCheck, notice_of, telemetry_of
 
 Rows = dict[int, DeviceRow]
 
@@ -27,6 +27,7 @@ class Phases:
     scenario: Scenario
     dispatch: Dispatch
     check: ReplyCheck
+    _noticed: list[str] = field(default_factory=list)
 
     def train_(self, chosen: Sequence[Entry], rows: Rows, round_number: int) -> None:
         """Every chosen device trains until its goal; then the shared tensors move.
@@ -58,6 +59,7 @@ class Phases:
                     contributions += self._contribution(checked, sent[entry.number], entry)
                     accepted.append((entry, checked.report, checked.bytes_up, telemetry))
                 del checked
+            self._pass_on_notice(reply, entry)
             if row.error is None and self._tests_at_once(goal):
                 self._add_test_(self.check.attached_test, entry, reply, row)
             del reply  # before the next reply is decoded
@@ -114,6 +116,20 @@ class Phases:
             self.dispatch.listener.warned(one_line(f"device {entry.number}: its telemetry is dropped ({error})"))
             return None
 
+    def _pass_on_notice(self, reply: Message, entry: Entry) -> None:
+        """Warns once per run of what a device wants its user to know: the devices of a machine would all say it."""
+        if self._noticed:
+            return
+        try:
+            text = notice_of(reply)
+        except ENDS_THE_RUN:
+            raise
+        except Exception:  # of any kind: the reply was made elsewhere, and is as good without it
+            return
+        if text:
+            self._noticed.append(text)
+            self.dispatch.listener.warned(f"device {entry.number}: {text} (said once per run)")
+
     def test_(self, entries: Sequence[Entry], rows: Rows) -> None:
         """Every given device is tested where it stands."""
         if not entries:
@@ -126,6 +142,7 @@ class Phases:
         }
         for entry, reply in self.dispatch.exchange(sent, rows, "evaluate"):
             self._add_test_(self.check.test, entry, reply, rows[entry.number])
+            self._pass_on_notice(reply, entry)
 
     def _tests_at_once(self, goal: tuple[int, int]) -> bool:
         """Whether nothing happens between the training and the test, so that one message does for both."""

@@ -9,7 +9,17 @@ import numpy as np
 from flwr.app import Message
 
 from lightcl.errors import one_line, shown
-from lightcl.exchange.messages import TELEMETRY, TESTED, BackOff, ProtocolError, Telemetry, Tested, Trained
+from lightcl.exchange.messages import (
+    NOTICE,
+    TELEMETRY,
+    TESTED,
+    BackOff,
+    Notice,
+    ProtocolError,
+    Telemetry,
+    Tested,
+    Trained,
+)
 from lightcl.exchange.tensors import LARGEST, STATISTICS, Arrays, ExchangeError, check, size_in_bytes, split
 from lightcl.scenario import Scenario
 from server.aggregation import Aggregator
@@ -20,6 +30,7 @@ COUNT = f"{STATISTICS}count"
 
 
 LONGEST_SENSOR = 80
+LONGEST_NOTICE = 300
 BOUNDS = {
     "images_per_second": (0.0, 1e9),
     "temperature_c": (-100.0, 200.0),
@@ -134,6 +145,12 @@ def telemetry_of(reply: Message) -> Telemetry | None:
         temperature_sensor=sensor and one_line(sensor, LONGEST_SENSOR),
         power_source=source and one_line(source, LONGEST_SENSOR),
     )
+
+
+def notice_of(reply: Message) -> str | None:
+    """What a device wants its user to know, if the reply carries it. Raises ProtocolError."""
+    record = record_of(reply, NOTICE)
+    return one_line(Notice.from_record(record).text, LONGEST_NOTICE) if record else None
 
 
 def back_off_of(reply: Message) -> BackOff | None:

@@ -35,6 +35,10 @@ def training_batches(
         if view is not None:
             yield viewed(samples.only(members), view, torch.from_numpy(members)).to(device)
             continue
+        if augmentation == "none":  # the source's own images, which a cache may have
+            chosen = samples.only(members)
+            yield Batch(chosen.images, chosen.targets, torch.from_numpy(members), chosen).to(device)
+            continue
         batch = samples.load(members)
         images = augmented(batch.images, generator, augmentation, padding)
         yield Batch(images.to(device), batch.labels.to(device), torch.from_numpy(members))

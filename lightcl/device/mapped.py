@@ -39,8 +39,12 @@ class MappedWeights:
         if not file.is_file() or file.read_bytes() != content:
             folder.mkdir(parents=True, exist_ok=True)
             temporary = file.with_name(f".{file.name}.{os.getpid()}.partial")
-            temporary.write_bytes(content)
-            temporary.replace(file)
+            try:
+                temporary.write_bytes(content)
+                temporary.replace(file)
+            except OSError:
+                temporary.unlink(missing_ok=True)  # half a file on a full disk
+                raise
         with file.open("rb") as handle:
             self._map = mmap.mmap(handle.fileno(), len(content), mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
         for tensor, place in zip(tensors, places, strict=True):

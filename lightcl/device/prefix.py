@@ -38,7 +38,7 @@ from lightcl.networks.staged import Backbone, OnMap, Stage
 from lightcl.networks.weights import digest
 from lightcl.plugins import from_plugin, source_digest
 from lightcl.scenario import Scenario
-from lightcl.storage.prefix_cache import CacheFull, FeatureStore, PrefixCache
+from lightcl.storage.prefix_cache import SEGMENT_ROWS, CacheFull, FeatureStore, PrefixCache, size_on_disk
 
 CHUNK = 16
 FORMAT = 1
@@ -51,7 +51,7 @@ GB = 1_000_000_000
 
 def prefix_cache(limit_gb: float = 0.0) -> PrefixCache:
     """The stores in the cache folder; the default limit allows only reading and clearing."""
-    return PrefixCache(cache_folder() / "prefix", int(limit_gb * GB))
+    return PrefixCache(cache_folder() / "prefix", round(limit_gb * GB))
 
 
 @dataclass
@@ -245,7 +245,8 @@ class FixedPrefix(PrefixFeatures):
 
     def _switch_off(self, error: Exception) -> None:
         self.stores = None
-        warnings.warn(f"the prefix cache is off from here on: {error}", RuntimeWarning, stacklevel=2)
+        self.notice = f"the prefix cache is off from here on: {error}"
+        warnings.warn(self.notice, RuntimeWarning, stacklevel=2)
 
     @property
     def _device(self) -> torch.device:
@@ -318,6 +319,30 @@ def _hardware(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
 
 
+def check_cache_limit(scenario: Scenario, network: Backbone, image: tuple[int, ...]) -> None:
+    """Raises RequestError where the cache is too small for anything; `image` is (H, W, C)."""
+    if not scenario.caches_prefix:
+        return
+    shape = FixedPrefix(network)._shape(image)
+    least = size_on_disk(1, _row_bytes(scenario, shape))
+    if least > prefix_cache(scenario.device.prefix_cache_gb).limit:
+        raise RequestError(
+            f"device.prefix_cache_gb is {scenario.device.prefix_cache_gb:g}, but the cache grows by {SEGMENT_ROWS} "
+            f"outputs of {'x'.join(map(str, shape))}, which take {_gb(least)}: raise it, or set device.prefix_cache: "
+            "off"
+        )
+
+
+def _row_bytes(scenario: Scenario, shape: tuple[int, int, int]) -> int:
+    half = scenario.device.precision == "bf16" or scenario.device.prefix_cache_dtype in DTYPES
+    return int(np.prod(shape)) * (2 if half else 4)
+
+
+def _gb(size: int) -> str:
+    """GB with three digits, rounded up, so that the value is enough as a limit."""
+    return f"{1.005 * size / GB:.3g}"
+
+
 @dataclass(frozen=True)
 class Warmed:
     """Progress of `warm`: outputs `done` of `images`, over test images and all views of training images."""
@@ -348,12 +373,11 @@ def warm(scenario: Scenario, source: Source, *, looked_at: bool = True, classes:
     parts = list(_parts(scenario, source, looked_at))
     total, done = sum(len(samples) for samples, _ in parts), 0
     shape = features._shape(source.train.images.shape[1:])
-    half = scenario.device.precision == "bf16" or features.rounding is not None
-    needed = total * int(np.prod(shape)) * (2 if half else 4)
-    if needed > scenario.device.prefix_cache_gb * GB:
+    needed = sum(size_on_disk(len(samples), _row_bytes(scenario, shape)) for samples, _ in parts)
+    if needed > prefix_cache(scenario.device.prefix_cache_gb).limit:
         raise RequestError(
             f"device.prefix_cache_gb is {scenario.device.prefix_cache_gb:g}, but {total} outputs of "
-            f"{'x'.join(map(str, shape))} take {needed / GB:.1f}: raise it, lower data.views, or set "
+            f"{'x'.join(map(str, shape))} take {_gb(needed)}: raise it, lower data.views, or set "
             "device.prefix_cache_dtype: bf16"
         )
     for samples, view in parts:

@@ -11,7 +11,7 @@ from typing import Any, Self
 from lightcl.errors import one_line
 
 INSTRUCTION, REPLY, TESTED, ARRAYS, METRICS = "instruction", "reply", "tested", "arrays", "metrics"
-TELEMETRY = "telemetry"
+TELEMETRY, NOTICE = "telemetry", "notice"
 """Names of the records in a message."""
 
 EXAMPLES = "num-examples"
@@ -158,6 +158,13 @@ class BackOff(_Record):
     retry_after: float
     for_images: bool | None = None
     """True: its next task has too few images so far, which is no failure of the device."""
+
+
+@dataclass(frozen=True)
+class Notice(_Record):
+    """From a device, beside `Trained` or `Tested`: what its user should know although the work is done."""
+
+    text: str
 
 
 @dataclass(frozen=True)

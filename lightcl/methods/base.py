@@ -165,6 +165,8 @@ class PrefixFeatures:
 
     def __init__(self, network: Backbone) -> None:
         self.network = network
+        self.notice = ""
+        """What the user should know of the cache; empty where there is nothing to tell."""
 
     def __call__(self, batches: Sequence[Batch], on_map: OnMap | None = None) -> Tensor:
         """Outputs `[N, C, H, W]` for the images of all batches, one after the other, without a graph.

@@ -47,6 +47,11 @@ _PRESENT = 1 << 32
 """Added to a row's CRC-32, so that no checksum of a row that is there is zero."""
 
 
+def size_on_disk(images: int, row_bytes: int) -> int:
+    """Bytes of a store with a row of `row_bytes` for every image: it grows by entire segments."""
+    return -(-images // SEGMENT_ROWS) * SEGMENT_ROWS * (CHECKSUM_BYTES + row_bytes)
+
+
 class CacheFull(Exception):
     """The disk has no room for another segment, or the limit is smaller than one segment."""
 
@@ -130,7 +135,7 @@ class PrefixCache:
                 _delete(file)
             total, deleted = total - length, True
         for name, segment in list(self._segments.items()) if deleted else ():
-            if segment.deleted:
+            if segment.unusable:
                 del self._segments[name]
 
     def opened(self, key: str, number: int) -> _Segment | None:
@@ -169,16 +174,24 @@ class FeatureStore:
         present = np.zeros(len(rows), dtype=bool)
         for number, positions in _by_segment(rows):
             segment = self._open(number)
-            if segment is not None:
+            if segment is None:
+                continue
+            try:
                 for position, row in positions:
                     present[position] = segment.read(row, found[position])
+            except OSError:  # a worn card, a file server that was restarted: the others are computed again
+                self._cache.drop(self._key, number)
         return self._tensor(memory), present
 
     def present(self, row: int) -> bool:
         """Whether a row is there; a damaged one counts, until it is read. Raises OSError as `read`."""
         number, inside = divmod(int(row), SEGMENT_ROWS)
         segment = self._open(number)
-        return segment is not None and segment.checksum(inside) != 0
+        try:
+            return segment is not None and segment.checksum(inside) != 0
+        except OSError:
+            self._cache.drop(self._key, number)
+            return False
 
     def write(self, rows: np.ndarray, features: Tensor) -> None:
         """Stores `features` `[N, C, H, W]` under `rows` `[N]`.
@@ -189,9 +202,9 @@ class FeatureStore:
         content = stored.view(torch.uint8).reshape(len(rows), self._row_bytes).numpy()
         for number, positions in _by_segment(rows):
             segment = self._open(number)
-            if segment is not None and segment.deleted:
+            if segment is not None and segment.unusable:
                 self._cache.drop(self._key, number)
-                segment = None
+                segment = self._open(number)
             segment = segment or self._create(number)
             for position, row in positions:
                 segment.write(row, content[position])
@@ -202,7 +215,7 @@ class FeatureStore:
 
     @property
     def _segment_bytes(self) -> int:
-        return SEGMENT_ROWS * (CHECKSUM_BYTES + self._row_bytes)
+        return size_on_disk(1, self._row_bytes)
 
     def _file(self, number: int) -> Path:
         return self._folder / f"{number:05d}.rows"
@@ -264,9 +277,12 @@ class _Segment:
             os.utime(self._handle)
 
     @property
-    def deleted(self) -> bool:
-        """Whether the file has no name any more."""
-        return os.fstat(self._handle).st_nlink == 0
+    def unusable(self) -> bool:
+        """Whether the file has no name any more, or cannot be asked."""
+        try:
+            return os.fstat(self._handle).st_nlink == 0
+        except OSError:
+            return True
 
     def read(self, row: int, target: np.ndarray) -> bool:
         """Reads a row into `target` `[row bytes]`; whether it is there and undamaged."""

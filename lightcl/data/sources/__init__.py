@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lightcl.data.images import (
@@ -26,8 +28,8 @@ from lightcl.data.images import (
 )
 from lightcl.data.sources.digits import read_digits
 from lightcl.data.sources.field import FIELD, refuse_field
-from lightcl.data.sources.files import existing_path
-from lightcl.data.sources.image_folder import has_test_folder, read_image_folder
+from lightcl.data.sources.files import existing_path, files_below
+from lightcl.data.sources.image_folder import IMAGE_SUFFIXES, has_test_folder, read_image_folder
 from lightcl.data.sources.parquet import has_test_file, read_parquet
 from lightcl.data.sources.torchvision_sets import read_torchvision_set
 from lightcl.errors import RequestError, nearest
@@ -54,6 +56,8 @@ class SourceKind:
     own_files: bool = False
     has_test_split: Callable[[SourceRequest], bool] = lambda request: False
     code: str | None = None
+    suffixes: tuple[str, ...] = ("",)
+    """Of the files below `data.path` that are read; by default any file may be."""
     on_boards: bool = False
     """Its images come to boards while a run goes on: nothing can be loaded before, or on another machine."""
 
@@ -64,7 +68,9 @@ _BUILT_IN = {
     "cifar100": SourceKind(read_torchvision_set, has_test_split=lambda request: True),
     "fashion-mnist": SourceKind(read_torchvision_set, has_test_split=lambda request: True),
     "parquet": SourceKind(read_parquet, own_files=True, has_test_split=has_test_file),
-    "image-folder": SourceKind(read_image_folder, own_files=True, has_test_split=has_test_folder),
+    "image-folder": SourceKind(
+        read_image_folder, own_files=True, has_test_split=has_test_folder, suffixes=IMAGE_SUFFIXES
+    ),
     FIELD: SourceKind(refuse_field, on_boards=True),
 }
 SOURCES: Registry[SourceKind] = Registry("data source", "data.source", origin=lambda kind: kind.read)
@@ -140,8 +146,14 @@ def _fingerprint(request: SourceRequest) -> list[Any]:
         parts.append(kind.code)
     if kind.own_files or (kind.code is not None and request.path is not None):
         path = existing_path(request)
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        stats = [(str(p.resolve()), s.st_size, s.st_mtime_ns) for p in files for s in [p.stat()]]
+        files = files_below(path, kind.suffixes) if path.is_dir() else [path]
+        # The name counts beside the place that it leads to: the folder of a link is the class of the images behind it.
+        stats = [
+            (os.path.relpath(p, path), str(p.resolve()), s.st_size, s.st_mtime_ns)
+            for p in map(Path, files)
+            if p.is_file()
+            for s in [p.stat()]
+        ]
         parts.append(hashlib.sha256(json.dumps(stats).encode()).hexdigest())
     elif request.path is not None:  # a user's copy of a downloaded set
         parts.append(str(request.path.resolve()))

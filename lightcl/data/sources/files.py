@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from lightcl.data.images import SourceRequest
@@ -18,3 +19,16 @@ def existing_path(request: SourceRequest) -> Path:
     if not request.path.exists():
         raise RequestError(f"data.path: no such file or folder: {request.path}")
     return request.path
+
+
+def files_below(folder: Path, suffixes: tuple[str, ...] = ("",)) -> list[str]:
+    """Files with these suffixes (in lower case), also behind links to folders.
+
+    Folder by folder in sorted order, sorted within each.
+    """
+    return [
+        str(Path(place, name))
+        for place, _, names in sorted(os.walk(folder, followlinks=True))
+        for name in sorted(names)
+        if name.lower().endswith(suffixes)
+    ]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from lightcl.data.images import ImageSet, Source, SourceRequest, split_off_test
 from lightcl.data.sources.decoding import decode, image_set, with_same_classes
-from lightcl.data.sources.files import TEST_SPLITS, existing_path
+from lightcl.data.sources.files import TEST_SPLITS, existing_path, files_below
 from lightcl.errors import RequestError
 
 IMAGE_SUFFIXES = (
@@ -57,10 +56,5 @@ def _class_names(path: Path) -> list[str]:
 
 
 def _image_files(folder: Path) -> list[str]:
-    """Image files below a class folder: folder by folder in sorted order, sorted within each."""
-    return [
-        str(Path(place, name))
-        for place, _, names in sorted(os.walk(folder, followlinks=True))
-        for name in sorted(names)
-        if name.lower().endswith(IMAGE_SUFFIXES)
-    ]
+    """Image files below a class folder."""
+    return files_below(folder, IMAGE_SUFFIXES)

@@ -542,6 +542,26 @@ def test_every_image_of_a_folder_is_read_and_notes_are_not(tmp_path):
         folder(tmp_path)
 
 
+def test_class_folders_behind_links_are_read_again_when_they_change_and_notes_do_not_count(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTCL_CACHE", str(tmp_path / "cache"))
+    disk = write_folder(tmp_path / "disk", {"cup": [*range(10)], "bottle": [*range(10)]})
+    linked = tmp_path / "set"
+    linked.mkdir()
+    for name in ("cup", "bottle"):
+        (linked / name).symlink_to(disk / name)
+    found = folder(linked)
+    assert len(found.train) + len(found.test) == 20
+    (disk / "cup" / "notes.txt").write_text("more to come")
+    kept = set((tmp_path / "cache" / "images").iterdir())
+    folder(linked)
+    assert set((tmp_path / "cache" / "images").iterdir()) == kept
+    write_folder(tmp_path / "disk", {"cup": [*range(15)]})
+    found = folder(linked)
+    assert len(found.train) + len(found.test) == 25
+    (linked / "cup").rename(linked / "mug")  # the same files under another label
+    assert folder(linked).classes == ("bottle", "mug")
+
+
 @pytest.mark.parametrize("content", [[], ["cat"]], ids=["nothing", "an empty class"])
 def test_folder_without_images_is_refused(tmp_path, content):
     for name in content:

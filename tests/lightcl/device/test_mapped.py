@@ -1,6 +1,8 @@
 """Weights of the prefix in a mapped file."""
 
 import copy
+import errno
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,3 +76,15 @@ def test_a_cached_device_has_its_prefix_on_disk_and_lets_go_of_the_copy(tmp_path
     assert isinstance(features, FixedPrefix)
     assert features._folded is None
     assert len(list((tmp_path / "cache" / "weights").iterdir())) == 1
+
+
+def test_a_full_disk_leaves_no_part_of_a_file(tmp_path, monkeypatch):
+    def full(file: Path, content: bytes) -> int:
+        with file.open("wb") as handle:
+            handle.write(content[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        MappedWeights(prefix_network().prefix, tmp_path / "weights")
+    assert list((tmp_path / "weights").iterdir()) == []

@@ -2,6 +2,7 @@
 
 import errno
 import multiprocessing
+import os
 import sys
 from pathlib import Path
 
@@ -18,11 +19,12 @@ from lightcl.data.images import ImageSet
 from lightcl.data.tasks import Batch, Samples
 from lightcl.device import prefix
 from lightcl.device.device import EdgeDevice
-from lightcl.device.prefix import FixedPrefix, fixed_prefix, prefix_cache, warm
+from lightcl.device.prefix import FixedPrefix, check_cache_limit, fixed_prefix, prefix_cache, warm
 from lightcl.errors import RequestError
 from lightcl.networks import BACKBONES
 from lightcl.networks.weights import digest
-from lightcl.storage.prefix_cache import CacheFull, FeatureStore, PrefixCache
+from lightcl.scenario import Scenario
+from lightcl.storage.prefix_cache import SEGMENT_ROWS, CacheFull, FeatureStore, PrefixCache
 from tests.lightcl import toys
 
 VIEWS = {"augmentation": "crop-flip", "crop_padding": 1, "views": 2}
@@ -69,6 +71,33 @@ def test_auto_caches_only_with_views(tmp_path):
     assert len(prefix_cache().stores()) == 4  # test images, training images as they are and in two views
     assert not toys.scenario(data=VIEWS, method={"name": "sgd"}).caches_prefix
     assert not toys.scenario(data=VIEWS, network={"frozen_batch_norm": "train"}).caches_prefix
+
+
+def test_training_images_without_augmentation_are_cached_where_the_cache_is_on(tmp_path):
+    """`data.views: 0`: the epochs see the source's own images."""
+    sections = {"data": {"augmentation": "none", "views": 0}, "method": {"name": "er"}, "network": {"freeze": "layer3"}}
+    ends = []
+    for name in ("a", "b"):
+        device, numbers = learned(tmp_path / name, device={"prefix_cache": "on", "accelerator": "cpu"}, **sections)
+        ends.append((numbers, trained_tensors(device)))
+    assert sorted(store.rows for store in prefix_cache().stores()) == [20, 72]  # a tenth of 80 is held out
+    assert ends[1][0] == ends[0][0]
+    toys.assert_same(ends[1][1], ends[0][1])
+
+
+def test_a_disk_that_fails_while_a_row_is_read_costs_only_time(tmp_path, monkeypatch):
+    _, expected = learned(tmp_path / "a", data=VIEWS)
+    reading = os.preadv
+
+    def failing(handle, buffers, place):
+        if place % 3 == 0:
+            raise OSError(errno.EIO, "Input/output error")
+        return reading(handle, buffers, place)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lightcl.storage.prefix_cache.os.preadv", failing)
+        _, numbers = learned(tmp_path / "b", data=VIEWS)
+    assert numbers == expected
 
 
 def test_views_also_work_without_a_cacheable_prefix(tmp_path):
@@ -227,6 +256,36 @@ def test_a_warmed_cache_holds_everything(tmp_path):
     assert rows == [20, 80, 80, 80]
     learned(tmp_path / "a", data=VIEWS)
     assert sorted(store.rows for store in prefix_cache().stores()) == rows
+
+
+def test_a_limit_that_warm_accepts_holds_everything():
+    """20 test images and three times 80 training images: four stores of one segment each, most of it empty."""
+    held, row = toys.source(size=16), 16 * 4 * 4 * 4
+    needed = 4 * SEGMENT_ROWS * (8 + row)
+
+    def limited(size: int) -> Scenario:
+        return toys.scenario(data=VIEWS, device={"prefix_cache_gb": size / prefix.GB})
+
+    with pytest.raises(RequestError, match=r"260 outputs of 16x4x4 take 0\.00212"):
+        list(warm(limited(needed - 1), held))
+    list(warm(limited(needed), held))
+    assert sorted(store.rows for store in prefix_cache().stores()) == [20, 80, 80, 80]
+    assert sum(store.size for store in prefix_cache().stores()) == needed
+
+
+def test_a_limit_below_one_segment_is_refused_before_a_run():
+    network = toys.network(freeze="layer3").eval()
+    segment = SEGMENT_ROWS * (8 + 16 * 4 * 4 * 4)
+
+    def check(size: int, **device: object) -> None:
+        values = {"prefix_cache_gb": size / prefix.GB, "accelerator": "cpu"} | device
+        check_cache_limit(toys.scenario(data=VIEWS, device=values), network, (16, 16, 3))
+
+    check(segment)
+    with pytest.raises(RequestError, match=r"prefix_cache_gb is .* the cache grows by 512 outputs of 16x4x4"):
+        check(segment - 1)
+    check(segment - 1, prefix_cache_dtype="bf16")
+    check(1, prefix_cache="off")
 
 
 def test_a_scenario_without_a_cache_cannot_be_warmed():

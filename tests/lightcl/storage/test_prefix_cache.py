@@ -187,6 +187,24 @@ def test_a_segment_that_cannot_be_opened_is_not_replaced(tmp_path: Path, monkeyp
     assert torch.equal(found, features(3))
 
 
+def test_a_file_that_cannot_be_read_any_more_counts_as_absent_and_is_opened_anew(tmp_path: Path) -> None:
+    """As ESTALE of a file server; here the descriptor is closed."""
+    store = store_in(tmp_path)
+    for use in ("read", "present"):
+        store.write(np.arange(3), features(3))
+        (segment,) = store._cache._segments.values()
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, segment._handle)  # reading it fails with EBADF
+        os.close(null)
+        if use == "read":
+            assert not store.read(np.arange(3))[1].any()
+        else:
+            assert not store.present(1)
+        found, present = store.read(np.arange(3))
+        assert present.all()
+        assert torch.equal(found, features(3))
+
+
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
 def test_a_copy_of_a_store_leaves_the_files_of_the_original_open(tmp_path: Path, copied: Callable[[Any], Any]) -> None:
     store = store_in(tmp_path)
