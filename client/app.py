@@ -37,7 +37,7 @@ from lightcl.device.hardware import choose_accelerator, gpu_uuid
 from lightcl.device.metering import Board, LimitReached, Limits
 from lightcl.device.telemetry import Sensors, nvml_gpu
 from lightcl.device.training import TrainingFailure
-from lightcl.errors import RequestError, one_line
+from lightcl.errors import RequestError, nearest, one_line
 from lightcl.exchange.compression import codec_named
 from lightcl.exchange.messages import (
     ARRAYS,
@@ -404,8 +404,20 @@ def _refusal(error: Exception, device: EdgeDevice | None = None) -> RecordDict:
     return _reply(Refusal(*position, reason=f"{type(error).__name__}: {error}").to_record())
 
 
+NODE_KEYS = (
+    "partition-id", "num-partitions", "name", "data-path", "weights-path", "own-data", "delete-learned", "state-dir",
+    "accelerator", "threads", "limit-temperature-c", "limit-free-disk-mb", "limit-battery-percent",
+)  # fmt: skip
+"""The keys of a node's configuration; Flower's simulation sets the first two itself."""
+
+
 def local_settings(node: Mapping[str, object], state: Path | None) -> Local:
     """The node's configuration; `state` is its default state folder. Raises RequestError naming the key."""
+    for key in node:
+        if key not in NODE_KEYS:  # a misspelled limit would be none
+            raise RequestError(
+                f"--node-config: unknown key {key!r}{nearest(key, NODE_KEYS)} (allowed: {', '.join(NODE_KEYS)})"
+            )
 
     def number(key: str, default: int) -> int:
         value = node.get(key, default)

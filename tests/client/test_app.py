@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 import client.app
 import lightcl.device.prefix
-from client.app import make_app
+from client.app import local_settings, make_app
+from client.board.config import BoardConfig, Limits
 from lightcl.exchange.messages import Instruction
 from lightcl.networks.staged import Backbone, Stage
 from tests.inprocess import InProcessGrid, small
@@ -90,6 +91,19 @@ def test_the_nodes_own_configuration_wins(tmp_path: Path) -> None:
     message = Message(RecordDict({"instruction": ConfigRecord(record)}), dst_node_id=7, message_type="train")
     assert "reason" not in app(message, context).content.config_records["reply"]
     assert (tmp_path / "own" / "run" / "device-00000" / "state.json").exists()
+
+
+def test_a_misspelled_limit_is_refused_and_not_lost(tmp_path: Path) -> None:
+    grid = InProcessGrid(tmp_path, 1)
+    grid.nodes[100].node_config["limit-temperature"] = 70
+    said = "--node-config: unknown key 'limit-temperature', did you mean 'limit-temperature-c'? (allowed: partition-id,"
+    for kind in ("query", "train", "evaluate"):
+        assert ask(grid, kind)["reason"].startswith(f"RequestError: {said}")
+    config = BoardConfig(
+        "board", 0, 1, "host:9092", data="data", own_data=True, delete_learned=True, weights="weights",
+        accelerator="cpu", threads=1, limits=Limits(70, 100, 20),
+    )  # fmt: skip
+    assert local_settings(config.node_config(), tmp_path).limit_temperature_c == 70
 
 
 @pytest.mark.parametrize(("key", "section"), [("weights-path", {}), ("data-path", {"data": {"source": "parquet"}})])

@@ -87,5 +87,9 @@ def test_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyte
     assert [one["passed"] for one in json.loads(capfd.readouterr().out)] == [True] * 6
     assert lightcl(monkeypatch, "device", "check", "quickstart", "--node-config", f"partition-id=10 {state}") == 1
     assert "failed data: partition-id is 10" in capfd.readouterr().out
+    misspelled = f"limit-temperature=70 {state}"
+    assert lightcl(monkeypatch, "device", "check", "quickstart", "--node-config", misspelled) == 1
+    said = capfd.readouterr().out
+    assert "failed node configuration: --node-config: unknown key 'limit-temperature', did you mean" in said
     assert lightcl(monkeypatch, "device", "check", "quickstart", "--node-config", "name=x") == 2
     assert "texts need quotes" in capfd.readouterr().err
