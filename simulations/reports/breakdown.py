@@ -21,7 +21,7 @@ from simulations.reports.comparison import (
     mean_json,
     pairing_problems,
 )
-from simulations.reports.pictures import Drawing
+from simulations.reports.pictures import Drawing, panel_drawing
 from simulations.reports.run_figures import RunFigures
 from simulations.reports.statistics import Difference, Mean, paired_difference
 from simulations.reports.wording import DASH, interval_text
@@ -128,7 +128,7 @@ def breakdown_drawings(comparison: Comparison, found: Breakdown) -> list[Drawing
             y = f"{setting.upper()} gain (points)"
             draw = partial(plots.gains_by_class, panels, names, NAMES[found.by], y)
             alt = f"Gain in {setting.upper()} accuracy over the baseline, by {NAMES[found.by]}"
-            drawn.append(Drawing(f"compare-{setting}-by-{found.by}", alt, draw))
+            drawn.append(panel_drawing(f"compare-{setting}-by-{found.by}", alt, draw))
     return drawn
 
 

@@ -23,7 +23,7 @@ from simulations.options import number_ranges
 from simulations.reports import plots
 from simulations.reports.figures import chance
 from simulations.reports.page import page_environment
-from simulations.reports.pictures import Drawing, paint
+from simulations.reports.pictures import Drawing, paint, panel_drawing
 from simulations.reports.run_figures import FIGURES, RunFigures
 from simulations.reports.statistics import Difference, Mean, paired_difference, unpaired_difference
 from simulations.reports.wording import DASH, duration, energy, interval_text, percent, size
@@ -393,9 +393,11 @@ def drawings_of(comparison: Comparison) -> list[Drawing]:
     drawn = []
     if settings:
         draw_accuracy = partial(plots.accuracy_of_runs, curves, guessing)
-        drawn.append(Drawing("compare-accuracy", "Average accuracy after each task, by run", draw_accuracy))
+        drawn.append(panel_drawing("compare-accuracy", "Average accuracy after each task, by run", draw_accuracy))
     if any(bars.values()):
-        drawn.append(Drawing("compare-forgetting", "Mean forgetting, by run", partial(plots.forgetting_of_runs, bars)))
+        drawn.append(
+            panel_drawing("compare-forgetting", "Mean forgetting, by run", partial(plots.forgetting_of_runs, bars))
+        )
     shown = {
         s: {
             label: (d, comparison.over_seeds.get(label, {}).get(f"{s} average_accuracy"))
@@ -407,7 +409,9 @@ def drawings_of(comparison: Comparison) -> list[Drawing]:
     if any(shown.values()):
         labels = {label: comparison.short_label(label) for label in comparison.differences}
         draw_gains = partial(plots.differences_of_runs, shown, labels, comparison.baselines)
-        drawn.append(Drawing("compare-differences", "Difference in average accuracy from the baseline", draw_gains))
+        drawn.append(
+            panel_drawing("compare-differences", "Difference in average accuracy from the baseline", draw_gains)
+        )
     # One kind of memory per picture: that of a training step where it was measured, else that of the processes.
     memory = {g.label: g.step_bytes / MIB if g.step_bytes else None for g in groups}
     label = plots.STEP_MEMORY
@@ -423,7 +427,7 @@ def drawings_of(comparison: Comparison) -> list[Drawing]:
     }
     if any(places.values()):
         draw_memory = partial(plots.accuracy_over_memory, places, memory_label=label)
-        drawn.append(Drawing("compare-memory", "Accuracy over memory, by run", draw_memory))
+        drawn.append(panel_drawing("compare-memory", "Accuracy over memory, by run", draw_memory))
     return drawn
 
 

@@ -24,25 +24,39 @@ from simulations.reports.wording import duration, percent, size
 
 @dataclass(frozen=True)
 class Picture:
-    """One figure as PNG, for a light and for a dark page."""
+    """One figure as PNG, for a light and for a dark page, and the same two for a narrow screen where it has such."""
 
     name: str
     alt: str
     light: bytes
     dark: bytes
+    narrow: tuple[bytes, bytes] | None = None
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure that is not yet drawn: `draw(theme)` returns it."""
+    """A figure that is not yet drawn: `draw(theme)` returns it, `draw_narrow(theme)` one for a narrow screen."""
 
     name: str
     alt: str
     draw: Callable[[plots.Theme], Figure]
+    draw_narrow: Callable[[plots.Theme], Figure] | None = None
 
 
 def paint(drawings: Sequence[Drawing]) -> list[Picture]:
-    return [Picture(d.name, d.alt, *(plots.png(d.draw(theme)) for theme in plots.THEMES)) for d in drawings]
+    return [Picture(d.name, d.alt, *_both(d.draw), _both(d.draw_narrow) if d.draw_narrow else None) for d in drawings]
+
+
+def panel_drawing(name: str, alt: str, draw: Callable[..., Figure]) -> Drawing:
+    """A figure of several panels, which a narrow screen shows one below the other: `draw(theme=..., narrow=...)`."""
+    return Drawing(
+        name, alt, lambda theme: draw(theme=theme, narrow=False), lambda theme: draw(theme=theme, narrow=True)
+    )
+
+
+def _both(draw: Callable[[plots.Theme], Figure]) -> tuple[bytes, bytes]:
+    light, dark = (plots.png(draw(theme)) for theme in plots.THEMES)
+    return light, dark
 
 
 def drawings_of(run: ReportedRun, *, distributions: bool) -> list[Drawing]:

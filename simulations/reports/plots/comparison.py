@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from simulations.reports.plots.methods import MARKERS, colors_of, wrapped
-from simulations.reports.plots.style import FONT, LIGHT, PIXELS_PER_INCH, Theme, style_axes, task_ticks
+from simulations.reports.plots.style import FONT, LIGHT, NARROW, PIXELS_PER_INCH, Theme, style_axes, task_ticks
 from simulations.reports.statistics import Difference
 
 T = TypeVar("T")
@@ -30,13 +30,17 @@ WIDEST_MARGIN = 25.0
 
 
 def accuracy_of_runs(
-    curves: Mapping[str, Mapping[str, Sequence[float]]], chance: Mapping[str, float], theme: Theme
+    curves: Mapping[str, Mapping[str, Sequence[float]]],
+    chance: Mapping[str, float],
+    theme: Theme,
+    *,
+    narrow: bool = False,
 ) -> Figure:
     """`curves[setting][label][t]`: average accuracy (0..1) on tasks 0..t after task t; one panel per setting.
 
     NaN, where there was no test, is left out. `chance[setting]` is what guessing gives.
     """
-    figure, names = _panels(curves, theme)
+    figure, names = _panels(curves, theme, narrow=narrow)
     colors = colors_of(names, theme)
     for axes, (setting, values) in zip(figure.axes, _shown(curves).items(), strict=True):
         style_axes(axes, theme, "after task", f"{setting.upper()} average accuracy (%)")
@@ -57,16 +61,18 @@ def accuracy_of_runs(
     ]
     if chance:
         handles.append(Line2D([], [], color=theme.muted, linewidth=1.1, linestyle=(0, (4, 3)), label="chance"))
-    _legend(figure, handles, theme)
+    _legend(figure, handles, theme, narrow=narrow)
     return figure
 
 
-def forgetting_of_runs(bars: Mapping[str, Mapping[str, tuple[float, float]]], theme: Theme) -> Figure:
+def forgetting_of_runs(
+    bars: Mapping[str, Mapping[str, tuple[float, float]]], theme: Theme, *, narrow: bool = False
+) -> Figure:
     """`bars[setting][label]`: mean forgetting (0..1) and its standard error (NaN: no whisker); a panel per setting."""
     shown = _shown(bars)
     names = list(dict.fromkeys(name for values in shown.values() for name in values))
     height = max(2.2, 1.2 + 0.34 * len(names))
-    figure, names = _panels(bars, theme, height)
+    figure, names = _panels(bars, theme, height, narrow=narrow)
     colors = colors_of(names, theme)
     for axes, (setting, values) in zip(figure.axes, shown.items(), strict=True):
         style_axes(axes, theme, f"{setting.upper()} forgetting (percentage points)", "", grid=False)
@@ -81,13 +87,13 @@ def forgetting_of_runs(bars: Mapping[str, Mapping[str, tuple[float, float]]], th
         axes.set_yticks([])
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.axvline(0, color=theme.muted, linewidth=0.9, zorder=4)
-    _legend(figure, [Patch(color=colors[n], label=wrapped(n)) for n in names], theme)
+    _legend(figure, [Patch(color=colors[n], label=wrapped(n)) for n in names], theme, narrow=narrow)
     return figure
 
 
 def differences_of_runs(
     differences: Mapping[str, Mapping[str, tuple[Difference, Difference | None]]], labels: Mapping[str, str],
-    baselines: Mapping[str, str], theme: Theme,
+    baselines: Mapping[str, str], theme: Theme, *, narrow: bool = False,
 ) -> Figure:  # fmt: skip
     """`differences[setting][label]`: the difference from the baseline over pairs and, where devices share something,
     over the means of each seed (0..1); a panel per setting.
@@ -107,14 +113,16 @@ def differences_of_runs(
             rows[name] = place
         place += 1.35
     figure = Figure(
-        figsize=(WIDE[0], 1.0 + 0.21 * place), dpi=PIXELS_PER_INCH, layout=ConstrainedLayoutEngine(wspace=0.05),
-        facecolor=theme.background,
+        figsize=(NARROW, (0.8 + 0.21 * place) * len(shown) + 0.3) if narrow else (WIDE[0], 1.0 + 0.21 * place),
+        dpi=PIXELS_PER_INCH, layout=_layout(narrow=narrow), facecolor=theme.background,
     )  # fmt: skip
     kinds = {"higher": MORE[theme == LIGHT], "lower": LESS[theme == LIGHT], "not clear": theme.muted}
     first = None
     for number, (setting, values) in enumerate(shown.items()):
-        axes = first = figure.add_subplot(1, len(shown), 1 + number, facecolor=theme.background, sharey=first)
-        style_axes(axes, theme, f"{setting.upper()} average accuracy minus the baseline's (points)", "", grid=False)
+        axes = first = figure.add_subplot(
+            *_place(number, len(shown), narrow=narrow), facecolor=theme.background, sharey=first
+        )
+        style_axes(axes, theme, f"{setting.upper()} accuracy minus the baseline's (points)", "", grid=False)
         axes.grid(axis="x", color=theme.grid, linewidth=0.9)
         axes.set_axisbelow(True)
         axes.axvline(0, color=theme.ink, linewidth=1.0, zorder=2)
@@ -130,7 +138,7 @@ def differences_of_runs(
                 100 * pairs.mean, rows[name], "o", color=kinds[kind], markersize=6.5, zorder=4,
                 markeredgecolor=theme.background, markeredgewidth=0.8,
             )  # fmt: skip
-        if number == 0:
+        if number == 0 or narrow:
             axes.set_yticks([*rows.values(), *heads.values()], [*(labels[n] for n in rows), *heads])
             for tick, head in zip(axes.get_yticklabels(), [False] * len(rows) + [True] * len(heads), strict=True):
                 tick.set_color(theme.muted if head else theme.ink)
@@ -148,18 +156,18 @@ def differences_of_runs(
 
 def gains_by_class(
     panels: Mapping[str, Mapping[str, Sequence[Difference | None]]], classes: Sequence[str], x: str, y: str,
-    theme: Theme,
+    theme: Theme, *, narrow: bool = False,
 ) -> Figure:  # fmt: skip
     """`panels[baseline][label][class]`: difference (0..1) from the baseline; whiskers are the 95 % interval.
 
-    Three panels in a row, all with the same axes.
+    Three panels in a row, on a narrow screen one, all with the same axes.
     """
-    columns = min(3, len(panels))
+    columns = 1 if narrow else min(3, len(panels))
     lines = -(-len(panels) // columns)
     names = list(dict.fromkeys(name for values in panels.values() for name in values))
     colors = colors_of(names, theme)
     figure = Figure(
-        figsize=(3.3 * columns, 0.9 + 2.1 * lines), dpi=PIXELS_PER_INCH, layout="constrained",
+        figsize=(NARROW if narrow else 3.3 * columns, 0.9 + 2.1 * lines), dpi=PIXELS_PER_INCH, layout="constrained",
         facecolor=theme.background,
     )  # fmt: skip
     first = None
@@ -193,7 +201,7 @@ def gains_by_class(
         Line2D([], [], color=colors[n], marker=_marker(names, n), markersize=6, linewidth=1.5, label=n) for n in names
     ]
     figure.legend(
-        handles=handles, loc="outside upper right", ncols=len(handles), frameon=False, fontsize=FONT,
+        handles=handles, loc="outside upper right", ncols=1 if narrow else len(handles), frameon=False, fontsize=FONT,
         labelcolor=theme.ink, handletextpad=0.5, columnspacing=1.4,
     )  # fmt: skip
     return figure
@@ -203,21 +211,34 @@ def _shown(panels: Mapping[str, Mapping[str, T]]) -> dict[str, Mapping[str, T]]:
     return {setting: values for setting, values in panels.items() if values}
 
 
-def _panels(panels: Mapping[str, Mapping[str, T]], theme: Theme, height: float = WIDE[1]) -> tuple[Figure, list[str]]:
+def _panels(
+    panels: Mapping[str, Mapping[str, T]], theme: Theme, height: float = WIDE[1], *, narrow: bool
+) -> tuple[Figure, list[str]]:
+    """A figure with a panel per setting, side by side or, narrow, one below the other; and the names in them."""
     shown = _shown(panels)
-    layout = ConstrainedLayoutEngine(wspace=0.05)
-    figure = Figure(figsize=(WIDE[0], height), dpi=PIXELS_PER_INCH, layout=layout, facecolor=theme.background)
-    for place in range(len(shown)):
-        figure.add_subplot(1, len(shown), 1 + place, facecolor=theme.background)
-    return figure, list(dict.fromkeys(name for values in shown.values() for name in values))
+    names = list(dict.fromkeys(name for values in shown.values() for name in values))
+    size = (NARROW, min(height, 2.9) * len(shown) + 0.3 + 0.2 * len(names)) if narrow else (WIDE[0], height)
+    figure = Figure(figsize=size, dpi=PIXELS_PER_INCH, layout=_layout(narrow=narrow), facecolor=theme.background)
+    for number in range(len(shown)):
+        figure.add_subplot(*_place(number, len(shown), narrow=narrow), facecolor=theme.background)
+    return figure, names
+
+
+def _layout(*, narrow: bool) -> ConstrainedLayoutEngine:
+    return ConstrainedLayoutEngine(hspace=0.06) if narrow else ConstrainedLayoutEngine(wspace=0.05)
+
+
+def _place(number: int, count: int, *, narrow: bool) -> tuple[int, int, int]:
+    """The arguments of `add_subplot` for one of `count` panels."""
+    return (count, 1, 1 + number) if narrow else (1, count, 1 + number)
 
 
 def _marker(names: Sequence[str], name: str) -> str:
     return MARKERS[names.index(name) % len(MARKERS)]
 
 
-def _legend(figure: Figure, handles: Sequence[Line2D | Patch], theme: Theme) -> None:
+def _legend(figure: Figure, handles: Sequence[Line2D | Patch], theme: Theme, *, narrow: bool) -> None:
     figure.legend(
-        handles=list(handles), loc="outside right center", frameon=False, fontsize=FONT, labelcolor=theme.ink,
-        handletextpad=0.5, labelspacing=0.7,
+        handles=list(handles), loc="outside upper left" if narrow else "outside right center", frameon=False,
+        fontsize=FONT, labelcolor=theme.ink, handletextpad=0.5, labelspacing=0.7,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from simulations.reports.plots.style import FONT, LIGHT, PIXELS_PER_INCH, SIZE, Theme, plot_axes, style_axes
+from simulations.reports.plots.style import FONT, LIGHT, NARROW, PIXELS_PER_INCH, SIZE, Theme, plot_axes, style_axes
 
 PART_COLORS: Mapping[str, str] = {
     "parameters": "#33475b", "gradients": "#6f8396", "optimizer state": "#a9b6c6", "kept activations": "#1b8a7a",
@@ -94,20 +94,25 @@ STEP_MEMORY = "memory of a training step, measured (MiB)"
 
 
 def accuracy_over_memory(
-    points: Mapping[str, Mapping[str, tuple[float, float, float]]], theme: Theme, memory_label: str = STEP_MEMORY
-) -> Figure:
+    points: Mapping[str, Mapping[str, tuple[float, float, float]]], theme: Theme, memory_label: str = STEP_MEMORY,
+    *, narrow: bool = False,
+) -> Figure:  # fmt: skip
     """`points[setting][method]`: (memory in MiB, mean accuracy, its error bar), accuracies in 0..1.
 
-    One panel per setting ("cil", "til"); a NaN error bar is not drawn. Up and to the left is better.
+    One panel per setting ("cil", "til"), side by side or, narrow, one below the other; a NaN error bar is not drawn. Up
+    and to the left is better.
     """
     shown = {setting: values for setting, values in points.items() if values}
     names = list(dict.fromkeys(name for values in shown.values() for name in values))
-    layout = ConstrainedLayoutEngine(wspace=0.05)  # without it the second panel's label touches the first panel
-    figure = Figure(figsize=(9.8, 4.0), dpi=PIXELS_PER_INCH, layout=layout, facecolor=theme.background)
+    # Without this space the second panel's label touches the first panel.
+    layout = ConstrainedLayoutEngine(hspace=0.06) if narrow else ConstrainedLayoutEngine(wspace=0.05)
+    size = (NARROW, 2.9 * len(shown) + 0.3 + 0.2 * len(names)) if narrow else (9.8, 4.0)
+    figure = Figure(figsize=size, dpi=PIXELS_PER_INCH, layout=layout, facecolor=theme.background)
     colors = colors_of(names, theme)
     markers = {name: MARKERS[index % len(MARKERS)] for index, name in enumerate(names)}
     for place, (setting, values) in enumerate(shown.items()):
-        axes = figure.add_subplot(1, len(shown), 1 + place, facecolor=theme.background)
+        grid = (len(shown), 1) if narrow else (1, len(shown))
+        axes = figure.add_subplot(*grid, 1 + place, facecolor=theme.background)
         style_axes(axes, theme, memory_label, f"{setting.upper()} accuracy (%)")
         for name, (memory, mean, deviation) in values.items():
             error = None if isnan(deviation) else 100 * deviation
@@ -122,8 +127,8 @@ def accuracy_over_memory(
         Line2D([], [], color=colors[n], marker=markers[n], markersize=7, linestyle="", label=wrapped(n)) for n in names
     ]
     figure.legend(
-        handles=handles, loc="outside right center", frameon=False, fontsize=FONT, labelcolor=theme.ink,
-        handletextpad=0.4, labelspacing=0.7,
+        handles=handles, loc="outside upper left" if narrow else "outside right center", frameon=False, fontsize=FONT,
+        labelcolor=theme.ink, handletextpad=0.4, labelspacing=0.7,
     )  # fmt: skip
     return figure
 

@@ -19,6 +19,8 @@ from matplotlib.ticker import MaxNLocator
 
 SIZE = (5.4, 3.3)
 """Inches. At 96 CSS pixels per inch this is about the width on the page; text stays readable on a phone."""
+NARROW = 4.7
+"""Inches of width of a figure for a screen of at most 600 CSS pixels."""
 PIXELS_PER_INCH = 192
 """Twice the CSS pixels, for dense screens."""
 FONT = 9.0

@@ -23,6 +23,7 @@ from simulations.reports.comparison import (
     Group,
     build_comparison,
     difference,
+    drawings_of,
     group_runs,
     markdown,
     pairing_problems,
@@ -276,7 +277,7 @@ def test_the_page_and_its_numbers(tmp_path):
     assert "method.name sgd lightcl" in page
     source = (tmp_path / "out" / "comparison.html").read_text()
     assert 'href="../a/report.html"' in source
-    assert source.count("data:image/png") == 8, "four pictures, light and dark"
+    assert source.count("data:image/png") == 16, "four pictures, light and dark, wide and narrow"
     assert "http" not in re.sub(r"data:image[^\"]*", "", source), "the page needs nothing but itself"
     names = sorted(file.name for file in (tmp_path / "out" / "plots").iterdir())
     assert names == [
@@ -414,6 +415,23 @@ def test_a_panel_for_each_setting_and_a_bar_for_each_run():
         shown = [tick for tick in axes.get_yticks() if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]]
         assert shown[0] <= 20.75
         assert shown[-1] >= 77.28
+
+
+def test_panels_stand_one_below_the_other_on_a_narrow_screen(tmp_path):
+    from simulations.reports.plots import LIGHT
+
+    groups = [group(make_run(tmp_path / m, m), label=m, step=2**20) for m in ENDS]
+    drawings = drawings_of(compare_groups(groups, title="t"))
+    assert len(drawings) == 4
+    for drawing in drawings:
+        wide, narrow = drawing.draw(LIGHT), drawing.draw_narrow(LIGHT)
+        assert narrow.get_figwidth() < 5 < wide.get_figwidth()
+        for figure, stacked in ((wide, False), (narrow, True)):
+            places = [axes.get_position() for axes in figure.axes]
+            assert bool(places[0].x0 == places[1].x0) is stacked, drawing.name
+            assert bool(places[0].y0 > places[1].y0) is stacked
+    build_comparison(groups, tmp_path / "out", title="t")
+    assert (tmp_path / "out" / "comparison.html").read_text().count('media="(max-width: 600px)') == 8
 
 
 def test_a_perfect_accuracy_ends_the_axis_at_100():
