@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
 
@@ -68,10 +69,15 @@ def _import_file(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise RequestError(f"plugin {path}: not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
-    setattr(module, _DIGEST, _digest(path.read_bytes()))
+    content = path.read_bytes()
+    setattr(module, _DIGEST, _digest(content))
     sys.modules[name] = module  # before it runs: what it registers may look into registries, which load plugins
     try:
-        spec.loader.exec_module(module)
+        if isinstance(spec.loader, SourceFileLoader):
+            # The text that the digest is of: compiled code on disk may be that of a text of the same second and length.
+            exec(spec.loader.source_to_code(content, str(path)), module.__dict__)
+        else:
+            spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
         raise RequestError(f"plugin {path}{_line(error, path)}: {type(error).__name__}: {error}") from error
