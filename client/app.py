@@ -23,7 +23,7 @@ from flwr.clientapp import ClientApp
 from pydantic import ValidationError
 
 from client.board.config import default_state_folder
-from lightcl.assembly import build_network, fleet_head, stream_plan
+from lightcl.assembly import fleet_head, stream_plan
 from lightcl.data.field import CHANNELS, FieldDamaged, FieldPlan, FieldTasks, NotReady
 from lightcl.data.images import names_digest
 from lightcl.data.partition import Share, Shares
@@ -32,7 +32,7 @@ from lightcl.data.sources.field import FIELD
 from lightcl.data.streams import learnable
 from lightcl.data.streams.field import FieldStream
 from lightcl.device.arithmetic import with_arithmetic
-from lightcl.device.device import EdgeDevice, OutOfStep
+from lightcl.device.device import EdgeDevice, OutOfStep, device_network
 from lightcl.device.hardware import choose_accelerator, gpu_uuid
 from lightcl.device.metering import Board, LimitReached, Limits
 from lightcl.device.telemetry import Sensors, nvml_gpu
@@ -60,7 +60,6 @@ from lightcl.exchange.tensors import Arrays, ExchangeError
 from lightcl.exchange.wire import decoded, packed
 from lightcl.export.model import Description
 from lightcl.networks.lending import NetworkLender
-from lightcl.networks.winograd import use_winograd_
 from lightcl.scenario import Scenario, scenario_from_json
 from lightcl.storage.files import exclusive
 from lightcl.storage.shared import SharedVersions
@@ -486,10 +485,7 @@ def _lender(text: str, overrides: Overrides, channels: int, classes: int, *, man
     Where a process serves `many` devices, what is computed from the frozen prefix stays in memory, and so does a
     network that a device is done with.
     """
-    scenario = _scenario(text, overrides)
-    template = build_network(scenario, in_channels=channels, classes=classes)
-    if scenario.device.convolutions == "winograd":
-        use_winograd_(template.suffix)
+    template = device_network(_scenario(text, overrides), in_channels=channels, classes=classes)
     template.eval()  # as after a task: changing the mode of all modules takes a millisecond
     if many and template.frozen_batch_norm == "eval":
         template.prefix.derived = {}

@@ -23,11 +23,9 @@ from lightcl.exchange.messages import (
 from lightcl.exchange.tensors import LARGEST, STATISTICS, Arrays, ExchangeError, check, size_in_bytes, split
 from lightcl.scenario import Scenario
 from server.aggregation import Aggregator
+from server.aggregation.statistics import COUNT
 from server.ledger import Entry
 from server.mailbox import arrays_of, record_of
-
-COUNT = f"{STATISTICS}count"
-
 
 LONGEST_SENSOR = 80
 LONGEST_NOTICE = 300

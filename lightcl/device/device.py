@@ -52,13 +52,21 @@ class OutOfStep(Exception):
     """A request that does not follow from the device's position in its stream."""
 
 
+def device_network(scenario: Scenario, *, in_channels: int, classes: int) -> Backbone:
+    """The network of a device before its first task, with the convolutions of a scenario that has no "auto" there."""
+    network = build_network(scenario, in_channels=in_channels, classes=classes)
+    if scenario.device.convolutions == "winograd":
+        use_winograd_(network.suffix)
+    return network
+
+
 class EdgeDevice:
     """A device that learns its stream task by task and survives being killed at any point.
 
     Tasks have the scenario's numbers everywhere; the device learns those in `stream.ids` and skips the others.
 
     `share` is the device's part of `source`; the default is its part under the scenario's partition. `folder` holds its
-    state; `durable`: whether the state survives a power cut. `network` is the result of `build_network` for the
+    state; `durable`: whether the state survives a power cut. `network` is the result of `device_network` for the
     scenario; the device takes it over. `shared` is where the devices of one machine keep the tensors that they all
     receive. `head` are the classes of the head (`fleet_head`); give them with a `share` where the fleet is known.
     `stream` is a device's stream whose images come with time; it takes the place of `source`, `share` and `head`.
@@ -90,12 +98,10 @@ class EdgeDevice:
         self.accelerator = choose_accelerator(scenario.device.accelerator)
         set_up_torch(self.accelerator, scenario.device.threads)
         if network is None:
-            network = build_network(scenario, in_channels=channels, classes=self.stream.head_classes)
+            network = device_network(scenario, in_channels=channels, classes=self.stream.head_classes)
         self.network = network
         if self.network.head.weight.device != self.accelerator:  # walking through all tensors takes a millisecond
             self.network.to(self.accelerator)
-        if scenario.device.convolutions == "winograd":
-            use_winograd_(self.network.suffix)
         self.prefix_digest = digest(self.network.prefix)
         self.channel_digest = self.network.prefix.derive("channels", lambda: channel_digest(self.network))
         self.method = scenario.method.build(self.network)

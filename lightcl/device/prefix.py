@@ -27,7 +27,7 @@ from lightcl.data.augment import View
 from lightcl.data.batches import viewed
 from lightcl.data.images import Source, cache_folder
 from lightcl.data.tasks import Batch, Samples
-from lightcl.device.arithmetic import with_arithmetic
+from lightcl.device.arithmetic import arithmetic_of, with_arithmetic
 from lightcl.device.hardware import choose_accelerator, set_up_torch
 from lightcl.device.mapped import MappedWeights
 from lightcl.errors import RequestError
@@ -334,7 +334,7 @@ def check_cache_limit(scenario: Scenario, network: Backbone, image: tuple[int, .
 
 
 def _row_bytes(scenario: Scenario, shape: tuple[int, int, int]) -> int:
-    half = scenario.device.precision == "bf16" or scenario.device.prefix_cache_dtype in DTYPES
+    half = arithmetic_of(scenario).precision == "bf16" or scenario.device.prefix_cache_dtype in DTYPES
     return int(np.prod(shape)) * (2 if half else 4)
 
 

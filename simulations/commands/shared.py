@@ -29,7 +29,7 @@ def open_folder(
 
     Raises RequestError before anything is written.
     """
-    from lightcl.device.arithmetic import slow_precision
+    from lightcl.device.arithmetic import KEYS, slow_precision
     from lightcl.preparation import open_run
     from server.aggregation import Aggregator
     from simulations.progress import AnalysisProgress
@@ -39,7 +39,7 @@ def open_folder(
         prepared = open_run(folder, scenario, command, kind, resume=resume, overwrite=overwrite, on_step=progress.step)
     if scenario.network.freeze == "auto":
         console.print(f"network.freeze: auto chose {prepared.scenario.network.freeze}", highlight=False)
-    for key in ("precision", "convolutions"):
+    for key in KEYS:
         if getattr(scenario.device, key) == "auto":
             console.print(f"device.{key}: auto chose {getattr(prepared.scenario.device, key)}", highlight=False)
     if slow := slow_precision(prepared.scenario):
