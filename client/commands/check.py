@@ -202,14 +202,14 @@ def _check_accelerator(scenario: Scenario) -> tuple[str, None]:
     import torch
 
     from client.board.kernel import check_kernels, memory_text
-    from lightcl.device.arithmetic import arithmetic_of, slow_precision
+    from lightcl.device.arithmetic import arithmetic_of, slow_arithmetic
     from lightcl.device.hardware import choose_accelerator
 
     device = choose_accelerator(scenario.device.accelerator)
     found = check_kernels(device)
-    slow = slow_precision(scenario)
-    precision = slow or f"computes in {arithmetic_of(scenario).precision}"
-    return f"{memory_text(device)}; torch {torch.__version__}; {found}; {precision}", None
+    chosen = arithmetic_of(scenario)
+    says = [f"computes in {chosen.precision}, convolutions {chosen.convolutions}", *slow_arithmetic(scenario)]
+    return "; ".join([memory_text(device), f"torch {torch.__version__}", found, *says]), None
 
 
 def _check_network(scenario: Scenario, source: Source, classes: int) -> tuple[str, None]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from lightcl.errors import RequestError
-from lightcl.storage.files import sync
+from lightcl.storage.files import cache_folder, sync
 
 UNREADABLE = (OSError, ValueError, EOFError)
 """Errors raised on reading a cache entry that is missing, cut short or empty."""
@@ -144,18 +143,6 @@ def iter_batches(images: ImageSet, size: int) -> Iterator[tuple[np.ndarray, np.n
 
 
 # -- the cache -----------------------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """The folder for decoded images and partitions: `$LIGHTCL_CACHE`, else `~/.cache/lightcl`.
-
-    Raises RequestError where there is no home folder either.
-    """
-    given = os.environ.get("LIGHTCL_CACHE")
-    try:
-        return Path(given) if given else Path.home() / ".cache" / "lightcl"
-    except RuntimeError as error:
-        raise RequestError("there is no home folder for the cache; set LIGHTCL_CACHE to a folder for it") from error
 
 
 @contextmanager

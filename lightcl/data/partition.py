@@ -17,12 +17,13 @@ from typing import overload
 
 import numpy as np
 
-from lightcl.data.images import UNREADABLE, Source, array_digest, cache_folder, remove_entry, write_entry
+from lightcl.data.images import UNREADABLE, Source, array_digest, remove_entry, write_entry
 from lightcl.data.partitioners import NOBODY, Pool, even_sizes, find_partitioner
 from lightcl.data.section import Fleet
 from lightcl.errors import RequestError
 from lightcl.plugins import from_plugin, source_digest
 from lightcl.seeds import derive, numpy_generator
+from lightcl.storage.files import cache_folder
 
 
 @dataclass(frozen=True)

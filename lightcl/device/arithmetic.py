@@ -1,10 +1,11 @@
 """`device.precision` and `device.convolutions`: auto, resolved for the machine that computes.
 
 bf16 is no faster as such: a processor without instructions for it computes it by detours, more than ten times as slowly
-as fp32. Winograd's algorithm pays where direct convolutions are slow compared with matrix products. The rules below are
+as fp32. Winograd's algorithm in C is the fastest on the processors that were measured, but it needs a C compiler. The
+one on PyTorch's operations pays where direct convolutions are slow compared with matrix products. The rules below are
 what was measured with PyTorch 2.14 (docs/results/performance.md); where nothing was, the plain choice is made.
 
-It is decided by what the hardware is and not by timing it: the workers of a simulation and a board that starts again
+It is decided by what the machine is and not by timing it: the workers of a simulation and a board that starts again
 must all decide alike.
 """
 
@@ -20,6 +21,7 @@ from typing import Literal
 import torch
 
 from lightcl.device.hardware import choose_accelerator
+from lightcl.networks.native import find_library, require_library
 from lightcl.scenario import Device, Scenario
 
 AMPERE = 8
@@ -35,11 +37,11 @@ class Arithmetic:
     """How a device computes; the fields are keys of the scenario's section `device`."""
 
     precision: Literal["fp32", "bf16"]
-    convolutions: Literal["direct", "winograd"]
+    convolutions: Literal["direct", "winograd", "winograd-native"]
 
 
 def arithmetic_of(scenario: Scenario) -> Arithmetic:
-    """The scenario's two keys; auto: bf16, or fp32 with Winograd's algorithm, where it is known to be faster.
+    """The scenario's two keys; auto: bf16 and Winograd's algorithm where they are known to be faster.
 
     Raises RequestError without the accelerator.
     """
@@ -48,30 +50,51 @@ def arithmetic_of(scenario: Scenario) -> Arithmetic:
     if precision == "auto":
         precision = "bf16" if bf16_pays(choose_accelerator(device.accelerator)) == "yes" else "fp32"
     if convolutions == "auto":
-        pays = precision == "fp32" and winograd_pays(choose_accelerator(device.accelerator)) == "yes"
-        convolutions = "winograd" if pays else "direct"
+        accelerator = choose_accelerator(device.accelerator)
+        if native_pays(accelerator, precision) == "yes" and not isinstance(find_library(), str):
+            convolutions = "winograd-native"
+        elif precision == "fp32" and winograd_pays(accelerator) == "yes":
+            convolutions = "winograd"
+        else:
+            convolutions = "direct"
     return Arithmetic(precision, convolutions)
 
 
 def with_arithmetic(scenario: Scenario, before: Device | None = None) -> Scenario:
     """The scenario without "auto" in the two keys: as this machine chooses, or as in the run `before`, which it
-    continues."""
+    continues.
+
+    Raises RequestError without the accelerator, and for winograd-native without a C compiler.
+    """
     device = scenario.device
-    if "auto" not in (device.precision, device.convolutions):
-        return scenario
-    chosen = asdict(arithmetic_of(scenario)) if before is None else before.model_dump()
-    changes = {key: chosen[key] for key in KEYS if getattr(device, key) == "auto"}
-    return scenario.model_copy(update={"device": device.model_copy(update=changes)})
+    if "auto" in (device.precision, device.convolutions):
+        chosen = asdict(arithmetic_of(scenario)) if before is None else before.model_dump()
+        changes = {key: chosen[key] for key in KEYS if getattr(device, key) == "auto"}
+        scenario = scenario.model_copy(update={"device": device.model_copy(update=changes)})
+    if scenario.device.convolutions == "winograd-native":
+        require_library()
+    return scenario
 
 
-def slow_precision(scenario: Scenario) -> str | None:
-    """A warning where the scenario asks for bf16 and this machine is slower in it than in fp32."""
-    if scenario.device.precision != "bf16" or bf16_pays(choose_accelerator(scenario.device.accelerator)) != "no":
-        return None
-    return (
-        "device.precision is bf16, in which this machine is slower than in fp32; device.precision=auto chooses the "
-        "faster one"
-    )
+def slow_arithmetic(scenario: Scenario, asked: Device | None = None) -> list[str]:
+    """Warnings about how a scenario computes on this machine: in bf16, in which it is slower than in fp32; or without
+    the C compiler that would make it faster. `asked` is the scenario's section before "auto" was resolved."""
+    device, found = scenario.device, []
+    accelerator = choose_accelerator(device.accelerator)
+    if device.precision == "bf16" and bf16_pays(accelerator) == "no":
+        found.append(
+            "device.precision is bf16, in which this machine is slower than in fp32; device.precision=auto chooses the "
+            "faster one"
+        )
+    chosen = arithmetic_of(scenario)
+    if (
+        (asked or device).convolutions == "auto"
+        and chosen.convolutions != "winograd-native"
+        and native_pays(accelerator, chosen.precision) == "yes"
+        and isinstance(missing := find_library(), str)
+    ):
+        found.append(f"{missing}; with a C compiler such as gcc training would be faster on this machine")
+    return found
 
 
 def bf16_pays(accelerator: torch.device) -> Pays:
@@ -82,6 +105,16 @@ def bf16_pays(accelerator: torch.device) -> Pays:
     if processor is None:
         return "unknown"
     return "yes" if "amx_bf16" in processor.flags or (processor.amd and "avx512_bf16" in processor.flags) else "no"
+
+
+def native_pays(accelerator: torch.device, precision: Literal["fp32", "bf16"]) -> Pays:
+    """Whether Winograd's algorithm in C is faster than PyTorch's convolutions in this precision."""
+    if accelerator.type != "cpu":
+        return "no"  # it is for the CPU (lightcl/networks/winograd.c)
+    processor = _processor()
+    if processor is None:
+        return "unknown"
+    return "no" if precision == "bf16" and "amx_bf16" in processor.flags else "yes"
 
 
 def winograd_pays(accelerator: torch.device) -> Pays:

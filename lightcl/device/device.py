@@ -34,6 +34,7 @@ from lightcl.device.training import EpochProgress, OnEpoch, autocast, evaluate, 
 from lightcl.exchange.messages import Telemetry, Tested, Trained
 from lightcl.exchange.tensors import Arrays, adopt_, outgoing, outgoing_statistics
 from lightcl.metrics import AccuracyMatrix, row_over
+from lightcl.networks.native import use_native_winograd_
 from lightcl.networks.pruning import channel_digest
 from lightcl.networks.staged import Backbone
 from lightcl.networks.weights import digest
@@ -57,6 +58,8 @@ def device_network(scenario: Scenario, *, in_channels: int, classes: int) -> Bac
     network = build_network(scenario, in_channels=in_channels, classes=classes)
     if scenario.device.convolutions == "winograd":
         use_winograd_(network.suffix)
+    elif scenario.device.convolutions == "winograd-native":
+        use_native_winograd_(network.suffix)
     return network
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from lightcl.assembly import build_network, fleet_head
 from lightcl.data.augment import View
 from lightcl.data.batches import viewed
-from lightcl.data.images import Source, cache_folder
+from lightcl.data.images import Source
 from lightcl.data.tasks import Batch, Samples
 from lightcl.device.arithmetic import arithmetic_of, with_arithmetic
 from lightcl.device.hardware import choose_accelerator, set_up_torch
@@ -38,6 +38,7 @@ from lightcl.networks.staged import Backbone, OnMap, Stage
 from lightcl.networks.weights import digest
 from lightcl.plugins import from_plugin, source_digest
 from lightcl.scenario import Scenario
+from lightcl.storage.files import cache_folder
 from lightcl.storage.prefix_cache import SEGMENT_ROWS, CacheFull, FeatureStore, PrefixCache, size_on_disk
 
 CHUNK = 16

@@ -66,15 +66,15 @@ class WinogradConv2d(Conv3x3):
         return result
 
 
-def use_winograd_(stage: nn.Module) -> int:
-    """Makes every convolution of `stage` that Winograd's algorithm can compute a `WinogradConv2d`; returns how many.
+def use_winograd_(stage: nn.Module, kind: type[WinogradConv2d] = WinogradConv2d) -> int:
+    """Makes every convolution of `stage` that Winograd's algorithm can compute one of that kind; returns how many.
 
     Those are 3x3 with stride 1 and padding 1, of many channels, without groups, dilation or bias.
     """
     convolutions = [module for module in stage.modules() if isinstance(module, nn.Conv2d)]
     found = [module for module in convolutions if type(module) in (nn.Conv2d, Conv3x3) and suits(module)]
     for module in found:
-        module.__class__ = WinogradConv2d  # the parameters stay the same objects
+        module.__class__ = kind  # the parameters stay the same objects
         vars(module)["_rounded"] = RoundedWeight()
     return len(found)
 

@@ -17,6 +17,19 @@ PIECE = 1 << 20
 """Bytes that are read at a time."""
 
 
+def cache_folder() -> Path:
+    """The folder for what is made once on this machine, such as decoded images and outputs of prefixes:
+    `$LIGHTCL_CACHE`, else `~/.cache/lightcl`.
+
+    Raises RequestError where there is no home folder either.
+    """
+    given = os.environ.get("LIGHTCL_CACHE")
+    try:
+        return Path(given) if given else Path.home() / ".cache" / "lightcl"
+    except RuntimeError as error:
+        raise RequestError("there is no home folder for the cache; set LIGHTCL_CACHE to a folder for it") from error
+
+
 @contextmanager
 def exclusive(folder: Path, *, wait: bool = True) -> Iterator[None]:
     """Keeps every other process out of `folder` inside a `with`; the system frees the lock of a process that dies.

@@ -29,7 +29,7 @@ def open_folder(
 
     Raises RequestError before anything is written.
     """
-    from lightcl.device.arithmetic import KEYS, slow_precision
+    from lightcl.device.arithmetic import KEYS, slow_arithmetic
     from lightcl.preparation import open_run
     from server.aggregation import Aggregator
     from simulations.progress import AnalysisProgress
@@ -42,8 +42,8 @@ def open_folder(
     for key in KEYS:
         if getattr(scenario.device, key) == "auto":
             console.print(f"device.{key}: auto chose {getattr(prepared.scenario.device, key)}", highlight=False)
-    if slow := slow_precision(prepared.scenario):
-        console.print(f"warning: {slow}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    for warning in slow_arithmetic(prepared.scenario, scenario.device):
+        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     return prepared
 
 

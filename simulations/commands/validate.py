@@ -31,7 +31,7 @@ def validate(scenario: ScenarioFile, changes: Changes = None, plugins: Plugins =
     """Check a scenario against its data and weights without running it."""
     from lightcl.data.field import CHANNELS
     from lightcl.data.sources import comes_to_boards
-    from lightcl.device.arithmetic import arithmetic_of, slow_precision
+    from lightcl.device.arithmetic import arithmetic_of, slow_arithmetic, with_arithmetic
     from lightcl.preparation import prepare
     from server.aggregation import Aggregator
     from server.commands.check import check_scenario
@@ -46,6 +46,7 @@ def validate(scenario: ScenarioFile, changes: Changes = None, plugins: Plugins =
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
         return
+    with_arithmetic(loaded)  # refuses what this machine cannot compute
     prepared = prepare(loaded)
     checked, out = prepared.scenario, console()
     out.print(
@@ -58,8 +59,7 @@ def validate(scenario: ScenarioFile, changes: Changes = None, plugins: Plugins =
     for key, chosen in asdict(arithmetic_of(checked)).items():
         if getattr(checked.device, key) == "auto":
             out.print(f"device.{key}: auto chooses {chosen} on this machine", highlight=False)
-    slow = slow_precision(checked)
-    for line in [*fleet_lines(prepared), *([f"warning: {slow}"] if slow else [])]:
+    for line in [*fleet_lines(prepared), *(f"warning: {warning}" for warning in slow_arithmetic(checked))]:
         style = "yellow" if line.startswith("warning") else None
         out.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 

@@ -49,10 +49,13 @@ def test_the_numbers_are_those_of_new_networks(tmp_path: Path, monkeypatch: pyte
     assert not kept
 
 
-def test_so_does_one_with_winograds_convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("convolutions", ["winograd", "winograd-native"])
+def test_so_does_one_with_winograds_convolutions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, convolutions: str
+) -> None:
     monkeypatch.setattr(winograd, "CHANNELS", 1)
     scenario = small(
-        fleet={"devices": 2}, training={"epochs": 1}, device={"convolutions": "winograd", "accelerator": "cpu"}
+        fleet={"devices": 2}, training={"epochs": 1}, device={"convolutions": convolutions, "accelerator": "cpu"}
     )
     kept: list[bool] = []
     set_back = NetworkLender._set_back_

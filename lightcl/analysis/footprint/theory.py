@@ -21,9 +21,10 @@ from typing import Any, Literal, get_args
 
 from lightcl.analysis.footprint.shapes import Block, Convolution, Image, NetworkShape, shape_of
 from lightcl.data.tasks import TaskStream
-from lightcl.device.arithmetic import Arithmetic, arithmetic_of
+from lightcl.device.arithmetic import arithmetic_of
 from lightcl.device.prefix import CHUNK
 from lightcl.methods.base import StepCost
+from lightcl.networks.native import scratch_size
 from lightcl.networks.staged import Backbone
 from lightcl.networks.winograd import parts
 from lightcl.scenario import Scenario
@@ -75,8 +76,8 @@ class Workload:
     prefix: Literal["batch", "fixed", "cached"] = "batch"
     """How the prefix is computed. batch: batch by batch; fixed: a few images at a time, with batch-norm folded into a
     copy; cached: the same, and kept on disk: prefix and copy are in memory only while something is computed."""
-    winograd: bool = False
-    """`device.convolutions: winograd`."""
+    convolutions: Literal["direct", "winograd", "winograd-native"] = "direct"
+    """`device.convolutions`; on other accelerators than the CPU all are direct."""
     cached_outputs: int = 0
     """Prefix outputs in the cache when all tasks are learned, at most: of every view of the device's training images,
     of these images without augmentation (a method looks at some or all of them), and of its test images."""
@@ -130,7 +131,7 @@ def workload_of(scenario: Scenario, stream: TaskStream, image: Image, accelerato
         training.optimizer,
         training.update == "at-once",
         ("cached" if scenario.caches_prefix else "fixed") if scenario.fixed_prefix else "batch",
-        arithmetic == Arithmetic("fp32", "winograd") and accelerator == "cpu",
+        arithmetic.convolutions if accelerator == "cpu" else "direct",
         (views * train + test) * scenario.caches_prefix,
         BF16 if half else FP32,
     )
@@ -392,7 +393,9 @@ class _Step:
                 if convolution is None:
                     continue
                 self.allocate("kept activations", unit * convolution.outputs)
-                if self.size != FP32 and convolution.name not in self.cast:  # one copy for all passes of the step
+                if (
+                    self.size != FP32 and convolution.name not in self.cast and not self._native(convolution)
+                ):  # one copy for all passes of the step
                     self.cast.add(convolution.name)
                     self.allocate("temporaries", convolution.weights * self.size)
                 self.note(f"forward {convolution.name}", "temporaries", self._working(convolution, 0, samples))
@@ -462,7 +465,10 @@ class _Step:
     def _backward_convolution(self, convolution: Convolution, activations: float, samples: int, last: bool) -> None:
         gradient = self._working(convolution, 1, samples)
         self.note(f"backward {convolution.name}", "temporaries", activations + gradient)
-        self._gradient(convolution.name, last, convolution.weights, convolution.norm)
+        if self._native(convolution):  # autocast does not copy its weights
+            self._gradient(convolution.name, last, plain=convolution.weights + convolution.norm)
+        else:
+            self._gradient(convolution.name, last, convolution.weights, convolution.norm)
 
     def _gradient(self, name: str, last: bool, weights: int = 0, plain: int = 0) -> None:
         """The gradients of `weights`, which autocast copies, and of `plain` parameters, which it does not copy.
@@ -484,9 +490,11 @@ class _Step:
 
     def _working(self, convolution: Convolution, direction: int, samples: int) -> int:
         """Bytes that a convolution of the suffix takes while it runs, forward (0) or backward (1)."""
+        if self._native(convolution):
+            return self._scratch(convolution, direction, samples)
         if direction and convolution.by_product and self.size == BF16 and self.workload.accelerator == "cpu":
             return self._product(convolution, samples)
-        if not (self.workload.winograd and convolution.tiles):
+        if not (self.workload.convolutions == "winograd" and self.size == FP32 and convolution.tiles):
             return self._layout(convolution, direction)
         positions = _positions(convolution)
         inputs, outputs = convolution.inputs // positions, convolution.outputs // positions
@@ -495,6 +503,23 @@ class _Step:
         products = len(places) * (block * inputs + tiles * (inputs + block))  # of weights, inputs and outputs
         gradients = (convolution.weights + samples * convolution.inputs) * direction
         return int((products + gradients) * FP32)
+
+    def _native(self, convolution: Convolution) -> bool:
+        return self.workload.convolutions == "winograd-native" and bool(convolution.tiles)
+
+    def _scratch(self, convolution: Convolution, direction: int, samples: int) -> int:
+        """Bytes of a pass through winograd.c by one thread: its scratch memory, new maps and gradients, and in bf16 the
+        maps in fp32."""
+        positions, half = _positions(convolution), self.size != FP32
+        inputs, outputs = convolution.inputs // positions, convolution.outputs // positions
+        numbers = scratch_size(samples * convolution.tiles, inputs, outputs, backward=bool(direction))
+        if direction:
+            numbers += convolution.weights + samples * (
+                convolution.inputs + half * (convolution.inputs + convolution.outputs)
+            )
+        else:
+            numbers += half * samples * (convolution.inputs + convolution.outputs)
+        return numbers * FP32
 
     def _product(self, convolution: Convolution, samples: int) -> int:
         """Bytes of a weight gradient as a matrix product: the patches and the gradient itself. The copy of the weights

@@ -20,7 +20,6 @@ from lightcl.data.images import (
     ImageSet,
     Source,
     SourceRequest,
-    cache_folder,
     iter_batches,
     read_source,
     split_off_test,
@@ -35,9 +34,10 @@ from lightcl.data.sources.torchvision_sets import read_torchvision_set
 from lightcl.errors import RequestError, nearest
 from lightcl.plugins import source_digest
 from lightcl.registry import Registry
+from lightcl.storage.files import cache_folder
 
 __all__ = [
-    "ImageSet", "Source", "SourceRequest", "cache_folder", "comes_to_boards", "iter_batches", "load_source",
+    "ImageSet", "Source", "SourceRequest", "comes_to_boards", "iter_batches", "load_source",
     "reads_own_files", "register_source", "source_kind", "source_names", "split_off_test",
 ]  # fmt: skip
 

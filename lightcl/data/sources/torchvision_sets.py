@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from lightcl.data.images import ImageSet, Source, SourceRequest, cache_folder
+from lightcl.data.images import ImageSet, Source, SourceRequest
 from lightcl.data.sources.decoding import resized
 from lightcl.errors import RequestError, required
+from lightcl.storage.files import cache_folder
 
 CLASSES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion-mnist": "FashionMNIST"}
 """torchvision's class per source."""

@@ -9,9 +9,10 @@ import torch
 
 from lightcl import preparation
 from lightcl.device import arithmetic
-from lightcl.device.arithmetic import Arithmetic, arithmetic_of, bf16_pays, slow_precision, with_arithmetic
+from lightcl.device.arithmetic import Arithmetic, arithmetic_of, bf16_pays, slow_arithmetic, with_arithmetic
 from lightcl.device.device import EdgeDevice
 from lightcl.errors import RequestError
+from lightcl.networks import native
 from lightcl.networks.winograd import WinogradConv2d
 from lightcl.preparation import open_run
 from lightcl.records.folder import RunFolder
@@ -20,6 +21,7 @@ from tests.lightcl import toys
 
 SOURCE = toys.source()
 BF16, WINOGRAD, PLAIN = Arithmetic("bf16", "direct"), Arithmetic("fp32", "winograd"), Arithmetic("fp32", "direct")
+NATIVE, NATIVE_BF16 = Arithmetic("fp32", "winograd-native"), Arithmetic("bf16", "winograd-native")
 ZEN_5 = ("AuthenticAMD", 26, "avx2 avx512f avx512_bf16")
 LAPTOP = ("GenuineIntel", 6, "avx2")
 
@@ -38,6 +40,60 @@ def machine(monkeypatch: pytest.MonkeyPatch, vendor: str, family: int, flags: st
     monkeypatch.setattr("platform.machine", lambda: name)
 
 
+@pytest.fixture(autouse=True)
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler(monkeypatch, False)
+
+
+def compiler(monkeypatch: pytest.MonkeyPatch, found: bool) -> None:
+    """Whether this machine has one."""
+    library = native.find_library()
+    monkeypatch.setattr(arithmetic, "find_library", lambda: library if found else "there is no C compiler")
+
+
+@pytest.mark.parametrize(
+    ("processor", "chosen", "in_fp32", "in_bf16"),
+    [
+        (ZEN_5, NATIVE_BF16, NATIVE, NATIVE_BF16),
+        (("AuthenticAMD", 25, "avx2 avx512f avx512_bf16"), NATIVE_BF16, NATIVE, NATIVE_BF16),  # Zen 4
+        (("GenuineIntel", 6, "avx2 avx512f avx512_bf16 amx_bf16"), BF16, NATIVE, BF16),
+        (LAPTOP, NATIVE, NATIVE, NATIVE_BF16),
+        (("ARM", 8, "bf16", "aarch64"), PLAIN, PLAIN, BF16),
+    ],
+)
+def test_by_processor_with_a_compiler(
+    monkeypatch: pytest.MonkeyPatch, processor: tuple[str, int, str], chosen: Arithmetic, in_fp32: Arithmetic,
+    in_bf16: Arithmetic,
+) -> None:  # fmt: skip
+    machine(monkeypatch, *processor)
+    compiler(monkeypatch, True)
+    if isinstance(native.find_library(), str):
+        pytest.skip("no C compiler")
+    assert arithmetic_of(scenario("auto")) == chosen
+    assert arithmetic_of(scenario("fp32")) == in_fp32
+    assert arithmetic_of(scenario("bf16")) == in_bf16
+    assert arithmetic_of(scenario("fp32", "winograd")) == WINOGRAD
+    assert not slow_arithmetic(scenario("auto"))
+
+
+def test_a_missing_compiler_is_named_where_it_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, *LAPTOP)
+    (warning,) = slow_arithmetic(scenario("auto"))
+    assert warning.startswith("there is no C compiler; with a C compiler such as gcc training would be faster")
+    resolved = with_arithmetic(scenario("auto"))
+    assert slow_arithmetic(resolved) == []
+    assert slow_arithmetic(resolved, scenario("auto").device) == [warning]
+    assert slow_arithmetic(scenario("fp32", "direct")) == []
+    machine(monkeypatch, "ARM", 8, "bf16", "aarch64")
+    assert slow_arithmetic(scenario("auto")) == []
+
+
+def test_what_cannot_be_compiled_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "find_library", lambda: "there is no C compiler")
+    with pytest.raises(RequestError, match=r"device\.convolutions is winograd-native, but there is no C compiler"):
+        with_arithmetic(scenario("fp32", "winograd-native"))
+
+
 @pytest.mark.parametrize(
     ("processor", "chosen", "in_fp32"),
     [
@@ -50,7 +106,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, vendor: str, family: int, flags: st
         (("ARM", 8, "bf16", "aarch64"), PLAIN, PLAIN),
     ],
 )
-def test_by_processor(
+def test_by_processor_without_a_compiler(
     monkeypatch: pytest.MonkeyPatch, processor: tuple[str, int, str], chosen: Arithmetic, in_fp32: Arithmetic
 ) -> None:
     machine(monkeypatch, *processor)
@@ -59,8 +115,8 @@ def test_by_processor(
     assert arithmetic_of(scenario("bf16")) == BF16
     assert arithmetic_of(scenario("bf16", "winograd")) == Arithmetic("bf16", "winograd")
     slow = chosen is WINOGRAD
-    assert (slow_precision(scenario("bf16")) is not None) == slow
-    assert slow_precision(scenario("auto")) is slow_precision(scenario("fp32")) is None
+    asked = ["device.precision is bf16" in " ".join(slow_arithmetic(scenario(one))) for one in ("bf16", "auto", "fp32")]
+    assert asked == [slow, False, False]
 
 
 def test_without_a_description_of_the_processor_the_plain_choice_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,11 +143,13 @@ def test_given_values_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (device.precision, device.convolutions) == ("bf16", "direct")
 
 
+@pytest.mark.parametrize("with_compiler", [False, True])
 @pytest.mark.parametrize("processor", [ZEN_5, LAPTOP])
 def test_auto_trains_as_what_it_chose(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processor: tuple[str, int, str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processor: tuple[str, int, str], with_compiler: bool
 ) -> None:
     machine(monkeypatch, *processor)
+    compiler(monkeypatch, with_compiler)
     chosen = arithmetic_of(scenario("auto"))
     losses = []
     for number, wanted in enumerate(("auto", chosen.precision, "bf16" if chosen.precision == "fp32" else "fp32")):
@@ -99,8 +157,10 @@ def test_auto_trains_as_what_it_chose(
             scenario(wanted), 0, tmp_path / str(number), source=SOURCE, share=toys.whole(SOURCE)
         )  # fmt: skip
         losses.append(device.train(0, 2).loss)
-        winograd = any(isinstance(module, WinogradConv2d) for module in device.network.modules())
-        assert winograd == (arithmetic_of(scenario(wanted)) == WINOGRAD)
+        kinds = {type(module) for module in device.network.modules()}
+        convolutions = arithmetic_of(scenario(wanted)).convolutions
+        assert (WinogradConv2d in kinds) == (convolutions == "winograd")
+        assert (native.NativeWinogradConv2d in kinds) == (convolutions == "winograd-native")
     assert losses[0] == losses[1] != losses[2]
 
 

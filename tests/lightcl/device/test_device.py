@@ -492,7 +492,14 @@ def test_missing_cuda_is_an_error_only_if_requested(monkeypatch):
         choose_accelerator("cuda")
 
 
-@pytest.mark.parametrize("changes", [{"method": {"memory_pass": "joint"}}, {"device": {"convolutions": "winograd"}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": {"memory_pass": "joint"}},
+        {"device": {"convolutions": "winograd"}},
+        {"device": {"convolutions": "winograd-native"}},
+    ],
+)
 def test_faster_arithmetic_learns_the_same_up_to_rounding(tmp_path, changes, monkeypatch):
     """32x32 images, for 4x4 maps in layer4."""
     monkeypatch.setattr(winograd, "CHANNELS", 1)

@@ -117,6 +117,12 @@ def test_rehearsal_keeps_what_decides_the_memory():
         {"method": {"name": "lightcl", "memory_pass": "joint"}, "training": AT_ONCE}
         | CACHED
         | {"device": {"convolutions": "winograd", "accelerator": "cpu"}},
+        {"method": {"name": "lightcl", "memory_pass": "joint"}, "training": AT_ONCE}
+        | CACHED
+        | {"device": {"convolutions": "winograd-native", "accelerator": "cpu"}},
+        {"method": {"name": "lightcl"}}
+        | {"device": {"convolutions": "winograd-native", "precision": "bf16", "accelerator": "cpu"}},
+        {"method": {"name": "sgd"}, "device": {"convolutions": "winograd-native", "accelerator": "cpu"}},
         {"method": {"name": "lightcl-sparse", "memory_pass": "joint"}, "training": AT_ONCE} | CACHED,
         {"data": {"views": 2}, "device": {"prefix_cache": "off", "accelerator": "cpu"}},
     ],
