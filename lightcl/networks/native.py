@@ -109,10 +109,10 @@ def scratch_size(tiles: int, inputs: int, outputs: int, *, backward: bool) -> in
     def apart(numbers: int) -> int:
         return ((numbers + 15) // 16 | 1) * 16
 
-    places, width, high = REACH * REACH, 32, 48
+    places, width, high = REACH * REACH, 32, 24
     padded_inputs, padded_outputs = -(-inputs // 16) * 16, -(-outputs // 16) * 16
     turned = 0 if backward else 9 * inputs * padded_outputs
-    block = max(REACH * max(inputs, outputs) * width, places * (high * width + 16) + tiles * width)
+    block = max(REACH * max(inputs, outputs) * width, places * (high * width + 16))
     return places * (apart(tiles * padded_inputs) + apart(tiles * padded_outputs)) + turned + block
 
 

@@ -19,7 +19,7 @@ enum { LANES = 8, ROWS = 5 }; /* 5 x 2 sums, in 10 of 16 registers */
 enum { LANES = 4, ROWS = 8 }; /* 8 x 2 sums, in 16 of the 32 registers of an ARM processor */
 #endif
 
-enum { TILE = 4, REACH = 6, TAPS = 9, PLACES = REACH * REACH, BLOCK = 2 * LANES, HIGH = 4 * ROWS, WITHIN = HIGH * BLOCK + 16 };
+enum { TILE = 4, REACH = 6, TAPS = 9, PLACES = REACH * REACH, BLOCK = 2 * LANES, HIGH = 2 * ROWS, WITHIN = HIGH * BLOCK + 16 };
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); /* anywhere in memory */
@@ -339,8 +339,7 @@ static void products_with_weights(long tiles, long depth, long padded_depth, lon
 }
 
 /* The gradient of the weights [C', 9, C]. A task is a block of outputs and one of inputs: all of its 36 products are
-   in `block`. Its inputs are put together at its end first: in a distance of 1 KB or more, as they lie, few of them
-   would stay in the first-level cache. */
+   in `block`. */
 static void weight_gradient(Shape s, const float *outputs, const float *inputs, float *gradient, float *block) {
     long high = (s.outputs + HIGH - 1) / HIGH, wide = (s.padded_inputs + BLOCK - 1) / BLOCK;
 #pragma omp for schedule(dynamic) collapse(2)
@@ -349,16 +348,10 @@ static void weight_gradient(Shape s, const float *outputs, const float *inputs, 
             long first = number * HIGH, start = column * BLOCK;
             long rows = at_most(HIGH, s.outputs - first);
             int vectors = s.padded_inputs - start >= BLOCK ? 2 : 1;
-            float *together = block + PLACES * WITHIN;
-            for (int p = 0; p < PLACES; p++) {
-                const float *from = inputs + p * s.next_input + start;
-                for (long t = 0; t < s.tiles; t++)
-                    for (int j = 0; j < vectors; j++)
-                        *(loose *)(together + (t * vectors + j) * LANES) = load(from + t * s.padded_inputs + j * LANES, LANES);
+            for (int p = 0; p < PLACES; p++)
                 (vectors == 2 ? product_2 : product_1)(
                     rows, s.tiles, outputs + p * s.next_output + first, 1, s.padded_outputs,
-                    together, vectors * LANES, block + p * WITHIN, BLOCK);
-            }
+                    inputs + p * s.next_input + start, s.padded_inputs, block + p * WITHIN, BLOCK);
             for (long i = 0; i < rows; i++)
                 for (int j = 0; j < vectors; j++) {
                     vec u[PLACES], half[3 * REACH], w[TAPS];
@@ -388,7 +381,7 @@ static void turn(Shape s, const float *weights, float *turned) {
 /* ---- What Python calls; `sizes` are N, H, W, C and C' ---- */
 
 static long block_size(Shape s) {
-    long weights = REACH * (s.inputs > s.outputs ? s.inputs : s.outputs) * BLOCK, gradient = PLACES * WITHIN + s.tiles * BLOCK;
+    long weights = REACH * (s.inputs > s.outputs ? s.inputs : s.outputs) * BLOCK, gradient = PLACES * WITHIN;
     return weights > gradient ? weights : gradient;
 }
 

@@ -27,12 +27,12 @@ def code_folder() -> str:
 
 
 def code_digest() -> str:
-    """Changes with every Python file that a device's numbers or the messages depend on."""
+    """Changes with every source file that a device's numbers or the messages depend on."""
     found = hashlib.sha256()
     for package in PACKAGES:
         spec = find_spec(package)
         for folder in sorted(spec.submodule_search_locations or []) if spec else []:
-            for file in sorted(Path(folder).rglob("*.py")):
+            for file in sorted([*Path(folder).rglob("*.py"), *Path(folder).rglob("*.c")]):
                 found.update(str(file.relative_to(folder)).encode())
                 found.update(file.read_bytes())
     return found.hexdigest()[:16]
