@@ -132,7 +132,7 @@ class Dispatch:
                 self.refuse(rows[number], f"no reply within {timeout:g} s")
             else:
                 with self.guarded(rows[number]):
-                    self._check_answers(reply, rows[number])
+                    self._check_answers(reply, rows[number], phase)
                 if rows[number].error is None:
                     yield self.ledger[number], reply
 
@@ -187,8 +187,8 @@ class Dispatch:
         """After how many seconds a device that backs off or is lost is asked again; None where it is to be done with.
 
         None, too, where the device has used up its waits of this round (`server.longest_back_off`), or says nonsense:
-        the reply is then a failure, unless the device waits for images to train on. To be tested no device waits for
-        images: it is tested on tasks that it has learned.
+        the reply is then a failure, unless the device waits for images to train on. That it waits for images to be
+        tested is nonsense: it is tested on tasks that it has learned.
         """
         if not self.mailbox.simulated and reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
             return self._lost(row.device, waits)
@@ -198,9 +198,9 @@ class Dispatch:
             raise
         except Exception:  # of any kind: the reply was made elsewhere
             return None
-        if found is None:
+        if found is None or (found.for_images and phase == "evaluate"):
             return None
-        if phase == "train" and found.for_images and comes_to_boards(self.scenario.data.source):
+        if found.for_images and comes_to_boards(self.scenario.data.source):
             waits.idle.add(row.device)
         if self.aggregator and found.version == self.aggregator.version:
             waits.informed.add(row.device)
@@ -231,11 +231,13 @@ class Dispatch:
         row.error = one_line(reason)
         self.listener.refused(row.device, row.error)
 
-    def _check_answers(self, reply: Message, row: DeviceRow) -> None:
+    def _check_answers(self, reply: Message, row: DeviceRow, phase: Phase) -> None:
         """Raises ProtocolError for a reply that carries no report; a refusal may move the device in the ledger."""
         if reply.has_error():
             raise ProtocolError(f"Flower error {reply.error.code}: {reply.error.reason}")
         if found := back_off_of(reply):
+            if found.for_images and phase == "evaluate":
+                raise ProtocolError(f"waits for images, but is to be tested on what it has learned: {found.reason}")
             waited = row.backed_off_seconds or 0.0
             raise ProtocolError(f"backed off for {waited:g} s in this round (server.longest_back_off): {found.reason}")
         if "reason" in record_of(reply):

@@ -117,7 +117,7 @@ class Phases:
             return None
 
     def _pass_on_notice(self, reply: Message, entry: Entry) -> None:
-        """Warns once per run of what a device wants its user to know: the devices of a machine would all say it."""
+        """Warns once of what a device wants its user to know: the devices of a machine would all say it."""
         if self._noticed:
             return
         try:
@@ -128,7 +128,7 @@ class Phases:
             return
         if text:
             self._noticed.append(text)
-            self.dispatch.listener.warned(f"device {entry.number}: {text} (said once per run)")
+            self.dispatch.listener.warned(f"device {entry.number}: {text} (said once)")
 
     def test_(self, entries: Sequence[Entry], rows: Rows) -> None:
         """Every given device is tested where it stands."""

@@ -315,18 +315,18 @@ def test_a_board_that_waits_for_images_when_it_is_tested_has_failed(tmp_path: Pa
         return look(message, reply)
 
     boards.tamper = tamper
-    chosen = scenario(server={"aggregation": "suffix", "longest_back_off": 0.05, "max_failures": 2})
+    chosen = scenario(server={"aggregation": "suffix", "longest_back_off": 600, "max_failures": 2})  # not waited for
     run, listener = run_on(tmp_path / "run", boards, chosen)
     assert run.results is not None
     assert run.results.devices_finished == 1
-    refused = "backed off for 0.05 s in this round (server.longest_back_off): no images"
+    refused = "waits for images, but is to be tested on what it has learned: no images"
     assert listener.refusals == [(0, refused)] * 2
     assert run.results.dropped == {0: refused}
 
 
 def test_a_run_that_has_only_such_a_board_continues(tmp_path: Path) -> None:
     """The state saved between training and test is taken up, and the failed test is done again."""
-    boards, chosen = Boards(tmp_path, 1), scenario(1, server={"aggregation": "suffix", "longest_back_off": 0.05})
+    boards, chosen = Boards(tmp_path, 1), scenario(1, server={"aggregation": "suffix"})
     boards.waits = boards.bring
     look, target = boards.tamper, RunFolder(tmp_path / "run")
     open_remote_run(target, chosen, "lightcl server run", resume=False)
