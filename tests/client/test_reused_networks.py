@@ -16,6 +16,7 @@ from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario, method_names
 from server.rounds import Coordinator
 from tests.inprocess import InProcessGrid, Silent, small
+from tests.lightcl import toys
 
 ISOLATED = ("pnn", "sparcl-er", "sparcl-derpp")
 
@@ -49,7 +50,7 @@ def test_the_numbers_are_those_of_new_networks(tmp_path: Path, monkeypatch: pyte
     assert not kept
 
 
-@pytest.mark.parametrize("convolutions", ["winograd", "winograd-native"])
+@pytest.mark.parametrize("convolutions", ["winograd", pytest.param("winograd-native", marks=toys.needs_compiler)])
 def test_so_does_one_with_winograds_convolutions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, convolutions: str
 ) -> None:

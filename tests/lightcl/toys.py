@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -17,11 +19,13 @@ from lightcl.data.sources import ImageSet, Source
 from lightcl.data.tasks import Samples, Task, TaskContext
 from lightcl.device.device import EdgeDevice
 from lightcl.device.metering import Board
+from lightcl.networks.native import COMPILERS
 from lightcl.networks.resnet import StagedResNet
 from lightcl.scenario import Scenario
 from lightcl.storage.state import CHECKSUM, MANIFEST
 
 CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C compiler")
 
 
 def image_set(labels: Sequence[int], classes: int, *, size: int = 8, channels: int = 3, seed: int = 0) -> ImageSet:

@@ -497,7 +497,7 @@ def test_missing_cuda_is_an_error_only_if_requested(monkeypatch):
     [
         {"method": {"memory_pass": "joint"}},
         {"device": {"convolutions": "winograd"}},
-        {"device": {"convolutions": "winograd-native"}},
+        pytest.param({"device": {"convolutions": "winograd-native"}}, marks=toys.needs_compiler),
     ],
 )
 def test_faster_arithmetic_learns_the_same_up_to_rounding(tmp_path, changes, monkeypatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -43,8 +42,6 @@ VECTORS = [
     ),
 ]  # fmt: skip
 
-compiled = pytest.mark.skipif(not any(map(shutil.which, native.COMPILERS)), reason="no C compiler")
-
 
 @pytest.fixture(autouse=True)
 def few_channels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -77,7 +74,7 @@ def results(fast: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return y, *torch.autograd.grad(y, (x, fast.weight), maps(*y.shape, seed=1).to(y.dtype))
 
 
-@compiled
+@toys.needs_compiler
 @pytest.mark.parametrize("flags", VECTORS)
 @pytest.mark.parametrize(
     ("shape", "outputs"), [((3, 5, 4, 4), 7), ((2, 33, 8, 12), 70), ((1, 1, 16, 16), 1), ((47, 160, 4, 4), 160)]
@@ -97,7 +94,7 @@ def test_it_computes_the_convolution_and_its_gradients(
     assert given[2].stride() == fast.weight.stride()
 
 
-@compiled
+@toys.needs_compiler
 def test_a_shift_by_hand() -> None:
     """A single weight of 2 to the left of the center moves the map one to the right, doubled."""
     shift = convolution(1, 1)
@@ -109,7 +106,7 @@ def test_a_shift_by_hand() -> None:
     assert torch.allclose(shift(rows)[0, 0], expected, atol=1e-4)
 
 
-@compiled
+@toys.needs_compiler
 def test_the_number_of_threads_changes_nothing() -> None:
     fast, x = convolution(33, 70), maps(5, 33, 8, 8)
     alone = results(fast, x)
@@ -118,7 +115,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
         assert torch.equal(one, other)
 
 
-@compiled
+@toys.needs_compiler
 def test_only_what_is_wanted_is_computed() -> None:
     fast, x = convolution(5, 7), maps(2, 5, 4, 4)
     _, of_x, of_weight = results(fast, x)
@@ -131,7 +128,7 @@ def test_only_what_is_wanted_is_computed() -> None:
         assert torch.equal(fast(x), fast(x.contiguous()))  # not channels-last: another order in memory
 
 
-@compiled
+@toys.needs_compiler
 def test_in_bf16_it_computes_in_fp32_and_rounds_its_result() -> None:
     fast, x = convolution(5, 7), maps(2, 5, 4, 4)
     rounded = x.detach().bfloat16().requires_grad_()
@@ -149,7 +146,7 @@ def test_in_bf16_it_computes_in_fp32_and_rounds_its_result() -> None:
     assert torch.equal(of_weight, exact_weight)
 
 
-@compiled
+@toys.needs_compiler
 @pytest.mark.parametrize("shape", [(2, 5, 6, 8), (2, 5, 2, 2), (2, 5, 20, 16)])
 def test_other_sides_are_computed_directly(shape: tuple[int, ...]) -> None:
     fast, x = convolution(5, 7), maps(*shape)
@@ -158,7 +155,7 @@ def test_other_sides_are_computed_directly(shape: tuple[int, ...]) -> None:
     assert torch.equal(double(x.double()), F.conv2d(x.double(), double.weight, padding=1))
 
 
-@compiled
+@toys.needs_compiler
 def test_what_it_cannot_compute_stays_as_it_is() -> None:
     network = toys.network(freeze="layer3")
     copied = copy.deepcopy(network)
@@ -169,7 +166,7 @@ def test_what_it_cannot_compute_stays_as_it_is() -> None:
     assert isinstance(copy.deepcopy(network).get_submodule("layer4.1.conv2"), NativeWinogradConv2d)
 
 
-@compiled
+@toys.needs_compiler
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize(("shape", "outputs"), [((47, 4, 4, 160), 160), ((3, 8, 12, 33), 70)])
 def test_the_count_of_scratch_memory_is_that_of_the_longest_vectors(
@@ -201,7 +198,7 @@ def test_the_compiler_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch
     assert find_library() == reason
 
 
-@compiled
+@toys.needs_compiler
 def test_an_error_of_the_compiler_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     source = tmp_path / "winograd.c"
     source.write_text('#error "no"\n')
@@ -210,7 +207,7 @@ def test_an_error_of_the_compiler_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_
     assert "#error" in str(find_library())
 
 
-@compiled
+@toys.needs_compiler
 def test_a_cache_that_cannot_be_written_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LIGHTCL_CACHE", str(tmp_path / "file"))
@@ -227,7 +224,7 @@ def inode_of_the_library_of_a_new_process(cache: Path) -> int:
     return file.stat().st_ino
 
 
-@compiled
+@toys.needs_compiler
 def test_a_damaged_library_is_made_again_and_a_good_one_is_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -240,7 +237,7 @@ def test_a_damaged_library_is_made_again_and_a_good_one_is_used(
     assert file.stat().st_size > 10_000
 
 
-@compiled
+@toys.needs_compiler
 def test_a_library_that_computes_wrongly_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     source = tmp_path / "winograd.c"
     text = native.SOURCE.read_text()
@@ -250,7 +247,7 @@ def test_a_library_that_computes_wrongly_is_not_used(monkeypatch: pytest.MonkeyP
     assert find_library() == "winograd.c cannot be compiled (what it computes is wrong)"
 
 
-@compiled
+@toys.needs_compiler
 def test_processes_that_compile_at_once(tmp_path: Path) -> None:
     started = [
         subprocess.Popen(

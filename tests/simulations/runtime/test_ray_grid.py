@@ -62,7 +62,10 @@ def test_a_large_fleet_has_few_nodes_and_each_message_gets_its_own_reply(opened:
         assert reply.metadata.reply_to_message_id == sent[number].metadata.message_id
         assert reply.metadata.src_node_id == nodes[number % 64]
         assert (answer(reply)["partition-id"], answer(reply)["num-partitions"]) == (number % 64, 64)
-    assert len({answer(reply)["pid"] for reply in replies}) == 2, "both workers had a part"
+    workers, end = {answer(reply)["pid"] for reply in replies}, time.monotonic() + 60
+    while len(workers) < 2 and time.monotonic() < end:  # on a busy machine one of them starts later
+        workers |= {answer(reply)["pid"] for reply in grid.send_and_receive([ask(nodes[i]) for i in range(50)])}
+    assert len(workers) == 2, "both workers had a part"
     assert grid.push_messages([ask(5)]) == [""], "an unknown node"
 
 
