@@ -11,10 +11,12 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -143,7 +145,8 @@ def _call(
 def find_library() -> ctypes.CDLL | str:
     """winograd.c, compiled and loaded; or why there is none, as the end of a sentence."""
     name = os.environ.get("CC")
-    found = [path for path in map(shutil.which, [name] if name else COMPILERS) if path]
+    commands = [shlex.split(name)] if name else [[compiler] for compiler in COMPILERS]
+    found = [command for command in commands if shutil.which(command[0])]
     if not found:
         return f"there is no C compiler (CC is {name!r})" if name else "there is no C compiler"
     try:
@@ -154,67 +157,52 @@ def find_library() -> ctypes.CDLL | str:
         return f"winograd.c cannot be compiled ({_reason(error)})"
 
 
-def _compiled(compiler: str, folder: Path) -> ctypes.CDLL:
+def _compiled(compiler: list[str], folder: Path) -> ctypes.CDLL:
     """Loads the library that fits this machine; compiles it where it does not exist, or is not what it should be."""
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=SECONDS
-    ).stdout
-    parts = (
-        SOURCE.read_text(encoding="utf-8"),
-        compiler,
-        version,
-        *FLAGS,
-        _processor(),
-        torch.__version__,
-        sys.platform,
-    )
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    parts = [SOURCE.read_text(encoding="utf-8"), *compiler, _run([*compiler, "--version"]), *FLAGS]
+    digest = hashlib.sha256("\0".join([*parts, _processor(), torch.__version__, sys.platform]).encode()).hexdigest()
     file = folder / f"winograd-{digest[:20]}.so"
     if file.exists() and file.stat().st_uid == os.getuid():  # it runs with our rights, so nobody else may have made it
-        try:
+        with suppress(OSError):  # damaged: it is made again
             return _loaded(file)
-        except OSError:  # damaged: made again
-            pass
     # PyTorch brings its own OpenMP runtime. A second one would have threads of its own, which wait for work on the
     # same cores.
     runtimes = sorted(Path(torch.__file__).parent.joinpath("lib").glob("libgomp*"))
-    attempts = [["-fopenmp", *map(str, runtimes[:1])], ["-fopenmp"], []]
-    for number, attempt in enumerate(attempts):
+    attempts = [("-fopenmp", str(runtime)) for runtime in runtimes[:1]] + [("-fopenmp", "-fopenmp"), ("", "")]
+    for number, (flag, runtime) in enumerate(attempts, start=1):
         with tempfile.TemporaryDirectory(dir=folder) as made:
             try:
-                _compile(compiler, attempt, Path(made))
-                library = _loaded(Path(made, "winograd.so"))
-                sync(Path(made, "winograd.so"))  # after a power cut a part of it would be loaded, and end the process
-                Path(made, "winograd.so").replace(file)
+                code, target = Path(made, "winograd.o"), Path(made, "winograd.so")
+                _run([*compiler, *FLAGS, *flag.split(), "-c", str(SOURCE), "-o", str(code)])
+                _run([*compiler, "-shared", str(code), *([runtime] if runtime else []), "-o", str(target)])
+                library = _loaded(target)
+                sync(target)  # after a power cut a part of it might be loaded, which would end the process
+                target.replace(file)
                 return library
             except (OSError, subprocess.SubprocessError):
-                if number == len(attempts) - 1:
+                if number == len(attempts):
                     raise
     raise AssertionError("the last attempt returns or raises")
 
 
-def _compile(compiler: str, openmp: list[str], folder: Path) -> None:
-    target = Path(folder, "winograd.so")
-    objects = [flag for flag in openmp if flag.startswith("-")]
-    libraries = [name for name in openmp if not name.startswith("-")] or objects
-    for command in (
-        [compiler, *FLAGS, *objects, "-c", str(SOURCE), "-o", str(target.with_suffix(".o"))],
-        [compiler, "-shared", str(target.with_suffix(".o")), *libraries, "-o", str(target)],
-    ):
-        subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS)
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS).stdout
 
 
 def _loaded(file: Path) -> ctypes.CDLL:
     """Raises OSError for a library that is none, or that computes wrongly."""
     library = ctypes.CDLL(str(file))
+    draw = torch.Generator().manual_seed(0)
+    maps = torch.rand((1, 8, 8, 3), generator=draw, dtype=torch.float32)
+    weights = torch.rand((5, 3, 3, 3), generator=draw, dtype=torch.float32)
+    result = torch.empty((1, 8, 8, 5), dtype=torch.float32)
     try:
         library.winograd_scratch.restype = ctypes.c_long
-        maps, weights = torch.linspace(-1, 1, 192).sin_().view(1, 8, 8, 3), torch.linspace(-1, 2, 135).view(5, 3, 3, 3)
-        result = torch.empty(1, 8, 8, 5)
         _call("forward", maps, weights, result, library=library)
     except AttributeError as error:
         raise OSError(f"{file} is not winograd.c") from error
-    expected = torch.conv2d(maps.permute(0, 3, 1, 2), weights.permute(0, 3, 1, 2), padding=1).permute(0, 2, 3, 1)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        expected = torch.conv2d(maps.permute(0, 3, 1, 2), weights.permute(0, 3, 1, 2), padding=1).permute(0, 2, 3, 1)
     if not (result - expected).abs().max() < ERROR * expected.abs().max():
         raise OSError("what it computes is wrong")
     return library

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -196,6 +197,16 @@ def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_compiler_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch, compiler: str, reason: str) -> None:
     monkeypatch.setenv("CC", compiler)
     assert find_library() == reason
+
+
+@toys.needs_compiler
+def test_a_compiler_may_be_given_with_options_and_is_found_inside_autocast(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LIGHTCL_CACHE", str(tmp_path))
+    monkeypatch.setenv("CC", f"{next(filter(shutil.which, native.COMPILERS))} -g0")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not isinstance(find_library(), str)
 
 
 @toys.needs_compiler
