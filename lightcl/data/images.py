@@ -6,6 +6,7 @@ one copy and a device reads only the pages of its own samples.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import tempfile
@@ -184,6 +185,13 @@ def write_entry(folder: Path, files: Mapping[str, np.ndarray | str]) -> None:
         with suppress(OSError):  # another process was first; its result is the same
             staging.rename(folder)
         sync(folder.parent)
+
+
+def return_freed_memory() -> None:
+    """Returns what glibc keeps of freed memory to Linux: after decoding that may be a gigabyte, and the process may run
+    for days."""
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def remove_entry(folder: Path) -> None:

@@ -17,7 +17,7 @@ from typing import overload
 
 import numpy as np
 
-from lightcl.data.images import UNREADABLE, Source, array_digest, remove_entry, write_entry
+from lightcl.data.images import UNREADABLE, Source, array_digest, remove_entry, return_freed_memory, write_entry
 from lightcl.data.partitioners import NOBODY, Pool, even_sizes, find_partitioner
 from lightcl.data.section import Fleet
 from lightcl.errors import RequestError
@@ -236,6 +236,7 @@ def _write(folder: Path, source: Source, fleet: Fleet, seed: int) -> None:
         return  # another process was first
     remove_entry(folder)
     write_entry(folder, files)
+    return_freed_memory()
 
 
 def _layouts(source: Source, fleet: Fleet, seed: int) -> tuple[Layout, Layout]:

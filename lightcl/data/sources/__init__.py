@@ -22,6 +22,7 @@ from lightcl.data.images import (
     SourceRequest,
     iter_batches,
     read_source,
+    return_freed_memory,
     split_off_test,
     write_source,
 )
@@ -135,6 +136,7 @@ def load_source(request: SourceRequest) -> Source:
     with suppress(*UNREADABLE):
         return read_source(folder)
     write_source(folder, kind.read(request))
+    return_freed_memory()
     return read_source(folder)
 
 
