@@ -393,9 +393,8 @@ class _Step:
                 if convolution is None:
                     continue
                 self.allocate("kept activations", unit * convolution.outputs)
-                if (
-                    self.size != FP32 and convolution.name not in self.cast and not self._native(convolution)
-                ):  # one copy for all passes of the step
+                copied = self.size != FP32 and not self._native(convolution)
+                if copied and convolution.name not in self.cast:  # one copy for all passes of the step
                     self.cast.add(convolution.name)
                     self.allocate("temporaries", convolution.weights * self.size)
                 self.note(f"forward {convolution.name}", "temporaries", self._working(convolution, 0, samples))
