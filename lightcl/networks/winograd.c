@@ -7,7 +7,7 @@
    Every number is computed in the same order for any number of threads.
 
    Plain C with the vector types that GCC and Clang know; the width of a vector follows from the processor that it is
-   compiled for. compiled.py compiles and loads it. */
+   compiled for. native.py compiles and loads it. */
 
 #include <string.h>
 
@@ -137,110 +137,91 @@ INLINE void weight_side_back(const vec *r, int from, vec *w, int to) { /* G^T */
     w[2 * to] = near + far * (1.0f / 6) + r[5 * from];
 }
 
-/* ---- Transforms of maps; a task is one map and one vector of channels ---- */
+/* ---- Transforms of maps, one tile and one vector of channels at a time ---- */
 
-/* Maps [N, H, W, C] -> tiles' places [36, tiles, padded C]. */
-static void inputs_to_places(Shape s, const float *maps, float *places) {
-    long rows = s.height / TILE, columns = s.width / TILE, vectors = s.padded_inputs / LANES;
-    long next = s.next_input;
+typedef struct {
+    float *map; /* of these channels: [H, W, C] from the first of them on */
+    float *places;
+    long height, width, channels, next; /* `next`: the distance of two places */
+    long top, left;                     /* of the tile's outputs */
+    long count;                         /* channels of the vector */
+} Tile;
+
+INLINE float *at(Tile t, long y, long x) { return t.map + (y * t.width + x) * t.channels; }
+
+INLINE int inside(Tile t, long y, long x) { return y >= 0 && y < t.height && x >= 0 && x < t.width; }
+
+/* Calls `transform` for all tiles of maps [N, H, W, channels] and places [36, tiles, padded]. A task is one map and one
+   vector of channels: tiles that overlap belong to one task. */
+INLINE void for_tiles(Shape s, long channels, long padded, long next, float *maps, float *places,
+                      void (*transform)(Tile)) {
+    long rows = s.height / TILE, columns = s.width / TILE, vectors = padded / LANES;
 #pragma omp for schedule(static) collapse(2)
     for (long n = 0; n < s.maps; n++)
-        for (long v = 0; v < vectors; v++) {
-            long channel = v * LANES, count = at_most(LANES, s.inputs - channel);
-            const float *map = maps + n * s.height * s.width * s.inputs + channel;
+        for (long v = 0; v < vectors; v++)
             for (long row = 0; row < rows; row++)
                 for (long column = 0; column < columns; column++) {
-                    vec d[PLACES], t[PLACES];
-                    for (int i = 0; i < REACH; i++)
-                        for (int j = 0; j < REACH; j++) {
-                            long y = row * TILE + i - 1, x = column * TILE + j - 1;
-                            int inside = y >= 0 && y < s.height && x >= 0 && x < s.width;
-                            d[i * REACH + j] = inside ? load(map + (y * s.width + x) * s.inputs, count) : (vec){0};
-                        }
-                    for (int j = 0; j < REACH; j++) input_side(d + j, REACH, t + j, REACH);
-                    for (int i = 0; i < REACH; i++) input_side(t + i * REACH, 1, d + i * REACH, 1);
-                    float *to = places + ((n * rows + row) * columns + column) * s.padded_inputs + channel;
-                    for (int p = 0; p < PLACES; p++) *(loose *)(to + p * next) = d[p];
+                    long channel = v * LANES;
+                    transform((Tile){maps + n * s.height * s.width * channels + channel,
+                                     places + ((n * rows + row) * columns + column) * padded + channel, s.height, s.width,
+                                     channels, next, row * TILE, column * TILE, at_most(LANES, channels - channel)});
                 }
+}
+
+INLINE void input_to_places(Tile t) {
+    vec d[PLACES], half[PLACES];
+    for (int i = 0; i < REACH; i++)
+        for (int j = 0; j < REACH; j++) {
+            long y = t.top + i - 1, x = t.left + j - 1;
+            d[i * REACH + j] = inside(t, y, x) ? load(at(t, y, x), t.count) : (vec){0};
+        }
+    for (int j = 0; j < REACH; j++) input_side(d + j, REACH, half + j, REACH);
+    for (int i = 0; i < REACH; i++) input_side(half + i * REACH, 1, d + i * REACH, 1);
+    for (int p = 0; p < PLACES; p++) *(loose *)(t.places + p * t.next) = d[p];
+}
+
+/* The transposed of it: overlapping tiles are added up. */
+INLINE void places_to_input(Tile t) {
+    vec d[PLACES], half[PLACES];
+    if (t.top == 0 && t.left == 0) /* the map's first tile */
+        for (long position = 0; position < t.height * t.width; position++)
+            store(t.map + position * t.channels, (vec){0}, t.count);
+    for (int p = 0; p < PLACES; p++) d[p] = *(const loose *)(t.places + p * t.next);
+    for (int i = 0; i < REACH; i++) input_side_back(d + i * REACH, 1, half + i * REACH, 1);
+    for (int j = 0; j < REACH; j++) input_side_back(half + j, REACH, d + j, REACH);
+    for (int i = 0; i < REACH; i++)
+        for (int j = 0; j < REACH; j++) {
+            long y = t.top + i - 1, x = t.left + j - 1;
+            if (inside(t, y, x)) add(at(t, y, x), d[i * REACH + j], t.count);
         }
 }
 
-/* The transposed of it: places -> maps, where overlapping tiles are added up. */
-static void places_to_inputs(Shape s, const float *places, float *maps) {
-    long rows = s.height / TILE, columns = s.width / TILE, vectors = s.padded_inputs / LANES;
-    long next = s.next_input;
-#pragma omp for schedule(static) collapse(2)
-    for (long n = 0; n < s.maps; n++)
-        for (long v = 0; v < vectors; v++) {
-            long channel = v * LANES, count = at_most(LANES, s.inputs - channel);
-            float *map = maps + n * s.height * s.width * s.inputs + channel;
-            for (long position = 0; position < s.height * s.width; position++)
-                store(map + position * s.inputs, (vec){0}, count);
-            for (long row = 0; row < rows; row++)
-                for (long column = 0; column < columns; column++) {
-                    const float *from = places + ((n * rows + row) * columns + column) * s.padded_inputs + channel;
-                    vec t[PLACES], d[PLACES];
-                    for (int p = 0; p < PLACES; p++) t[p] = *(const loose *)(from + p * next);
-                    for (int i = 0; i < REACH; i++) input_side_back(t + i * REACH, 1, d + i * REACH, 1);
-                    for (int j = 0; j < REACH; j++) input_side_back(d + j, REACH, t + j, REACH);
-                    for (int i = 0; i < REACH; i++)
-                        for (int j = 0; j < REACH; j++) {
-                            long y = row * TILE + i - 1, x = column * TILE + j - 1;
-                            if (y >= 0 && y < s.height && x >= 0 && x < s.width)
-                                add(map + (y * s.width + x) * s.inputs, t[i * REACH + j], count);
-                        }
-                }
-        }
+INLINE void places_to_output(Tile t) {
+    vec m[PLACES], half[TILE * REACH], y[TILE * TILE];
+    for (int p = 0; p < PLACES; p++) m[p] = *(const loose *)(t.places + p * t.next);
+    for (int j = 0; j < REACH; j++) output_side(m + j, REACH, half + j, REACH);
+    for (int i = 0; i < TILE; i++) output_side(half + i * REACH, 1, y + i * TILE, 1);
+    for (int i = 0; i < TILE; i++)
+        for (int j = 0; j < TILE; j++) store(at(t, t.top + i, t.left + j), y[i * TILE + j], t.count);
 }
 
-/* Places [36, tiles, padded C'] -> maps [N, H, W, C']. */
-static void places_to_outputs(Shape s, const float *places, float *maps) {
-    long rows = s.height / TILE, columns = s.width / TILE, vectors = s.padded_outputs / LANES;
-    long next = s.next_output;
-#pragma omp for schedule(static) collapse(2)
-    for (long n = 0; n < s.maps; n++)
-        for (long v = 0; v < vectors; v++) {
-            long channel = v * LANES, count = at_most(LANES, s.outputs - channel);
-            float *map = maps + n * s.height * s.width * s.outputs + channel;
-            for (long row = 0; row < rows; row++)
-                for (long column = 0; column < columns; column++) {
-                    const float *from = places + ((n * rows + row) * columns + column) * s.padded_outputs + channel;
-                    vec m[PLACES], half[TILE * REACH], y[TILE * TILE];
-                    for (int p = 0; p < PLACES; p++) m[p] = *(const loose *)(from + p * next);
-                    for (int j = 0; j < REACH; j++) output_side(m + j, REACH, half + j, REACH);
-                    for (int i = 0; i < TILE; i++) output_side(half + i * REACH, 1, y + i * TILE, 1);
-                    for (int i = 0; i < TILE; i++)
-                        for (int j = 0; j < TILE; j++) {
-                            long position = (row * TILE + i) * s.width + column * TILE + j;
-                            store(map + position * s.outputs, y[i * TILE + j], count);
-                        }
-                }
-        }
+/* The transposed of it. */
+INLINE void output_to_places(Tile t) {
+    vec y[TILE * TILE], half[TILE * REACH], m[PLACES];
+    for (int i = 0; i < TILE; i++)
+        for (int j = 0; j < TILE; j++) y[i * TILE + j] = load(at(t, t.top + i, t.left + j), t.count);
+    for (int i = 0; i < TILE; i++) output_side_back(y + i * TILE, 1, half + i * REACH, 1);
+    for (int j = 0; j < REACH; j++) output_side_back(half + j, REACH, m + j, REACH);
+    for (int p = 0; p < PLACES; p++) *(loose *)(t.places + p * t.next) = m[p];
 }
 
-/* The transposed of it: maps -> places. */
-static void outputs_to_places(Shape s, const float *maps, float *places) {
-    long rows = s.height / TILE, columns = s.width / TILE, vectors = s.padded_outputs / LANES;
-    long next = s.next_output;
-#pragma omp for schedule(static) collapse(2)
-    for (long n = 0; n < s.maps; n++)
-        for (long v = 0; v < vectors; v++) {
-            long channel = v * LANES, count = at_most(LANES, s.outputs - channel);
-            const float *map = maps + n * s.height * s.width * s.outputs + channel;
-            for (long row = 0; row < rows; row++)
-                for (long column = 0; column < columns; column++) {
-                    vec y[TILE * TILE], half[TILE * REACH], m[PLACES];
-                    for (int i = 0; i < TILE; i++)
-                        for (int j = 0; j < TILE; j++) {
-                            long position = (row * TILE + i) * s.width + column * TILE + j;
-                            y[i * TILE + j] = load(map + position * s.outputs, count);
-                        }
-                    for (int i = 0; i < TILE; i++) output_side_back(y + i * TILE, 1, half + i * REACH, 1);
-                    for (int j = 0; j < REACH; j++) output_side_back(half + j, REACH, m + j, REACH);
-                    float *to = places + ((n * rows + row) * columns + column) * s.padded_outputs + channel;
-                    for (int p = 0; p < PLACES; p++) *(loose *)(to + p * next) = m[p];
-                }
-        }
+/* Maps [N, H, W, C] and places [36, tiles, padded C], or C'. */
+INLINE void for_inputs(Shape s, const float *maps, float *places, void (*transform)(Tile)) {
+    for_tiles(s, s.inputs, s.padded_inputs, s.next_input, (float *)maps, places, transform);
+}
+
+INLINE void for_outputs(Shape s, const float *maps, float *places, void (*transform)(Tile)) {
+    for_tiles(s, s.outputs, s.padded_outputs, s.next_output, (float *)maps, places, transform);
 }
 
 /* ---- Matrix products ---- */
@@ -408,10 +389,10 @@ void winograd_forward(const long *sizes, int threads, const float *maps, const f
 #pragma omp parallel num_threads(threads)
     {
         turn(s, weights, turned);
-        inputs_to_places(s, maps, inputs);
+        for_inputs(s, maps, inputs, input_to_places);
         products_with_weights(s.tiles, s.inputs, s.padded_inputs, s.padded_outputs, s.padded_outputs, inputs, turned,
                               s.inputs * s.padded_outputs, s.padded_outputs, outputs, blocks + THREAD * block_size(s));
-        places_to_outputs(s, outputs, result);
+        for_outputs(s, result, outputs, places_to_output);
     }
 }
 
@@ -424,15 +405,15 @@ void winograd_backward(const long *sizes, int threads, const float *maps, const 
 #pragma omp parallel num_threads(threads)
     {
         float *block = blocks + THREAD * block_size(s);
-        outputs_to_places(s, gradient, outputs);
+        for_outputs(s, gradient, outputs, output_to_places);
         if (of_weights) {
-            inputs_to_places(s, maps, inputs);
+            for_inputs(s, maps, inputs, input_to_places);
             weight_gradient(s, outputs, inputs, of_weights, block);
         }
         if (of_maps) {
             products_with_weights(s.tiles, s.outputs, s.padded_outputs, s.inputs, s.padded_inputs, outputs, weights,
                                   s.inputs, TAPS * s.inputs, inputs, block);
-            places_to_inputs(s, inputs, of_maps);
+            for_inputs(s, of_maps, inputs, places_to_input);
         }
     }
 }
