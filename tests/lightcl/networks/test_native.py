@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from lightcl.errors import RequestError
@@ -26,9 +26,8 @@ from lightcl.networks.native import (
 )  # fmt: skip
 from lightcl.storage.files import cache_folder
 from tests.lightcl import toys
+from tests.lightcl.networks.exact import check_a_shift_by_hand, check_against_the_exact_convolution, maps, results
 
-BOUND = 5e-5
-"""Of the largest value; measured are 5e-6 to 2e-5."""
 X86 = platform.machine() == "x86_64"
 FEATURES = native._processor().split()
 VECTORS = [
@@ -60,21 +59,6 @@ def convolution(inputs: int, outputs: int) -> nn.Conv2d:
     return made
 
 
-def maps(*shape: int, seed: int = 0) -> Tensor:
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return drawn.contiguous(memory_format=torch.channels_last).requires_grad_()
-
-
-def distance(given: Tensor, expected: Tensor) -> float:
-    return float(((given - expected).abs().max() / expected.abs().max()).detach())
-
-
-def results(fast: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs, and the gradients of inputs and weights for fixed gradients of the outputs."""
-    y = fast(x)
-    return y, *torch.autograd.grad(y, (x, fast.weight), maps(*y.shape, seed=1).to(y.dtype))
-
-
 @toys.needs_compiler
 @pytest.mark.parametrize("flags", VECTORS)
 @pytest.mark.parametrize(
@@ -84,27 +68,12 @@ def test_it_computes_the_convolution_and_its_gradients(
     monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], shape: tuple[int, ...], outputs: int
 ) -> None:
     monkeypatch.setattr(native, "FLAGS", ("-O3", "-fPIC", "-std=gnu11", "-Wall", "-Wextra", "-Werror", *flags))
-    fast, x = convolution(shape[1], outputs), maps(*shape)
-    given = results(fast, x)
-    exact_x, exact_w = x.detach().double().requires_grad_(), fast.weight.detach().double().requires_grad_()
-    exact = F.conv2d(exact_x, exact_w, padding=1)
-    expected = exact, *torch.autograd.grad(exact, (exact_x, exact_w), maps(*exact.shape, seed=1).double())
-    for one, other in zip(given, expected, strict=True):
-        assert distance(one, other) < BOUND
-    assert given[0].is_contiguous(memory_format=torch.channels_last)
-    assert given[2].stride() == fast.weight.stride()
+    check_against_the_exact_convolution(convolution(shape[1], outputs), maps(*shape))
 
 
 @toys.needs_compiler
 def test_a_shift_by_hand() -> None:
-    """A single weight of 2 to the left of the center moves the map one to the right, doubled."""
-    shift = convolution(1, 1)
-    with torch.no_grad():
-        shift.weight.zero_()
-        shift.weight[0, 0, 1, 0] = 2.0
-    rows = torch.arange(16.0).view(1, 1, 4, 4)
-    expected = torch.tensor([[0, 0, 2, 4], [0, 8, 10, 12], [0, 16, 18, 20], [0, 24, 26, 28]], dtype=torch.float32)
-    assert torch.allclose(shift(rows)[0, 0], expected, atol=1e-4)
+    check_a_shift_by_hand(convolution(1, 1))
 
 
 @toys.needs_compiler

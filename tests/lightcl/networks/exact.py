@@ -1,0 +1,46 @@
+"""What both tests of Winograd's algorithm compare with: maps, the exact convolution, and one by hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BOUND = 5e-5
+"""Of the largest value; the algorithm loses about one decimal digit to the direct convolution."""
+
+
+def maps(*shape: int, seed: int = 0) -> Tensor:
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return drawn.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+def distance(given: Tensor, expected: Tensor) -> float:
+    return float(((given - expected).abs().max() / expected.abs().max()).detach())
+
+
+def results(fast: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs, and the gradients of inputs and weights for fixed gradients of the outputs."""
+    y = fast(x)
+    return y, *torch.autograd.grad(y, (x, fast.weight), maps(*y.shape, seed=1).to(y.dtype))
+
+
+def check_against_the_exact_convolution(fast: nn.Conv2d, x: Tensor) -> None:
+    given = results(fast, x)
+    exact_x, exact_w = x.detach().double().requires_grad_(), fast.weight.detach().double().requires_grad_()
+    exact = F.conv2d(exact_x, exact_w, padding=1)
+    expected = exact, *torch.autograd.grad(exact, (exact_x, exact_w), maps(*exact.shape, seed=1).double())
+    for one, other in zip(given, expected, strict=True):
+        assert distance(one, other) < BOUND
+    assert given[0].is_contiguous(memory_format=torch.channels_last)
+    assert given[2].stride() == fast.weight.stride()
+
+
+def check_a_shift_by_hand(shift: nn.Conv2d) -> None:
+    """A single weight of 2 to the left of the center moves the map one to the right, doubled."""
+    with torch.no_grad():
+        shift.weight.zero_()
+        shift.weight[0, 0, 1, 0] = 2.0
+    rows = torch.arange(16.0).view(1, 1, 4, 4)
+    expected = torch.tensor([[0, 0, 2, 4], [0, 8, 10, 12], [0, 16, 18, 20], [0, 24, 26, 28]], dtype=torch.float32)
+    assert torch.allclose(shift(rows)[0, 0], expected, atol=1e-4)
