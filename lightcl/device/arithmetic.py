@@ -14,14 +14,12 @@ from __future__ import annotations
 import platform
 import re
 from dataclasses import asdict, dataclass
-from functools import cache
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from lightcl.device.hardware import choose_accelerator
-from lightcl.networks.native import find_library, require_library
+from lightcl.networks.native import cpuinfo, find_library, require_library
 from lightcl.scenario import Device, Scenario
 
 AMPERE = 8
@@ -30,6 +28,7 @@ ZEN_5 = 26
 """The processor family from which AMD's direct convolutions are twice as fast as the matrix products of MKL."""
 KEYS = ("precision", "convolutions")
 Pays = Literal["yes", "no", "unknown"]
+Convolutions = Literal["direct", "winograd", "winograd-native"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Arithmetic:
     """How a device computes; the fields are keys of the scenario's section `device`."""
 
     precision: Literal["fp32", "bf16"]
-    convolutions: Literal["direct", "winograd", "winograd-native"]
+    convolutions: Convolutions
 
 
 def arithmetic_of(scenario: Scenario) -> Arithmetic:
@@ -138,17 +137,9 @@ class _Processor:
 
 def _processor() -> _Processor | None:
     """This machine's, where it is one that the rules know: x86 under Linux."""
-    text = _cpuinfo()
+    text = cpuinfo()
     flags = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
     family = re.search(r"^cpu family\s*:\s*(\d+)$", text, re.MULTILINE)
     if not flags or not family or platform.machine() != "x86_64":
         return None
     return _Processor("AuthenticAMD" in text, int(family[1]), frozenset(flags[1].split()))
-
-
-@cache
-def _cpuinfo() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:  # not Linux
-        return ""

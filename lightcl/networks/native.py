@@ -210,13 +210,19 @@ def _loaded(file: Path) -> ctypes.CDLL:
 
 def _processor() -> str:
     """What the compiler makes instructions for: the processor's model and features, under Linux."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
+    lines = cpuinfo().splitlines() or [platform.processor()]
     known = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU implementer", "CPU part")
-    found = sorted({line for line in lines if line.split(":")[0].strip() in known})
+    found = sorted({line for line in lines if ":" not in line or line.split(":")[0].strip() in known})
     return "\n".join([platform.machine(), *found])
+
+
+@cache
+def cpuinfo() -> str:
+    """The processor as Linux describes it; elsewhere nothing."""
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _reason(error: Exception) -> str:

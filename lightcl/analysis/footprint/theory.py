@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 
 from lightcl.analysis.footprint.shapes import Block, Convolution, Image, NetworkShape, shape_of
 from lightcl.data.tasks import TaskStream
-from lightcl.device.arithmetic import arithmetic_of
+from lightcl.device.arithmetic import Convolutions, arithmetic_of
 from lightcl.device.prefix import CHUNK
 from lightcl.methods.base import StepCost
 from lightcl.networks.native import scratch_size
@@ -76,7 +76,7 @@ class Workload:
     prefix: Literal["batch", "fixed", "cached"] = "batch"
     """How the prefix is computed. batch: batch by batch; fixed: a few images at a time, with batch-norm folded into a
     copy; cached: the same, and kept on disk: prefix and copy are in memory only while something is computed."""
-    convolutions: Literal["direct", "winograd", "winograd-native"] = "direct"
+    convolutions: Convolutions = "direct"
     """`device.convolutions`; on other accelerators than the CPU all are direct."""
     cached_outputs: int = 0
     """Prefix outputs in the cache when all tasks are learned, at most: of every view of the device's training images,

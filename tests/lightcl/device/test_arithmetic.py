@@ -36,7 +36,7 @@ def scenario(precision: str, convolutions: str = "auto", **device: object) -> Sc
 def machine(monkeypatch: pytest.MonkeyPatch, vendor: str, family: int, flags: str, name: str = "x86_64") -> None:
     """This machine's processor, as Linux describes it."""
     text = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nflags\t\t: fpu {flags}\n"
-    monkeypatch.setattr(arithmetic, "_cpuinfo", lambda: text)
+    monkeypatch.setattr(arithmetic, "cpuinfo", lambda: text)
     monkeypatch.setattr("platform.machine", lambda: name)
 
 
@@ -120,7 +120,7 @@ def test_by_processor_without_a_compiler(
 
 
 def test_without_a_description_of_the_processor_the_plain_choice_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arithmetic, "_cpuinfo", lambda: "")
+    monkeypatch.setattr(arithmetic, "cpuinfo", lambda: "")
     assert arithmetic_of(scenario("auto")) == PLAIN
 
 
