@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from lightcl.device.hardware import choose_accelerator
-from lightcl.networks.native import cpuinfo, find_library, require_library
+from lightcl.networks.native.library import cpuinfo, find_library, require_library
 from lightcl.scenario import Device, Scenario
 
 AMPERE = 8

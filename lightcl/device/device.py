@@ -34,7 +34,7 @@ from lightcl.device.training import EpochProgress, OnEpoch, autocast, evaluate, 
 from lightcl.exchange.messages import Telemetry, Tested, Trained
 from lightcl.exchange.tensors import Arrays, adopt_, outgoing, outgoing_statistics
 from lightcl.metrics import AccuracyMatrix, row_over
-from lightcl.networks.native import use_native_winograd_
+from lightcl.networks.native import use_native_
 from lightcl.networks.pruning import channel_digest
 from lightcl.networks.staged import Backbone
 from lightcl.networks.weights import digest
@@ -59,7 +59,8 @@ def device_network(scenario: Scenario, *, in_channels: int, classes: int) -> Bac
     if scenario.device.convolutions == "winograd":
         use_winograd_(network.suffix)
     elif scenario.device.convolutions == "winograd-native":
-        use_native_winograd_(network.suffix)
+        use_native_(network.prefix)
+        use_native_(network.suffix)
     return network
 
 

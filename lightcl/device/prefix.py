@@ -2,7 +2,8 @@
 
 The rounding of a convolution may depend on the batch size. So images pass the prefix in chunks of `CHUNK`, the last one
 padded: the output of an image then depends only on the image, with any batch size and with or without the cache. The
-batch-norm of the prefix is folded into its convolutions (lightcl/networks/folding.py).
+batch-norm of the prefix is folded into its convolutions (lightcl/networks/folding.py), or computed with them in C
+(lightcl/networks/unit.py).
 
 The cache holds outputs of views of training images (lightcl/data/augment.py) and of images without augmentation: those
 that a device is tested on, and training images that a method looks at as they are. Where the disk has no room, the
@@ -34,6 +35,7 @@ from lightcl.errors import RequestError
 from lightcl.methods.base import PrefixFeatures
 from lightcl.networks import BACKBONES
 from lightcl.networks.folding import folded
+from lightcl.networks.native import NativeBatchNorm2d
 from lightcl.networks.staged import Backbone, OnMap, Stage
 from lightcl.networks.weights import digest
 from lightcl.plugins import from_plugin, source_digest
@@ -207,7 +209,10 @@ class FixedPrefix(PrefixFeatures):
     def _compute(self, images: Tensor) -> Tensor:
         """Outputs `[N, C, H, W]` (channels-last) for uint8 images `[N, C, H, W]`."""
         if self._folded is None:
-            self._folded = self.network.prefix.derive("folded", lambda: folded(self.network))
+            prefix = self.network.prefix
+            in_c = any(isinstance(module, NativeBatchNorm2d) for module in prefix.modules())
+            # In C a batch-norm is part of the convolution's pass, or a pass with the ReLU: there is nothing to fold.
+            self._folded = prefix if in_c else prefix.derive("folded", lambda: folded(self.network))
         parts = []
         for start in range(0, len(images), CHUNK):
             chunk = images[start : start + CHUNK]
@@ -295,6 +300,8 @@ def _about(scenario: Scenario, network: Backbone, prefix_digest: str) -> dict[st
         "hardware": _hardware(network.head.weight.device),
         "threads": scenario.device.threads,
     }
+    if scenario.device.convolutions == "winograd-native":  # of the others only the suffix knows
+        about["convolutions"] = scenario.device.convolutions
     return about | _plugin_code(scenario.network.name, network)
 
 

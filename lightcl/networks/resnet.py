@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from lightcl.networks import register_backbone
 from lightcl.networks.convolution import Conv3x3
 from lightcl.networks.staged import Backbone, ChannelSet, OnMap
+from lightcl.networks.unit import activated, fused, unit
 
 Stem = Literal["cifar", "imagenet"]
 
@@ -59,7 +60,7 @@ class StemBlock(nn.Module):
         self.input_stem, self.conv1, self.bn1 = stem, convolution, norm
 
     def forward(self, images: Tensor, on_map: OnMap | None = None) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(self.input_stem.normalize(images))), inplace=True)
+        x = unit(self.conv1, self.bn1, self.input_stem.normalize(images))
         return F.max_pool2d(x, 3, 2, 1) if self.input_stem.pool else x
 
 
@@ -84,12 +85,15 @@ class BasicBlock(nn.Module):
         Without `on_map` the first map is released right after its use: where no graph keeps it, as in a frozen block,
         that is a quarter of the block's memory.
         """
-        first: Tensor | None = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        first: Tensor | None = unit(self.conv1, self.bn1, x)
         shortcut = x if self.downsample is None else self.downsample(x)
-        second: Tensor = self.conv2(first)
-        if on_map is None:
-            first = None
-        second = F.relu(self.bn2(second).add_(shortcut), inplace=True)
+        assert first is not None
+        second = fused(self.conv2, self.bn2, first, shortcut)
+        if second is None:
+            second = self.conv2(first)
+            if on_map is None:
+                first = None
+            second = activated(self.bn2, second, shortcut)
         if on_map is not None and first is not None:
             del shortcut  # not needed while the maps are processed
             on_map("relu1", first)

@@ -53,10 +53,12 @@ class WinogradConv2d(Conv3x3):
     and state dict are those of `nn.Conv2d`.
     """
 
+    fewest_channels, largest_map = CHANNELS, POSITIONS
+
     def forward(self, input: Tensor) -> Tensor:
         """`[N, C, H, W]` -> `[N, C', H, W]`, channels-last."""
         if (
-            not tiles_of(*input.shape[-2:])
+            not self.tiles(*input.shape[-2:])
             or input.dtype != torch.float32
             or input.device.type != "cpu"
             or torch.is_autocast_enabled("cpu")
@@ -65,6 +67,26 @@ class WinogradConv2d(Conv3x3):
         result: Tensor = _Winograd.apply(input, self.weight)
         return result
 
+    @classmethod
+    def tiles(cls, height: int, width: int) -> int:
+        """Tiles of a map; 0: it is not computed by Winograd's algorithm."""
+        fits = height % TILE == width % TILE == 0 and height * width <= cls.largest_map
+        return height // TILE * (width // TILE) if fits else 0
+
+    @classmethod
+    def suits(cls, convolution: nn.Conv2d) -> bool:
+        """Whether Winograd's algorithm can compute it and is worth it, on maps that have tiles."""
+        return (
+            min(convolution.in_channels, convolution.out_channels) >= cls.fewest_channels
+            and convolution.kernel_size == (3, 3)
+            and convolution.stride == (1, 1)
+            and convolution.padding == (1, 1)
+            and convolution.dilation == (1, 1)
+            and convolution.groups == 1
+            and convolution.bias is None
+            and convolution.padding_mode == "zeros"
+        )
+
 
 def use_winograd_(stage: nn.Module, kind: type[WinogradConv2d] = WinogradConv2d) -> int:
     """Makes every convolution of `stage` that Winograd's algorithm can compute one of that kind; returns how many.
@@ -72,31 +94,11 @@ def use_winograd_(stage: nn.Module, kind: type[WinogradConv2d] = WinogradConv2d)
     Those are 3x3 with stride 1 and padding 1, of many channels, without groups, dilation or bias.
     """
     convolutions = [module for module in stage.modules() if isinstance(module, nn.Conv2d)]
-    found = [module for module in convolutions if type(module) in (nn.Conv2d, Conv3x3) and suits(module)]
+    found = [module for module in convolutions if type(module) in (nn.Conv2d, Conv3x3) and kind.suits(module)]
     for module in found:
         module.__class__ = kind  # the parameters stay the same objects
         vars(module)["_rounded"] = RoundedWeight()
     return len(found)
-
-
-def tiles_of(height: int, width: int) -> int:
-    """Tiles of a map; 0: it is not computed by Winograd's algorithm."""
-    fits = height % TILE == width % TILE == 0 and height * width <= POSITIONS
-    return height // TILE * (width // TILE) if fits else 0
-
-
-def suits(convolution: nn.Conv2d) -> bool:
-    """Whether Winograd's algorithm can compute it and is worth it, on maps that have tiles."""
-    return (
-        min(convolution.in_channels, convolution.out_channels) >= CHANNELS
-        and convolution.kernel_size == (3, 3)
-        and convolution.stride == (1, 1)
-        and convolution.padding == (1, 1)
-        and convolution.dilation == (1, 1)
-        and convolution.groups == 1
-        and convolution.bias is None
-        and convolution.padding_mode == "zeros"
-    )
 
 
 @cache

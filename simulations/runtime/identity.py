@@ -32,7 +32,7 @@ def code_digest() -> str:
     for package in PACKAGES:
         spec = find_spec(package)
         for folder in sorted(spec.submodule_search_locations or []) if spec else []:
-            for file in sorted([*Path(folder).rglob("*.py"), *Path(folder).rglob("*.c")]):
+            for file in sorted([*Path(folder).rglob("*.py"), *Path(folder).rglob("*.[ch]")]):
                 found.update(str(file.relative_to(folder)).encode())
                 found.update(file.read_bytes())
     return found.hexdigest()[:16]

@@ -10,8 +10,9 @@ import pytest
 
 import client.app
 from client.app import make_app
-from lightcl.networks import winograd
 from lightcl.networks.lending import NetworkLender
+from lightcl.networks.native import NativeWinogradConv2d
+from lightcl.networks.winograd import WinogradConv2d
 from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario, method_names
 from server.rounds import Coordinator
@@ -54,7 +55,8 @@ def test_the_numbers_are_those_of_new_networks(tmp_path: Path, monkeypatch: pyte
 def test_so_does_one_with_winograds_convolutions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, convolutions: str
 ) -> None:
-    monkeypatch.setattr(winograd, "CHANNELS", 1)
+    for kind in (WinogradConv2d, NativeWinogradConv2d):
+        monkeypatch.setattr(kind, "fewest_channels", 1)
     scenario = small(
         fleet={"devices": 2}, training={"epochs": 1}, device={"convolutions": convolutions, "accelerator": "cpu"}
     )

@@ -19,7 +19,7 @@ from lightcl.data.sources import ImageSet, Source
 from lightcl.data.tasks import Samples, Task, TaskContext
 from lightcl.device.device import EdgeDevice
 from lightcl.device.metering import Board
-from lightcl.networks.native import COMPILERS
+from lightcl.networks.native.library import COMPILERS
 from lightcl.networks.resnet import StagedResNet
 from lightcl.scenario import Scenario
 from lightcl.storage.state import CHECKSUM, MANIFEST

@@ -12,9 +12,10 @@ from torch import nn
 
 from lightcl.errors import RequestError
 from lightcl.networks.convolution import Conv3x3, by_product
+from lightcl.networks.native import NativeWinogradConv2d
 from lightcl.networks.resnet import StagedResNet
 from lightcl.networks.staged import Backbone
-from lightcl.networks.winograd import suits, tiles_of
+from lightcl.networks.winograd import WinogradConv2d
 
 Image = tuple[int, int, int]
 """Channels, height, width."""
@@ -36,6 +37,8 @@ class Convolution:
     kernel: int
     tiles: int = 0
     """4x4 tiles a sample, where Winograd's algorithm computes it (lightcl/networks/winograd.py); 0: it does not."""
+    native_tiles: int = 0
+    """The same for winograd.c, which computes more of them (lightcl/networks/native/convolution.py)."""
     by_product: bool = False
     """Whether the weight gradient in bf16 is one matrix product on the CPU (lightcl/networks/convolution.py)."""
 
@@ -180,7 +183,8 @@ def _convolution(
         weights * positions,
         sum(p.numel() for p in norm.parameters()),
         layer.kernel_size[0],
-        tiles_of(height, width) if suits(layer) else 0,
+        WinogradConv2d.tiles(height, width) if WinogradConv2d.suits(layer) else 0,
+        NativeWinogradConv2d.tiles(height, width) if NativeWinogradConv2d.suits(layer) else 0,
         isinstance(layer, Conv3x3) and by_product(positions, layer.stride[0]),
     )
     return shape, (out[0], out[1])

@@ -24,7 +24,7 @@ from lightcl.data.tasks import TaskStream
 from lightcl.device.arithmetic import Convolutions, arithmetic_of
 from lightcl.device.prefix import CHUNK
 from lightcl.methods.base import StepCost
-from lightcl.networks.native import scratch_size
+from lightcl.networks.native.convolution import scratch_size
 from lightcl.networks.staged import Backbone
 from lightcl.networks.winograd import parts
 from lightcl.scenario import Scenario
@@ -352,7 +352,10 @@ class _Step:
 
     @property
     def _folded_bytes(self) -> int:
-        """The copy of the prefix whose batch-norm is folded into its convolutions: a bias per channel."""
+        """The copy of the prefix whose batch-norm is folded into its convolutions: a bias per channel. In C nothing is
+        folded."""
+        if self.workload.convolutions == "winograd-native":
+            return 0
         return sum(c.weights + c.norm // 2 for b in self.shape.frozen for c in b.convolutions) * FP32
 
     def _fixed_prefix(self, samples: int) -> None:
@@ -504,21 +507,14 @@ class _Step:
         return int((products + gradients) * FP32)
 
     def _native(self, convolution: Convolution) -> bool:
-        return self.workload.convolutions == "winograd-native" and bool(convolution.tiles)
+        return self.workload.convolutions == "winograd-native" and bool(convolution.native_tiles)
 
     def _scratch(self, convolution: Convolution, direction: int, samples: int) -> int:
-        """Bytes of a pass through winograd.c by one thread: its scratch memory, new maps and gradients, and in bf16 the
-        maps in fp32."""
-        positions, half = _positions(convolution), self.size != FP32
+        """Bytes of a pass through winograd.c by one thread: its scratch memory and new gradients."""
+        positions = _positions(convolution)
         inputs, outputs = convolution.inputs // positions, convolution.outputs // positions
-        numbers = scratch_size(samples * convolution.tiles, inputs, outputs, backward=bool(direction))
-        if direction:
-            numbers += convolution.weights + samples * (
-                convolution.inputs + half * (convolution.inputs + convolution.outputs)
-            )
-        else:
-            numbers += half * samples * (convolution.inputs + convolution.outputs)
-        return numbers * FP32
+        numbers = scratch_size(samples, convolution.native_tiles, inputs, outputs, backward=bool(direction))
+        return (numbers + convolution.weights * direction) * FP32 + samples * convolution.inputs * direction * self.size
 
     def _product(self, convolution: Convolution, samples: int) -> int:
         """Bytes of a weight gradient as a matrix product: the patches and the gradient itself. The copy of the weights

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightcl.networks.native.norm import NativeBatchNorm2d, Split
+
 
 @contextmanager
 def running_statistics(stage: nn.Module, training: bool) -> Iterator[None]:
@@ -46,12 +48,19 @@ def split_statistics(stage: nn.Module, count: int, memory_batch_norm: Literal["e
     """
     norms = [module for module in stage.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
-        norm.forward = partial(_split, norm, count, norm.training and memory_batch_norm == "train")  # type: ignore[method-assign]
+        own = norm.training and memory_batch_norm == "train"
+        if isinstance(norm, NativeBatchNorm2d):
+            norm.split = Split(count, own)
+        else:
+            norm.forward = partial(_split, norm, count, own)  # type: ignore[method-assign]
     try:
         yield
     finally:
         for norm in norms:
-            del norm.forward
+            if isinstance(norm, NativeBatchNorm2d):
+                del norm.split
+            else:
+                del norm.forward
 
 
 def _split(norm: nn.BatchNorm2d, count: int, own: bool, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ LightCL, Wang et al., ASP-DAC 2025 (arXiv 2407.10545), section "Memorize Feature
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -48,6 +48,10 @@ def vital_patterns(maps: FeatureMaps, vital: Mapping[str, Tensor]) -> FeatureMap
     return {name: maps[name][:, mask].float() for name, mask in vital.items()}
 
 
+Constants = tuple[Tensor, Tensor]
+"""Of a map: the indices `[V]` of its vital channels, and Σ F*²."""
+
+
 class Drift:
     """The drift of feature maps from stored patterns: the sum or the mean of one term per map.
 
@@ -64,18 +68,25 @@ class Drift:
     Because they are computed while the maps arrive, only one exists at a time.
     """
 
-    def __init__(self, stored: FeatureMaps, vital: Mapping[str, Tensor], reduction: Reduction, first: int = 0) -> None:
+    def __init__(
+        self, stored: FeatureMaps, vital: Mapping[str, Tensor], reduction: Reduction, first: int = 0,
+        constants: dict[str, Constants] | None = None,
+    ) -> None:  # fmt: skip
+        """The memory samples are those from `first` on. `constants` keeps from step to step what depends only on
+        `stored` and `vital`."""
         self.stored, self.vital, self.reduction, self.first = stored, vital, reduction, first
+        self.constants = {} if constants is None else constants
         self.terms: list[Tensor] = []
 
     def on_map(self, name: str, feature_map: Tensor) -> None:
-        """Adds the term of a map; the memory samples are those from `first` on."""
+        """Adds the term of a map."""
         if name in self.vital:
             then = self.stored[name]
-            term: Tensor = _SquaredDrift.apply(feature_map, self.vital[name], then, self.first)
-            if self.reduction == "relative":
-                term = term / then.square().sum().clamp_min(1e-12)
-            self.terms.append(term)
+            if name not in self.constants:
+                self.constants[name] = self.vital[name].nonzero()[:, 0], then.square().sum().clamp_min(1e-12)
+            channels, size = self.constants[name]
+            term: Tensor = _SquaredDrift.apply(feature_map, channels, then, self.first)
+            self.terms.append(term / size if self.reduction == "relative" else term)
 
     def total(self) -> Tensor:
         """The scalar over all maps so far; 0 where there was no map (everything but the head is frozen)."""
@@ -93,8 +104,7 @@ class _SquaredDrift(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, feature_map: Tensor, vital: Tensor, then: Tensor, first: int) -> Tensor:
-        channels = vital.nonzero()[:, 0]
+    def forward(ctx: Any, feature_map: Tensor, channels: Tensor, then: Tensor, first: int) -> Tensor:
         difference = feature_map[first:].index_select(1, channels).float() - then
         ctx.save_for_backward(difference, channels)
         ctx.first, ctx.layout = first, Layout.of(feature_map)
@@ -130,6 +140,8 @@ class Recorded:
     """logits* `[M, T]` of the tied classes."""
     tied: Tensor
     """The T classes whose logits are regularized."""
+    constants: dict[str, Constants] = field(default_factory=dict)
+    """Of the drift of maps: what is the same in every step."""
 
     @classmethod
     def of(cls, inputs: Tensor, vital: Mapping[str, Tensor], tied: Tensor, classify: Classify) -> Recorded:
@@ -145,7 +157,7 @@ class Recorded:
 
     def of_maps(self, vital: Mapping[str, Tensor], reduction: Reduction, first: int = 0) -> Drift:
         """The drift of the maps alone, to be given them; the memory samples are those from `first` on."""
-        return Drift(self.patterns, vital, reduction, first)
+        return Drift(self.patterns, vital, reduction, first, self.constants)
 
     def total(self, of_maps: Drift, logits: Tensor) -> Tensor:
         """The scalar of `drift`, from the maps' drift and the memory samples' logits `[M, K]`."""

@@ -12,7 +12,7 @@ from lightcl.device import arithmetic
 from lightcl.device.arithmetic import Arithmetic, arithmetic_of, bf16_pays, slow_arithmetic, with_arithmetic
 from lightcl.device.device import EdgeDevice
 from lightcl.errors import RequestError
-from lightcl.networks import native
+from lightcl.networks.native import NativeWinogradConv2d, library
 from lightcl.networks.winograd import WinogradConv2d
 from lightcl.preparation import open_run
 from lightcl.records.folder import RunFolder
@@ -47,8 +47,8 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def compiler(monkeypatch: pytest.MonkeyPatch, found: bool) -> None:
     """Whether this machine has one."""
-    library = native.find_library()
-    monkeypatch.setattr(arithmetic, "find_library", lambda: library if found else "there is no C compiler")
+    found_library = library.find_library()
+    monkeypatch.setattr(arithmetic, "find_library", lambda: found_library if found else "there is no C compiler")
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_by_processor_with_a_compiler(
 ) -> None:  # fmt: skip
     machine(monkeypatch, *processor)
     compiler(monkeypatch, True)
-    if isinstance(native.find_library(), str):
+    if isinstance(library.find_library(), str):
         pytest.skip("no C compiler")
     assert arithmetic_of(scenario("auto")) == chosen
     assert arithmetic_of(scenario("fp32")) == in_fp32
@@ -89,7 +89,7 @@ def test_a_missing_compiler_is_named_where_it_would_help(monkeypatch: pytest.Mon
 
 
 def test_what_cannot_be_compiled_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "find_library", lambda: "there is no C compiler")
+    monkeypatch.setattr(library, "find_library", lambda: "there is no C compiler")
     with pytest.raises(RequestError, match=r"device\.convolutions is winograd-native, but there is no C compiler"):
         with_arithmetic(scenario("fp32", "winograd-native"))
 
@@ -160,7 +160,7 @@ def test_auto_trains_as_what_it_chose(
         kinds = {type(module) for module in device.network.modules()}
         convolutions = arithmetic_of(scenario(wanted)).convolutions
         assert (WinogradConv2d in kinds) == (convolutions == "winograd")
-        assert (native.NativeWinogradConv2d in kinds) == (convolutions == "winograd-native")
+        assert (NativeWinogradConv2d in kinds) == (convolutions == "winograd-native")
     assert losses[0] == losses[1] != losses[2]
 
 

@@ -8,14 +8,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightcl.networks import winograd
-from lightcl.networks.winograd import WinogradConv2d, tiles_of, use_winograd_
+from lightcl.networks.winograd import WinogradConv2d, use_winograd_
 from tests.lightcl import toys
 from tests.lightcl.networks.exact import check_a_shift_by_hand, check_against_the_exact_convolution, maps
 
 
 @pytest.fixture(autouse=True)
 def few_channels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winograd, "CHANNELS", 1)
+    monkeypatch.setattr(WinogradConv2d, "fewest_channels", 1)
 
 
 def convolution(inputs: int, outputs: int) -> nn.Conv2d:
@@ -44,11 +44,11 @@ def test_other_sides_are_computed_directly(shape):
 
 
 def test_few_channels_and_large_maps_are_not_worth_it(monkeypatch):
-    monkeypatch.setattr(winograd, "CHANNELS", 5)
+    monkeypatch.setattr(WinogradConv2d, "fewest_channels", 5)
     assert use_winograd_(nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, bias=False))) == 0
     assert use_winograd_(nn.Sequential(nn.Conv2d(8, 4, 3, padding=1, bias=False))) == 0
     assert use_winograd_(nn.Sequential(nn.Conv2d(5, 5, 3, padding=1, bias=False))) == 1
-    assert [tiles_of(*size) for size in ((4, 4), (8, 12), (16, 16), (16, 20), (6, 8))] == [1, 6, 16, 0, 0]
+    assert [WinogradConv2d.tiles(*size) for size in ((4, 4), (8, 12), (16, 16), (16, 20), (6, 8))] == [1, 6, 16, 0, 0]
 
 
 def test_under_autocast_it_is_pytorchs_convolution():

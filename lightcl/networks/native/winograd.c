@@ -1,30 +1,25 @@
-/* 3x3 convolutions by Winograd's algorithm F(4x4, 3x3), forward and backward, for maps [N, H, W, C] in fp32.
+/* 3x3 convolutions by Winograd's algorithm F(4x4, 3x3), forward and backward, for maps [N, H, W, C] in fp32 or bf16.
 
-   The algorithm and its transforms stand in winograd.py. Here nothing is copied to suit a library's matrix product:
+   The algorithm and its transforms stand in ../winograd.py. Here nothing is copied to suit a library's matrix product:
    a transform writes its 36 places where the products read them, products of a few places at a time take their weights
    from a block that fits into the processor's second-level cache, and the transforms are sums, not matrix products.
+   Large maps are computed a few at a time, so that their places stay in the cache as well. Maps in bf16 are widened
+   where they are read and rounded where they are written; all arithmetic is in fp32.
 
-   Every number is computed in the same order for any number of threads.
+   Every number is computed in the same order for any number of threads. */
 
-   Plain C with the vector types that GCC and Clang know; the width of a vector follows from the processor that it is
-   compiled for. native.py compiles and loads it. */
-
-#include <string.h>
+#include "vectors.h"
 
 #if defined(__AVX512F__)
-enum { LANES = 16, ROWS = 12 }; /* 12 x 2 sums, in 24 of 32 registers */
+enum { ROWS = 12 }; /* 12 x 2 sums, in 24 of 32 registers */
 #elif defined(__AVX__)
-enum { LANES = 8, ROWS = 5 }; /* 5 x 2 sums, in 10 of 16 registers */
+enum { ROWS = 5 }; /* 5 x 2 sums, in 10 of 16 registers */
 #else
-enum { LANES = 4, ROWS = 8 }; /* 8 x 2 sums, in 16 of the 32 registers of an ARM processor */
+enum { ROWS = 8 }; /* 8 x 2 sums, in 16 of the 32 registers of an ARM processor */
 #endif
 
 enum { TILE = 4, REACH = 6, TAPS = 9, PLACES = REACH * REACH, BLOCK = 2 * LANES, HIGH = 2 * ROWS, WITHIN = HIGH * BLOCK + 16 };
-
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); /* anywhere in memory */
-
-#define INLINE static inline __attribute__((always_inline))
+enum { GROUP = 128, LARGEST = 1024 }; /* tiles that are computed together; positions of a map, at most */
 
 typedef struct {
     long maps, height, width, inputs, outputs; /* as in [N, H, W, C] and [N, H, W, C'] */
@@ -32,8 +27,6 @@ typedef struct {
     long padded_inputs, padded_outputs;        /* channels in scratch memory, where vectors are full */
     long next_input, next_output;              /* distance of two places in scratch memory */
 } Shape;
-
-INLINE long at_most(long a, long b) { return a < b ? a : b; }
 
 static long padded(long channels) { return (channels + LANES - 1) / LANES * LANES; }
 
@@ -48,21 +41,6 @@ static Shape shape_of(const long *sizes) {
     s.next_output = apart(s.tiles * s.padded_outputs);
     return s;
 }
-
-/* The first `count` of a vector's numbers; the others are 0. */
-INLINE vec load(const float *from, long count) {
-    if (count >= LANES) return *(const loose *)from;
-    vec result = {0};
-    memcpy(&result, from, 4 * count);
-    return result;
-}
-
-INLINE void store(float *to, vec value, long count) {
-    if (count >= LANES) *(loose *)to = value;
-    else memcpy(to, &value, 4 * count);
-}
-
-INLINE void add(float *to, vec value, long count) { store(to, load(to, count) + value, count); }
 
 /* ---- Transforms along one side; `step` is the distance of an array's elements ---- */
 
@@ -139,89 +117,122 @@ INLINE void weight_side_back(const vec *r, int from, vec *w, int to) { /* G^T */
 
 /* ---- Transforms of maps, one tile and one vector of channels at a time ---- */
 
+/* What happens to a result before it is written: y * scale + shift + shortcut, and ReLU. NULL: not wanted. */
 typedef struct {
-    float *map; /* of these channels: [H, W, C] from the first of them on */
+    const float *scale, *shift; /* [C'] */
+    const void *shortcut;       /* [N, H, W, C'] */
+    int relu;
+} After;
+
+typedef struct {
+    int half; /* bf16, else fp32 */
+    void *map;
+    long place; /* of the map's and vector's first number */
     float *places;
     long height, width, channels, next; /* `next`: the distance of two places */
     long top, left;                     /* of the tile's outputs */
-    long count;                         /* channels of the vector */
+    long channel, count;                /* the first channel of the vector, and how many it has */
 } Tile;
 
-INLINE float *at(Tile t, long y, long x) { return t.map + (y * t.width + x) * t.channels; }
+INLINE long at(Tile t, long y, long x) { return t.place + (y * t.width + x) * t.channels; }
 
 INLINE int inside(Tile t, long y, long x) { return y >= 0 && y < t.height && x >= 0 && x < t.width; }
 
-/* Calls `transform` for all tiles of maps [N, H, W, channels] and places [36, tiles, padded]. A task is one map and one
-   vector of channels: tiles that overlap belong to one task. */
-INLINE void for_tiles(Shape s, long channels, long padded, long next, float *maps, float *places,
-                      void (*transform)(Tile)) {
-    long rows = s.height / TILE, columns = s.width / TILE, vectors = padded / LANES;
-#pragma omp for schedule(static) collapse(2)
-    for (long n = 0; n < s.maps; n++)
-        for (long v = 0; v < vectors; v++)
-            for (long row = 0; row < rows; row++)
-                for (long column = 0; column < columns; column++) {
-                    long channel = v * LANES;
-                    transform((Tile){maps + n * s.height * s.width * channels + channel,
-                                     places + ((n * rows + row) * columns + column) * padded + channel, s.height, s.width,
-                                     channels, next, row * TILE, column * TILE, at_most(LANES, channels - channel)});
-                }
-}
+/* Runs `transform` with the Tile `t`, for all tiles of maps [N, H, W, channels] and places [36, tiles, padded]. A task is
+   one map and one vector of channels: tiles that overlap belong to one task, which runs `before` and `after`. */
+#define FOR_TILES(s, half_, maps_, places_, channels_, padded_, next_, before, transform, after) \
+    long rows = s.height / TILE, columns = s.width / TILE, vectors = padded_ / LANES; \
+    _Pragma("omp for schedule(static) collapse(2)") \
+    for (long n = 0; n < s.maps; n++) \
+        for (long v = 0; v < vectors; v++) { \
+            long channel = v * LANES; \
+            Tile t = {half_, (void *)(maps_), n * s.height * s.width * channels_ + channel, 0, s.height, s.width, channels_, \
+                      next_, 0, 0, channel, at_most(LANES, channels_ - channel)}; \
+            before; \
+            for (long row = 0; row < rows; row++) \
+                for (long column = 0; column < columns; column++) { \
+                    t.places = (float *)(places_) + ((n * rows + row) * columns + column) * padded_ + channel; \
+                    t.top = row * TILE; \
+                    t.left = column * TILE; \
+                    transform; \
+                } \
+            after; \
+        }
 
-INLINE void input_to_places(Tile t) {
+INLINE void input_tile(Tile t) {
     vec d[PLACES], half[PLACES];
     for (int i = 0; i < REACH; i++)
         for (int j = 0; j < REACH; j++) {
             long y = t.top + i - 1, x = t.left + j - 1;
-            d[i * REACH + j] = inside(t, y, x) ? load(at(t, y, x), t.count) : (vec){0};
+            d[i * REACH + j] = inside(t, y, x) ? load_any(t.half, t.map, at(t, y, x), t.count) : (vec){0};
         }
     for (int j = 0; j < REACH; j++) input_side(d + j, REACH, half + j, REACH);
     for (int i = 0; i < REACH; i++) input_side(half + i * REACH, 1, d + i * REACH, 1);
     for (int p = 0; p < PLACES; p++) *(loose *)(t.places + p * t.next) = d[p];
 }
 
-/* The transposed of it: overlapping tiles are added up. */
-INLINE void places_to_input(Tile t) {
+/* The transposed of it: overlapping tiles are added up in `sum` [H, W]. */
+INLINE void input_tile_back(Tile t, vec *sum) {
     vec d[PLACES], half[PLACES];
-    if (t.top == 0 && t.left == 0) /* the map's first tile */
-        for (long position = 0; position < t.height * t.width; position++)
-            store(t.map + position * t.channels, (vec){0}, t.count);
     for (int p = 0; p < PLACES; p++) d[p] = *(const loose *)(t.places + p * t.next);
     for (int i = 0; i < REACH; i++) input_side_back(d + i * REACH, 1, half + i * REACH, 1);
     for (int j = 0; j < REACH; j++) input_side_back(half + j, REACH, d + j, REACH);
     for (int i = 0; i < REACH; i++)
         for (int j = 0; j < REACH; j++) {
             long y = t.top + i - 1, x = t.left + j - 1;
-            if (inside(t, y, x)) add(at(t, y, x), d[i * REACH + j], t.count);
+            if (inside(t, y, x)) sum[y * t.width + x] += d[i * REACH + j];
         }
 }
 
-INLINE void places_to_output(Tile t) {
+INLINE void output_tile(Tile t, After after) {
     vec m[PLACES], half[TILE * REACH], y[TILE * TILE];
     for (int p = 0; p < PLACES; p++) m[p] = *(const loose *)(t.places + p * t.next);
     for (int j = 0; j < REACH; j++) output_side(m + j, REACH, half + j, REACH);
     for (int i = 0; i < TILE; i++) output_side(half + i * REACH, 1, y + i * TILE, 1);
+    if (after.scale) {
+        vec scale = load(after.scale + t.channel, t.count), shift = load(after.shift + t.channel, t.count);
+        for (int p = 0; p < TILE * TILE; p++) y[p] = y[p] * scale + shift;
+    }
     for (int i = 0; i < TILE; i++)
-        for (int j = 0; j < TILE; j++) store(at(t, t.top + i, t.left + j), y[i * TILE + j], t.count);
+        for (int j = 0; j < TILE; j++) {
+            vec value = y[i * TILE + j];
+            long place = at(t, t.top + i, t.left + j);
+            if (after.shortcut) value += load_any(t.half, after.shortcut, place, t.count);
+            if (after.relu) value = positive(value);
+            store_any(t.half, t.map, place, value, t.count);
+        }
 }
 
 /* The transposed of it. */
-INLINE void output_to_places(Tile t) {
+INLINE void output_tile_back(Tile t) {
     vec y[TILE * TILE], half[TILE * REACH], m[PLACES];
     for (int i = 0; i < TILE; i++)
-        for (int j = 0; j < TILE; j++) y[i * TILE + j] = load(at(t, t.top + i, t.left + j), t.count);
+        for (int j = 0; j < TILE; j++) y[i * TILE + j] = load_any(t.half, t.map, at(t, t.top + i, t.left + j), t.count);
     for (int i = 0; i < TILE; i++) output_side_back(y + i * TILE, 1, half + i * REACH, 1);
     for (int j = 0; j < REACH; j++) output_side_back(half + j, REACH, m + j, REACH);
     for (int p = 0; p < PLACES; p++) *(loose *)(t.places + p * t.next) = m[p];
 }
 
 /* Maps [N, H, W, C] and places [36, tiles, padded C], or C'. */
-INLINE void for_inputs(Shape s, const float *maps, float *places, void (*transform)(Tile)) {
-    for_tiles(s, s.inputs, s.padded_inputs, s.next_input, (float *)maps, places, transform);
+INLINE void input_to_places(Shape s, int half, const void *maps, float *places) {
+    FOR_TILES(s, half, maps, places, s.inputs, s.padded_inputs, s.next_input, , input_tile(t), )
 }
 
-INLINE void for_outputs(Shape s, const float *maps, float *places, void (*transform)(Tile)) {
-    for_tiles(s, s.outputs, s.padded_outputs, s.next_output, (float *)maps, places, transform);
+INLINE void places_to_input(Shape s, int half, const float *places, void *maps) {
+    vec sum[LARGEST];
+    long positions = s.height * s.width;
+    FOR_TILES(
+        s, half, maps, places, s.inputs, s.padded_inputs, s.next_input, memset(sum, 0, positions * sizeof(vec)),
+        input_tile_back(t, sum),
+        for (long i = 0; i < positions; i++) store_any(half, maps, t.place + i * t.channels, sum[i], t.count))
+}
+
+INLINE void places_to_output(Shape s, int half, const float *places, void *maps, After after) {
+    FOR_TILES(s, half, maps, places, s.outputs, s.padded_outputs, s.next_output, , output_tile(t, after), )
+}
+
+INLINE void output_to_places(Shape s, int half, const void *maps, float *places) {
+    FOR_TILES(s, half, maps, places, s.outputs, s.padded_outputs, s.next_output, , output_tile_back(t), )
 }
 
 /* ---- Matrix products ---- */
@@ -319,9 +330,9 @@ static void products_with_weights(long tiles, long depth, long padded_depth, lon
         }
 }
 
-/* The gradient of the weights [C', 9, C]. A task is a block of outputs and one of inputs: all of its 36 products are
-   in `block`. */
-static void weight_gradient(Shape s, const float *outputs, const float *inputs, float *gradient, float *block) {
+/* The gradient of the weights [C', 9, C], added to what is there where `more`. A task is a block of outputs and one of
+   inputs: all of its 36 products are in `block`. */
+static void weight_gradient(Shape s, const float *outputs, const float *inputs, float *gradient, int more, float *block) {
     long high = (s.outputs + HIGH - 1) / HIGH, wide = (s.padded_inputs + BLOCK - 1) / BLOCK;
 #pragma omp for schedule(dynamic) collapse(2)
     for (long number = 0; number < high; number++)
@@ -340,26 +351,33 @@ static void weight_gradient(Shape s, const float *outputs, const float *inputs, 
                     for (int y = 0; y < REACH; y++) weight_side_back(u + y, REACH, half + y, REACH);
                     for (int y = 0; y < 3; y++) weight_side_back(half + y * REACH, 1, w + y * 3, 1);
                     long channel = start + j * LANES;
-                    for (int y = 0; y < TAPS; y++)
-                        store(gradient + ((first + i) * TAPS + y) * s.inputs + channel, w[y], s.inputs - channel);
+                    for (int y = 0; y < TAPS; y++) {
+                        float *place = gradient + ((first + i) * TAPS + y) * s.inputs + channel;
+                        store(place, more ? load(place, s.inputs - channel) + w[y] : w[y], s.inputs - channel);
+                    }
                 }
         }
 }
 
-/* Weights [C', 9, C] -> [9, C, padded C']. */
+/* Weights [C', 9, C] -> [9, C, padded C'], a square of numbers at a time. */
 static void turn(Shape s, const float *weights, float *turned) {
 #pragma omp for schedule(static) collapse(2)
-    for (long tap = 0; tap < TAPS; tap++)
-        for (long start = 0; start < s.inputs; start += LANES) {
-            long count = at_most(LANES, s.inputs - start);
-            for (long k = 0; k < s.padded_outputs; k++)
+    for (long k = 0; k < s.padded_outputs; k += LANES)
+        for (long tap = 0; tap < TAPS; tap++)
+            for (long start = 0; start < s.inputs; start += LANES) {
+                long count = at_most(LANES, s.inputs - start);
+                float square[LANES][LANES];
+                for (long i = 0; i < LANES; i++) {
+                    vec row = k + i < s.outputs ? load(weights + ((k + i) * TAPS + tap) * s.inputs + start, count) : (vec){0};
+#pragma GCC unroll 16
+                    for (int c = 0; c < LANES; c++) square[c][i] = row[c];
+                }
                 for (long c = 0; c < count; c++)
-                    turned[(tap * s.inputs + start + c) * s.padded_outputs + k] =
-                        k < s.outputs ? weights[(k * TAPS + tap) * s.inputs + start + c] : 0;
-        }
+                    *(loose *)(turned + (tap * s.inputs + start + c) * s.padded_outputs + k) = *(loose *)square[c];
+            }
 }
 
-/* ---- What Python calls; `sizes` are N, H, W, C and C' ---- */
+/* ---- What Python calls; `sizes` are N, H, W, C and C', and 1 where the maps are in bf16 ---- */
 
 static long block_size(Shape s) {
     long weights = REACH * (s.inputs > s.outputs ? s.inputs : s.outputs) * BLOCK, gradient = PLACES * WITHIN;
@@ -373,47 +391,77 @@ static long block_size(Shape s) {
 #define THREAD 0
 #endif
 
+/* `s` for the maps that are computed together, from map `first` on. */
+INLINE Shape group_of(const long *sizes, long first) {
+    long tiles = sizes[1] / TILE * (sizes[2] / TILE), together = GROUP / tiles > 1 ? GROUP / tiles : 1;
+    long group[] = {at_most(together, sizes[0] - first), sizes[1], sizes[2], sizes[3], sizes[4]};
+    return shape_of(group);
+}
+
+/* Where map `first` begins. */
+INLINE const void *from_map(const void *maps, const long *sizes, long first, long channels) {
+    return (const char *)maps + first * sizes[1] * sizes[2] * channels * (sizes[5] ? 2 : 4);
+}
+
 /* Numbers of scratch memory for a forward or a backward pass. */
 long winograd_scratch(const long *sizes, int backward, int threads) {
-    Shape s = shape_of(sizes);
+    Shape s = group_of(sizes, 0);
     long inputs = PLACES * s.next_input, outputs = PLACES * s.next_output;
     return inputs + outputs + (backward ? 0 : TAPS * s.inputs * s.padded_outputs) + threads * block_size(s);
 }
 
-void winograd_forward(const long *sizes, int threads, const float *maps, const float *weights, float *result,
-                      float *scratch) {
-    Shape s = shape_of(sizes);
-    float *inputs = scratch, *outputs = inputs + PLACES * s.next_input;
-    float *turned = outputs + PLACES * s.next_output;
-    float *blocks = turned + TAPS * s.inputs * s.padded_outputs;
-#pragma omp parallel num_threads(threads)
-    {
-        turn(s, weights, turned);
-        for_inputs(s, maps, inputs, input_to_places);
+/* By one of the threads that share the work; `half` is a constant where it is called. */
+INLINE void forward(const long *sizes, int half, const void *maps, const float *weights, After after, void *result,
+                    float *scratch) {
+    Shape whole = group_of(sizes, 0);
+    float *inputs = scratch, *outputs = inputs + PLACES * whole.next_input;
+    float *turned = outputs + PLACES * whole.next_output;
+    float *block = turned + TAPS * whole.inputs * whole.padded_outputs + THREAD * block_size(whole);
+    turn(whole, weights, turned);
+    for (long first = 0; first < sizes[0]; first += whole.maps) {
+        Shape s = group_of(sizes, first);
+        After here = after;
+        if (after.shortcut) here.shortcut = from_map(after.shortcut, sizes, first, s.outputs);
+        input_to_places(s, half, from_map(maps, sizes, first, s.inputs), inputs);
         products_with_weights(s.tiles, s.inputs, s.padded_inputs, s.padded_outputs, s.padded_outputs, inputs, turned,
-                              s.inputs * s.padded_outputs, s.padded_outputs, outputs, blocks + THREAD * block_size(s));
-        for_outputs(s, result, outputs, places_to_output);
+                              s.inputs * s.padded_outputs, s.padded_outputs, outputs, block);
+        places_to_output(s, half, outputs, (void *)from_map(result, sizes, first, s.outputs), here);
     }
 }
 
-/* `of_maps` or `of_weights` may be NULL: not wanted. */
-void winograd_backward(const long *sizes, int threads, const float *maps, const float *weights, const float *gradient,
-                       float *of_maps, float *of_weights, float *scratch) {
-    Shape s = shape_of(sizes);
-    float *inputs = scratch, *outputs = inputs + PLACES * s.next_input;
-    float *blocks = outputs + PLACES * s.next_output;
-#pragma omp parallel num_threads(threads)
-    {
-        float *block = blocks + THREAD * block_size(s);
-        for_outputs(s, gradient, outputs, output_to_places);
+INLINE void backward(const long *sizes, int half, const void *maps, const float *weights, const void *gradient,
+                     void *of_maps, float *of_weights, float *scratch) {
+    Shape whole = group_of(sizes, 0);
+    float *inputs = scratch, *outputs = inputs + PLACES * whole.next_input;
+    float *block = outputs + PLACES * whole.next_output + THREAD * block_size(whole);
+    for (long first = 0; first < sizes[0]; first += whole.maps) {
+        Shape s = group_of(sizes, first);
+        output_to_places(s, half, from_map(gradient, sizes, first, s.outputs), outputs);
         if (of_weights) {
-            for_inputs(s, maps, inputs, input_to_places);
-            weight_gradient(s, outputs, inputs, of_weights, block);
+            input_to_places(s, half, from_map(maps, sizes, first, s.inputs), inputs);
+            weight_gradient(s, outputs, inputs, of_weights, first > 0, block);
         }
         if (of_maps) {
             products_with_weights(s.tiles, s.outputs, s.padded_outputs, s.inputs, s.padded_inputs, outputs, weights,
                                   s.inputs, TAPS * s.inputs, inputs, block);
-            for_inputs(s, of_maps, inputs, places_to_input);
+            places_to_input(s, half, inputs, (void *)from_map(of_maps, sizes, first, s.inputs));
         }
     }
+}
+
+/* `scale` and `shift`, or `shortcut`, may be NULL: not wanted. */
+void winograd_forward(const long *sizes, int threads, int relu, const void *maps, const float *weights, const float *scale,
+                      const float *shift, const void *shortcut, void *result, float *scratch) {
+    After after = {scale, shift, shortcut, relu};
+#pragma omp parallel num_threads(threads)
+    if (sizes[5]) forward(sizes, 1, maps, weights, after, result, scratch);
+    else forward(sizes, 0, maps, weights, after, result, scratch);
+}
+
+/* `of_maps` or `of_weights` may be NULL: not wanted. */
+void winograd_backward(const long *sizes, int threads, const void *maps, const float *weights, const void *gradient,
+                       void *of_maps, float *of_weights, float *scratch) {
+#pragma omp parallel num_threads(threads)
+    if (sizes[5]) backward(sizes, 1, maps, weights, gradient, of_maps, of_weights, scratch);
+    else backward(sizes, 0, maps, weights, gradient, of_maps, of_weights, scratch);
 }

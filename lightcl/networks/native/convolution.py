@@ -1,0 +1,119 @@
+"""3x3 convolutions by winograd.c."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightcl.networks.native.library import run, scratch_memory
+from lightcl.networks.winograd import REACH, WinogradConv2d
+
+CHANNELS, POSITIONS = 32, 1024
+"""The fewest channels and the largest maps, which is also the most that winograd.c has room for. With 20 channels a
+direct convolution is as fast: 12 of 32 numbers in two vectors would be unused."""
+GROUP = 128
+"""Tiles of large maps that winograd.c computes together."""
+
+
+class NativeWinogradConv2d(WinogradConv2d):
+    """A convolution that computes by winograd.c where Winograd's algorithm applies.
+
+    It applies to fp32 maps on the CPU whose sides are multiples of 4 and which are not large. Inside autocast to bf16
+    it computes in fp32 as well, and its result is rounded: that is faster than multiplying in bf16, and more exact.
+    """
+
+    fewest_channels, largest_map = CHANNELS, POSITIONS
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[N, C, H, W]` -> `[N, C', H, W]`, channels-last."""
+        if not self.applies(input):
+            return super().forward(input)
+        result: Tensor = _Winograd.apply(input, self.weight, map_type())
+        return result
+
+    def applies(self, input: Tensor) -> bool:
+        """Whether winograd.c computes this input."""
+        return (
+            bool(self.tiles(*input.shape[-2:]))
+            and input.device.type == "cpu"
+            and input.dtype in (torch.float32, map_type())
+            and self.weight.dtype == torch.float32
+        )
+
+    def followed(self, x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor | None) -> Tensor:
+        """ReLU(scale · convolution + shift + shortcut), without a graph, where it `applies`; scale and shift are `[C']`
+        in fp32."""
+        kind = map_type()
+        added = None if shortcut is None else as_maps(shortcut, kind)
+        return _forward(as_maps(x, kind), as_maps(self.weight, torch.float32), 1, scale, shift, added)
+
+
+def map_type() -> torch.dtype:
+    """Of maps that are computed on the CPU: bf16 inside autocast to it, else fp32."""
+    half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return torch.bfloat16 if half else torch.float32
+
+
+def as_maps(x: Tensor, kind: torch.dtype) -> Tensor:
+    """Maps `[N, C, H, W]`, or weights, as C reads them: channels-last, which they are as a rule."""
+    return x.to(kind).contiguous(memory_format=torch.channels_last)
+
+
+def new_maps(x: Tensor, channels: int) -> Tensor:
+    """Maps like `x`, of so many channels, with any values."""
+    shape = (x.shape[0], channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+
+
+def scratch_size(samples: int, tiles: int, inputs: int, outputs: int, *, backward: bool) -> int:
+    """Numbers of scratch memory of a pass by one thread, for maps of `tiles` each and so many channels.
+
+    It is winograd.c's own count for AVX-512; processors with shorter vectors take less.
+    """
+
+    def apart(numbers: int) -> int:
+        return ((numbers + 15) // 16 | 1) * 16
+
+    together = min(samples, max(1, GROUP // tiles)) * tiles
+    places, width, high = REACH * REACH, 32, 24
+    padded_inputs, padded_outputs = -(-inputs // 16) * 16, -(-outputs // 16) * 16
+    turned = 0 if backward else 9 * inputs * padded_outputs
+    block = max(REACH * max(inputs, outputs) * width, places * (high * width + 16))
+    return places * (apart(together * padded_inputs) + apart(together * padded_outputs)) + turned + block
+
+
+class _Winograd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, kind: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.kind = kind
+        return _forward(as_maps(x, kind), as_maps(weight, torch.float32))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, _ = ctx.needs_input_grad
+        maps, weights = as_maps(x, ctx.kind), as_maps(weight, torch.float32)
+        # Not views: autograd adds the gradients of several passes to the first one, where nothing else refers to it.
+        of_x = new_maps(maps, maps.shape[1]) if for_x else None
+        of_weight = new_maps(weights, weights.shape[1]) if for_weight else None
+        sizes, gradient = _sizes(maps, weights), as_maps(gradients[0], ctx.kind)
+        run("winograd_backward", sizes, maps, weights, gradient, of_x, of_weight, scratch_memory(sizes, backward=True))
+        return None if of_x is None else of_x.to(x.dtype), of_weight, None
+
+
+def _forward(
+    maps: Tensor, weights: Tensor, relu: int = 0, scale: Tensor | None = None, shift: Tensor | None = None,
+    shortcut: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    sizes, result = _sizes(maps, weights), new_maps(maps, len(weights))
+    scratch = scratch_memory(sizes, backward=False)
+    run("winograd_forward", sizes, relu, maps, weights, scale, shift, shortcut, result, scratch)
+    return result
+
+
+def _sizes(maps: Tensor, weights: Tensor) -> tuple[int, ...]:
+    n, c, h, w = maps.shape
+    return n, h, w, c, len(weights), int(maps.dtype == torch.bfloat16)

@@ -1,0 +1,74 @@
+/* Vectors of fp32 numbers, and how they are read from and written to memory. Plain C with the vector types that GCC and
+   Clang know; the width of a vector follows from the processor that it is compiled for. */
+
+#ifndef LIGHTCL_VECTORS_H
+#define LIGHTCL_VECTORS_H
+
+#include <string.h>
+
+#if defined(__AVX512F__)
+enum { LANES = 16 };
+#elif defined(__AVX__)
+enum { LANES = 8 };
+#else
+enum { LANES = 4 };
+#endif
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); /* anywhere in memory */
+typedef unsigned words __attribute__((vector_size(4 * LANES)));
+typedef unsigned short halves __attribute__((vector_size(2 * LANES))); /* bf16: the upper half of an fp32 number */
+typedef unsigned short loose_halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE long at_most(long a, long b) { return a < b ? a : b; }
+
+/* The first `count` of a vector's numbers; the others are 0. */
+INLINE vec load(const float *from, long count) {
+    if (count >= LANES) return *(const loose *)from;
+    vec result = {0};
+    memcpy(&result, from, 4 * count);
+    return result;
+}
+
+INLINE void store(float *to, vec value, long count) {
+    if (count >= LANES) *(loose *)to = value;
+    else memcpy(to, &value, 4 * count);
+}
+
+INLINE vec select(words mask, vec yes, vec no) { return (vec)(((words)yes & mask) | ((words)no & ~mask)); }
+
+/* ReLU; NaN stays NaN. */
+INLINE vec positive(vec value) { return select((words)(value < 0), (vec){0}, value); }
+
+INLINE vec widened(halves h) { return (vec)(__builtin_convertvector(h, words) << 16); }
+
+/* To the nearest bf16, at equal distance to the even one; NaN stays NaN. */
+INLINE halves rounded(vec value) {
+    words bits = (words)value, up = bits + 0x7fff + ((bits >> 16) & 1), nan = (words)(value != value);
+    return __builtin_convertvector(((up & ~nan) | ((bits | 0x400000) & nan)) >> 16, halves);
+}
+
+/* Numbers `at`, `at + 1`, ... of an array in fp32, or in bf16 where `half`. */
+INLINE vec load_any(int half, const void *from, long at, long count) {
+    if (!half) return load((const float *)from + at, count);
+    const unsigned short *place = (const unsigned short *)from + at;
+    if (count >= LANES) return widened(*(const loose_halves *)place);
+    halves result = {0};
+    memcpy(&result, place, 2 * count);
+    return widened(result);
+}
+
+INLINE void store_any(int half, void *to, long at, vec value, long count) {
+    if (!half) {
+        store((float *)to + at, value, count);
+        return;
+    }
+    unsigned short *place = (unsigned short *)to + at;
+    halves result = rounded(value);
+    if (count >= LANES) *(loose_halves *)place = result;
+    else memcpy(place, &result, 2 * count);
+}
+
+#endif

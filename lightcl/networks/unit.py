@@ -1,0 +1,37 @@
+"""The unit that networks repeat: a convolution, its batch-norm, perhaps a shortcut, and ReLU; in as few passes over the
+map as the modules allow."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightcl.networks.native import NativeBatchNorm2d, NativeWinogradConv2d
+
+
+def unit(convolution: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """ReLU(norm(convolution(x)))."""
+    y = fused(convolution, norm, x)
+    return activated(norm, convolution(x)) if y is None else y
+
+
+def fused(convolution: nn.Module, norm: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Tensor | None:
+    """ReLU(norm(convolution(x)) + shortcut) in one operation; None where there is none for it."""
+    if (
+        isinstance(norm, NativeBatchNorm2d)
+        and isinstance(convolution, NativeWinogradConv2d)
+        and not norm.training
+        and not torch.is_grad_enabled()
+        and convolution.applies(x)
+    ):
+        return convolution.followed(x, *norm.scale_and_shift(), shortcut)
+    return None
+
+
+def activated(norm: nn.Module, y: Tensor, shortcut: Tensor | None = None) -> Tensor:
+    """ReLU(norm(y) + shortcut)."""
+    if isinstance(norm, NativeBatchNorm2d):
+        return norm.followed(y, shortcut)
+    y = norm(y)
+    return F.relu(y if shortcut is None else y.add_(shortcut), inplace=True)

@@ -1,0 +1,18 @@
+"""Each test finds the library anew, and computes layers of few channels in C as well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from lightcl.networks.native import NativeWinogradConv2d
+from lightcl.networks.native.library import find_library
+
+
+@pytest.fixture(autouse=True)
+def few_channels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(NativeWinogradConv2d, "fewest_channels", 1)
+    find_library.cache_clear()
+    yield
+    find_library.cache_clear()

@@ -1,0 +1,160 @@
+"""Winograd's algorithm in C: against direct convolutions in fp64, for every length of a vector."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightcl.networks.native import NativeWinogradConv2d, library, use_native_
+from lightcl.networks.native.convolution import scratch_size
+from lightcl.networks.native.library import scratch_memory
+from lightcl.networks.unit import fused
+from tests.lightcl import toys
+from tests.lightcl.networks.exact import (
+    check_a_shift_by_hand,
+    check_against_the_exact_convolution,
+    distance,
+    maps,
+    results,
+)
+from tests.lightcl.networks.native.vectors import FEATURES, STRICT, VECTORS
+
+
+def convolution(inputs: int, outputs: int) -> nn.Conv2d:
+    torch.manual_seed(3)
+    made = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
+    use_native_(nn.Sequential(made))
+    assert isinstance(made, NativeWinogradConv2d)
+    return made
+
+
+@toys.needs_compiler
+@pytest.mark.parametrize("flags", VECTORS)
+@pytest.mark.parametrize(
+    ("shape", "outputs"),
+    [((3, 5, 4, 4), 7), ((2, 33, 8, 12), 70), ((1, 1, 16, 16), 1), ((47, 160, 4, 4), 160), ((5, 20, 32, 32), 9)],
+)
+def test_it_computes_the_convolution_and_its_gradients(
+    monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], shape: tuple[int, ...], outputs: int
+) -> None:
+    monkeypatch.setattr(library, "FLAGS", (*STRICT, *flags))
+    check_against_the_exact_convolution(convolution(shape[1], outputs), maps(*shape))
+
+
+@toys.needs_compiler
+def test_a_shift_by_hand() -> None:
+    check_a_shift_by_hand(convolution(1, 1))
+
+
+@toys.needs_compiler
+def test_the_number_of_threads_changes_nothing() -> None:
+    fast, x = convolution(33, 70), maps(5, 33, 8, 8)
+    alone = results(fast, x)
+    torch.set_num_threads(3)
+    for one, other in zip(results(fast, x), alone, strict=True):
+        assert torch.equal(one, other)
+
+
+@toys.needs_compiler
+def test_only_what_is_wanted_is_computed() -> None:
+    fast, x = convolution(5, 7), maps(2, 5, 4, 4)
+    _, of_x, of_weight = results(fast, x)
+    gradient = maps(2, 7, 4, 4, seed=1)
+    fast.weight.requires_grad_(False)
+    assert torch.equal(torch.autograd.grad(fast(x), x, gradient)[0], of_x)
+    fast.weight.requires_grad_(True)
+    assert torch.equal(torch.autograd.grad(fast(x.detach()), fast.weight, gradient)[0], of_weight)
+    with torch.no_grad():
+        assert torch.equal(fast(x), fast(x.contiguous()))  # not channels-last: another order in memory
+
+
+@toys.needs_compiler
+@pytest.mark.parametrize("flags", VECTORS)
+@pytest.mark.parametrize("side", [4, 8])
+def test_in_bf16_it_computes_in_fp32_and_rounds_its_result(
+    monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], side: int
+) -> None:
+    monkeypatch.setattr(library, "FLAGS", (*STRICT, *flags))
+    fast, x = convolution(5, 19), maps(2, 5, side, side)
+    rounded = x.detach().bfloat16().requires_grad_()
+    exact = fast(rounded.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        y = fast(rounded)
+        assert torch.equal(y, fast(rounded.float()))  # what autocast would do
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, exact.bfloat16())
+    gradient = maps(*y.shape, seed=1).bfloat16()
+    of_x, of_weight = torch.autograd.grad(y, (rounded, fast.weight), gradient)
+    exact_x, exact_weight = torch.autograd.grad(exact, (rounded, fast.weight), gradient.float())
+    assert of_x.dtype == torch.bfloat16
+    assert of_weight.dtype == torch.float32
+    assert torch.equal(of_x, exact_x)
+    assert torch.equal(of_weight, exact_weight)
+
+
+@toys.needs_compiler
+def test_special_numbers_are_rounded_as_pytorch_does() -> None:
+    """Halves of a unit in the last place go to the even number, NaN stays NaN."""
+    zero = convolution(1, 1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for value in (1 + 2**-8, 1 + 3 * 2**-8, 3.3e38, 3.4028e38, 1e-40, torch.inf, torch.nan, -1.0):
+            shift = torch.tensor([value])
+            y = zero.followed(torch.zeros(1, 1, 4, 4), torch.ones(1), shift, None)
+            expected = torch.relu(shift).bfloat16().expand(16)
+            assert torch.equal(y.flatten(), expected) or (y.isnan().all() and expected.isnan().all())
+
+
+@toys.needs_compiler
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("with_shortcut", [False, True])
+def test_without_a_graph_batch_norm_shortcut_and_relu_are_part_of_it(half: bool, with_shortcut: bool) -> None:
+    fast, norm = convolution(5, 19), nn.BatchNorm2d(19)
+    nn.init.uniform_(norm.weight, 0.5, 2)
+    nn.init.normal_(norm.bias)
+    use_native_(nn.Sequential(norm.eval()))
+    x, shortcut = maps(40, 5, 8, 8).detach(), maps(40, 19, 8, 8, seed=2).detach()  # more maps than one group
+    expected = norm(F.conv2d(x, fast.weight, padding=1)) + shortcut * with_shortcut
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        given = fused(fast, norm, x, shortcut if with_shortcut else None)
+    assert given is not None
+    assert given.dtype == (torch.bfloat16 if half else torch.float32)
+    assert distance(given.float(), F.relu(expected)) < (2e-2 if half else 1e-4)
+
+
+@toys.needs_compiler
+@pytest.mark.parametrize("shape", [(2, 5, 6, 8), (2, 5, 2, 2), (1, 5, 36, 32)])
+def test_other_sides_are_computed_directly(shape: tuple[int, ...]) -> None:
+    fast, x = convolution(5, 7), maps(*shape)
+    assert torch.equal(fast(x), F.conv2d(x, fast.weight, padding=1))
+    double = copy.deepcopy(fast).double()
+    assert torch.equal(double(x.double()), F.conv2d(x.double(), double.weight, padding=1))
+
+
+@toys.needs_compiler
+def test_what_it_cannot_compute_stays_as_it_is() -> None:
+    network = toys.network(freeze="layer3")
+    copied = copy.deepcopy(network)
+    use_native_(network.suffix)
+    native = [module for module in network.suffix.modules() if isinstance(module, NativeWinogradConv2d)]
+    assert len(native) == 3  # not the first, whose stride is 2, nor the shortcut's
+    assert not any(isinstance(module, NativeWinogradConv2d) for module in network.prefix.modules())
+    images = toys.images(4, size=32)
+    assert torch.allclose(network.eval()(images), copied.eval()(images), rtol=1e-3, atol=1e-4)
+    assert isinstance(copy.deepcopy(network).get_submodule("layer4.1.conv2"), NativeWinogradConv2d)
+
+
+@toys.needs_compiler
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(("shape", "outputs"), [((47, 4, 4, 160), 160), ((3, 8, 12, 33), 70), ((9, 32, 32, 5), 5)])
+def test_the_count_of_scratch_memory_is_that_of_the_longest_vectors(
+    shape: tuple[int, ...], outputs: int, backward: bool
+) -> None:
+    n, height, width, inputs = shape
+    counted = scratch_size(n, height // 4 * (width // 4), inputs, outputs, backward=backward)
+    torch.set_num_threads(1)
+    own = len(scratch_memory((*shape, outputs, 0), backward=backward))
+    assert counted == own if "avx512f" in FEATURES else counted >= own
