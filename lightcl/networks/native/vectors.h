@@ -6,12 +6,25 @@
 
 #include <string.h>
 
+/* LOW and HIGH take the first or second half of two vectors' numbers in turn. */
 #if defined(__AVX512F__)
 enum { LANES = 16 };
+#define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #elif defined(__AVX__)
 enum { LANES = 8 };
+#define LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH 4, 12, 5, 13, 6, 14, 7, 15
 #else
 enum { LANES = 4 };
+#define LOW 0, 4, 1, 5
+#define HIGH 2, 6, 3, 7
+#endif
+
+#ifdef __clang__
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (words){__VA_ARGS__})
 #endif
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -48,6 +61,21 @@ INLINE vec widened(halves h) { return (vec)(__builtin_convertvector(h, words) <<
 INLINE halves rounded(vec value) {
     words bits = (words)value, up = bits + 0x7fff + ((bits >> 16) & 1), nan = (words)(value != value);
     return __builtin_convertvector(((up & ~nan) | ((bits | 0x400000) & nan)) >> 16, halves);
+}
+
+/* Rows of a square of numbers become its columns: each step puts row i beside row i + LANES / 2. */
+INLINE void transpose(vec *rows) {
+    vec next[LANES];
+#pragma GCC unroll 4
+    for (int done = 1; done < LANES; done *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < LANES / 2; i++) {
+            next[2 * i] = SHUFFLED(rows[i], rows[i + LANES / 2], LOW);
+            next[2 * i + 1] = SHUFFLED(rows[i], rows[i + LANES / 2], HIGH);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) rows[i] = next[i];
+    }
 }
 
 /* Numbers `at`, `at + 1`, ... of an array in fp32, or in bf16 where `half`. */

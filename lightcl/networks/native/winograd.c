@@ -18,7 +18,7 @@ enum { ROWS = 5 }; /* 5 x 2 sums, in 10 of 16 registers */
 enum { ROWS = 8 }; /* 8 x 2 sums, in 16 of the 32 registers of an ARM processor */
 #endif
 
-enum { TILE = 4, REACH = 6, TAPS = 9, PLACES = REACH * REACH, BLOCK = 2 * LANES, HIGH = 2 * ROWS, WITHIN = HIGH * BLOCK + 16 };
+enum { TILE = 4, REACH = 6, TAPS = 9, PLACES = REACH * REACH, BLOCK = 2 * LANES, TALL = 2 * ROWS, WITHIN = TALL * BLOCK + 16 };
 enum { GROUP = 128, LARGEST = 1024 }; /* tiles that are computed together; positions of a map, at most */
 
 typedef struct {
@@ -333,12 +333,12 @@ static void products_with_weights(long tiles, long depth, long padded_depth, lon
 /* The gradient of the weights [C', 9, C], added to what is there where `more`. A task is a block of outputs and one of
    inputs: all of its 36 products are in `block`. */
 static void weight_gradient(Shape s, const float *outputs, const float *inputs, float *gradient, int more, float *block) {
-    long high = (s.outputs + HIGH - 1) / HIGH, wide = (s.padded_inputs + BLOCK - 1) / BLOCK;
+    long high = (s.outputs + TALL - 1) / TALL, wide = (s.padded_inputs + BLOCK - 1) / BLOCK;
 #pragma omp for schedule(dynamic) collapse(2)
     for (long number = 0; number < high; number++)
         for (long column = 0; column < wide; column++) {
-            long first = number * HIGH, start = column * BLOCK;
-            long rows = at_most(HIGH, s.outputs - first);
+            long first = number * TALL, start = column * BLOCK;
+            long rows = at_most(TALL, s.outputs - first);
             int vectors = s.padded_inputs - start >= BLOCK ? 2 : 1;
             for (int p = 0; p < PLACES; p++)
                 (vectors == 2 ? product_2 : product_1)(
@@ -366,14 +366,12 @@ static void turn(Shape s, const float *weights, float *turned) {
         for (long tap = 0; tap < TAPS; tap++)
             for (long start = 0; start < s.inputs; start += LANES) {
                 long count = at_most(LANES, s.inputs - start);
-                float square[LANES][LANES];
-                for (long i = 0; i < LANES; i++) {
-                    vec row = k + i < s.outputs ? load(weights + ((k + i) * TAPS + tap) * s.inputs + start, count) : (vec){0};
-#pragma GCC unroll 16
-                    for (int c = 0; c < LANES; c++) square[c][i] = row[c];
-                }
+                vec square[LANES];
+                for (long i = 0; i < LANES; i++)
+                    square[i] = k + i < s.outputs ? load(weights + ((k + i) * TAPS + tap) * s.inputs + start, count) : (vec){0};
+                transpose(square);
                 for (long c = 0; c < count; c++)
-                    *(loose *)(turned + (tap * s.inputs + start + c) * s.padded_outputs + k) = *(loose *)square[c];
+                    *(loose *)(turned + (tap * s.inputs + start + c) * s.padded_outputs + k) = square[c];
             }
 }
 
