@@ -35,7 +35,7 @@ from lightcl.errors import RequestError
 from lightcl.methods.base import PrefixFeatures
 from lightcl.networks import BACKBONES
 from lightcl.networks.folding import folded
-from lightcl.networks.native import NativeBatchNorm2d
+from lightcl.networks.native import is_native
 from lightcl.networks.staged import Backbone, OnMap, Stage
 from lightcl.networks.weights import digest
 from lightcl.plugins import from_plugin, source_digest
@@ -210,9 +210,8 @@ class FixedPrefix(PrefixFeatures):
         """Outputs `[N, C, H, W]` (channels-last) for uint8 images `[N, C, H, W]`."""
         if self._folded is None:
             prefix = self.network.prefix
-            in_c = any(isinstance(module, NativeBatchNorm2d) for module in prefix.modules())
             # In C a batch-norm is part of the convolution's pass, or a pass with the ReLU: there is nothing to fold.
-            self._folded = prefix if in_c else prefix.derive("folded", lambda: folded(self.network))
+            self._folded = prefix if is_native(prefix) else prefix.derive("folded", lambda: folded(self.network))
         parts = []
         for start in range(0, len(images), CHUNK):
             chunk = images[start : start + CHUNK]

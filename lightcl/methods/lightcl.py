@@ -36,6 +36,7 @@ from lightcl.methods.parts.feature_memory import (
     channel_importance,
     vital_channels,
 )
+from lightcl.networks.native import is_native
 from lightcl.networks.staged import Backbone, FeatureMaps
 from lightcl.storage.state import under
 
@@ -123,6 +124,7 @@ class LightCL(Method):
         super().__init__(network, parameters)
         self.vital: dict[str, Tensor] = {}  # mask_m: boolean [C] for every regularized map
         self.recorded: Recorded | None = None  # F* and logits*; None: no regularization
+        self._native = is_native(network.suffix)
 
     def begin_task(self, context: TaskContext) -> None:
         """Records F* and logits* on samples of the new task, with the current network."""
@@ -145,13 +147,15 @@ class LightCL(Method):
         if self.recorded is None:
             return loss
         with self.memory_mode():
-            drift = self.recorded.drift(self.vital, self.parameters.reduction, self.network.classify)
+            drift = self.recorded.drift(
+                self.vital, self.parameters.reduction, self.network.classify, native=self._native
+            )
         return loss + self.parameters.beta * drift
 
     def _joint_loss(self, batch: Batch, context: TaskContext, recorded: Recorded) -> Tensor:
         """The same with one pass of the batch and the memory samples, so that every weight is used once."""
         count = len(batch)
-        of_maps = recorded.of_maps(self.vital, self.parameters.reduction, first=count)
+        of_maps = recorded.of_maps(self.vital, self.parameters.reduction, first=count, native=self._native)
         inputs = torch.cat([self.features_of(batch), recorded.inputs])
         with split_statistics(self.network.suffix, count, self.parameters.memory_batch_norm):
             logits = self.network.classify(inputs, of_maps.on_map)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightcl.networks.layout import Layout
+from lightcl.networks.native import NativeSquaredDrift
 from lightcl.networks.staged import FeatureMaps, OnMap
 from lightcl.storage.state import under
 
@@ -70,12 +71,12 @@ class Drift:
 
     def __init__(
         self, stored: FeatureMaps, vital: Mapping[str, Tensor], reduction: Reduction, first: int = 0,
-        constants: dict[str, Constants] | None = None,
+        constants: dict[str, Constants] | None = None, native: bool = False,
     ) -> None:  # fmt: skip
         """The memory samples are those from `first` on. `constants` keeps from step to step what depends only on
-        `stored` and `vital`."""
+        `stored` and `vital`. `native`: computed in C where that is possible."""
         self.stored, self.vital, self.reduction, self.first = stored, vital, reduction, first
-        self.constants = {} if constants is None else constants
+        self.constants, self.native = {} if constants is None else constants, native
         self.terms: list[Tensor] = []
 
     def on_map(self, name: str, feature_map: Tensor) -> None:
@@ -85,7 +86,9 @@ class Drift:
             if name not in self.constants:
                 self.constants[name] = self.vital[name].nonzero()[:, 0], then.square().sum().clamp_min(1e-12)
             channels, size = self.constants[name]
-            term: Tensor = _SquaredDrift.apply(feature_map, channels, then, self.first)
+            in_c = self.native and _fits(feature_map)
+            squared = NativeSquaredDrift if in_c else _SquaredDrift
+            term: Tensor = squared.apply(feature_map, channels, then, self.first)
             self.terms.append(term / size if self.reduction == "relative" else term)
 
     def total(self) -> Tensor:
@@ -94,6 +97,15 @@ class Drift:
             return torch.zeros(())
         terms = torch.stack(self.terms)
         return terms.sum() if self.reduction == "sum" else terms.mean()
+
+
+def _fits(feature_map: Tensor) -> bool:
+    """Whether drift.c computes this map."""
+    return (
+        feature_map.device.type == "cpu"
+        and feature_map.dtype in (torch.float32, torch.bfloat16)
+        and feature_map.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 class _SquaredDrift(torch.autograd.Function):
@@ -150,14 +162,18 @@ class Recorded:
         logits = classify(inputs, maps.__setitem__)[:, tied].float()
         return cls(inputs, vital_patterns(maps, vital), logits, tied)
 
-    def drift(self, vital: Mapping[str, Tensor], reduction: Reduction, classify: Classify) -> Tensor:
+    def drift(
+        self, vital: Mapping[str, Tensor], reduction: Reduction, classify: Classify, *, native: bool = False
+    ) -> Tensor:
         """The scalar Σ_m Σ (mask_m ⊙ (F_m - F*_m))² + Σ (logits - logits*)² of the current network."""
-        of_maps = self.of_maps(vital, reduction)
+        of_maps = self.of_maps(vital, reduction, native=native)
         return self.total(of_maps, classify(self.inputs, of_maps.on_map))
 
-    def of_maps(self, vital: Mapping[str, Tensor], reduction: Reduction, first: int = 0) -> Drift:
+    def of_maps(
+        self, vital: Mapping[str, Tensor], reduction: Reduction, first: int = 0, *, native: bool = False
+    ) -> Drift:
         """The drift of the maps alone, to be given them; the memory samples are those from `first` on."""
-        return Drift(self.patterns, vital, reduction, first, self.constants)
+        return Drift(self.patterns, vital, reduction, first, self.constants, native)
 
     def total(self, of_maps: Drift, logits: Tensor) -> Tensor:
         """The scalar of `drift`, from the maps' drift and the memory samples' logits `[M, K]`."""

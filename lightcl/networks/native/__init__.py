@@ -1,6 +1,6 @@
-"""Layers of the network in C, for training and testing on the CPU: winograd.c and norm.c.
+"""Parts of a step in C, for training and testing on the CPU: convolutions, batch-norm with what follows, and drift.
 
-`library.py` compiles them on the machine that runs them; `convolution.py` and `norm.py` are their modules.
+`library.py` compiles winograd.c, norm.c and drift.c on the machine that runs them.
 """
 
 from __future__ import annotations
@@ -8,11 +8,17 @@ from __future__ import annotations
 from torch import nn
 
 from lightcl.networks.native.convolution import NativeWinogradConv2d
+from lightcl.networks.native.drift import NativeSquaredDrift
 from lightcl.networks.native.library import require_library
 from lightcl.networks.native.norm import NativeBatchNorm2d
 from lightcl.networks.winograd import use_winograd_
 
-__all__ = ["NativeBatchNorm2d", "NativeWinogradConv2d", "use_native_"]
+__all__ = ["NativeBatchNorm2d", "NativeSquaredDrift", "NativeWinogradConv2d", "is_native", "use_native_"]
+
+
+def is_native(stage: nn.Module) -> bool:
+    """Whether the stage computes in C: `use_native_` was called for it."""
+    return any(isinstance(module, NativeBatchNorm2d) for module in stage.modules())
 
 
 def use_native_(stage: nn.Module) -> None:

@@ -43,6 +43,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "winograd_backward": [_P, ctypes.c_int, *[_P] * 6],
     "norm_forward": [_P, ctypes.c_int, ctypes.c_float, ctypes.c_float, *[_P] * 9],
     "norm_backward": [_P, ctypes.c_int, *[_P] * 10],
+    "drift_forward": [_P, ctypes.c_int, *[_P] * 5],
+    "drift_backward": [_P, ctypes.c_int, *[_P] * 4],
 }
 """The parameters of the functions that Python calls: sizes, and the number of threads, come first."""
 

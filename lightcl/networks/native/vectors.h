@@ -63,6 +63,15 @@ INLINE halves rounded(vec value) {
     return __builtin_convertvector(((up & ~nan) | ((bits | 0x400000) & nan)) >> 16, halves);
 }
 
+INLINE float widened_one(unsigned short h) {
+    unsigned bits = (unsigned)h << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE unsigned short rounded_one(float value) { return rounded((vec){value})[0]; }
+
 /* Rows of a square of numbers become its columns: each step puts row i beside row i + LANES / 2. */
 INLINE void transpose(vec *rows) {
     vec next[LANES];
