@@ -59,6 +59,7 @@ OURS = {
     "ours, bf16": (0, BF16, False),
     "ours, bf16, views, empty cache": (2, BF16, False),
     "ours, bf16, views, filled cache": (2, BF16, True),
+    "ours, as bundled": (0, BUNDLED, False),
     "ours, as bundled, views, empty cache": (2, BUNDLED, False),
     "ours, as bundled, views, filled cache": (2, BUNDLED, True),
 }

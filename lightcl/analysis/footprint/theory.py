@@ -24,7 +24,7 @@ from lightcl.data.tasks import TaskStream
 from lightcl.device.arithmetic import Convolutions, arithmetic_of
 from lightcl.device.prefix import CHUNK
 from lightcl.methods.base import StepCost
-from lightcl.networks.native.convolution import scratch_size
+from lightcl.networks.native.convolution import HALF_POSITIONS, scratch_size
 from lightcl.networks.staged import Backbone
 from lightcl.networks.winograd import parts
 from lightcl.scenario import Scenario
@@ -507,7 +507,8 @@ class _Step:
         return int((products + gradients) * FP32)
 
     def _native(self, convolution: Convolution) -> bool:
-        return self.workload.convolutions == "winograd-native" and bool(convolution.native_tiles)
+        large = self.size != FP32 and _positions(convolution) > HALF_POSITIONS
+        return self.workload.convolutions == "winograd-native" and bool(convolution.native_tiles) and not large
 
     def _scratch(self, convolution: Convolution, direction: int, samples: int) -> int:
         """Bytes of a pass through winograd.c by one thread: its scratch memory and new gradients."""

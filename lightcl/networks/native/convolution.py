@@ -13,6 +13,8 @@ from lightcl.networks.winograd import REACH, WinogradConv2d
 CHANNELS, POSITIONS = 32, 1024
 """The fewest channels and the largest maps, which is also the most that winograd.c has room for. With 20 channels a
 direct convolution is as fast: 12 of 32 numbers in two vectors would be unused."""
+HALF_POSITIONS = 256
+"""The largest maps in bf16: of larger ones PyTorch's convolutions are faster, where the processor multiplies in bf16."""
 GROUP = 128
 """Tiles of large maps that winograd.c computes together."""
 
@@ -20,8 +22,8 @@ GROUP = 128
 class NativeWinogradConv2d(WinogradConv2d):
     """A convolution that computes by winograd.c where Winograd's algorithm applies.
 
-    It applies to fp32 maps on the CPU whose sides are multiples of 4 and which are not large. Inside autocast to bf16
-    it computes in fp32 as well, and its result is rounded: that is faster than multiplying in bf16, and more exact.
+    It applies to maps on the CPU whose sides are multiples of 4 and which are not large. Inside autocast to bf16 it
+    computes in fp32 as well, and its result is rounded: that is faster than multiplying in bf16, and more exact.
     """
 
     fewest_channels, largest_map = CHANNELS, POSITIONS
@@ -35,10 +37,12 @@ class NativeWinogradConv2d(WinogradConv2d):
 
     def applies(self, input: Tensor) -> bool:
         """Whether winograd.c computes this input."""
+        kind, (height, width) = map_type(), input.shape[-2:]
         return (
-            bool(self.tiles(*input.shape[-2:]))
+            bool(self.tiles(height, width))
             and input.device.type == "cpu"
-            and input.dtype in (torch.float32, map_type())
+            and input.dtype in (torch.float32, kind)
+            and (kind == torch.float32 or height * width <= HALF_POSITIONS)
             and self.weight.dtype == torch.float32
         )
 

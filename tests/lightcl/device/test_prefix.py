@@ -1,6 +1,7 @@
 """Prefix outputs image by image, and the cache of them: the same numbers on, off, and in any batch."""
 
 import errno
+import json
 import multiprocessing
 import os
 import sys
@@ -22,6 +23,7 @@ from lightcl.device.device import EdgeDevice
 from lightcl.device.prefix import FixedPrefix, check_cache_limit, fixed_prefix, prefix_cache, warm
 from lightcl.errors import RequestError
 from lightcl.networks import BACKBONES
+from lightcl.networks.native import NativeWinogradConv2d, use_native_
 from lightcl.networks.weights import digest
 from lightcl.scenario import Scenario
 from lightcl.storage.prefix_cache import SEGMENT_ROWS, CacheFull, FeatureStore, PrefixCache
@@ -50,13 +52,25 @@ def trained_tensors(device: EdgeDevice) -> dict[str, torch.Tensor]:
     return toys.copy_of(device.network.state_dict() | device.method.state_dict())
 
 
+CONVOLUTIONS = pytest.mark.parametrize(
+    "convolutions", ["direct", pytest.param("winograd-native", marks=toys.needs_compiler)]
+)
+
+
+@pytest.fixture
+def few_channels(monkeypatch):
+    """Convolutions of a toy network are computed in C as well."""
+    monkeypatch.setattr(NativeWinogradConv2d, "fewest_channels", 1)
+
+
+@CONVOLUTIONS
 @pytest.mark.parametrize("method", ["lightcl", "lightcl-plus", "er", "pnn"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_cache_on_and_off_are_bit_identical(tmp_path, method, precision):
+def test_cache_on_and_off_are_bit_identical(tmp_path, few_channels, method, precision, convolutions):
     sections = {"data": VIEWS, "method": {"name": method}, "network": {"freeze": "layer3"}}
     ends = []
     for cache, name in (("off", "a"), ("on", "b"), ("on", "c")):  # the third finds everything in the cache
-        hardware = {"prefix_cache": cache, "precision": precision, "accelerator": "cpu"}
+        hardware = {"prefix_cache": cache, "precision": precision, "accelerator": "cpu", "convolutions": convolutions}
         device, numbers = learned(tmp_path / name, device=hardware, **sections)
         ends.append((numbers, trained_tensors(device)))
     for numbers, tensors in ends[1:]:
@@ -129,9 +143,21 @@ def test_cached_images_are_not_read_again(tmp_path):
     assert read == []
 
 
+def test_arithmetics_have_stores_of_their_own():
+    network = toys.network(freeze="layer3")
+    keys = set()
+    for convolutions in ("direct", "winograd-native"):
+        scenario = toys.scenario(data=VIEWS, device={"convolutions": convolutions})
+        keys.add(json.dumps(fixed_prefix(scenario, network, "digest").stores.about, sort_keys=True))
+    assert len(keys) == 2
+
+
+@CONVOLUTIONS
 @pytest.mark.parametrize("threads", [1, 2])
-def test_an_output_depends_on_the_image_alone(threads):
+def test_an_output_depends_on_the_image_alone(few_channels, threads, convolutions):
     network = toys.network(freeze="layer3", width=20).to(memory_format=torch.channels_last).eval()
+    if convolutions == "winograd-native":
+        use_native_(network.prefix)
     images = toys.images(40, size=32).contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(40)
     features, before = FixedPrefix(network), torch.get_num_threads()

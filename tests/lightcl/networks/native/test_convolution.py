@@ -135,6 +135,13 @@ def test_other_sides_are_computed_directly(shape: tuple[int, ...]) -> None:
 
 
 @toys.needs_compiler
+def test_large_maps_in_bf16_are_computed_directly() -> None:
+    fast, x = convolution(5, 7), maps(1, 5, 20, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(x), F.conv2d(x, fast.weight, padding=1))
+
+
+@toys.needs_compiler
 def test_what_it_cannot_compute_stays_as_it_is() -> None:
     network = toys.network(freeze="layer3")
     copied = copy.deepcopy(network)
