@@ -14,7 +14,7 @@ CHANNELS, POSITIONS = 32, 1024
 """The fewest channels and the largest maps, which is also the most that winograd.c has room for. With 20 channels a
 direct convolution is as fast: 12 of 32 numbers in two vectors would be unused."""
 HALF_POSITIONS = 256
-"""The largest maps in bf16: of larger ones PyTorch's convolutions are faster, where the processor multiplies in bf16."""
+"""The largest maps in bf16: of larger ones PyTorch's convolutions are faster where the processor multiplies in bf16."""
 GROUP = 128
 """Tiles of large maps that winograd.c computes together."""
 
