@@ -32,7 +32,8 @@ from lightcl.data.sources.field import FIELD
 from lightcl.data.streams import learnable
 from lightcl.data.streams.field import FieldStream
 from lightcl.device.arithmetic import with_arithmetic
-from lightcl.device.device import EdgeDevice, OutOfStep, device_network
+from lightcl.device.device import EdgeDevice, OutOfStep
+from lightcl.device.network import device_network
 from lightcl.device.hardware import choose_accelerator, gpu_uuid
 from lightcl.device.metering import Board, LimitReached, Limits
 from lightcl.device.telemetry import Sensors, nvml_gpu

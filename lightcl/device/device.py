@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 import torch
 
-from lightcl.assembly import build_network, build_stream, fleet_head
+from lightcl.assembly import build_stream, fleet_head
 from lightcl.data.batches import viewed
 from lightcl.data.field import CHANNELS, NotReady
 from lightcl.data.partition import Share, share_of
@@ -27,6 +27,7 @@ from lightcl.device import hardware
 from lightcl.device.arithmetic import with_arithmetic
 from lightcl.device.hardware import choose_accelerator, set_up_torch
 from lightcl.device.metering import Board, LimitReached, Meter, Spent
+from lightcl.device.network import device_network
 from lightcl.device.optimizers import make_optimizer
 from lightcl.device.prefix import fixed_prefix
 from lightcl.device.state import DeviceValues, Position, changing_tensors, pack_optimizer, unpack_optimizer_
@@ -34,11 +35,9 @@ from lightcl.device.training import EpochProgress, OnEpoch, autocast, evaluate, 
 from lightcl.exchange.messages import Telemetry, Tested, Trained
 from lightcl.exchange.tensors import Arrays, adopt_, outgoing, outgoing_statistics
 from lightcl.metrics import AccuracyMatrix, row_over
-from lightcl.networks.native import use_native_
 from lightcl.networks.pruning import channel_digest
 from lightcl.networks.staged import Backbone
 from lightcl.networks.weights import digest
-from lightcl.networks.winograd import use_winograd_
 from lightcl.scenario import Scenario
 from lightcl.scenario.digest import state_digest
 from lightcl.seeds import derive
@@ -51,17 +50,6 @@ LOSSES = "training/losses"
 
 class OutOfStep(Exception):
     """A request that does not follow from the device's position in its stream."""
-
-
-def device_network(scenario: Scenario, *, in_channels: int, classes: int) -> Backbone:
-    """The network of a device before its first task, with the convolutions of a scenario that has no "auto" there."""
-    network = build_network(scenario, in_channels=in_channels, classes=classes)
-    if scenario.device.convolutions == "winograd":
-        use_winograd_(network.suffix)
-    elif scenario.device.convolutions == "winograd-native":
-        use_native_(network.prefix)
-        use_native_(network.suffix)
-    return network
 
 
 class EdgeDevice:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightcl.assembly import build_network, fleet_head
+from lightcl.assembly import fleet_head
 from lightcl.data.augment import View
 from lightcl.data.batches import viewed
 from lightcl.data.images import Source
@@ -31,6 +31,7 @@ from lightcl.data.tasks import Batch, Samples
 from lightcl.device.arithmetic import arithmetic_of, with_arithmetic
 from lightcl.device.hardware import choose_accelerator, set_up_torch
 from lightcl.device.mapped import MappedWeights
+from lightcl.device.network import device_network
 from lightcl.errors import RequestError
 from lightcl.methods.base import PrefixFeatures
 from lightcl.networks import BACKBONES
@@ -375,7 +376,7 @@ def warm(scenario: Scenario, source: Source, *, looked_at: bool = True, classes:
     accelerator = choose_accelerator(scenario.device.accelerator)
     set_up_torch(accelerator, scenario.device.threads)
     rows = len(fleet_head(scenario, source)) if classes is None else classes
-    network = build_network(scenario, in_channels=source.channels, classes=rows).to(accelerator).eval()
+    network = device_network(scenario, in_channels=source.channels, classes=rows).to(accelerator).eval()
     features = fixed_prefix(scenario, network, digest(network.prefix))
     parts = list(_parts(scenario, source, looked_at))
     total, done = sum(len(samples) for samples, _ in parts), 0

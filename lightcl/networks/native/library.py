@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
@@ -114,8 +115,10 @@ def _compiled(compiler: list[str], folder: Path) -> ctypes.CDLL:
             try:
                 target = Path(made, "lightcl.so")
                 objects = [str(Path(made, source.stem + ".o")) for source in SOURCES]
-                for source, code in zip(SOURCES, objects, strict=True):
-                    _run([*compiler, *FLAGS, *flag.split(), "-c", str(source), "-o", code])
+                options = [*compiler, *FLAGS, *flag.split(), "-c"]
+                commands = [[*options, str(source), "-o", code] for source, code in zip(SOURCES, objects, strict=True)]
+                with ThreadPoolExecutor() as side_by_side:
+                    list(side_by_side.map(_run, commands))
                 _run([*compiler, "-shared", *objects, *([runtime] if runtime else []), "-lm", "-o", str(target)])
                 library = _loaded(target)
                 sync(target)  # after a power cut a part of it might be loaded, which would end the process

@@ -274,13 +274,17 @@ def test_a_damaged_store_is_computed_again(tmp_path):
     assert numbers == expected
 
 
-def test_a_warmed_cache_holds_everything(tmp_path):
-    scenario, held = toys.scenario(data=VIEWS), toys.source(size=16)
+@CONVOLUTIONS
+def test_a_warmed_cache_holds_everything(tmp_path, few_channels, convolutions):
+    """And what the devices would compute themselves."""
+    device = {"convolutions": convolutions, "accelerator": "cpu"}
+    _, numbers = learned(tmp_path / "alone", data=VIEWS, device=device | {"prefix_cache": "off"})
+    scenario, held = toys.scenario(data=VIEWS, device=device), toys.source(size=16)
     steps = list(warm(scenario, held))
     assert steps[-1].done == steps[-1].images == 20 + 3 * 80
     rows = sorted(store.rows for store in prefix_cache().stores())
     assert rows == [20, 80, 80, 80]
-    learned(tmp_path / "a", data=VIEWS)
+    assert learned(tmp_path / "a", data=VIEWS, device=device)[1] == numbers
     assert sorted(store.rows for store in prefix_cache().stores()) == rows
 
 

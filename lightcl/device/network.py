@@ -1,0 +1,20 @@
+"""The network as a device of a scenario computes with it."""
+
+from __future__ import annotations
+
+from lightcl.assembly import build_network
+from lightcl.networks.native import use_native_
+from lightcl.networks.staged import Backbone
+from lightcl.networks.winograd import use_winograd_
+from lightcl.scenario import Scenario
+
+
+def device_network(scenario: Scenario, *, in_channels: int, classes: int) -> Backbone:
+    """The network of a device before its first task, with the convolutions of a scenario that has no "auto" there."""
+    network = build_network(scenario, in_channels=in_channels, classes=classes)
+    if scenario.device.convolutions == "winograd":
+        use_winograd_(network.suffix)
+    elif scenario.device.convolutions == "winograd-native":
+        use_native_(network.prefix)
+        use_native_(network.suffix)
+    return network
