@@ -33,9 +33,9 @@ from lightcl.data.streams import learnable
 from lightcl.data.streams.field import FieldStream
 from lightcl.device.arithmetic import with_arithmetic
 from lightcl.device.device import EdgeDevice, OutOfStep
-from lightcl.device.network import device_network
 from lightcl.device.hardware import choose_accelerator, gpu_uuid
 from lightcl.device.metering import Board, LimitReached, Limits
+from lightcl.device.network import device_network
 from lightcl.device.telemetry import Sensors, nvml_gpu
 from lightcl.device.training import TrainingFailure
 from lightcl.errors import RequestError, nearest, one_line
