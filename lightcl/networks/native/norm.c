@@ -76,26 +76,26 @@ INLINE void moments(Norm n, int half, Rows rows, const void *x, long at, int vec
 }
 
 typedef struct {
-    double size, mean, square; /* square: the sum of squared distances from the mean */
+    double size, mean[LANES], square[LANES]; /* square: the sum of squared distances from the mean */
 } Moments;
 
-/* Of one channel of a part, from the moments of its chunks: Chan, Golub, LeVeque 1979. */
-static Moments together(Norm n, int part, long channel, float *sums) {
-    long from = part ? n.first : 0, until = part ? n.chunks : n.first;
-    Moments all = {0, 0, 0};
-    for (long chunk = from; chunk < until; chunk++)
-        for (long at = channel; at < n.width; at += n.channels) {
-            Rows rows = rows_of(n, chunk);
-            all.size += rows.until - rows.from;
-            all.mean += (rows.until - rows.from) * (double)sums_of(n, sums, chunk, 0)[at];
-        }
-    all.mean /= all.size;
-    for (long chunk = from; chunk < until; chunk++)
-        for (long at = channel; at < n.width; at += n.channels) {
-            Rows rows = rows_of(n, chunk);
-            double distance = sums_of(n, sums, chunk, 0)[at] - all.mean;
-            all.square += sums_of(n, sums, chunk, 1)[at] + (rows.until - rows.from) * distance * distance;
-        }
+/* Runs `action` for all chunks of a part and, with the index `i`, for `count` channels of a row at `base`. */
+#define FOR_SUMS(n, part, channel, count, action) \
+    for (long chunk = part ? n.first : 0; chunk < (part ? n.chunks : n.first); chunk++) { \
+        Rows rows = rows_of(n, chunk); \
+        double weight = rows.until - rows.from; \
+        const float *one = sums_of(n, sums, chunk, 0), *other = sums_of(n, sums, chunk, 1); \
+        for (long base = channel; base < n.width; base += n.channels) \
+            for (long i = 0; i < count; i++) { action; } \
+    }
+
+/* Of some channels of a part, from the moments of its chunks: Chan, Golub, LeVeque 1979. */
+INLINE Moments together(Norm n, int part, long channel, long count, float *sums) {
+    Moments all = {(part ? n.rows - n.split : n.split) * (n.width / n.channels), {0}, {0}};
+    FOR_SUMS(n, part, channel, count, all.mean[i] += weight * one[base + i]; (void)other)
+    for (long i = 0; i < count; i++) all.mean[i] /= all.size;
+    FOR_SUMS(n, part, channel, count, double distance = one[base + i] - all.mean[i];
+             all.square[i] += other[base + i] + weight * distance * distance)
     return all;
 }
 
@@ -114,24 +114,25 @@ INLINE void forward(Norm n, int half, float epsilon, float momentum, const void 
         }
     }
 #pragma omp for schedule(static)
-    for (long c = 0; c < n.channels; c++)
+    for (long channel = 0; channel < n.channels; channel += LANES)
         for (int part = 0; part < (n.split < n.rows ? 2 : 1); part++) {
-            double center = running_mean[c], variance = running_variance[c];
-            if (n.modes[part] & OWN) {
-                Moments all = together(n, part, c, sums);
-                center = all.mean;
-                variance = all.square / all.size;
+            Moments all;
+            long count = at_most(LANES, n.channels - channel);
+            if (n.modes[part] & OWN) all = together(n, part, channel, count, sums);
+            for (long i = 0; i < count; i++) {
+                long c = channel + i, place = part * n.channels + c;
+                double center = running_mean[c], variance = running_variance[c];
+                if (n.modes[part] & OWN) center = all.mean[i], variance = all.square[i] / all.size;
                 if (n.modes[part] & MOVES) {
                     running_mean[c] += momentum * ((float)center - running_mean[c]);
-                    running_variance[c] += momentum * ((float)(all.square / (all.size - 1)) - running_variance[c]);
+                    running_variance[c] += momentum * ((float)(all.square[i] / (all.size - 1)) - running_variance[c]);
                 }
-            }
-            long place = part * n.channels + c;
-            mean[place] = center;
-            scale[place] = 1 / sqrt(variance + epsilon);
-            for (long at = c; at < n.width; at += n.channels) {
-                factor[part * n.width + at] = weight[c] * scale[place];
-                shift[part * n.width + at] = bias[c] - mean[place] * weight[c] * scale[place];
+                mean[place] = center;
+                scale[place] = 1 / sqrt(variance + epsilon);
+                for (long at = c; at < n.width; at += n.channels) {
+                    factor[part * n.width + at] = weight[c] * scale[place];
+                    shift[part * n.width + at] = bias[c] - mean[place] * weight[c] * scale[place];
+                }
             }
         }
 #pragma omp for schedule(static)
@@ -191,28 +192,26 @@ INLINE void backward(Norm n, int half, const void *x, const void *y, const void 
         FOR_SOME_VECTORS(n.width, PRODUCTS)
     }
 #pragma omp for schedule(static)
-    for (long c = 0; c < n.channels; c++) {
-        double total = 0, total_along = 0;
+    for (long channel = 0; channel < n.channels; channel += LANES) {
+        double total[LANES] = {0}, total_along[LANES] = {0};
+        long count = at_most(LANES, n.channels - channel);
         for (int part = 0; part < parts; part++) {
-            double sum = 0, along = 0, size = 0, unit = scale[part * n.channels + c];
-            for (long chunk = part ? n.first : 0; chunk < (part ? n.chunks : n.first); chunk++)
-                for (long at = c; at < n.width; at += n.channels) {
-                    Rows rows = rows_of(n, chunk);
-                    size += rows.until - rows.from;
-                    sum += sums_of(n, sums, chunk, 0)[at];
-                    along += sums_of(n, sums, chunk, 1)[at];
+            double sum[LANES] = {0}, along[LANES] = {0};
+            double size = (part ? n.rows - n.split : n.split) * (n.width / n.channels);
+            FOR_SUMS(n, part, channel, count, sum[i] += one[base + i]; along[i] += other[base + i]; (void)weight)
+            for (long i = 0; i < count; i++) {
+                double unit = scale[part * n.channels + channel + i], own = n.modes[part] & OWN ? -1 / size : 0;
+                double amount = weight[channel + i] * unit;
+                total[i] += sum[i];
+                total_along[i] += along[i] * unit;
+                for (long at = part * n.width + channel + i; at < (part + 1) * n.width; at += n.channels) {
+                    factor[at] = amount;
+                    shift[at] = own * amount * sum[i];
+                    slope[at] = own * amount * unit * unit * along[i];
                 }
-            total += sum;
-            total_along += along * unit;
-            int own = n.modes[part] & OWN;
-            for (long at = part * n.width + c; at < (part + 1) * n.width; at += n.channels) {
-                factor[at] = weight[c] * unit;
-                shift[at] = own ? -weight[c] * unit * sum / size : 0;
-                slope[at] = own ? -weight[c] * unit * unit * unit * along / size : 0;
             }
         }
-        of_weight[c] = total_along;
-        of_bias[c] = total;
+        for (long i = 0; i < count; i++) of_weight[channel + i] = total_along[i], of_bias[channel + i] = total[i];
     }
 #pragma omp for schedule(static)
     for (long chunk = 0; chunk < n.chunks; chunk++) {
