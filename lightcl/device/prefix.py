@@ -37,6 +37,7 @@ from lightcl.methods.base import PrefixFeatures
 from lightcl.networks import BACKBONES
 from lightcl.networks.folding import folded
 from lightcl.networks.native import is_native
+from lightcl.networks.native.library import require_library
 from lightcl.networks.staged import Backbone, OnMap, Stage
 from lightcl.networks.weights import digest
 from lightcl.plugins import from_plugin, source_digest
@@ -107,7 +108,7 @@ class FixedPrefix(PrefixFeatures):
     ) -> None:  # fmt: skip
         super().__init__(network)
         self.stores, self.rounding, self._weights = stores, rounding, weights
-        self._folded: Stage | None = None
+        self._stage: Stage | None = None
         self._later: Iterator[Announced] = iter(())
         self._next: Announced | None = None  # taken from `_later` already
         self._shapes: dict[tuple[int, ...], tuple[int, int, int]] = {}
@@ -172,8 +173,8 @@ class FixedPrefix(PrefixFeatures):
         return [(place, _again(batch, chosen).to(self._device)) for place, batch, chosen in found]
 
     def _needed_soon(self, store: FeatureStore) -> bool:
-        """Whether the next of the announced images is one of this store's, so that folding again would cost time."""
-        announced = self._peek() if self._folded is not None else None
+        """Whether the next of the announced images is one of this store's: preparing the prefix again takes time."""
+        announced = self._peek() if self._stage is not None else None
         return announced is not None and announced[0] is store
 
     def _peek(self) -> Announced | None:
@@ -202,24 +203,24 @@ class FixedPrefix(PrefixFeatures):
 
     def release(self) -> None:
         """With a cache, the suffix alone stays in memory."""
-        if self.stores is not None and self._folded is not None:
-            self._folded = None
+        if self.stores is not None and self._stage is not None:
+            self._stage = None
             if self._weights is not None:
                 self._weights.release()
 
     def _compute(self, images: Tensor) -> Tensor:
         """Outputs `[N, C, H, W]` (channels-last) for uint8 images `[N, C, H, W]`."""
-        if self._folded is None:
+        if self._stage is None:
             prefix = self.network.prefix
             # In C a batch-norm is part of the convolution's pass, or a pass with the ReLU: there is nothing to fold.
-            self._folded = prefix if is_native(prefix) else prefix.derive("folded", lambda: folded(self.network))
+            self._stage = prefix if is_native(prefix) else prefix.derive("folded", lambda: folded(self.network))
         parts = []
         for start in range(0, len(images), CHUNK):
             chunk = images[start : start + CHUNK]
             count = len(chunk)
             if count < CHUNK:
                 chunk = torch.cat([chunk, chunk.new_zeros(CHUNK - count, *chunk.shape[1:])])
-            outputs = self._folded(chunk.contiguous(memory_format=torch.channels_last))[:count]
+            outputs = self._stage(chunk.contiguous(memory_format=torch.channels_last))[:count]
             parts.append(outputs.permute(0, 2, 3, 1))
         features = torch.cat(parts).contiguous()  # [N, H, W, C]
         if self.rounding is not None:
@@ -300,8 +301,8 @@ def _about(scenario: Scenario, network: Backbone, prefix_digest: str) -> dict[st
         "hardware": _hardware(network.head.weight.device),
         "threads": scenario.device.threads,
     }
-    if scenario.device.convolutions == "winograd-native":  # of the others only the suffix knows
-        about["convolutions"] = scenario.device.convolutions
+    if is_native(network.prefix):
+        about["native"] = require_library().digest
     return about | _plugin_code(scenario.network.name, network)
 
 

@@ -59,6 +59,7 @@ class WinogradConv2d(Conv3x3):
         """`[N, C, H, W]` -> `[N, C', H, W]`, channels-last."""
         if (
             not self.tiles(*input.shape[-2:])
+            or not input.numel()
             or input.dtype != torch.float32
             or input.device.type != "cpu"
             or torch.is_autocast_enabled("cpu")

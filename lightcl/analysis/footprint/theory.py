@@ -369,7 +369,7 @@ class _Step:
             beside = shortcut.outputs if shortcut else 0
             for convolution, others in ((first, first.outputs), (second, first.outputs + beside + block.outputs)):
                 if convolution is not None:
-                    amount = copy + outputs + x + unit * others + self._layout(convolution, 0)
+                    amount = copy + outputs + x + unit * others + self._frozen_working(convolution, CHUNK)
                     self.note(f"forward {convolution.name}", "frozen part", amount)
             x = unit * block.outputs
         self.note("prefix outputs", "frozen part", copy + 2 * outputs)
@@ -381,8 +381,8 @@ class _Step:
         before = 0
         for block in self.shape.frozen:
             x = image if block.second is None else unit * before
-            for name, others, layout in _moments(block):
-                self.note(f"forward {name}", "frozen part", x + unit * others + self._layout(layout, 0))
+            for name, others, running in _moments(block):
+                self.note(f"forward {name}", "frozen part", x + unit * others + self._frozen_working(running, samples))
             before = block.outputs
 
     def _forward(self, samples: int) -> None:
@@ -405,7 +405,9 @@ class _Step:
                     self.allocate("temporaries", unit * convolution.outputs)
                 else:
                     self.allocate("kept activations", unit * convolution.outputs)
-                parts = unit * convolution.outputs * self.cost.joint_pass  # of batch and memory samples, put together
+                native = self.workload.convolutions == "winograd-native"
+                # Of batch and memory samples, put together; in C they are one map.
+                parts = unit * convolution.outputs * (self.cost.joint_pass and not native)
                 self.note(f"forward {convolution.name}, batch-norm", "temporaries", parts)
             if block.shortcut:
                 self.allocate("temporaries", -unit * block.shortcut.outputs)
@@ -505,6 +507,12 @@ class _Step:
         products = len(places) * (block * inputs + tiles * (inputs + block))  # of weights, inputs and outputs
         gradients = (convolution.weights + samples * convolution.inputs) * direction
         return int((products + gradients) * FP32)
+
+    def _frozen_working(self, convolution: Convolution | None, samples: int) -> int:
+        """The same for the prefix; None: no convolution runs."""
+        if convolution is not None and self._native(convolution):
+            return self._scratch(convolution, 0, samples)
+        return self._layout(convolution, 0)
 
     def _native(self, convolution: Convolution) -> bool:
         large = self.size != FP32 and _positions(convolution) > HALF_POSITIONS

@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from lightcl.networks.native.norm import NativeBatchNorm2d, Split
+from lightcl.networks.native import NativeBatchNorm2d
+from lightcl.networks.split import Split, normalized_apart
 
 
 @contextmanager
@@ -48,11 +47,11 @@ def split_statistics(stage: nn.Module, count: int, memory_batch_norm: Literal["e
     """
     norms = [module for module in stage.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
-        own = norm.training and memory_batch_norm == "train"
+        split = Split(count, norm.training and memory_batch_norm == "train")
         if isinstance(norm, NativeBatchNorm2d):
-            norm.split = Split(count, own)
+            norm.split = split
         else:
-            norm.forward = partial(_split, norm, count, own)  # type: ignore[method-assign]
+            norm.forward = partial(normalized_apart, norm, norm.forward, split)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -61,12 +60,3 @@ def split_statistics(stage: nn.Module, count: int, memory_batch_norm: Literal["e
                 del norm.split
             else:
                 del norm.forward
-
-
-def _split(norm: nn.BatchNorm2d, count: int, own: bool, x: Tensor) -> Tensor:
-    first, others = torch.split(x, [count, len(x) - count])
-    first = type(norm).forward(norm, first)
-    others = F.batch_norm(
-        others, norm.running_mean, norm.running_var, norm.weight, norm.bias, own, 0.0, norm.eps
-    )  # fmt: skip
-    return torch.cat([first, others])

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightcl.networks.native.library import run, scratch_memory
+from lightcl.networks.native.calls import call, winograd_scratch
+from lightcl.networks.native.library import require_library
+from lightcl.networks.native.maps import as_maps, map_type, new_maps
 from lightcl.networks.winograd import REACH, WinogradConv2d
 
 CHANNELS, POSITIONS = 32, 1024
@@ -40,6 +42,7 @@ class NativeWinogradConv2d(WinogradConv2d):
         kind, (height, width) = map_type(), input.shape[-2:]
         return (
             bool(self.tiles(height, width))
+            and input.numel() > 0
             and input.device.type == "cpu"
             and input.dtype in (torch.float32, kind)
             and (kind == torch.float32 or height * width <= HALF_POSITIONS)
@@ -52,23 +55,6 @@ class NativeWinogradConv2d(WinogradConv2d):
         kind = map_type()
         added = None if shortcut is None else as_maps(shortcut, kind)
         return _forward(as_maps(x, kind), as_maps(self.weight, torch.float32), 1, scale, shift, added)
-
-
-def map_type() -> torch.dtype:
-    """Of maps that are computed on the CPU: bf16 inside autocast to it, else fp32."""
-    half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return torch.bfloat16 if half else torch.float32
-
-
-def as_maps(x: Tensor, kind: torch.dtype) -> Tensor:
-    """Maps `[N, C, H, W]`, or weights, as C reads them: channels-last, which they are as a rule."""
-    return x.to(kind).contiguous(memory_format=torch.channels_last)
-
-
-def new_maps(x: Tensor, channels: int) -> Tensor:
-    """Maps like `x`, of so many channels, with any values."""
-    shape = (x.shape[0], channels, *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
 
 
 def scratch_size(samples: int, tiles: int, inputs: int, outputs: int, *, backward: bool) -> int:
@@ -103,8 +89,9 @@ class _Winograd(torch.autograd.Function):
         # Not views: autograd adds the gradients of several passes to the first one, where nothing else refers to it.
         of_x = new_maps(maps, maps.shape[1]) if for_x else None
         of_weight = new_maps(weights, weights.shape[1]) if for_weight else None
-        sizes, gradient = _sizes(maps, weights), as_maps(gradients[0], ctx.kind)
-        run("winograd_backward", sizes, maps, weights, gradient, of_x, of_weight, scratch_memory(sizes, backward=True))
+        sizes, gradient, code = _sizes(maps, weights), as_maps(gradients[0], ctx.kind), require_library().code
+        scratch = winograd_scratch(code, sizes, backward=True)
+        call(code, "winograd_backward", sizes, maps, weights, gradient, of_x, of_weight, scratch)
         return None if of_x is None else of_x.to(x.dtype), of_weight, None
 
 
@@ -112,9 +99,9 @@ def _forward(
     maps: Tensor, weights: Tensor, relu: int = 0, scale: Tensor | None = None, shift: Tensor | None = None,
     shortcut: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    sizes, result = _sizes(maps, weights), new_maps(maps, len(weights))
-    scratch = scratch_memory(sizes, backward=False)
-    run("winograd_forward", sizes, relu, maps, weights, scale, shift, shortcut, result, scratch)
+    sizes, result, code = _sizes(maps, weights), new_maps(maps, len(weights)), require_library().code
+    scratch = winograd_scratch(code, sizes, backward=False)
+    call(code, "winograd_forward", sizes, relu, maps, weights, scale, shift, shortcut, result, scratch)
     return result
 
 

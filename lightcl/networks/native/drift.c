@@ -2,6 +2,8 @@
 
    Few numbers take part, so that one thread computes them; what takes time is the gradient's zeros. */
 
+#include <stdint.h>
+
 #include "vectors.h"
 
 /* `sizes`: N, positions, C; the first of the M memory samples, which are the last; V vital channels; bf16 or not. */
@@ -21,7 +23,7 @@ static Drift drift_of(const long *sizes) { return (Drift){sizes[0], sizes[1], si
             }
 
 /* `difference` [M, V, positions]: maps - patterns; `sum`: of its squares. */
-void drift_forward(const long *sizes, int threads, const void *maps, const long *vital, const float *patterns,
+void drift_forward(const long *sizes, int threads, const void *maps, const int64_t *vital, const float *patterns,
                    float *difference, float *sum) {
     Drift d = drift_of(sizes);
     double total = 0;
@@ -35,7 +37,7 @@ void drift_forward(const long *sizes, int threads, const void *maps, const long 
 }
 
 /* The gradient of the maps for `factor`, that of the sum. */
-void drift_backward(const long *sizes, int threads, const float *difference, const long *vital, const float *factor,
+void drift_backward(const long *sizes, int threads, const float *difference, const int64_t *vital, const float *factor,
                     void *of_maps) {
     Drift d = drift_of(sizes);
     (void)threads;

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightcl.networks.layout import Layout
-from lightcl.networks.native.library import run
+from lightcl.networks.native.calls import call
+from lightcl.networks.native.library import require_library
 
 
 class NativeSquaredDrift(torch.autograd.Function):
@@ -22,8 +23,9 @@ class NativeSquaredDrift(torch.autograd.Function):
         samples, channels, height, width = feature_map.shape
         half = feature_map.dtype == torch.bfloat16
         ctx.sizes = samples, height * width, channels, first, len(vital), int(half)
+        then = then.contiguous()
         difference, total = torch.empty_like(then), torch.empty((), dtype=torch.float32)
-        run("drift_forward", ctx.sizes, feature_map, vital, then, difference, total)
+        call(require_library().code, "drift_forward", ctx.sizes, feature_map, vital, then, difference, total)
         ctx.save_for_backward(difference, vital)
         ctx.layout = Layout.of(feature_map)
         return total
@@ -32,5 +34,5 @@ class NativeSquaredDrift(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         difference, vital = ctx.saved_tensors
         of_map: Tensor = ctx.layout.empty(difference.device)
-        run("drift_backward", ctx.sizes, difference, vital, gradients[0], of_map)
+        call(require_library().code, "drift_backward", ctx.sizes, difference, vital, gradients[0], of_map)
         return of_map, None, None, None

@@ -1,4 +1,4 @@
-"""The C sources of this folder: compiled once on the machine that runs them, and called on tensors.
+"""The C sources of this folder: compiled once on the machine that runs them, and loaded.
 
 A C compiler (GCC or Clang) takes a few seconds. The result lies in the cache folder under a digest of everything that
 it depends on, so that a changed source, compiler or processor makes a new one. Nothing is compiled when the package is
@@ -18,14 +18,15 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from lightcl.errors import RequestError
+from lightcl.networks.native.calls import declare
+from lightcl.networks.native.check import check
 from lightcl.storage.files import cache_folder, sync
 
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.c")))
@@ -34,23 +35,17 @@ COMPILERS = ("gcc", "cc", "clang")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-std=gnu11", "-w")
 SECONDS = 120
 """The longest that a compiler may take; a small board needs about ten."""
-ERROR = 5e-5
-"""Of the largest value, in the test after compiling; measured is a tenth of it."""
-Argument = Tensor | int | float | None
-_P = ctypes.c_void_p
-_SIGNATURES: dict[str, list[Any]] = {
-    "winograd_scratch": [_P, ctypes.c_int, ctypes.c_int],
-    "winograd_forward": [_P, ctypes.c_int, ctypes.c_int, *[_P] * 7],
-    "winograd_backward": [_P, ctypes.c_int, *[_P] * 6],
-    "norm_forward": [_P, ctypes.c_int, ctypes.c_float, ctypes.c_float, *[_P] * 9],
-    "norm_backward": [_P, ctypes.c_int, *[_P] * 10],
-    "drift_forward": [_P, ctypes.c_int, *[_P] * 5],
-    "drift_backward": [_P, ctypes.c_int, *[_P] * 4],
-}
-"""The parameters of the functions that Python calls: sizes, and the number of threads, come first."""
 
 
-def require_library() -> ctypes.CDLL:
+class Library(NamedTuple):
+    """The sources, compiled and loaded."""
+
+    code: ctypes.CDLL
+    digest: str
+    """Of everything that its results may depend on: sources, compiler, processor and PyTorch."""
+
+
+def require_library() -> Library:
     """Raises RequestError where the sources cannot be compiled."""
     found = find_library()
     if isinstance(found, str):
@@ -60,29 +55,8 @@ def require_library() -> ctypes.CDLL:
     return found
 
 
-def run(function: str, sizes: tuple[int, ...], *arguments: Argument, library: ctypes.CDLL | None = None) -> None:
-    """Runs a function of the library on `sizes`, PyTorch's number of threads, and contiguous tensors, numbers, and NULL
-    for None."""
-    library = library or require_library()
-    given = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
-    getattr(library, function)(_array(sizes), torch.get_num_threads(), *given)
-
-
-def scratch_memory(sizes: tuple[int, ...], *, backward: bool, library: ctypes.CDLL | None = None) -> Tensor:
-    """What a forward or backward pass of winograd.c takes while it runs."""
-    library = library or require_library()
-    numbers = library.winograd_scratch(_array(sizes), int(backward), torch.get_num_threads())
-    return torch.empty(numbers, dtype=torch.float32)
-
-
-@lru_cache(1024)
-def _array(sizes: tuple[int, ...]) -> ctypes.Array[ctypes.c_long]:
-    """Sizes as C reads them; it never writes there."""
-    return (ctypes.c_long * len(sizes))(*sizes)
-
-
 @cache
-def find_library() -> ctypes.CDLL | str:
+def find_library() -> Library | str:
     """The sources, compiled and loaded; or why there is no library, as the end of a sentence."""
     name = os.environ.get("CC")
     commands = [shlex.split(name)] if name else [[compiler] for compiler in COMPILERS]
@@ -97,33 +71,34 @@ def find_library() -> ctypes.CDLL | str:
         return f"the C sources of lightcl cannot be compiled ({_reason(error)})"
 
 
-def _compiled(compiler: list[str], folder: Path) -> ctypes.CDLL:
+def _compiled(compiler: list[str], folder: Path) -> Library:
     """Loads the library that fits this machine; compiles it where it does not exist, or is not what it should be."""
     texts = [file.read_text(encoding="utf-8") for file in (*SOURCES, *HEADERS)]
     parts = [*texts, *compiler, _run([*compiler, "--version"]), *FLAGS]
-    digest = hashlib.sha256("\0".join([*parts, _processor(), torch.__version__, sys.platform]).encode()).hexdigest()
-    file = folder / f"lightcl-{digest[:20]}.so"
+    parts += [_processor(), torch.__version__, sys.platform]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+    file = folder / f"lightcl-{digest}.so"
     if file.exists() and file.stat().st_uid == os.getuid():  # it runs with our rights, so nobody else may have made it
         with suppress(OSError):  # damaged: it is made again
-            return _loaded(file)
+            return Library(_loaded(file), digest)
     # PyTorch brings its own OpenMP runtime. A second one would have threads of its own, which wait for work on the
     # same cores.
     runtimes = sorted(Path(torch.__file__).parent.joinpath("lib").glob("libgomp*"))
     attempts = [("-fopenmp", str(runtime)) for runtime in runtimes[:1]] + [("-fopenmp", "-fopenmp"), ("", "")]
     for number, (flag, runtime) in enumerate(attempts, start=1):
-        with tempfile.TemporaryDirectory(dir=folder) as made:
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
             try:
-                target = Path(made, "lightcl.so")
-                objects = [str(Path(made, source.stem + ".o")) for source in SOURCES]
+                target = Path(temporary, "lightcl.so")
+                objects = [str(Path(temporary, source.stem + ".o")) for source in SOURCES]
                 options = [*compiler, *FLAGS, *flag.split(), "-c"]
-                commands = [[*options, str(source), "-o", code] for source, code in zip(SOURCES, objects, strict=True)]
+                commands = [[*options, str(source), "-o", made] for source, made in zip(SOURCES, objects, strict=True)]
                 with ThreadPoolExecutor() as side_by_side:
                     list(side_by_side.map(_run, commands))
                 _run([*compiler, "-shared", *objects, *([runtime] if runtime else []), "-lm", "-o", str(target)])
-                library = _loaded(target)
+                code = _loaded(target)
                 sync(target)  # after a power cut a part of it might be loaded, which would end the process
                 target.replace(file)
-                return library
+                return Library(code, digest)
             except (OSError, subprocess.SubprocessError):
                 if number == len(attempts):
                     raise
@@ -136,33 +111,10 @@ def _run(command: list[str]) -> str:
 
 def _loaded(file: Path) -> ctypes.CDLL:
     """Raises OSError for a library that is none, or that computes wrongly."""
-    library = ctypes.CDLL(str(file))
-    draw = torch.Generator().manual_seed(0)
-    maps = torch.rand((1, 8, 8, 3), generator=draw, dtype=torch.float32)
-    weights = torch.rand((5, 3, 3, 3), generator=draw, dtype=torch.float32)
-    result = torch.empty((1, 8, 8, 5), dtype=torch.float32)
-    sizes = (1, 8, 8, 3, 5, 0)
-    try:
-        library.winograd_scratch.restype = ctypes.c_long
-        for name, parameters in _SIGNATURES.items():
-            getattr(library, name).argtypes = parameters
-        scratch = scratch_memory(sizes, backward=False, library=library)
-        after = (None, None, None)  # no scale, shift and shortcut
-        run("winograd_forward", sizes, 1, maps, weights, *after, result, scratch, library=library)
-        normalized, kept = torch.empty_like(result), torch.empty(20, dtype=torch.float32)
-        plain = torch.tensor([[1.0], [0.0], [0.0], [1.0]], dtype=torch.float32).repeat(1, 5)
-        scratch = torch.empty(64, dtype=torch.float32)
-        rows = (64, 64, 5, 5, 0, 0, 1, 0)
-        run("norm_forward", rows, 1e-5, 0.0, result, None, *plain, normalized, kept, scratch, library=library)
-    except AttributeError as error:
-        raise OSError(f"{file} is not made of these sources") from error
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        expected = torch.conv2d(maps.permute(0, 3, 1, 2), weights.permute(0, 3, 1, 2), padding=1).relu()
-        spread = torch.batch_norm(expected, None, None, None, None, True, 0.0, 1e-5, False)
-    for computed, exact in ((result, expected), (normalized, spread)):
-        if not (computed - exact.permute(0, 2, 3, 1)).abs().max() < ERROR * exact.abs().max():
-            raise OSError("what it computes is wrong")
-    return library
+    code = ctypes.CDLL(str(file))
+    declare(code)
+    check(code)
+    return code
 
 
 def _processor() -> str:

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightcl.networks.native.convolution import as_maps, new_maps
-from lightcl.networks.native.library import run
+from lightcl.networks.native.calls import call, norm_scratch
+from lightcl.networks.native.library import require_library
+from lightcl.networks.native.maps import as_maps, new_maps
+from lightcl.networks.split import Split, normalized_apart
 
-LANES, CHUNK = 16, 32
-"""Numbers in the longest vectors: several positions make a row where the channels of one don't fill them; and norm.c's
-rows of a chunk."""
+LANES = 16
+"""Numbers in the longest vectors. Several positions make a row where the channels of one don't fill them."""
 OWN, MOVES = 1, 2
 """How norm.c treats a part of the samples: by the part's own statistics; and the running ones follow."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """The first `count` samples are a batch's own, the others memory samples, which are normalized by their own
-    statistics (`own`) or by the running ones, after the batch has moved them."""
-
-    count: int
-    own: bool
 
 
 class NativeBatchNorm2d(nn.BatchNorm2d):
@@ -37,19 +28,20 @@ class NativeBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[N, C, H, W]` -> the same, channels-last."""
-        return self._normalized(input, None, relu=False) if self.applies(input) else super().forward(input)
+        return self._normalized(input, None, relu=False) if self.applies(input) else self._by_pytorch(input)
 
     def followed(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """ReLU(norm(x) + shortcut)."""
         if self.applies(x):
             return self._normalized(x, shortcut, relu=True)
-        y = super().forward(x)
+        y = self._by_pytorch(x)
         return F.relu(y if shortcut is None else y.add_(shortcut), inplace=True)
 
     def applies(self, x: Tensor) -> bool:
         """Whether norm.c computes this input."""
         return (
             x.device.type == "cpu"
+            and x.numel() > 0
             and x.dtype in (torch.float32, torch.bfloat16)
             and self.momentum is not None
             and self.weight is not None
@@ -63,6 +55,10 @@ class NativeBatchNorm2d(nn.BatchNorm2d):
         assert self.running_var is not None
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         return scale, self.bias - self.running_mean * scale
+
+    def _by_pytorch(self, x: Tensor) -> Tensor:
+        whole = super().forward
+        return whole(x) if self.split is None else normalized_apart(self, whole, self.split, x)
 
     def _normalized(self, x: Tensor, shortcut: Tensor | None, *, relu: bool) -> Tensor:
         samples, _, height, width = x.shape
@@ -92,9 +88,9 @@ class _Norm(torch.autograd.Function):
         half = x.dtype == torch.bfloat16
         sizes = (samples * rows, count * rows, per_row * channels, channels, int(half), int(relu), *modes)
         y, statistics = new_maps(maps, channels), torch.empty(4, channels, dtype=torch.float32)
-        run(
-            "norm_forward", sizes, norm.eps, norm.momentum, maps, added, weight, bias, norm.running_mean,
-            norm.running_var, y, statistics, _scratch_memory(sizes),
+        call(
+            require_library().code, "norm_forward", sizes, norm.eps, norm.momentum, maps, added, weight, bias,
+            norm.running_mean, norm.running_var, y, statistics, norm_scratch(*sizes[:3]),
         )  # fmt: skip
         ctx.sizes = sizes
         ctx.save_for_backward(x, weight, statistics, *([y] if relu else []))
@@ -106,14 +102,8 @@ class _Norm(torch.autograd.Function):
         maps, gradient, y = as_maps(x, x.dtype), as_maps(gradients[0], x.dtype), ys[0] if ys else None
         of_x, of_weight, of_bias = new_maps(maps, maps.shape[1]), torch.empty_like(weight), torch.empty_like(weight)
         of_shortcut = new_maps(maps, maps.shape[1]) if ctx.needs_input_grad[1] else None
-        run(
-            "norm_backward", ctx.sizes, maps, y, gradient, weight, statistics, of_x, of_shortcut, of_weight, of_bias,
-            _scratch_memory(ctx.sizes),
+        call(
+            require_library().code, "norm_backward", ctx.sizes, maps, y, gradient, weight, statistics, of_x,
+            of_shortcut, of_weight, of_bias, norm_scratch(*ctx.sizes[:3]),
         )  # fmt: skip
         return of_x, of_shortcut, of_weight, of_bias, None, None
-
-
-def _scratch_memory(sizes: tuple[int, ...]) -> Tensor:
-    rows, split, width, *_ = sizes
-    chunks = -(-split // CHUNK) + -(-(rows - split) // CHUNK)
-    return torch.empty(width * (8 + 2 * chunks), dtype=torch.float32)

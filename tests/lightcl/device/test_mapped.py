@@ -74,7 +74,7 @@ def test_a_cached_device_has_its_prefix_on_disk_and_lets_go_of_the_copy(tmp_path
     device.train(0, 2)
     features = device.method.prefix_features
     assert isinstance(features, FixedPrefix)
-    assert features._folded is None
+    assert features._stage is None
     assert len(list((tmp_path / "cache" / "weights").iterdir())) == 1
 
 

@@ -20,6 +20,7 @@ from lightcl.data.images import ImageSet
 from lightcl.data.tasks import Batch, Samples
 from lightcl.device import prefix
 from lightcl.device.device import EdgeDevice
+from lightcl.device.network import device_network
 from lightcl.device.prefix import FixedPrefix, check_cache_limit, fixed_prefix, prefix_cache, warm
 from lightcl.errors import RequestError
 from lightcl.networks import BACKBONES
@@ -143,11 +144,12 @@ def test_cached_images_are_not_read_again(tmp_path):
     assert read == []
 
 
+@toys.needs_compiler
 def test_arithmetics_have_stores_of_their_own():
-    network = toys.network(freeze="layer3")
     keys = set()
     for convolutions in ("direct", "winograd-native"):
-        scenario = toys.scenario(data=VIEWS, device={"convolutions": convolutions})
+        scenario = toys.scenario(data=VIEWS, device={"convolutions": convolutions, "accelerator": "cpu"})
+        network = device_network(scenario, in_channels=3, classes=4)
         keys.add(json.dumps(fixed_prefix(scenario, network, "digest").stores.about, sort_keys=True))
     assert len(keys) == 2
 
@@ -401,7 +403,7 @@ def test_the_prefix_stays_in_memory_while_the_next_announced_image_needs_it():
     features.announce([seen, tested])
     for batch in (*asked, *asked, seen, *asked):
         features([batch])
-        kept.append(features._folded is not None)
+        kept.append(features._stage is not None)
     # Four and twelve announced; found, but four more of them are missing; the last of them; found.
     assert kept == [True, True, True, True, True, False, False]
 

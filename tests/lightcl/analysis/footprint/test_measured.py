@@ -133,6 +133,8 @@ def test_measured_is_what_theory_counts(changes):
         ({"method": {"name": "lightcl", "memory_pass": "joint"}, "training": AT_ONCE} | CACHED, "fp32"),
         ({"method": {"name": "lightcl"}}, "bf16"),
         ({"method": {"name": "sgd"}}, "fp32"),
+        ({"method": {"name": "sgd"}, "network": {"weights": "none", "width": 32, "freeze": "layer4"}}, "fp32"),
+        ({"method": {"name": "lightcl-sparse"}, "network": {"weights": "none", "width": 32}} | CACHED, "fp32"),
     ],
 )
 def test_so_it_is_with_winograds_algorithm_in_c(changes, precision):

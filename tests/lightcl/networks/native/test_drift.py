@@ -20,6 +20,7 @@ def test_it_is_that_of_pytorchs_operations(
 ) -> None:
     monkeypatch.setattr(library, "FLAGS", (*STRICT, *flags))
     vital, then = torch.tensor([0, 3, 6]), torch.randn(3, 3, 4, 5, generator=torch.Generator().manual_seed(5))
+    then = then.contiguous(memory_format=torch.channels_last)
     found = []
     for kind in (NativeSquaredDrift, _SquaredDrift):
         feature_map = maps(8, 7, 4, 5).detach().to(dtype).requires_grad_()

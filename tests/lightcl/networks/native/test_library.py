@@ -92,7 +92,10 @@ def test_a_damaged_library_is_made_again_and_a_good_one_is_used(
     ("name", "right", "wrong"),
     [
         ("winograd.c", "y[to] = tilt + 2 * bend;", "y[to] = tilt + 3 * bend;"),
-        ("norm.c", "variance = all.square / all.size;", "variance = all.square;"),
+        ("winograd.c", "w[to] = (r[2 * from]", "w[to] = (r[3 * from]"),  # only the backward pass
+        ("norm.c", "variance = all.square[i] / all.size", "variance = all.square[i]"),
+        ("drift.c", "2 * difference", "3 * difference"),
+        ("vectors.h", "+ 0x7fff", "+ 0x7fffff"),  # only bf16
     ],
 )
 def test_a_library_that_computes_wrongly_is_not_used(
@@ -103,7 +106,8 @@ def test_a_library_that_computes_wrongly_is_not_used(
     text = (tmp_path / name).read_text()
     assert text.count(right) == 1
     (tmp_path / name).write_text(text.replace(right, wrong))
-    monkeypatch.setattr(library, "SOURCES", tuple(tmp_path / file.name for file in library.SOURCES))
+    for files in ("SOURCES", "HEADERS"):
+        monkeypatch.setattr(library, files, tuple(tmp_path / file.name for file in getattr(library, files)))
     assert find_library() == "the C sources of lightcl cannot be compiled (what it computes is wrong)"
 
 

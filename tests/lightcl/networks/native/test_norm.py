@@ -128,10 +128,22 @@ def test_one_value_per_channel_has_no_variance() -> None:
 
 
 @toys.needs_compiler
-def test_others_are_computed_by_pytorch() -> None:
-    """In fp64, and with a cumulative average as the running statistics."""
-    native, exact = norms(4, training=True)
-    x = maps(3, 4, 4, 4).detach().double()
-    assert torch.equal(native.double()(x), exact(x))
-    native.momentum = exact.momentum = None
-    assert torch.equal(activated(native, x), activated(exact, x))
+@pytest.mark.parametrize("split", [None, "eval", "train"])
+def test_others_are_computed_by_pytorch(split: str | None) -> None:
+    """In fp64, as on a GPU, and with a cumulative average as the running statistics."""
+    x, shortcut = maps(7, 4, 4, 4).detach().double(), maps(7, 4, 4, 4, seed=1).detach().double()
+    for momentum in (0.1, None):
+        native, exact = norms(4, training=True)
+        native.double()
+        native.momentum = exact.momentum = momentum
+        given, expected = (everything(norm, x, shortcut, split, True) for norm in (native, exact))
+        assert all(map(torch.equal, given, expected))
+
+
+@toys.needs_compiler
+def test_no_samples_move_no_statistics() -> None:
+    native, _ = norms(4, training=True)
+    assert native.running_mean is not None
+    before = native.running_mean.clone()
+    assert native(torch.zeros(0, 4, 2, 2)).shape == (0, 4, 2, 2)
+    assert torch.equal(native.running_mean, before)

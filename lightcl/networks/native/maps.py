@@ -1,0 +1,23 @@
+"""Maps as C reads them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def map_type() -> torch.dtype:
+    """Of maps that are computed on the CPU: bf16 inside autocast to it, else fp32."""
+    half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return torch.bfloat16 if half else torch.float32
+
+
+def as_maps(x: Tensor, kind: torch.dtype) -> Tensor:
+    """Maps `[N, C, H, W]`, or weights, as C reads them: channels-last, which they are as a rule."""
+    return x.to(kind).contiguous(memory_format=torch.channels_last)
+
+
+def new_maps(x: Tensor, channels: int) -> Tensor:
+    """Maps like `x`, of so many channels, with any values."""
+    shape = (x.shape[0], channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
