@@ -109,7 +109,7 @@ def bf16_pays(accelerator: torch.device) -> Pays:
 def native_pays(accelerator: torch.device, precision: Literal["fp32", "bf16"]) -> Pays:
     """Whether Winograd's algorithm in C is faster than PyTorch's convolutions in this precision."""
     if accelerator.type != "cpu":
-        return "no"  # it is for the CPU (lightcl/networks/winograd.c)
+        return "no"  # it is for the CPU (lightcl/networks/native)
     processor = _processor()
     if processor is None:
         return "unknown"

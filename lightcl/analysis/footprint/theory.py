@@ -75,7 +75,8 @@ class Workload:
     """`training.update: at-once`: a gradient is applied and released as soon as it is complete."""
     prefix: Literal["batch", "fixed", "cached"] = "batch"
     """How the prefix is computed. batch: batch by batch; fixed: a few images at a time, with batch-norm folded into a
-    copy; cached: the same, and kept on disk: prefix and copy are in memory only while something is computed."""
+    copy (not in C); cached: the same, and kept on disk: prefix and copy are in memory only while something is
+    computed."""
     convolutions: Convolutions = "direct"
     """`device.convolutions`; on other accelerators than the CPU all are direct."""
     cached_outputs: int = 0
