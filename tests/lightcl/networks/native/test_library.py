@@ -64,7 +64,14 @@ def test_a_cache_that_cannot_be_written_to(monkeypatch: pytest.MonkeyPatch, tmp_
     assert "cannot be compiled" in str(find_library())
 
 
-LOAD = "from lightcl.networks.native.library import require_library; require_library(); print('loaded')"
+QUICK = ("-O1", "-fPIC", "-std=gnu11", "-w")
+"""The compiler's options where the speed of the result does not matter."""
+LOAD = f"""
+from lightcl.networks.native import library
+library.FLAGS = {QUICK}
+library.require_library()
+print('loaded')
+"""
 
 
 def inode_of_the_library_of_a_new_process(cache: Path) -> int:
@@ -106,6 +113,7 @@ def test_a_library_that_computes_wrongly_is_not_used(
     text = (tmp_path / name).read_text()
     assert text.count(right) == 1
     (tmp_path / name).write_text(text.replace(right, wrong))
+    monkeypatch.setattr(library, "FLAGS", QUICK)  # there are three attempts
     for files in ("SOURCES", "HEADERS"):
         monkeypatch.setattr(library, files, tuple(tmp_path / file.name for file in getattr(library, files)))
     assert find_library() == "the C sources of lightcl cannot be compiled (what it computes is wrong)"
