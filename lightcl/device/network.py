@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-
 from lightcl.assembly import build_network
 from lightcl.device.hardware import choose_accelerator
 from lightcl.networks.native import use_native_
 from lightcl.networks.staged import Backbone
 from lightcl.networks.winograd import use_winograd_
 from lightcl.scenario import Scenario
-
-CPU = torch.device("cpu")
 
 
 def device_network(scenario: Scenario, *, in_channels: int, classes: int) -> Backbone:
@@ -22,7 +18,10 @@ def device_network(scenario: Scenario, *, in_channels: int, classes: int) -> Bac
     network = build_network(scenario, in_channels=in_channels, classes=classes)
     if scenario.device.convolutions == "winograd":
         use_winograd_(network.suffix)
-    elif scenario.device.convolutions == "winograd-native" and choose_accelerator(scenario.device.accelerator) == CPU:
+    elif (
+        scenario.device.convolutions == "winograd-native"
+        and choose_accelerator(scenario.device.accelerator).type == "cpu"
+    ):
         use_native_(network.prefix)
         use_native_(network.suffix)
     return network

@@ -85,16 +85,15 @@ class BasicBlock(nn.Module):
         Without `on_map` the first map is released right after its use: where no graph keeps it, as in a frozen block,
         that is a quarter of the block's memory.
         """
-        first: Tensor | None = unit(self.conv1, self.bn1, x)
+        first = unit(self.conv1, self.bn1, x)
         shortcut = x if self.downsample is None else self.downsample(x)
-        assert first is not None
         second = fused(self.conv2, self.bn2, first, shortcut)
         if second is None:
             second = self.conv2(first)
             if on_map is None:
-                first = None
+                del first
             second = activated(self.bn2, second, shortcut)
-        if on_map is not None and first is not None:
+        if on_map is not None:
             del shortcut  # not needed while the maps are processed
             on_map("relu1", first)
             on_map("relu2", second)

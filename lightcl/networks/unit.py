@@ -37,7 +37,7 @@ def fused(convolution: nn.Module, norm: nn.Module, x: Tensor, shortcut: Tensor |
 
 def activated(norm: nn.Module, y: Tensor, shortcut: Tensor | None = None) -> Tensor:
     """ReLU(norm(y) + shortcut)."""
-    if isinstance(norm, NativeBatchNorm2d):
+    if isinstance(norm, NativeBatchNorm2d) and norm.applies(y):
         return norm.followed(y, shortcut)
     y = norm(y)
     return F.relu(y if shortcut is None else y.add_(shortcut), inplace=True)

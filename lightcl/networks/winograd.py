@@ -57,14 +57,20 @@ class WinogradConv2d(Conv3x3):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[N, C, H, W]` -> `[N, C', H, W]`, channels-last."""
-        if (
-            not self.tiles(*input.shape[-2:])
-            or not input.numel()
-            or input.dtype != torch.float32
-            or input.device.type != "cpu"
-            or torch.is_autocast_enabled("cpu")
-        ):
-            return super().forward(input)
+        return self.computed(input) if self.applies(input) else super().forward(input)
+
+    def applies(self, input: Tensor) -> bool:
+        """Whether Winograd's algorithm computes this input."""
+        return (
+            bool(self.tiles(*input.shape[-2:]))
+            and input.numel() > 0
+            and input.dtype == torch.float32
+            and input.device.type == "cpu"
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+    def computed(self, input: Tensor) -> Tensor:
+        """The convolution of an input to which the algorithm applies."""
         result: Tensor = _Winograd.apply(input, self.weight)
         return result
 

@@ -355,7 +355,7 @@ class _Step:
     def _folded_bytes(self) -> int:
         """The copy of the prefix whose batch-norm is folded into its convolutions: a bias per channel. In C nothing is
         folded."""
-        if self.workload.convolutions == "winograd-native":
+        if self._in_c:
             return 0
         return sum(c.weights + c.norm // 2 for b in self.shape.frozen for c in b.convolutions) * FP32
 
@@ -406,9 +406,8 @@ class _Step:
                     self.allocate("temporaries", unit * convolution.outputs)
                 else:
                     self.allocate("kept activations", unit * convolution.outputs)
-                native = self.workload.convolutions == "winograd-native"
                 # Of batch and memory samples, put together; in C they are one map.
-                parts = unit * convolution.outputs * (self.cost.joint_pass and not native)
+                parts = unit * convolution.outputs * (self.cost.joint_pass and not self._in_c)
                 self.note(f"forward {convolution.name}, batch-norm", "temporaries", parts)
             if block.shortcut:
                 self.allocate("temporaries", -unit * block.shortcut.outputs)
@@ -515,9 +514,13 @@ class _Step:
             return self._scratch(convolution, 0, samples)
         return self._layout(convolution, 0)
 
+    @property
+    def _in_c(self) -> bool:
+        return self.workload.convolutions == "winograd-native"
+
     def _native(self, convolution: Convolution) -> bool:
         large = self.size != FP32 and _positions(convolution) > HALF_POSITIONS
-        return self.workload.convolutions == "winograd-native" and bool(convolution.native_tiles) and not large
+        return self._in_c and bool(convolution.native_tiles) and not large
 
     def _scratch(self, convolution: Convolution, direction: int, samples: int) -> int:
         """Bytes of a pass through winograd.c by one thread: its scratch memory and new gradients."""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 Argument = Tensor | int | float | None
+CHUNK = 32
+"""norm.c's rows of a chunk."""
 _P = ctypes.c_void_p
 _SIGNATURES: dict[str, list[Any]] = {
     "winograd_scratch": [_P, ctypes.c_int, ctypes.c_int],
@@ -49,10 +51,6 @@ def norm_scratch(rows: int, split: int, width: int) -> Tensor:
     """The same for norm.c."""
     chunks = -(-split // CHUNK) + -(-(rows - split) // CHUNK)
     return torch.empty(width * (8 + 2 * chunks), dtype=torch.float32)
-
-
-CHUNK = 32
-"""norm.c's rows of a chunk."""
 
 
 @lru_cache(1024)

@@ -30,13 +30,6 @@ class NativeWinogradConv2d(WinogradConv2d):
 
     fewest_channels, largest_map = CHANNELS, POSITIONS
 
-    def forward(self, input: Tensor) -> Tensor:
-        """`[N, C, H, W]` -> `[N, C', H, W]`, channels-last."""
-        if not self.applies(input):
-            return super().forward(input)
-        result: Tensor = _Winograd.apply(input, self.weight, map_type())
-        return result
-
     def applies(self, input: Tensor) -> bool:
         """Whether winograd.c computes this input."""
         kind, (height, width) = map_type(), input.shape[-2:]
@@ -48,6 +41,11 @@ class NativeWinogradConv2d(WinogradConv2d):
             and (kind == torch.float32 or height * width <= HALF_POSITIONS)
             and self.weight.dtype == torch.float32
         )
+
+    def computed(self, input: Tensor) -> Tensor:
+        """The convolution of an input to which it `applies`."""
+        result: Tensor = _Winograd.apply(input, self.weight, map_type())
+        return result
 
     def followed(self, x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor | None) -> Tensor:
         """ReLU(scale · convolution + shift + shortcut), without a graph, where it `applies`; scale and shift are `[C']`

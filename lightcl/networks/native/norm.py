@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightcl.networks.native.calls import call, norm_scratch
 from lightcl.networks.native.library import require_library
@@ -31,11 +30,8 @@ class NativeBatchNorm2d(nn.BatchNorm2d):
         return self._normalized(input, None, relu=False) if self.applies(input) else self._by_pytorch(input)
 
     def followed(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        """ReLU(norm(x) + shortcut)."""
-        if self.applies(x):
-            return self._normalized(x, shortcut, relu=True)
-        y = self._by_pytorch(x)
-        return F.relu(y if shortcut is None else y.add_(shortcut), inplace=True)
+        """ReLU(norm(x) + shortcut), where it `applies`."""
+        return self._normalized(x, shortcut, relu=True)
 
     def applies(self, x: Tensor) -> bool:
         """Whether norm.c computes this input."""
