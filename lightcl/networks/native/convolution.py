@@ -64,12 +64,11 @@ def scratch_size(samples: int, tiles: int, inputs: int, outputs: int, *, backwar
     def apart(numbers: int) -> int:
         return ((numbers + 15) // 16 | 1) * 16
 
-    together = min(samples, max(1, GROUP // tiles)) * tiles
     places, width, high = REACH * REACH, 32, 24
-    padded_inputs, padded_outputs = -(-inputs // 16) * 16, -(-outputs // 16) * 16
-    turned = 0 if backward else 9 * inputs * padded_outputs
-    block = max(REACH * max(inputs, outputs) * width, places * (high * width + 16))
-    return places * (apart(together * padded_inputs) + apart(together * padded_outputs)) + turned + block
+    together = min(samples, max(1, GROUP // tiles)) * tiles
+    depth, rows, products = (outputs, REACH, places * (high * width + 16)) if backward else (inputs, REACH + 9, 0)
+    task = places * apart(together * width) + max(rows * apart(depth * width), products)
+    return places * apart(together * (-(-depth // 16) * 16)) + task
 
 
 class _Winograd(torch.autograd.Function):

@@ -1,10 +1,11 @@
 /* 3x3 convolutions by Winograd's algorithm F(4x4, 3x3), forward and backward, for maps [N, H, W, C] in fp32 or bf16.
 
-   The algorithm and its transforms stand in ../winograd.py. Here nothing is copied to suit a library's matrix product:
-   a transform writes its 36 places where the products read them, products of a few places at a time take their weights
-   from a block that fits into the processor's second-level cache, and the transforms are sums, not matrix products.
-   Large maps are computed a few at a time, so that their places stay in the cache as well. Maps in bf16 are widened
-   where they are read and rounded where they are written; all arithmetic is in fp32.
+   The algorithm and its transforms stand in ../winograd.py. Here nothing is copied to suit a library's matrix product,
+   and little has to leave the processor's second-level cache. Of the maps that are multiplied, all channels are
+   transformed at first; then a task takes one or two vectors of the other side's channels through everything that is
+   left: it transforms their weights, a few places at a time, multiplies, and transforms back. Large maps are computed a
+   few at a time. Maps in bf16 are widened where they are read and rounded where they are written; all arithmetic is in
+   fp32.
 
    Every number is computed in the same order for any number of threads. */
 
@@ -25,7 +26,7 @@ typedef struct {
     long maps, height, width, inputs, outputs; /* as in [N, H, W, C] and [N, H, W, C'] */
     long tiles;                                /* of all maps */
     long padded_inputs, padded_outputs;        /* channels in scratch memory, where vectors are full */
-    long next_input, next_output;              /* distance of two places in scratch memory */
+    int half;                                  /* maps are in bf16, else in fp32 */
 } Shape;
 
 static long padded(long channels) { return (channels + LANES - 1) / LANES * LANES; }
@@ -33,14 +34,6 @@ static long padded(long channels) { return (channels + LANES - 1) / LANES * LANE
 /* Not less than `numbers`, and an odd number of cache lines: the 36 places of a tile are used together, and in a distance
    of a power of two they would fight for the same few lines of the first-level cache. */
 static long apart(long numbers) { return ((numbers + 15) / 16 | 1) * 16; }
-
-static Shape shape_of(const long *sizes) {
-    Shape s = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], 0, padded(sizes[3]), padded(sizes[4]), 0, 0};
-    s.tiles = s.maps * (s.height / TILE) * (s.width / TILE);
-    s.next_input = apart(s.tiles * s.padded_inputs);
-    s.next_output = apart(s.tiles * s.padded_outputs);
-    return s;
-}
 
 /* ---- Transforms along one side; `step` is the distance of an array's elements ---- */
 
@@ -124,6 +117,16 @@ typedef struct {
     int relu;
 } After;
 
+/* The 36 places of tiles in scratch memory: [36, tiles, row], the places `next` apart. */
+typedef struct {
+    float *first;
+    long row, next;
+} Places;
+
+static Places places_at(float *memory, Shape s, long row) { return (Places){memory, row, apart(s.tiles * row)}; }
+
+static long size_of(Places p) { return PLACES * p.next; }
+
 typedef struct {
     int half; /* bf16, else fp32 */
     void *map;
@@ -138,26 +141,21 @@ INLINE long at(Tile t, long y, long x) { return t.place + (y * t.width + x) * t.
 
 INLINE int inside(Tile t, long y, long x) { return y >= 0 && y < t.height && x >= 0 && x < t.width; }
 
-/* Runs `transform` with the Tile `t`, for all tiles of maps [N, H, W, channels] and places [36, tiles, padded]. A task is
-   one map and one vector of channels: tiles that overlap belong to one task, which runs `before` and `after`. */
-#define FOR_TILES(s, half_, maps_, places_, channels_, padded_, next_, before, transform, after) \
-    long rows = s.height / TILE, columns = s.width / TILE, vectors = padded_ / LANES; \
-    _Pragma("omp for schedule(static) collapse(2)") \
-    for (long n = 0; n < s.maps; n++) \
-        for (long v = 0; v < vectors; v++) { \
-            long channel = v * LANES; \
-            Tile t = {half_, (void *)(maps_), n * s.height * s.width * channels_ + channel, 0, s.height, s.width, channels_, \
-                      next_, 0, 0, channel, at_most(LANES, channels_ - channel)}; \
-            before; \
-            for (long row = 0; row < rows; row++) \
-                for (long column = 0; column < columns; column++) { \
-                    t.places = (float *)(places_) + ((n * rows + row) * columns + column) * padded_ + channel; \
-                    t.top = row * TILE; \
-                    t.left = column * TILE; \
-                    transform; \
-                } \
-            after; \
-        }
+/* Runs `transform` with the Tile `t`, for all tiles of map n and a vector of channels from `channel` on, of maps [N, H, W,
+   channels], with their places in column `column` of `p`. */
+#define FOR_TILES(s, maps_, channels_, p, n, channel_, column, before, transform, after) \
+    long rows = s.height / TILE, columns = s.width / TILE; \
+    Tile t = {s.half, (void *)(maps_), n * s.height * s.width * channels_ + channel_, 0, s.height, s.width, channels_, \
+              p.next, 0, 0, channel_, at_most(LANES, channels_ - channel_)}; \
+    before; \
+    for (long y = 0; y < rows; y++) \
+        for (long x = 0; x < columns; x++) { \
+            t.places = p.first + ((n * rows + y) * columns + x) * p.row + column; \
+            t.top = y * TILE; \
+            t.left = x * TILE; \
+            transform; \
+        } \
+    after;
 
 INLINE void input_tile(Tile t) {
     vec d[PLACES], half[PLACES];
@@ -213,26 +211,24 @@ INLINE void output_tile_back(Tile t) {
     for (int p = 0; p < PLACES; p++) *(loose *)(t.places + p * t.next) = m[p];
 }
 
-/* Maps [N, H, W, C] and places [36, tiles, padded C], or C'. */
-INLINE void input_to_places(Shape s, int half, const void *maps, float *places) {
-    FOR_TILES(s, half, maps, places, s.inputs, s.padded_inputs, s.next_input, , input_tile(t), )
+INLINE void input_to_places(Shape s, const void *maps, Places p, long n, long channel, long column) {
+    FOR_TILES(s, maps, s.inputs, p, n, channel, column, , input_tile(t), )
 }
 
-INLINE void places_to_input(Shape s, int half, const float *places, void *maps) {
+INLINE void places_to_input(Shape s, Places p, void *maps, long n, long channel, long column) {
     vec sum[LARGEST];
     long positions = s.height * s.width;
     FOR_TILES(
-        s, half, maps, places, s.inputs, s.padded_inputs, s.next_input, memset(sum, 0, positions * sizeof(vec)),
-        input_tile_back(t, sum),
-        for (long i = 0; i < positions; i++) store_any(half, maps, t.place + i * t.channels, sum[i], t.count))
+        s, maps, s.inputs, p, n, channel, column, memset(sum, 0, positions * sizeof(vec)), input_tile_back(t, sum),
+        for (long i = 0; i < positions; i++) store_any(s.half, maps, t.place + i * t.channels, sum[i], t.count))
 }
 
-INLINE void places_to_output(Shape s, int half, const float *places, void *maps, After after) {
-    FOR_TILES(s, half, maps, places, s.outputs, s.padded_outputs, s.next_output, , output_tile(t, after), )
+INLINE void places_to_output(Shape s, Places p, void *maps, After after, long n, long channel, long column) {
+    FOR_TILES(s, maps, s.outputs, p, n, channel, column, , output_tile(t, after), )
 }
 
-INLINE void output_to_places(Shape s, int half, const void *maps, float *places) {
-    FOR_TILES(s, half, maps, places, s.outputs, s.padded_outputs, s.next_output, , output_tile_back(t), )
+INLINE void output_to_places(Shape s, const void *maps, Places p, long n, long channel, long column) {
+    FOR_TILES(s, maps, s.outputs, p, n, channel, column, , output_tile_back(t), )
 }
 
 /* ---- Matrix products ---- */
@@ -294,7 +290,7 @@ static void product_2(long rows, long depth, const float *a, long a_row, long a_
    wanted. `tap` and `step` are the distances of taps and of neighbors in depth. */
 static void weights_to_places(int row, int vectors, long depth, const float *weights, long tap, long step, long count,
                               float *places) {
-    long next = depth * vectors * LANES;
+    long next = apart(depth * vectors * LANES);
     for (long l = 0; l < depth; l++)
         for (int j = 0; j < vectors; j++) {
             const float *from = weights + l * step + j * LANES;
@@ -307,142 +303,213 @@ static void weights_to_places(int row, int vectors, long depth, const float *wei
         }
 }
 
-/* results[p] = factors[p] x weights[p] for the 36 places p: [tiles, depth] x [depth, columns]. A task is a row of places
-   and a block of columns, whose transformed weights it keeps in `block`. */
-static void products_with_weights(long tiles, long depth, long padded_depth, long columns, long padded_columns,
-                                  const float *factors, const float *weights, long tap, long step, float *results,
-                                  float *block) {
-    long next_factor = apart(tiles * padded_depth), next_result = apart(tiles * padded_columns);
-    long blocks = (padded_columns + BLOCK - 1) / BLOCK;
-#pragma omp for schedule(dynamic) collapse(2)
-    for (long number = 0; number < blocks; number++)
-        for (int row = 0; row < REACH; row++) {
-            long start = number * BLOCK;
-            int vectors = padded_columns - start >= BLOCK ? 2 : 1;
-            weights_to_places(row, vectors, depth, weights + start, tap, step, columns - start, block);
-            for (int p = 0; p < REACH; p++) {
-                long place = row * REACH + p;
-                (vectors == 2 ? product_2 : product_1)(
-                    tiles, depth, factors + place * next_factor, padded_depth, 1,
-                    block + p * depth * vectors * LANES, vectors * LANES,
-                    results + place * next_result + start, padded_columns);
-            }
-        }
+/* results[p] = factors[p] x weights[p] for the 36 places p: [tiles, depth] x [depth, columns], of a few columns. A row of
+   places at a time has its weights in `block`. */
+static void products_with_weights(Shape s, Places factors, long depth, const float *weights, long tap, long step, long count,
+                                  int vectors, Places results, float *block) {
+    for (int row = 0; row < REACH; row++) {
+        weights_to_places(row, vectors, depth, weights, tap, step, count, block);
+        for (int p = 0; p < REACH; p++)
+            (vectors == 2 ? product_2 : product_1)(
+                s.tiles, depth, factors.first + (row * REACH + p) * factors.next, factors.row, 1,
+                block + p * apart(depth * vectors * LANES), vectors * LANES, results.first + (row * REACH + p) * results.next,
+                results.row);
+    }
 }
 
-/* The gradient of the weights [C', 9, C], added to what is there where `more`. A task is a block of outputs and one of
-   inputs: all of its 36 products are in `block`. */
-static void weight_gradient(Shape s, const float *outputs, const float *inputs, float *gradient, int more, float *block) {
-    long high = (s.outputs + TALL - 1) / TALL, wide = (s.padded_inputs + BLOCK - 1) / BLOCK;
-#pragma omp for schedule(dynamic) collapse(2)
-    for (long number = 0; number < high; number++)
-        for (long column = 0; column < wide; column++) {
-            long first = number * TALL, start = column * BLOCK;
-            long rows = at_most(TALL, s.outputs - first);
-            int vectors = s.padded_inputs - start >= BLOCK ? 2 : 1;
-            for (int p = 0; p < PLACES; p++)
-                (vectors == 2 ? product_2 : product_1)(
-                    rows, s.tiles, outputs + p * s.next_output + first, 1, s.padded_outputs,
-                    inputs + p * s.next_input + start, s.padded_inputs, block + p * WITHIN, BLOCK);
-            for (long i = 0; i < rows; i++)
-                for (int j = 0; j < vectors; j++) {
-                    vec u[PLACES], half[3 * REACH], w[TAPS];
-                    for (int p = 0; p < PLACES; p++) u[p] = *(const loose *)(block + p * WITHIN + i * BLOCK + j * LANES);
-                    for (int y = 0; y < REACH; y++) weight_side_back(u + y, REACH, half + y, REACH);
-                    for (int y = 0; y < 3; y++) weight_side_back(half + y * REACH, 1, w + y * 3, 1);
-                    long channel = start + j * LANES;
-                    for (int y = 0; y < TAPS; y++) {
-                        float *place = gradient + ((first + i) * TAPS + y) * s.inputs + channel;
-                        store(place, more ? load(place, s.inputs - channel) + w[y] : w[y], s.inputs - channel);
-                    }
+/* The gradient of the weights [C', 9, C] of a few inputs from `start` on, added to what is there where `more`. The
+   products of some outputs at a time are in `block`. */
+static void weight_gradient(Shape s, Places outputs, Places inputs, long start, int vectors, float *gradient, int more,
+                            float *block) {
+    for (long first = 0; first < s.outputs; first += TALL) {
+        long rows = at_most(TALL, s.outputs - first);
+        for (int p = 0; p < PLACES; p++)
+            (vectors == 2 ? product_2 : product_1)(
+                rows, s.tiles, outputs.first + p * outputs.next + first, 1, outputs.row, inputs.first + p * inputs.next,
+                inputs.row, block + p * WITHIN, BLOCK);
+        for (long i = 0; i < rows; i++)
+            for (int j = 0; j < vectors; j++) {
+                vec u[PLACES], half[3 * REACH], w[TAPS];
+                for (int p = 0; p < PLACES; p++) u[p] = *(const loose *)(block + p * WITHIN + i * BLOCK + j * LANES);
+                for (int y = 0; y < REACH; y++) weight_side_back(u + y, REACH, half + y, REACH);
+                for (int y = 0; y < 3; y++) weight_side_back(half + y * REACH, 1, w + y * 3, 1);
+                long channel = start + j * LANES;
+                for (int y = 0; y < TAPS; y++) {
+                    float *place = gradient + ((first + i) * TAPS + y) * s.inputs + channel;
+                    store(place, more ? load(place, s.inputs - channel) + w[y] : w[y], s.inputs - channel);
                 }
-        }
+            }
+    }
 }
 
-/* Weights [C', 9, C] -> [9, C, padded C'], a square of numbers at a time. */
-static void turn(Shape s, const float *weights, float *turned) {
-#pragma omp for schedule(static) collapse(2)
-    for (long k = 0; k < s.padded_outputs; k += LANES)
+/* A few outputs of the weights [C', 9, C], from `start` on -> [9, C, vectors], a square of numbers at a time. */
+static void turn(Shape s, const float *weights, long start, int vectors, float *turned) {
+    for (int j = 0; j < vectors; j++)
         for (long tap = 0; tap < TAPS; tap++)
-            for (long start = 0; start < s.inputs; start += LANES) {
-                long count = at_most(LANES, s.inputs - start);
+            for (long first = 0; first < s.inputs; first += LANES) {
+                long count = at_most(LANES, s.inputs - first), k = start + j * LANES;
                 vec square[LANES];
                 for (long i = 0; i < LANES; i++)
-                    square[i] = k + i < s.outputs ? load(weights + ((k + i) * TAPS + tap) * s.inputs + start, count) : (vec){0};
+                    square[i] = k + i < s.outputs ? load(weights + ((k + i) * TAPS + tap) * s.inputs + first, count) : (vec){0};
                 transpose(square);
                 for (long c = 0; c < count; c++)
-                    *(loose *)(turned + (tap * s.inputs + start + c) * s.padded_outputs + k) = square[c];
+                    *(loose *)(turned + tap * apart(s.inputs * vectors * LANES) + ((first + c) * vectors + j) * LANES) = square[c];
             }
 }
 
 /* ---- What Python calls; `sizes` are N, H, W, C and C', and 1 where the maps are in bf16 ---- */
 
-static long block_size(Shape s) {
-    long weights = REACH * (s.inputs > s.outputs ? s.inputs : s.outputs) * BLOCK, gradient = PLACES * WITHIN;
-    return weights > gradient ? weights : gradient;
-}
-
 #ifdef _OPENMP
 #include <omp.h>
 #define THREAD omp_get_thread_num()
+#define THREADS omp_get_num_threads()
 #else
 #define THREAD 0
+#define THREADS 1
 #endif
-
-/* `s` for the maps that are computed together, from map `first` on. */
-INLINE Shape group_of(const long *sizes, long first) {
-    long tiles = sizes[1] / TILE * (sizes[2] / TILE), together = GROUP / tiles > 1 ? GROUP / tiles : 1;
-    long group[] = {at_most(together, sizes[0] - first), sizes[1], sizes[2], sizes[3], sizes[4]};
-    return shape_of(group);
-}
 
 /* Where map `first` begins. */
 INLINE const void *from_map(const void *maps, const long *sizes, long first, long channels) {
     return (const char *)maps + first * sizes[1] * sizes[2] * channels * (sizes[5] ? 2 : 4);
 }
 
+/* How threads share a pass, which computes a group of maps at a time. Where there are enough maps, a thread computes
+   entire groups (`aside`); else threads share the tasks of a group. Two threads then transform the group's maps each for
+   itself, which takes less time than reading what the other core has written; more threads share that as well. */
+typedef struct {
+    Shape group; /* the first one */
+    long maps;
+    int aside;
+    long copies;       /* of the places of a group, one for each thread or one for all */
+    long whole, alone; /* scratch memory of a copy, and of a thread for its task */
+} Plan;
+
+/* `half` is a constant where it is called. A task's scratch memory has its places; transformed weights, and in a forward
+   pass turned ones, or products. */
+INLINE Plan plan_of(const long *sizes, int half, int backward, long threads) {
+    long tiles = sizes[1] / TILE * (sizes[2] / TILE), together = GROUP / tiles > 1 ? GROUP / tiles : 1;
+    int aside = !backward && sizes[0] * tiles >= GROUP / 2 * threads;
+    if (aside) together = at_most(together, (sizes[0] + threads - 1) / threads);
+    Shape s = {at_most(together, sizes[0]), sizes[1], sizes[2], sizes[3], sizes[4], 0, padded(sizes[3]), padded(sizes[4]), half};
+    s.tiles = s.maps * tiles;
+    long depth = backward ? s.outputs : s.inputs;
+    long weights = (REACH + (backward ? 0 : TAPS)) * apart(depth * BLOCK), products = backward ? PLACES * WITHIN : 0;
+    return (Plan){s, sizes[0], aside, aside || threads <= 2 ? threads : 1,
+                  size_of(places_at(0, s, backward ? s.padded_outputs : s.padded_inputs)),
+                  size_of(places_at(0, s, BLOCK)) + (weights > products ? weights : products)};
+}
+
+/* The shape of the group that begins with map `first`. */
+INLINE Shape group_of(Plan plan, long first) {
+    Shape s = plan.group;
+    long maps = at_most(s.maps, plan.maps - first);
+    s.tiles = s.tiles / s.maps * maps;
+    s.maps = maps;
+    return s;
+}
+
 /* Numbers of scratch memory for a forward or a backward pass. */
 long winograd_scratch(const long *sizes, int backward, int threads) {
-    Shape s = group_of(sizes, 0);
-    long inputs = PLACES * s.next_input, outputs = PLACES * s.next_output;
-    return inputs + outputs + (backward ? 0 : TAPS * s.inputs * s.padded_outputs) + threads * block_size(s);
+    Plan plan = plan_of(sizes, 0, backward, threads);
+    return plan.copies * plan.whole + threads * plan.alone;
+}
+
+/* Runs `transform` for all maps n and vectors from channel v on, by all threads that share a copy. */
+#define FOR_VECTORS(plan, maps, channels, transform) \
+    { \
+        int shared = plan.copies == 1; \
+        for (long i = shared ? THREAD : 0; i < maps * (channels / LANES); i += shared ? THREADS : 1) { \
+            long n = i / (channels / LANES), v = i % (channels / LANES) * LANES; \
+            transform; \
+        } \
+        if (shared) { _Pragma("omp barrier") } \
+    }
+
+/* Tasks of one or two vectors of channels: pairs as long as every thread gets as many of them, then single ones. */
+typedef struct {
+    long pairs, count;
+} Tasks;
+
+INLINE Tasks tasks_of(long channels, long threads) {
+    long vectors = channels / LANES, pairs = vectors / 2 / threads * threads;
+    return (Tasks){pairs, vectors - pairs};
+}
+
+typedef struct {
+    long start;
+    int vectors;
+} Task;
+
+INLINE Task task_of(Tasks tasks, long number) {
+    return (Task){(number + at_most(number, tasks.pairs)) * LANES, number < tasks.pairs ? 2 : 1};
+}
+
+INLINE void forward_task(Shape s, Task task, Places inputs, const float *weights, After after, void *result, float *own) {
+    Places outputs = places_at(own, s, BLOCK);
+    float *block = own + size_of(outputs), *turned = block + REACH * apart(s.inputs * BLOCK);
+    turn(s, weights, task.start, task.vectors, turned);
+    products_with_weights(s, inputs, s.inputs, turned, apart(s.inputs * task.vectors * LANES), task.vectors * LANES,
+                          task.vectors * LANES, task.vectors, outputs, block);
+    for (long n = 0; n < s.maps; n++)
+        for (long v = 0; v < task.vectors * LANES; v += LANES)
+            places_to_output(s, outputs, result, after, n, task.start + v, v);
 }
 
 /* By one of the threads that share the work; `half` is a constant where it is called. */
 INLINE void forward(const long *sizes, int half, const void *maps, const float *weights, After after, void *result,
                     float *scratch) {
-    Shape whole = group_of(sizes, 0);
-    float *inputs = scratch, *outputs = inputs + PLACES * whole.next_input;
-    float *turned = outputs + PLACES * whole.next_output;
-    float *block = turned + TAPS * whole.inputs * whole.padded_outputs + THREAD * block_size(whole);
-    turn(whole, weights, turned);
-    for (long first = 0; first < sizes[0]; first += whole.maps) {
-        Shape s = group_of(sizes, first);
-        After here = after;
-        if (after.shortcut) here.shortcut = from_map(after.shortcut, sizes, first, s.outputs);
-        input_to_places(s, half, from_map(maps, sizes, first, s.inputs), inputs);
-        products_with_weights(s.tiles, s.inputs, s.padded_inputs, s.padded_outputs, s.padded_outputs, inputs, turned,
-                              s.inputs * s.padded_outputs, s.padded_outputs, outputs, block);
-        places_to_output(s, half, outputs, (void *)from_map(result, sizes, first, s.outputs), here);
+    Plan plan = plan_of(sizes, half, 0, THREADS);
+    float *own = scratch + plan.copies * plan.whole + THREAD * plan.alone;
+    Tasks tasks = tasks_of(plan.group.padded_outputs, plan.aside ? 1 : THREADS);
+    long step = plan.group.maps * (plan.aside ? THREADS : 1);
+    for (long first = plan.aside ? THREAD * plan.group.maps : 0; first < plan.maps; first += step) {
+        Shape s = group_of(plan, first);
+        Places inputs = places_at(scratch + THREAD % plan.copies * plan.whole, s, s.padded_inputs);
+        const void *here = from_map(maps, sizes, first, s.inputs);
+        void *there = (void *)from_map(result, sizes, first, s.outputs);
+        After with = after;
+        if (after.shortcut) with.shortcut = from_map(after.shortcut, sizes, first, s.outputs);
+        FOR_VECTORS(plan, s.maps, s.padded_inputs, input_to_places(s, here, inputs, n, v, v))
+        if (plan.aside) {
+            for (long i = 0; i < tasks.count; i++) forward_task(s, task_of(tasks, i), inputs, weights, with, there, own);
+        } else {
+#pragma omp for schedule(dynamic)
+            for (long i = 0; i < tasks.count; i++) forward_task(s, task_of(tasks, i), inputs, weights, with, there, own);
+        }
     }
+}
+
+INLINE void weights_task(Shape s, Task task, Places outputs, const void *maps, float *of_weights, int more, float *own) {
+    Places inputs = places_at(own, s, BLOCK);
+    for (long n = 0; n < s.maps; n++)
+        for (long v = 0; v < task.vectors * LANES; v += LANES) input_to_places(s, maps, inputs, n, task.start + v, v);
+    weight_gradient(s, outputs, inputs, task.start, task.vectors, of_weights, more, own + size_of(inputs));
+}
+
+INLINE void maps_task(Shape s, Task task, Places outputs, const float *weights, void *of_maps, float *own) {
+    Places inputs = places_at(own, s, BLOCK);
+    products_with_weights(s, outputs, s.outputs, weights + task.start, s.inputs, TAPS * s.inputs, s.inputs - task.start,
+                          task.vectors, inputs, own + size_of(inputs));
+    for (long n = 0; n < s.maps; n++)
+        for (long v = 0; v < task.vectors * LANES; v += LANES) places_to_input(s, inputs, of_maps, n, task.start + v, v);
 }
 
 INLINE void backward(const long *sizes, int half, const void *maps, const float *weights, const void *gradient,
                      void *of_maps, float *of_weights, float *scratch) {
-    Shape whole = group_of(sizes, 0);
-    float *inputs = scratch, *outputs = inputs + PLACES * whole.next_input;
-    float *block = outputs + PLACES * whole.next_output + THREAD * block_size(whole);
-    for (long first = 0; first < sizes[0]; first += whole.maps) {
-        Shape s = group_of(sizes, first);
-        output_to_places(s, half, from_map(gradient, sizes, first, s.outputs), outputs);
-        if (of_weights) {
-            input_to_places(s, half, from_map(maps, sizes, first, s.inputs), inputs);
-            weight_gradient(s, outputs, inputs, of_weights, first > 0, block);
-        }
-        if (of_maps) {
-            products_with_weights(s.tiles, s.outputs, s.padded_outputs, s.inputs, s.padded_inputs, outputs, weights,
-                                  s.inputs, TAPS * s.inputs, inputs, block);
-            places_to_input(s, half, inputs, (void *)from_map(of_maps, sizes, first, s.inputs));
+    Plan plan = plan_of(sizes, half, 1, THREADS);
+    float *own = scratch + plan.copies * plan.whole + THREAD * plan.alone;
+    Tasks tasks = tasks_of(plan.group.padded_inputs, THREADS);
+    for (long first = 0; first < plan.maps; first += plan.group.maps) {
+        Shape s = group_of(plan, first);
+        Places outputs = places_at(scratch + THREAD % plan.copies * plan.whole, s, s.padded_outputs);
+        const void *here = from_map(gradient, sizes, first, s.outputs), *inputs = from_map(maps, sizes, first, s.inputs);
+        void *there = (void *)from_map(of_maps, sizes, first, s.inputs);
+        FOR_VECTORS(plan, s.maps, s.padded_outputs, output_to_places(s, here, outputs, n, v, v))
+#pragma omp for schedule(dynamic)
+        for (long i = 0; i < 2 * tasks.count; i++) {
+            Task task = task_of(tasks, i % tasks.count);
+            if (i < tasks.count && of_weights) weights_task(s, task, outputs, inputs, of_weights, first > 0, own);
+            if (i >= tasks.count && of_maps) maps_task(s, task, outputs, weights, there, own);
         }
     }
 }
