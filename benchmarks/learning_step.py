@@ -59,14 +59,14 @@ OURS: dict[str, dict[str, dict[str, object]]] = {
         "device": {"convolutions": "winograd", "prefix_cache": "off"},
     },
     "2 views, cache, joint, native": {
-        "data": {"views": 2}, "method": {"memory_pass": "joint"}, "device": {"convolutions": "winograd-native"},
+        "data": {"views": 2}, "method": {"memory_pass": "joint"}, "device": {"convolutions": "native"},
     },
     "fresh augmentation, no cache, joint, native": {
-        "method": {"memory_pass": "joint"}, "device": {"convolutions": "winograd-native"},
+        "method": {"memory_pass": "joint"}, "device": {"convolutions": "native"},
     },
     "2 views, bf16, cache, joint, native": {
         "data": {"views": 2}, "method": {"memory_pass": "joint"},
-        "device": {"convolutions": "winograd-native", "precision": "bf16"},
+        "device": {"convolutions": "native", "precision": "bf16"},
     },
     "fresh augmentation, bf16, no cache": {"device": {"precision": "bf16"}},
     "2 views, bf16, cache": {"data": {"views": 2}, "device": {"precision": "bf16"}},

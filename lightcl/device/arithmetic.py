@@ -1,9 +1,9 @@
 """`device.precision` and `device.convolutions`: auto, resolved for the machine that computes.
 
 bf16 is no faster as such: a processor without instructions for it computes it by detours, more than ten times as slowly
-as fp32. Winograd's algorithm in C is the fastest on the processors that were measured, but it needs a C compiler. The
-one on PyTorch's operations pays where direct convolutions are slow compared with matrix products. The rules below are
-what was measured with PyTorch 2.14 (docs/results/performance.md); where nothing was, the plain choice is made.
+as fp32. A step in C is the fastest on the processors that were measured, but it needs a C compiler. Winograd's
+algorithm on PyTorch's operations pays where direct convolutions are slow compared with matrix products. The rules below
+are what was measured with PyTorch 2.14 (docs/results/performance.md); where nothing was, the plain choice is made.
 
 It is decided by what the machine is and not by timing it: the workers of a simulation and a board that starts again
 must all decide alike.
@@ -28,7 +28,7 @@ ZEN_5 = 26
 """The processor family from which AMD's direct convolutions are twice as fast as the matrix products of MKL."""
 KEYS = ("precision", "convolutions")
 Pays = Literal["yes", "no", "unknown"]
-Convolutions = Literal["direct", "winograd", "winograd-native"]
+Convolutions = Literal["direct", "winograd", "native"]
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def arithmetic_of(scenario: Scenario) -> Arithmetic:
         precision = "bf16" if bf16_pays(choose_accelerator(device.accelerator)) == "yes" else "fp32"
     if convolutions == "auto":
         accelerator = choose_accelerator(device.accelerator)
-        if native_pays(accelerator, precision) == "yes" and not isinstance(find_library(), str):
-            convolutions = "winograd-native"
+        if native_pays(accelerator) == "yes" and not isinstance(find_library(), str):
+            convolutions = "native"
         elif precision == "fp32" and winograd_pays(accelerator) == "yes":
             convolutions = "winograd"
         else:
@@ -63,14 +63,14 @@ def with_arithmetic(scenario: Scenario, before: Device | None = None) -> Scenari
     """The scenario without "auto" in the two keys: as this machine chooses, or as in the run `before`, which it
     continues.
 
-    Raises RequestError without the accelerator, and for winograd-native without a C compiler.
+    Raises RequestError without the accelerator, and for native without a C compiler.
     """
     device = scenario.device
     if "auto" in (device.precision, device.convolutions):
         chosen = asdict(arithmetic_of(scenario)) if before is None else before.model_dump()
         changes = {key: chosen[key] for key in KEYS if getattr(device, key) == "auto"}
         scenario = scenario.model_copy(update={"device": device.model_copy(update=changes)})
-    if scenario.device.convolutions == "winograd-native":
+    if scenario.device.convolutions == "native":
         require_library()
     return scenario
 
@@ -88,8 +88,8 @@ def slow_arithmetic(scenario: Scenario, asked: Device | None = None) -> list[str
     chosen = arithmetic_of(scenario)
     if (
         (asked or device).convolutions == "auto"
-        and chosen.convolutions != "winograd-native"
-        and native_pays(accelerator, chosen.precision) == "yes"
+        and chosen.convolutions != "native"
+        and native_pays(accelerator) == "yes"
         and isinstance(missing := find_library(), str)
     ):
         found.append(f"{missing}; with a C compiler such as gcc training would be faster on this machine")
@@ -106,14 +106,11 @@ def bf16_pays(accelerator: torch.device) -> Pays:
     return "yes" if "amx_bf16" in processor.flags or (processor.amd and "avx512_bf16" in processor.flags) else "no"
 
 
-def native_pays(accelerator: torch.device, precision: Literal["fp32", "bf16"]) -> Pays:
-    """Whether Winograd's algorithm in C is faster than PyTorch's convolutions in this precision."""
+def native_pays(accelerator: torch.device) -> Pays:
+    """Whether a step in C is faster than one of PyTorch's operations."""
     if accelerator.type != "cpu":
         return "no"  # it is for the CPU (lightcl/networks/native)
-    processor = _processor()
-    if processor is None:
-        return "unknown"
-    return "no" if precision == "bf16" and "amx_bf16" in processor.flags else "yes"
+    return "unknown" if _processor() is None else "yes"
 
 
 def winograd_pays(accelerator: torch.device) -> Pays:

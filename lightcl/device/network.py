@@ -18,10 +18,7 @@ def device_network(scenario: Scenario, *, in_channels: int, classes: int) -> Bac
     network = build_network(scenario, in_channels=in_channels, classes=classes)
     if scenario.device.convolutions == "winograd":
         use_winograd_(network.suffix)
-    elif (
-        scenario.device.convolutions == "winograd-native"
-        and choose_accelerator(scenario.device.accelerator).type == "cpu"
-    ):
+    elif scenario.device.convolutions == "native" and choose_accelerator(scenario.device.accelerator).type == "cpu":
         use_native_(network.prefix)
         use_native_(network.suffix)
     return network

@@ -271,7 +271,7 @@ class Method:
         if self.parameters.loss_classes == "all":
             return F.cross_entropy(logits.float(), labels)
         classes = context.task_classes if self.parameters.loss_classes == "task" else context.seen_classes
-        return F.cross_entropy(logits[:, classes].float(), context.position_of(labels, classes))
+        return F.cross_entropy(logits.index_select(1, classes).float(), context.position_of(labels, classes))
 
     # -- sharing -----------------------------------------------------------------------------------------------
 

@@ -159,8 +159,9 @@ class LightCL(Method):
         inputs = torch.cat([self.features_of(batch), recorded.inputs])
         with split_statistics(self.network.suffix, count, self.parameters.memory_batch_norm):
             logits = self.network.classify(inputs, of_maps.on_map)
-        loss = self.cross_entropy(logits[:count], batch.labels, context)
-        return loss + self.parameters.beta * recorded.total(of_maps, logits[count:])
+        own, others = torch.split(logits, [count, len(logits) - count])
+        loss = self.cross_entropy(own, batch.labels, context)
+        return loss + self.parameters.beta * recorded.total(of_maps, others)
 
     @torch.no_grad()
     def end_task(self, context: TaskContext) -> None:

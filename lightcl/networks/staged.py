@@ -55,6 +55,7 @@ class Stage(nn.Module):
         self.derived: dict[str, Any] | None = None
         """Where many networks share this stage and nobody changes it: what was computed from it. None: nothing is
         kept."""
+        self._norms: tuple[nn.BatchNorm2d, ...] | None = None
         self._run = tuple(blocks.values())  # a tuple is not registered: `modules` gives the names
         for name, module in modules.items():
             *path, last = name.split(".")
@@ -73,6 +74,13 @@ class Stage(nn.Module):
     def block_modules(self) -> tuple[nn.Module, ...]:
         """The modules of `blocks`, in order."""
         return self._run
+
+    @property
+    def batch_norms(self) -> tuple[nn.BatchNorm2d, ...]:
+        """All batch-norms, in order. A step asks for them, and to walk through all modules takes a percent of it."""
+        if self._norms is None:
+            self._norms = tuple(module for module in self.modules() if isinstance(module, nn.BatchNorm2d))
+        return self._norms
 
     def derive(self, name: str, compute: Callable[[], Derived]) -> Derived:
         """`compute()`, once for all networks that share this stage where `derived` is a dictionary."""

@@ -53,7 +53,8 @@ class WinogradConv2d(Conv3x3):
     and state dict are those of `nn.Conv2d`.
     """
 
-    fewest_channels, largest_map = CHANNELS, POSITIONS
+    fewest_channels, largest_map = {1: CHANNELS}, {1: POSITIONS}
+    """By stride."""
 
     def forward(self, input: Tensor) -> Tensor:
         """`[N, C, H, W]` -> `[N, C', H, W]`, channels-last."""
@@ -61,8 +62,9 @@ class WinogradConv2d(Conv3x3):
 
     def applies(self, input: Tensor) -> bool:
         """Whether Winograd's algorithm computes this input."""
+        height, width = input.shape[-2:]
         return (
-            bool(self.tiles(*input.shape[-2:]))
+            bool(self.tiles(height, width, self.stride[0]))
             and input.numel() > 0
             and input.dtype == torch.float32
             and input.device.type == "cpu"
@@ -75,18 +77,19 @@ class WinogradConv2d(Conv3x3):
         return result
 
     @classmethod
-    def tiles(cls, height: int, width: int) -> int:
-        """Tiles of a map; 0: it is not computed by Winograd's algorithm."""
-        fits = height % TILE == width % TILE == 0 and height * width <= cls.largest_map
-        return height // TILE * (width // TILE) if fits else 0
+    def tiles(cls, height: int, width: int, stride: int = 1) -> int:
+        """Tiles of an input map; 0: it is not computed by Winograd's algorithm."""
+        side = TILE * stride
+        fits = height % side == width % side == 0 and height * width <= cls.largest_map[stride]
+        return height // side * (width // side) if fits else 0
 
     @classmethod
     def suits(cls, convolution: nn.Conv2d) -> bool:
         """Whether Winograd's algorithm can compute it and is worth it, on maps that have tiles."""
         return (
-            min(convolution.in_channels, convolution.out_channels) >= cls.fewest_channels
+            convolution.stride in [(stride, stride) for stride in cls.fewest_channels]
+            and min(convolution.in_channels, convolution.out_channels) >= cls.fewest_channels[convolution.stride[0]]
             and convolution.kernel_size == (3, 3)
-            and convolution.stride == (1, 1)
             and convolution.padding == (1, 1)
             and convolution.dilation == (1, 1)
             and convolution.groups == 1
@@ -98,7 +101,7 @@ class WinogradConv2d(Conv3x3):
 def use_winograd_(stage: nn.Module, kind: type[WinogradConv2d] = WinogradConv2d) -> int:
     """Makes every convolution of `stage` that Winograd's algorithm can compute one of that kind; returns how many.
 
-    Those are 3x3 with stride 1 and padding 1, of many channels, without groups, dilation or bias.
+    Those are 3x3 with padding 1 and a stride that `kind` knows, of many channels, without groups, dilation or bias.
     """
     convolutions = [module for module in stage.modules() if isinstance(module, nn.Conv2d)]
     found = [module for module in convolutions if type(module) in (nn.Conv2d, Conv3x3) and kind.suits(module)]

@@ -72,9 +72,9 @@ class Device(Section):
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """bf16: autocast of the forward pass; weights and loss stay fp32. auto: bf16 where the machine is known to be
     faster in it, else fp32 (docs/how-to/many-devices.md)."""
-    convolutions: Literal["auto", "direct", "winograd", "winograd-native"] = "direct"
+    convolutions: Literal["auto", "direct", "winograd", "native"] = "direct"
     """winograd: 3x3 convolutions of the trained blocks with a quarter of the multiplications on maps whose sides are
-    multiples of 4, in fp32 on the CPU; rounds differently. winograd-native: the same in C, compiled once on the machine
+    multiples of 4, in fp32 on the CPU; rounds differently. native: the same in C, compiled once on the machine
     that runs it, under precision: bf16 too, and for the frozen blocks; batch-norm, shortcut, ReLU and drift are in C as
     well. auto: what is known to be fastest (docs/how-to/many-devices.md)."""
     prefix_cache: Literal["auto", "on", "off"] = "auto"

@@ -35,6 +35,7 @@ class Convolution:
     norm: int
     """Affine parameters of the batch-norm."""
     kernel: int
+    stride: int = 1
     tiles: int = 0
     """4x4 tiles a sample, where Winograd's algorithm computes it (lightcl/networks/winograd.py); 0: it does not."""
     native_tiles: int = 0
@@ -183,8 +184,9 @@ def _convolution(
         weights * positions,
         sum(p.numel() for p in norm.parameters()),
         layer.kernel_size[0],
+        layer.stride[0],
         WinogradConv2d.tiles(height, width) if WinogradConv2d.suits(layer) else 0,
-        NativeWinogradConv2d.tiles(height, width) if NativeWinogradConv2d.suits(layer) else 0,
+        NativeWinogradConv2d.tiles(height, width, layer.stride[0]) if NativeWinogradConv2d.suits(layer) else 0,
         isinstance(layer, Conv3x3) and by_product(positions, layer.stride[0]),
     )
     return shape, (out[0], out[1])

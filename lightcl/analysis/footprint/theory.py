@@ -24,7 +24,8 @@ from lightcl.data.tasks import TaskStream
 from lightcl.device.arithmetic import Convolutions, arithmetic_of
 from lightcl.device.prefix import CHUNK
 from lightcl.methods.base import StepCost
-from lightcl.networks.native.convolution import HALF_POSITIONS, scratch_size
+from lightcl.networks.native.calls import Pass
+from lightcl.networks.native.convolution import scratch_size, suits_half
 from lightcl.networks.staged import Backbone
 from lightcl.networks.winograd import parts
 from lightcl.scenario import Scenario
@@ -401,7 +402,9 @@ class _Step:
                 if copied and convolution.name not in self.cast:  # one copy for all passes of the step
                     self.cast.add(convolution.name)
                     self.allocate("temporaries", convolution.weights * self.size)
-                self.note(f"forward {convolution.name}", "temporaries", self._working(convolution, 0, samples))
+                self.note(
+                    f"forward {convolution.name}", "temporaries", self._working(convolution, Pass.FORWARD, samples)
+                )
                 if convolution is block.shortcut:
                     self.allocate("temporaries", unit * convolution.outputs)
                 else:
@@ -451,10 +454,10 @@ class _Step:
         self.allocate("kept activations", -out)
         if block.second:
             inner = unit * block.first.outputs
-            self._backward_convolution(block.second, shortcut + out + inner, samples, last)
+            self._backward_convolution(block.second, shortcut + out + inner, samples, last, entered=True)
             if block.shortcut:
                 self.note(f"backward {block.shortcut.name}, batch-norm", "temporaries", 2 * out + inner)
-                self._backward_convolution(block.shortcut, inner + 2 * out, samples, last)
+                self._backward_convolution(block.shortcut, inner + 2 * out, samples, last, entered=entered)
                 self.allocate("kept activations", -out)
                 shortcut = unit * block.shortcut.inputs * entered
             self.note(f"backward {block.first.name}, ReLU", "temporaries", shortcut + 2 * inner)
@@ -462,12 +465,15 @@ class _Step:
             self.note(f"backward {block.first.name}, batch-norm", "temporaries", shortcut + 3 * inner)
             self.allocate("kept activations", -inner)
             out = inner
-        self._backward_convolution(block.first, shortcut + out + unit * block.first.inputs * entered, samples, last)
+        activations = shortcut + out + unit * block.first.inputs * entered
+        self._backward_convolution(block.first, activations, samples, last, entered=entered)
         if block.second is None:
             self.allocate("kept activations", -unit * self.shape.features)
 
-    def _backward_convolution(self, convolution: Convolution, activations: float, samples: int, last: bool) -> None:
-        gradient = self._working(convolution, 1, samples)
+    def _backward_convolution(
+        self, convolution: Convolution, activations: float, samples: int, last: bool, *, entered: bool
+    ) -> None:
+        gradient = self._working(convolution, Pass.OF_MAPS if entered else Pass.OF_WEIGHTS, samples)
         self.note(f"backward {convolution.name}", "temporaries", activations + gradient)
         if self._native(convolution):  # autocast does not copy its weights
             self._gradient(convolution.name, last, plain=convolution.weights + convolution.norm)
@@ -492,10 +498,11 @@ class _Step:
             self.note(f"update of {name}")
             self.allocate("gradients", -(weights + plain) * FP32)
 
-    def _working(self, convolution: Convolution, direction: int, samples: int) -> int:
-        """Bytes that a convolution of the suffix takes while it runs, forward (0) or backward (1)."""
+    def _working(self, convolution: Convolution, of: Pass, samples: int) -> int:
+        """Bytes that a convolution of the suffix takes while it runs."""
         if self._native(convolution):
-            return self._scratch(convolution, direction, samples)
+            return self._scratch(convolution, of, samples)
+        direction = int(of is not Pass.FORWARD)
         if direction and convolution.by_product and self.size == BF16 and self.workload.accelerator == "cpu":
             return self._product(convolution, samples)
         if not (self.workload.convolutions == "winograd" and self.size == FP32 and convolution.tiles):
@@ -511,23 +518,28 @@ class _Step:
     def _frozen_working(self, convolution: Convolution | None, samples: int) -> int:
         """The same for the prefix; None: no convolution runs."""
         if convolution is not None and self._native(convolution):
-            return self._scratch(convolution, 0, samples)
+            return self._scratch(convolution, Pass.FORWARD, samples)
         return self._layout(convolution, 0)
 
     @property
     def _in_c(self) -> bool:
-        return self.workload.convolutions == "winograd-native"
+        return self.workload.convolutions == "native"
 
     def _native(self, convolution: Convolution) -> bool:
-        large = self.size != FP32 and _positions(convolution) > HALF_POSITIONS
-        return self._in_c and bool(convolution.native_tiles) and not large
+        if not (self._in_c and convolution.native_tiles):
+            return False
+        return self.size == FP32 or suits_half(_positions(convolution) * convolution.stride**2)
 
-    def _scratch(self, convolution: Convolution, direction: int, samples: int) -> int:
+    def _scratch(self, convolution: Convolution, of: Pass, samples: int) -> int:
         """Bytes of a pass through winograd.c by one thread: its scratch memory and new gradients."""
-        positions = _positions(convolution)
-        inputs, outputs = convolution.inputs // positions, convolution.outputs // positions
-        numbers = scratch_size(samples, convolution.native_tiles, inputs, outputs, backward=bool(direction))
-        return (numbers + convolution.weights * direction) * FP32 + samples * convolution.inputs * direction * self.size
+        outputs = convolution.outputs // _positions(convolution)
+        inputs = convolution.weights // convolution.kernel**2 // outputs
+        numbers = scratch_size(
+            samples, convolution.native_tiles, inputs, outputs, stride=convolution.stride, of=of
+        )  # fmt: skip
+        of_weights = convolution.weights if of else 0
+        of_maps = samples * convolution.inputs if of is Pass.OF_MAPS else 0
+        return (numbers + of_weights) * FP32 + of_maps * self.size
 
     def _product(self, convolution: Convolution, samples: int) -> int:
         """Bytes of a weight gradient as a matrix product: the patches and the gradient itself. The copy of the weights

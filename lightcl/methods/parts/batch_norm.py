@@ -11,6 +11,7 @@ from torch import nn
 
 from lightcl.networks.native import NativeBatchNorm2d
 from lightcl.networks.split import Split, normalized_apart
+from lightcl.networks.staged import Stage
 
 
 @contextmanager
@@ -24,9 +25,9 @@ def running_statistics(stage: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def unmoved_statistics(stage: nn.Module) -> Iterator[None]:
+def unmoved_statistics(stage: Stage) -> Iterator[None]:
     """Batch-norm stays in its mode, but its running statistics do not move inside the `with`."""
-    norms = [module for module in stage.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = stage.batch_norms
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
@@ -38,14 +39,14 @@ def unmoved_statistics(stage: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def split_statistics(stage: nn.Module, count: int, memory_batch_norm: Literal["eval", "train"]) -> Iterator[None]:
+def split_statistics(stage: Stage, count: int, memory_batch_norm: Literal["eval", "train"]) -> Iterator[None]:
     """For batches whose first `count` samples are the batch's own and whose others are memory samples.
 
     Every batch-norm of the stage treats the first as in training mode and moves its running statistics by them. Then
     the others pass with its running statistics (eval) or with their own (train), which move nothing. That is what two
     passes compute, one after the other.
     """
-    norms = [module for module in stage.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = stage.batch_norms
     for norm in norms:
         split = Split(count, norm.training and memory_batch_norm == "train")
         if isinstance(norm, NativeBatchNorm2d):

@@ -177,7 +177,7 @@ class Recorded:
 
     def total(self, of_maps: Drift, logits: Tensor) -> Tensor:
         """The scalar of `drift`, from the maps' drift and the memory samples' logits `[M, K]`."""
-        return of_maps.total() + logit_drift(logits[:, self.tied], self.logits, of_maps.reduction)
+        return of_maps.total() + logit_drift(logits.index_select(1, self.tied), self.logits, of_maps.reduction)
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {f"pattern/{name}": stored for name, stored in self.patterns.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from enum import IntEnum
 from functools import lru_cache
 from typing import Any
 
@@ -10,6 +11,14 @@ import torch
 from torch import Tensor
 
 Argument = Tensor | int | float | None
+
+
+class Pass(IntEnum):
+    """Of a convolution: forward, or backward without or with the gradient of its input."""
+
+    FORWARD, OF_WEIGHTS, OF_MAPS = 0, 1, 2
+
+
 CHUNK = 32
 """norm.c's rows of a chunk."""
 _P = ctypes.c_void_p
@@ -41,9 +50,9 @@ def call(code: ctypes.CDLL, function: str, sizes: tuple[int, ...], *arguments: A
     getattr(code, function)(_array(sizes), torch.get_num_threads(), *given)
 
 
-def winograd_scratch(code: ctypes.CDLL, sizes: tuple[int, ...], *, backward: bool) -> Tensor:
-    """What a forward or backward pass of winograd.c takes while it runs."""
-    numbers = code.winograd_scratch(_array(sizes), int(backward), torch.get_num_threads())
+def winograd_scratch(code: ctypes.CDLL, sizes: tuple[int, ...], of: Pass) -> Tensor:
+    """What a pass of winograd.c takes while it runs."""
+    numbers = code.winograd_scratch(_array(sizes), of, torch.get_num_threads())
     return torch.empty(numbers, dtype=torch.float32)
 
 

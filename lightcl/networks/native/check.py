@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightcl.networks.native.calls import call, norm_scratch, winograd_scratch
+from lightcl.networks.native.calls import Pass, call, norm_scratch, winograd_scratch
 
 ERROR, HALF_ERROR = 5e-5, 1e-2
 """Of the largest value; measured is a tenth of the first in fp32."""
@@ -18,7 +18,7 @@ ERROR, HALF_ERROR = 5e-5, 1e-2
 def check(code: ctypes.CDLL) -> None:
     """Raises OSError for a library that computes wrongly."""
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for computed, exact in (*_convolution(code), *_norm(code), *_drift(code)):
+        for computed, exact in (*_convolution(code, 1), *_convolution(code, 2), *_norm(code), *_drift(code)):
             bound = ERROR if computed.dtype == torch.float32 else HALF_ERROR
             if not (computed.float() - exact).abs().max() <= bound * exact.abs().max():
                 raise OSError("what it computes is wrong")
@@ -30,21 +30,25 @@ def _drawn(seed: int, *shape: int) -> Tensor:
     return drawn.contiguous(memory_format=torch.channels_last)
 
 
-def _convolution(code: ctypes.CDLL) -> Iterator[tuple[Tensor, Tensor]]:
-    maps, weights, gradient = _drawn(0, 2, 3, 8, 8), _drawn(1, 5, 3, 3, 3), _drawn(2, 2, 5, 8, 8)
+def _convolution(code: ctypes.CDLL, stride: int) -> Iterator[tuple[Tensor, Tensor]]:
+    side = 8 // stride
+    maps, weights, gradient = _drawn(0, 2, 3, 8, 8), _drawn(1, 5, 3, 3, 3), _drawn(2, 2, 5, side, side)
     with torch.enable_grad():
         x, factors = maps.clone().requires_grad_(), weights.clone().requires_grad_()
-        exact = torch.conv2d(x, factors, padding=1)
+        exact = torch.conv2d(x, factors, stride=stride, padding=1)
         of_x, of_factors = torch.autograd.grad(exact, (x, factors), gradient)
     exact = exact.detach()
     for kind in (torch.float32, torch.bfloat16):
-        sizes, given = (2, 8, 8, 3, 5, int(kind == torch.bfloat16)), maps.to(kind)
+        sizes, given = (2, 8, 8, 3, 5, int(kind == torch.bfloat16), stride), maps.to(kind)
         of_maps, of_weights, result = (torch.empty_like(like) for like in (given, weights, gradient.to(kind)))
-        scratch = winograd_scratch(code, sizes, backward=True)
+        scratch = winograd_scratch(code, sizes, Pass.OF_MAPS)
         call(code, "winograd_backward", sizes, given, weights, gradient.to(kind), of_maps, of_weights, scratch)
         yield of_maps, of_x
         yield of_weights.to(kind), of_factors
-        scratch = winograd_scratch(code, sizes, backward=False)
+        scratch = winograd_scratch(code, sizes, Pass.OF_WEIGHTS)
+        call(code, "winograd_backward", sizes, given, weights, gradient.to(kind), None, of_weights, scratch)
+        yield of_weights.to(kind), of_factors
+        scratch = winograd_scratch(code, sizes, Pass.FORWARD)
         call(code, "winograd_forward", sizes, 0, given, weights, None, None, None, result, scratch)
         yield result.clone(), exact
         scale, shift, shortcut = _drawn(3, 5, 1, 1, 1), _drawn(4, 5, 1, 1, 1), result.clone()

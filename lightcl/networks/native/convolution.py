@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightcl.networks.native.calls import call, winograd_scratch
-from lightcl.networks.native.library import require_library
+from lightcl.networks.native.calls import Pass, call, winograd_scratch
+from lightcl.networks.native.library import has_amx, require_library
 from lightcl.networks.native.maps import as_maps, map_type, new_maps
-from lightcl.networks.winograd import REACH, WinogradConv2d
+from lightcl.networks.winograd import REACH, TILE, WinogradConv2d
 
-CHANNELS, POSITIONS = 32, 1024
-"""The fewest channels and the largest maps, which is also the most that winograd.c has room for. With 20 channels a
-direct convolution is as fast: 12 of 32 numbers in two vectors would be unused."""
+CHANNELS, POSITIONS = {1: 32, 2: 64}, {1: 1024, 2: 256}
+"""The fewest channels and the largest input maps, by stride. With 20 channels a direct convolution is as fast: 12 of
+32 numbers in two vectors would be unused. With stride 2 it is as fast with 40 channels, or on maps of 32x32.
+winograd.c has room for 1024 positions."""
 HALF_POSITIONS = 256
 """The largest maps in bf16: of larger ones PyTorch's convolutions are faster where the processor multiplies in bf16."""
 GROUP = 128
@@ -24,8 +25,9 @@ GROUP = 128
 class NativeWinogradConv2d(WinogradConv2d):
     """A convolution that computes by winograd.c where Winograd's algorithm applies.
 
-    It applies to maps on the CPU whose sides are multiples of 4 and which are not large. Inside autocast to bf16 it
-    computes in fp32 as well, and its result is rounded: that is faster than multiplying in bf16, and more exact.
+    It applies to maps on the CPU whose outputs' sides are multiples of 4 and which are not large. Inside autocast to
+    bf16 it computes in fp32 as well, and its result is rounded: that is faster than multiplying in bf16 with vectors,
+    and more exact. A processor that multiplies entire matrices in bf16 computes directly.
     """
 
     fewest_channels, largest_map = CHANNELS, POSITIONS
@@ -34,17 +36,17 @@ class NativeWinogradConv2d(WinogradConv2d):
         """Whether winograd.c computes this input."""
         kind, (height, width) = map_type(), input.shape[-2:]
         return (
-            bool(self.tiles(height, width))
+            bool(self.tiles(height, width, self.stride[0]))
             and input.numel() > 0
             and input.device.type == "cpu"
             and input.dtype in (torch.float32, kind)
-            and (kind == torch.float32 or height * width <= HALF_POSITIONS)
+            and (kind == torch.float32 or suits_half(height * width))
             and self.weight.dtype == torch.float32
         )
 
     def computed(self, input: Tensor) -> Tensor:
         """The convolution of an input to which it `applies`."""
-        result: Tensor = _Winograd.apply(input, self.weight, map_type())
+        result: Tensor = _Winograd.apply(input, self.weight, self.stride[0], map_type())
         return result
 
     def followed(self, x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor | None) -> Tensor:
@@ -52,10 +54,15 @@ class NativeWinogradConv2d(WinogradConv2d):
         in fp32."""
         kind = map_type()
         added = None if shortcut is None else as_maps(shortcut, kind)
-        return _forward(as_maps(x, kind), as_maps(self.weight, torch.float32), 1, scale, shift, added)
+        return _forward(as_maps(x, kind), as_maps(self.weight, torch.float32), self.stride[0], 1, scale, shift, added)
 
 
-def scratch_size(samples: int, tiles: int, inputs: int, outputs: int, *, backward: bool) -> int:
+def suits_half(positions: int) -> bool:
+    """Whether winograd.c computes input maps of so many positions in bf16."""
+    return positions <= HALF_POSITIONS and not has_amx()
+
+
+def scratch_size(samples: int, tiles: int, inputs: int, outputs: int, *, stride: int = 1, of: Pass) -> int:
     """Numbers of scratch memory of a pass by one thread, for maps of `tiles` each and so many channels.
 
     It is winograd.c's own count for AVX-512; processors with shorter vectors take less.
@@ -64,44 +71,61 @@ def scratch_size(samples: int, tiles: int, inputs: int, outputs: int, *, backwar
     def apart(numbers: int) -> int:
         return ((numbers + 15) // 16 | 1) * 16
 
-    places, width, high = REACH * REACH, 32, 24
+    def places(rows: int) -> int:
+        one, four, all_ = apart(rows), apart(TILE * rows), apart(TILE * TILE * rows)
+        return 25 * one + 10 * four + all_ if stride == 2 else REACH * REACH * one
+
+    width, high = 32, 24
     together = min(samples, max(1, GROUP // tiles)) * tiles
-    depth, rows, products = (outputs, REACH, places * (high * width + 16)) if backward else (inputs, REACH + 9, 0)
-    task = places * apart(together * width) + max(rows * apart(depth * width), products)
-    return places * apart(together * (-(-depth // 16) * 16)) + task
+    whole = outputs if of is Pass.OF_MAPS else inputs
+    weights = {
+        Pass.FORWARD: (REACH + 9) * apart(inputs * width),
+        Pass.OF_WEIGHTS: 0,
+        Pass.OF_MAPS: REACH * apart(outputs * width),
+    }
+    products = 0 if of is Pass.FORWARD else REACH * REACH * (high * width + 16)
+    return places(together * (-(-whole // 16) * 16)) + places(together * width) + max(weights[of], products)
 
 
 class _Winograd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, kind: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, kind: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.kind = kind
-        return _forward(as_maps(x, kind), as_maps(weight, torch.float32))
+        ctx.stride, ctx.kind = stride, kind
+        return _forward(as_maps(x, kind), as_maps(weight, torch.float32), stride)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        for_x, for_weight, _ = ctx.needs_input_grad
+        for_x, for_weight, *_ = ctx.needs_input_grad
         maps, weights = as_maps(x, ctx.kind), as_maps(weight, torch.float32)
         # Not views: autograd adds the gradients of several passes to the first one, where nothing else refers to it.
         of_x = new_maps(maps, maps.shape[1]) if for_x else None
         of_weight = new_maps(weights, weights.shape[1]) if for_weight else None
-        sizes, gradient, code = _sizes(maps, weights), as_maps(gradients[0], ctx.kind), require_library().code
-        scratch = winograd_scratch(code, sizes, backward=True)
+        sizes, gradient, code = (
+            _sizes(maps, weights, ctx.stride),
+            as_maps(gradients[0], ctx.kind),
+            require_library().code,
+        )
+        scratch = winograd_scratch(code, sizes, Pass.OF_MAPS if for_x else Pass.OF_WEIGHTS)
         call(code, "winograd_backward", sizes, maps, weights, gradient, of_x, of_weight, scratch)
-        return None if of_x is None else of_x.to(x.dtype), of_weight, None
+        return None if of_x is None else of_x.to(x.dtype), of_weight, None, None
 
 
 def _forward(
-    maps: Tensor, weights: Tensor, relu: int = 0, scale: Tensor | None = None, shift: Tensor | None = None,
+    maps: Tensor, weights: Tensor, stride: int, relu: int = 0, scale: Tensor | None = None, shift: Tensor | None = None,
     shortcut: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    sizes, result, code = _sizes(maps, weights), new_maps(maps, len(weights)), require_library().code
-    scratch = winograd_scratch(code, sizes, backward=False)
+    sizes, code = _sizes(maps, weights, stride), require_library().code
+    n, height, width, _, outputs, *_ = sizes
+    result = torch.empty(
+        (n, outputs, height // stride, width // stride), dtype=maps.dtype, memory_format=torch.channels_last
+    )
+    scratch = winograd_scratch(code, sizes, Pass.FORWARD)
     call(code, "winograd_forward", sizes, relu, maps, weights, scale, shift, shortcut, result, scratch)
     return result
 
 
-def _sizes(maps: Tensor, weights: Tensor) -> tuple[int, ...]:
+def _sizes(maps: Tensor, weights: Tensor, stride: int) -> tuple[int, ...]:
     n, c, h, w = maps.shape
-    return n, h, w, c, len(weights), int(maps.dtype == torch.bfloat16)
+    return n, h, w, c, len(weights), int(maps.dtype == torch.bfloat16), stride

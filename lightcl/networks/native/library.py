@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -49,9 +50,7 @@ def require_library() -> Library:
     """Raises RequestError where the sources cannot be compiled."""
     found = find_library()
     if isinstance(found, str):
-        raise RequestError(
-            f"device.convolutions is winograd-native, but {found} (allowed without one: auto, direct, winograd)"
-        )
+        raise RequestError(f"device.convolutions is native, but {found} (allowed without one: auto, direct, winograd)")
     return found
 
 
@@ -132,6 +131,12 @@ def cpuinfo() -> str:
         return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+@cache
+def has_amx() -> bool:
+    """Whether the processor multiplies matrices in bf16, eight times as fast as vectors in fp32."""
+    return bool(re.search(r"^flags\s*:.*\bamx_bf16\b", cpuinfo(), re.MULTILINE))
 
 
 def _reason(error: Exception) -> str:

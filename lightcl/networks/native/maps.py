@@ -14,6 +14,8 @@ def map_type() -> torch.dtype:
 
 def as_maps(x: Tensor, kind: torch.dtype) -> Tensor:
     """Maps `[N, C, H, W]`, or weights, as C reads them: channels-last, which they are as a rule."""
+    if x.dtype == kind and x.is_contiguous(memory_format=torch.channels_last):
+        return x  # a step asks often, and the two operations cost more than the two questions
     return x.to(kind).contiguous(memory_format=torch.channels_last)
 
 

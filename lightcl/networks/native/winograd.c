@@ -1,11 +1,15 @@
-/* 3x3 convolutions by Winograd's algorithm F(4x4, 3x3), forward and backward, for maps [N, H, W, C] in fp32 or bf16.
+/* 3x3 convolutions of stride 1 or 2 by Winograd's algorithm, forward and backward, for maps [N, H, W, C] in fp32 or bf16.
 
-   The algorithm and its transforms stand in ../winograd.py. Here nothing is copied to suit a library's matrix product,
-   and little has to leave the processor's second-level cache. Of the maps that are multiplied, all channels are
-   transformed at first; then a task takes one or two vectors of the other side's channels through everything that is
-   left: it transforms their weights, a few places at a time, multiplies, and transforms back. Large maps are computed a
-   few at a time. Maps in bf16 are widened where they are read and rounded where they are written; all arithmetic is in
-   fp32.
+   For stride 1 it is F(4x4, 3x3), which stands in ../winograd.py with its transforms. For stride 2, of the inputs along one
+   side those between two outputs' middles meet the outer two weights, which is F(4, 2) with the points 0, 1, -1, 2 and
+   infinity, and the middles meet the middle weight, one multiplication for each output: 5 + 4 places along a side, where
+   four outputs take 12 multiplications directly. The last four share a weight, so there are six along a side in both.
+
+   Nothing is copied to suit a library's matrix product, and little has to leave the processor's second-level cache. Of the
+   maps that are multiplied, all channels are transformed at first; then a task takes one or two vectors of the other
+   side's channels through everything that is left: it transforms their weights, a few places at a time, multiplies, and
+   transforms back. Large maps are computed a few at a time. Maps in bf16 are widened where they are read and rounded where
+   they are written; all arithmetic is in fp32.
 
    Every number is computed in the same order for any number of threads. */
 
@@ -19,14 +23,16 @@ enum { ROWS = 5 }; /* 5 x 2 sums, in 10 of 16 registers */
 enum { ROWS = 8 }; /* 8 x 2 sums, in 16 of the 32 registers of an ARM processor */
 #endif
 
-enum { TILE = 4, REACH = 6, TAPS = 9, PLACES = REACH * REACH, BLOCK = 2 * LANES, TALL = 2 * ROWS, WITHIN = TALL * BLOCK + 16 };
+enum { TILE = 4, SIDE = 6, TAPS = 9, PLACES = SIDE * SIDE }; /* of a tile: outputs along a side, and weights' places */
+enum { FAR = 9, MOST = FAR * FAR };                          /* inputs and places with stride 2: along a side, and of a tile */
+enum { BLOCK = 2 * LANES, TALL = 2 * ROWS, WITHIN = TALL * BLOCK + 16 };
 enum { GROUP = 128, LARGEST = 1024 }; /* tiles that are computed together; positions of a map, at most */
 
 typedef struct {
-    long maps, height, width, inputs, outputs; /* as in [N, H, W, C] and [N, H, W, C'] */
+    long maps, height, width, inputs, outputs; /* as in [N, H, W, C] and [N, H / stride, W / stride, C'] */
     long tiles;                                /* of all maps */
     long padded_inputs, padded_outputs;        /* channels in scratch memory, where vectors are full */
-    int half;                                  /* maps are in bf16, else in fp32 */
+    int half, stride;                          /* maps are in bf16, else in fp32 */
 } Shape;
 
 static long padded(long channels) { return (channels + LANES - 1) / LANES * LANES; }
@@ -37,7 +43,17 @@ static long apart(long numbers) { return ((numbers + 15) / 16 | 1) * 16; }
 
 /* ---- Transforms along one side; `step` is the distance of an array's elements ---- */
 
-INLINE void input_side(const vec *d, int from, vec *t, int to) { /* B^T */
+INLINE void input_side(int stride, const vec *d, int from, vec *t, int to) { /* B^T */
+    if (stride == 2) {
+        vec rest = d[6 * from] - d[4 * from];
+        t[0] = 2 * d[0] - d[2 * from] - 2 * d[4 * from] + d[6 * from];
+        t[to] = rest - 2 * d[2 * from];
+        t[2 * to] = rest + 2 * (d[2 * from] - d[4 * from]);
+        t[3 * to] = d[6 * from] - d[2 * from];
+        t[4 * to] = d[8 * from] - d[4 * from] - 2 * t[3 * to];
+        for (int i = 0; i < TILE; i++) t[(5 + i) * to] = d[(2 * i + 1) * from];
+        return;
+    }
     vec even = d[4 * from] - 4 * d[2 * from], odd = d[3 * from] - 4 * d[from];
     vec wide = d[4 * from] - d[2 * from], bent = 2 * (d[3 * from] - d[from]);
     t[0] = 4 * d[0] - 5 * d[2 * from] + d[4 * from];
@@ -48,7 +64,17 @@ INLINE void input_side(const vec *d, int from, vec *t, int to) { /* B^T */
     t[5 * to] = 4 * d[from] - 5 * d[3 * from] + d[5 * from];
 }
 
-INLINE void input_side_back(const vec *t, int from, vec *d, int to) { /* B */
+INLINE void input_side_back(int stride, const vec *t, int from, vec *d, int to) { /* B */
+    if (stride == 2) {
+        vec last = t[4 * from];
+        d[0] = 2 * t[0];
+        d[2 * to] = 2 * (t[2 * from] - t[from] + last) - t[0] - t[3 * from];
+        d[4 * to] = -2 * t[0] - t[from] - 3 * t[2 * from] - last;
+        d[6 * to] = t[0] + t[from] + t[2 * from] + t[3 * from] - 2 * last;
+        d[8 * to] = last;
+        for (int i = 0; i < TILE; i++) d[(2 * i + 1) * to] = t[(5 + i) * from];
+        return;
+    }
     vec near = t[from] + t[2 * from], far = t[3 * from] + t[4 * from];
     vec tilt = t[from] - t[2 * from], bend = t[3 * from] - t[4 * from];
     d[0] = 4 * t[0];
@@ -59,7 +85,15 @@ INLINE void input_side_back(const vec *t, int from, vec *d, int to) { /* B */
     d[5 * to] = t[5 * from];
 }
 
-INLINE void output_side(const vec *m, int from, vec *y, int to) { /* A^T */
+INLINE void output_side(int stride, const vec *m, int from, vec *y, int to) { /* A^T */
+    if (stride == 2) {
+        vec near = m[from] + m[2 * from], tilt = m[from] - m[2 * from], far = m[3 * from];
+        y[0] = m[0] + near + far + m[5 * from];
+        y[to] = tilt + 2 * far + m[6 * from];
+        y[2 * to] = near + 4 * far + m[7 * from];
+        y[3 * to] = tilt + 8 * far + m[4 * from] + m[8 * from];
+        return;
+    }
     vec near = m[from] + m[2 * from], far = m[3 * from] + m[4 * from];
     vec tilt = m[from] - m[2 * from], bend = m[3 * from] - m[4 * from];
     y[0] = m[0] + near + far;
@@ -68,7 +102,17 @@ INLINE void output_side(const vec *m, int from, vec *y, int to) { /* A^T */
     y[3 * to] = tilt + 8 * bend + m[5 * from];
 }
 
-INLINE void output_side_back(const vec *y, int from, vec *m, int to) { /* A */
+INLINE void output_side_back(int stride, const vec *y, int from, vec *m, int to) { /* A */
+    if (stride == 2) {
+        vec even = y[0] + y[2 * from], odd = y[from] + y[3 * from];
+        m[0] = y[0];
+        m[to] = even + odd;
+        m[2 * to] = even - odd;
+        m[3 * to] = y[0] + 2 * y[from] + 4 * y[2 * from] + 8 * y[3 * from];
+        m[4 * to] = y[3 * from];
+        for (int i = 0; i < TILE; i++) m[(5 + i) * to] = y[i * from];
+        return;
+    }
     vec even = y[0] + y[2 * from], odd = y[from] + y[3 * from];
     vec wide = y[0] + 4 * y[2 * from], bent = 2 * y[from] + 8 * y[3 * from];
     m[0] = y[0];
@@ -79,29 +123,51 @@ INLINE void output_side_back(const vec *y, int from, vec *m, int to) { /* A */
     m[5 * to] = y[3 * from];
 }
 
-INLINE void weight_side(vec a, vec b, vec c, vec *r, long to) { /* G */
+/* G; with stride 2 the last place stands for the four that share it. */
+INLINE void weight_side(int stride, vec a, vec b, vec c, vec *r) {
+    if (stride == 2) {
+        r[0] = a * 0.5f;
+        r[1] = (a + c) * -0.5f;
+        r[2] = (c - a) * (1.0f / 6);
+        r[3] = a * (1.0f / 6) + c * (1.0f / 3);
+        r[4] = c;
+        r[5] = b;
+        return;
+    }
     vec sum = (a + c) * (-1.0f / 6), middle = b * (1.0f / 6);
     vec wide = a * (1.0f / 24) + c * (1.0f / 6), half = b * (1.0f / 12);
     r[0] = a * 0.25f;
-    r[to] = sum - middle;
-    r[2 * to] = sum + middle;
-    r[3 * to] = wide + half;
-    r[4 * to] = wide - half;
-    r[5 * to] = c;
+    r[1] = sum - middle;
+    r[2] = sum + middle;
+    r[3] = wide + half;
+    r[4] = wide - half;
+    r[5] = c;
 }
 
-INLINE vec weight_row(vec a, vec b, vec c, int row) { /* one row of G */
-    switch (row) {
+INLINE vec weight_row(int stride, vec a, vec b, vec c, int row) { /* one row of G */
+    switch (stride == 2 ? row + SIDE : row) {
     case 0: return a * 0.25f;
     case 1: return (a + b + c) * (-1.0f / 6);
     case 2: return (a - b + c) * (-1.0f / 6);
     case 3: return a * (1.0f / 24) + b * (1.0f / 12) + c * (1.0f / 6);
     case 4: return a * (1.0f / 24) - b * (1.0f / 12) + c * (1.0f / 6);
+    case SIDE: return a * 0.5f;
+    case SIDE + 1: return (a + c) * -0.5f;
+    case SIDE + 2: return (c - a) * (1.0f / 6);
+    case SIDE + 3: return a * (1.0f / 6) + c * (1.0f / 3);
+    case SIDE + 5: return b;
     default: return c;
     }
 }
 
-INLINE void weight_side_back(const vec *r, int from, vec *w, int to) { /* G^T */
+INLINE void weight_side_back(int stride, const vec *r, int from, vec *w, int to) { /* G^T */
+    if (stride == 2) {
+        vec near = r[from] * -0.5f, far = r[2 * from] * (1.0f / 6), half = r[3 * from] * (1.0f / 6);
+        w[0] = r[0] * 0.5f + near - far + half;
+        w[to] = r[5 * from];
+        w[2 * to] = near + far + 2 * half + r[4 * from];
+        return;
+    }
     vec near = (r[from] + r[2 * from]) * (-1.0f / 6), far = r[3 * from] + r[4 * from];
     w[0] = r[0] * 0.25f + near + far * (1.0f / 24);
     w[to] = (r[2 * from] - r[from]) * (1.0f / 6) + (r[3 * from] - r[4 * from]) * (1.0f / 12);
@@ -117,24 +183,43 @@ typedef struct {
     int relu;
 } After;
 
-/* The 36 places of tiles in scratch memory: [36, tiles, row], the places `next` apart. */
+/* The places of all tiles in scratch memory: [places, tiles, row]. Those that share a weight follow each other, so that
+   they are rows of one product. */
 typedef struct {
     float *first;
-    long row, next;
+    long row, tiles; /* numbers of a row, and of the rows of a place */
+    long one, four;  /* from a place to the next, or from four that share a weight */
+    long size;
 } Places;
 
-static Places places_at(float *memory, Shape s, long row) { return (Places){memory, row, apart(s.tiles * row)}; }
+INLINE int reach(int stride) { return stride == 2 ? FAR : SIDE; } /* inputs of a tile along one side, and their places */
 
-static long size_of(Places p) { return PLACES * p.next; }
+INLINE int sharing(int stride, int weight) { return stride == 2 && weight == SIDE - 1 ? TILE : 1; }
+
+static Places places_at(float *memory, Shape s, long row) {
+    long rows = s.tiles * row, one = apart(rows), four = apart(TILE * rows);
+    long size = s.stride == 2 ? 25 * one + 10 * four + apart(TILE * TILE * rows) : PLACES * one;
+    return (Places){memory, row, rows, one, four, size};
+}
+
+/* Where place (i, j) begins. */
+INLINE long offset(Places p, int stride, int i, int j) {
+    enum { LAST = SIDE - 1 };
+    if (stride == 1) return (i * SIDE + j) * p.one;
+    if (i < LAST) return i * (LAST * p.one + p.four) + (j < LAST ? j * p.one : LAST * p.one + (j - LAST) * p.tiles);
+    return LAST * (LAST * p.one + p.four) +
+           (j < LAST ? j * p.four + (i - LAST) * p.tiles : LAST * p.four + ((i - LAST) * TILE + j - LAST) * p.tiles);
+}
 
 typedef struct {
-    int half; /* bf16, else fp32 */
+    int half, stride;
     void *map;
     long place; /* of the map's and vector's first number */
     float *places;
-    long height, width, channels, next; /* `next`: the distance of two places */
-    long top, left;                     /* of the tile's outputs */
-    long channel, count;                /* the first channel of the vector, and how many it has */
+    Places of;
+    long height, width, channels;
+    long top, left;      /* of the tile's outputs */
+    long channel, count; /* the first channel of the vector, and how many it has */
 } Tile;
 
 INLINE long at(Tile t, long y, long x) { return t.place + (y * t.width + x) * t.channels; }
@@ -143,10 +228,10 @@ INLINE int inside(Tile t, long y, long x) { return y >= 0 && y < t.height && x >
 
 /* Runs `transform` with the Tile `t`, for all tiles of map n and a vector of channels from `channel` on, of maps [N, H, W,
    channels], with their places in column `column` of `p`. */
-#define FOR_TILES(s, maps_, channels_, p, n, channel_, column, before, transform, after) \
-    long rows = s.height / TILE, columns = s.width / TILE; \
-    Tile t = {s.half, (void *)(maps_), n * s.height * s.width * channels_ + channel_, 0, s.height, s.width, channels_, \
-              p.next, 0, 0, channel_, at_most(LANES, channels_ - channel_)}; \
+#define FOR_TILES(s, maps_, height_, width_, channels_, p, n, channel_, column, before, transform, after) \
+    long rows = s.height / s.stride / TILE, columns = s.width / s.stride / TILE; \
+    Tile t = {s.half, s.stride, (void *)(maps_), n * (height_) * (width_) * channels_ + channel_, 0, p, height_, \
+              width_, channels_, 0, 0, channel_, at_most(LANES, channels_ - channel_)}; \
     before; \
     for (long y = 0; y < rows; y++) \
         for (long x = 0; x < columns; x++) { \
@@ -157,36 +242,52 @@ INLINE int inside(Tile t, long y, long x) { return y >= 0 && y < t.height && x >
         } \
     after;
 
+/* Runs `access` for every place p of a tile, which lies at `place`. */
+#define FOR_PLACES(t, access) \
+    if (t.stride == 1) { \
+        float *place = t.places; \
+        for (int p = 0; p < PLACES; p++, place += t.of.one) { access; } \
+    } else { \
+        for (int i = 0; i < FAR; i++) \
+            for (int j = 0, p = i * FAR; j < FAR; j++, p++) { \
+                float *place = t.places + offset(t.of, 2, i, j); \
+                access; \
+            } \
+    }
+
 INLINE void input_tile(Tile t) {
-    vec d[PLACES], half[PLACES];
-    for (int i = 0; i < REACH; i++)
-        for (int j = 0; j < REACH; j++) {
-            long y = t.top + i - 1, x = t.left + j - 1;
-            d[i * REACH + j] = inside(t, y, x) ? load_any(t.half, t.map, at(t, y, x), t.count) : (vec){0};
+    int side = reach(t.stride);
+    vec d[MOST], half[MOST];
+    for (int i = 0; i < side; i++)
+        for (int j = 0; j < side; j++) {
+            long y = t.top * t.stride + i - 1, x = t.left * t.stride + j - 1;
+            d[i * side + j] = inside(t, y, x) ? load_any(t.half, t.map, at(t, y, x), t.count) : (vec){0};
         }
-    for (int j = 0; j < REACH; j++) input_side(d + j, REACH, half + j, REACH);
-    for (int i = 0; i < REACH; i++) input_side(half + i * REACH, 1, d + i * REACH, 1);
-    for (int p = 0; p < PLACES; p++) *(loose *)(t.places + p * t.next) = d[p];
+    for (int j = 0; j < side; j++) input_side(t.stride, d + j, side, half + j, side);
+    for (int i = 0; i < side; i++) input_side(t.stride, half + i * side, 1, d + i * side, 1);
+    FOR_PLACES(t, *(loose *)place = d[p])
 }
 
 /* The transposed of it: overlapping tiles are added up in `sum` [H, W]. */
 INLINE void input_tile_back(Tile t, vec *sum) {
-    vec d[PLACES], half[PLACES];
-    for (int p = 0; p < PLACES; p++) d[p] = *(const loose *)(t.places + p * t.next);
-    for (int i = 0; i < REACH; i++) input_side_back(d + i * REACH, 1, half + i * REACH, 1);
-    for (int j = 0; j < REACH; j++) input_side_back(half + j, REACH, d + j, REACH);
-    for (int i = 0; i < REACH; i++)
-        for (int j = 0; j < REACH; j++) {
-            long y = t.top + i - 1, x = t.left + j - 1;
-            if (inside(t, y, x)) sum[y * t.width + x] += d[i * REACH + j];
+    int side = reach(t.stride);
+    vec d[MOST], half[MOST];
+    FOR_PLACES(t, d[p] = *(const loose *)place)
+    for (int i = 0; i < side; i++) input_side_back(t.stride, d + i * side, 1, half + i * side, 1);
+    for (int j = 0; j < side; j++) input_side_back(t.stride, half + j, side, d + j, side);
+    for (int i = 0; i < side; i++)
+        for (int j = 0; j < side; j++) {
+            long y = t.top * t.stride + i - 1, x = t.left * t.stride + j - 1;
+            if (inside(t, y, x)) sum[y * t.width + x] += d[i * side + j];
         }
 }
 
 INLINE void output_tile(Tile t, After after) {
-    vec m[PLACES], half[TILE * REACH], y[TILE * TILE];
-    for (int p = 0; p < PLACES; p++) m[p] = *(const loose *)(t.places + p * t.next);
-    for (int j = 0; j < REACH; j++) output_side(m + j, REACH, half + j, REACH);
-    for (int i = 0; i < TILE; i++) output_side(half + i * REACH, 1, y + i * TILE, 1);
+    int side = reach(t.stride);
+    vec m[MOST], half[TILE * FAR], y[TILE * TILE];
+    FOR_PLACES(t, m[p] = *(const loose *)place)
+    for (int j = 0; j < side; j++) output_side(t.stride, m + j, side, half + j, side);
+    for (int i = 0; i < TILE; i++) output_side(t.stride, half + i * side, 1, y + i * TILE, 1);
     if (after.scale) {
         vec scale = load(after.scale + t.channel, t.count), shift = load(after.shift + t.channel, t.count);
         for (int p = 0; p < TILE * TILE; p++) y[p] = y[p] * scale + shift;
@@ -203,32 +304,34 @@ INLINE void output_tile(Tile t, After after) {
 
 /* The transposed of it. */
 INLINE void output_tile_back(Tile t) {
-    vec y[TILE * TILE], half[TILE * REACH], m[PLACES];
+    int side = reach(t.stride);
+    vec y[TILE * TILE], half[TILE * FAR], m[MOST];
     for (int i = 0; i < TILE; i++)
         for (int j = 0; j < TILE; j++) y[i * TILE + j] = load_any(t.half, t.map, at(t, t.top + i, t.left + j), t.count);
-    for (int i = 0; i < TILE; i++) output_side_back(y + i * TILE, 1, half + i * REACH, 1);
-    for (int j = 0; j < REACH; j++) output_side_back(half + j, REACH, m + j, REACH);
-    for (int p = 0; p < PLACES; p++) *(loose *)(t.places + p * t.next) = m[p];
+    for (int i = 0; i < TILE; i++) output_side_back(t.stride, y + i * TILE, 1, half + i * side, 1);
+    for (int j = 0; j < side; j++) output_side_back(t.stride, half + j, side, m + j, side);
+    FOR_PLACES(t, *(loose *)place = m[p])
 }
 
 INLINE void input_to_places(Shape s, const void *maps, Places p, long n, long channel, long column) {
-    FOR_TILES(s, maps, s.inputs, p, n, channel, column, , input_tile(t), )
+    FOR_TILES(s, maps, s.height, s.width, s.inputs, p, n, channel, column, , input_tile(t), )
 }
 
 INLINE void places_to_input(Shape s, Places p, void *maps, long n, long channel, long column) {
     vec sum[LARGEST];
     long positions = s.height * s.width;
     FOR_TILES(
-        s, maps, s.inputs, p, n, channel, column, memset(sum, 0, positions * sizeof(vec)), input_tile_back(t, sum),
+        s, maps, s.height, s.width, s.inputs, p, n, channel, column, memset(sum, 0, positions * sizeof(vec)),
+        input_tile_back(t, sum),
         for (long i = 0; i < positions; i++) store_any(s.half, maps, t.place + i * t.channels, sum[i], t.count))
 }
 
 INLINE void places_to_output(Shape s, Places p, void *maps, After after, long n, long channel, long column) {
-    FOR_TILES(s, maps, s.outputs, p, n, channel, column, , output_tile(t, after), )
+    FOR_TILES(s, maps, s.height / s.stride, s.width / s.stride, s.outputs, p, n, channel, column, , output_tile(t, after), )
 }
 
 INLINE void output_to_places(Shape s, const void *maps, Places p, long n, long channel, long column) {
-    FOR_TILES(s, maps, s.outputs, p, n, channel, column, , output_tile_back(t), )
+    FOR_TILES(s, maps, s.height / s.stride, s.width / s.stride, s.outputs, p, n, channel, column, , output_tile_back(t), )
 }
 
 /* ---- Matrix products ---- */
@@ -286,60 +389,66 @@ static void product_2(long rows, long depth, const float *a, long a_row, long a_
     product(rows, 2, depth, a, a_row, a_step, b, b_step, result, result_row);
 }
 
-/* The weights' places of one row, [6, depth, vectors], of weights [9, depth, columns] of which a block of columns is
-   wanted. `tap` and `step` are the distances of taps and of neighbors in depth. */
-static void weights_to_places(int row, int vectors, long depth, const float *weights, long tap, long step, long count,
-                              float *places) {
+/* The weights' places of one row, [6, depth, vectors], of weights [9, depth, columns] of which a few columns are wanted.
+   `tap` and `step` are the distances of taps and of neighbors in depth. */
+static void weights_to_places(int stride, int row, int vectors, long depth, const float *weights, long tap, long step,
+                              long count, float *places) {
     long next = apart(depth * vectors * LANES);
     for (long l = 0; l < depth; l++)
         for (int j = 0; j < vectors; j++) {
             const float *from = weights + l * step + j * LANES;
-            vec side[3], r[REACH];
+            vec side[3], r[SIDE];
             for (int x = 0; x < 3; x++)
-                side[x] = weight_row(load(from + x * tap, count - j * LANES), load(from + (3 + x) * tap, count - j * LANES),
+                side[x] = weight_row(stride, load(from + x * tap, count - j * LANES), load(from + (3 + x) * tap, count - j * LANES),
                                      load(from + (6 + x) * tap, count - j * LANES), row);
-            weight_side(side[0], side[1], side[2], r, 1);
-            for (int p = 0; p < REACH; p++) *(loose *)(places + p * next + (l * vectors + j) * LANES) = r[p];
+            weight_side(stride, side[0], side[1], side[2], r);
+            for (int p = 0; p < SIDE; p++) *(loose *)(places + p * next + (l * vectors + j) * LANES) = r[p];
         }
 }
 
-/* results[p] = factors[p] x weights[p] for the 36 places p: [tiles, depth] x [depth, columns], of a few columns. A row of
+/* results[p] = factors[p] x weights[p] for all places p: [tiles, depth] x [depth, columns], of a few columns. A row of
    places at a time has its weights in `block`. */
-static void products_with_weights(Shape s, Places factors, long depth, const float *weights, long tap, long step, long count,
-                                  int vectors, Places results, float *block) {
-    for (int row = 0; row < REACH; row++) {
-        weights_to_places(row, vectors, depth, weights, tap, step, count, block);
-        for (int p = 0; p < REACH; p++)
+static void products_with_weights(Shape s, Places factors, long depth, const float *weights, long tap, long step,
+                                  long count, int vectors, Places results, float *block) {
+    for (int row = 0; row < SIDE; row++) {
+        weights_to_places(s.stride, row, vectors, depth, weights, tap, step, count, block);
+        for (int p = 0; p < SIDE; p++) {
             (vectors == 2 ? product_2 : product_1)(
-                s.tiles, depth, factors.first + (row * REACH + p) * factors.next, factors.row, 1,
-                block + p * apart(depth * vectors * LANES), vectors * LANES, results.first + (row * REACH + p) * results.next,
-                results.row);
+                s.tiles * sharing(s.stride, row) * sharing(s.stride, p), depth, factors.first + offset(factors, s.stride, row, p),
+                factors.row, 1, block + p * apart(depth * vectors * LANES), vectors * LANES,
+                results.first + offset(results, s.stride, row, p), results.row);
+        }
     }
 }
 
-/* The gradient of the weights [C', 9, C] of a few inputs from `start` on, added to what is there where `more`. The
-   products of some outputs at a time are in `block`. */
-static void weight_gradient(Shape s, Places outputs, Places inputs, long start, int vectors, float *gradient, int more,
-                            float *block) {
-    for (long first = 0; first < s.outputs; first += TALL) {
-        long rows = at_most(TALL, s.outputs - first);
-        for (int p = 0; p < PLACES; p++)
-            (vectors == 2 ? product_2 : product_1)(
-                rows, s.tiles, outputs.first + p * outputs.next + first, 1, outputs.row, inputs.first + p * inputs.next,
-                inputs.row, block + p * WITHIN, BLOCK);
-        for (long i = 0; i < rows; i++)
-            for (int j = 0; j < vectors; j++) {
-                vec u[PLACES], half[3 * REACH], w[TAPS];
-                for (int p = 0; p < PLACES; p++) u[p] = *(const loose *)(block + p * WITHIN + i * BLOCK + j * LANES);
-                for (int y = 0; y < REACH; y++) weight_side_back(u + y, REACH, half + y, REACH);
-                for (int y = 0; y < 3; y++) weight_side_back(half + y * REACH, 1, w + y * 3, 1);
-                long channel = start + j * LANES;
-                for (int y = 0; y < TAPS; y++) {
-                    float *place = gradient + ((first + i) * TAPS + y) * s.inputs + channel;
-                    store(place, more ? load(place, s.inputs - channel) + w[y] : w[y], s.inputs - channel);
+/* A part of the gradient of the weights [C', 9, C], added to what is there where `more`: `outputs` and `inputs` have the
+   places of so many channels from `top` and `left` on. A few products at a time are in `block`. */
+static void weight_gradient(Shape s, Places outputs, long top, long high, Places inputs, long left, long wide,
+                            float *gradient, int more, float *block) {
+    for (long first = 0; first < high; first += TALL)
+        for (long start = 0; start < wide; start += BLOCK) {
+            long rows = at_most(TALL, high - first);
+            int vectors = wide - start > LANES ? 2 : 1;
+            for (int i = 0; i < SIDE; i++)
+                for (int j = 0; j < SIDE; j++)
+                    (vectors == 2 ? product_2 : product_1)(
+                        rows, s.tiles * sharing(s.stride, i) * sharing(s.stride, j),
+                        outputs.first + offset(outputs, s.stride, i, j) + first, 1, outputs.row,
+                        inputs.first + offset(inputs, s.stride, i, j) + start, inputs.row, block + (i * SIDE + j) * WITHIN,
+                        BLOCK);
+            for (long i = 0; i < rows; i++)
+                for (int j = 0; j < vectors; j++) {
+                    vec u[PLACES], half[3 * SIDE], w[TAPS];
+                    for (int p = 0; p < PLACES; p++) u[p] = *(const loose *)(block + p * WITHIN + i * BLOCK + j * LANES);
+                    for (int y = 0; y < SIDE; y++) weight_side_back(s.stride, u + y, SIDE, half + y, SIDE);
+                    for (int y = 0; y < 3; y++) weight_side_back(s.stride, half + y * SIDE, 1, w + y * 3, 1);
+                    long channel = left + start + j * LANES;
+                    for (int y = 0; y < TAPS; y++) {
+                        float *place = gradient + ((top + first + i) * TAPS + y) * s.inputs + channel;
+                        store(place, more ? load(place, s.inputs - channel) + w[y] : w[y], s.inputs - channel);
+                    }
                 }
-            }
-    }
+        }
 }
 
 /* A few outputs of the weights [C', 9, C], from `start` on -> [9, C, vectors], a square of numbers at a time. */
@@ -357,7 +466,7 @@ static void turn(Shape s, const float *weights, long start, int vectors, float *
             }
 }
 
-/* ---- What Python calls; `sizes` are N, H, W, C and C', and 1 where the maps are in bf16 ---- */
+/* ---- What Python calls; `sizes` are N, H, W, C and C', 1 where the maps are in bf16, and the stride ---- */
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -368,10 +477,15 @@ static void turn(Shape s, const float *weights, long start, int vectors, float *
 #define THREADS 1
 #endif
 
-/* Where map `first` begins. */
-INLINE const void *from_map(const void *maps, const long *sizes, long first, long channels) {
-    return (const char *)maps + first * sizes[1] * sizes[2] * channels * (sizes[5] ? 2 : 4);
+/* Where map `first` begins, of maps of so many numbers each. */
+INLINE const void *from_map(const void *maps, int half, long first, long numbers) {
+    return (const char *)maps + first * numbers * (half ? 2 : 4);
 }
+
+/* Numbers of an input or output map. */
+INLINE long input_size(Shape s) { return s.height * s.width * s.inputs; }
+
+INLINE long output_size(Shape s) { return s.height / s.stride * (s.width / s.stride) * s.outputs; }
 
 /* How threads share a pass, which computes a group of maps at a time. Where there are enough maps, a thread computes
    entire groups (`aside`); else threads share the tasks of a group. Two threads then transform the group's maps each for
@@ -384,33 +498,38 @@ typedef struct {
     long whole, alone; /* scratch memory of a copy, and of a thread for its task */
 } Plan;
 
-/* `half` is a constant where it is called. A task's scratch memory has its places; transformed weights, and in a forward
+enum { FORWARD, OF_WEIGHTS, OF_MAPS }; /* a forward pass, or a backward pass without or with the maps' gradient */
+
+/* `half` and `stride` are constants where it is called. A task's scratch memory has its places; transformed weights, and in a forward
    pass turned ones, or products. */
-INLINE Plan plan_of(const long *sizes, int half, int backward, long threads) {
-    long tiles = sizes[1] / TILE * (sizes[2] / TILE), together = GROUP / tiles > 1 ? GROUP / tiles : 1;
-    int aside = !backward && sizes[0] * tiles >= GROUP / 2 * threads;
+INLINE Plan plan_of(const long *sizes, int half, int stride, int pass, long threads) {
+    long tiles = sizes[1] / stride / TILE * (sizes[2] / stride / TILE), together = GROUP / tiles > 1 ? GROUP / tiles : 1;
+    int aside = pass == FORWARD && sizes[0] * tiles >= GROUP / 2 * threads;
     if (aside) together = at_most(together, (sizes[0] + threads - 1) / threads);
-    Shape s = {at_most(together, sizes[0]), sizes[1], sizes[2], sizes[3], sizes[4], 0, padded(sizes[3]), padded(sizes[4]), half};
+    Shape s = {at_most(together, sizes[0]), sizes[1], sizes[2], sizes[3], sizes[4], 0, padded(sizes[3]), padded(sizes[4]), half, stride};
     s.tiles = s.maps * tiles;
-    long depth = backward ? s.outputs : s.inputs;
-    long weights = (REACH + (backward ? 0 : TAPS)) * apart(depth * BLOCK), products = backward ? PLACES * WITHIN : 0;
+    long depth = pass == OF_MAPS ? s.outputs : pass == FORWARD ? s.inputs : 0;
+    long weights = (SIDE + (pass == FORWARD ? TAPS : 0)) * apart(depth * BLOCK);
+    long products = pass == FORWARD ? 0 : PLACES * WITHIN;
     return (Plan){s, sizes[0], aside, aside || threads <= 2 ? threads : 1,
-                  size_of(places_at(0, s, backward ? s.padded_outputs : s.padded_inputs)),
-                  size_of(places_at(0, s, BLOCK)) + (weights > products ? weights : products)};
+                  places_at(0, s, pass == OF_MAPS ? s.padded_outputs : s.padded_inputs).size,
+                  places_at(0, s, BLOCK).size + (weights > products ? weights : products)};
 }
 
 /* The shape of the group that begins with map `first`. */
-INLINE Shape group_of(Plan plan, long first) {
+INLINE Shape group_of(Plan plan, int half, int stride, long first) {
     Shape s = plan.group;
+    s.half = half; /* constants, which the compiler does not see in `plan` */
+    s.stride = stride;
     long maps = at_most(s.maps, plan.maps - first);
     s.tiles = s.tiles / s.maps * maps;
     s.maps = maps;
     return s;
 }
 
-/* Numbers of scratch memory for a forward or a backward pass. */
-long winograd_scratch(const long *sizes, int backward, int threads) {
-    Plan plan = plan_of(sizes, 0, backward, threads);
+/* Numbers of scratch memory for a pass. */
+long winograd_scratch(const long *sizes, int pass, int threads) {
+    Plan plan = plan_of(sizes, 0, sizes[6], pass, threads);
     return plan.copies * plan.whole + threads * plan.alone;
 }
 
@@ -446,7 +565,7 @@ INLINE Task task_of(Tasks tasks, long number) {
 
 INLINE void forward_task(Shape s, Task task, Places inputs, const float *weights, After after, void *result, float *own) {
     Places outputs = places_at(own, s, BLOCK);
-    float *block = own + size_of(outputs), *turned = block + REACH * apart(s.inputs * BLOCK);
+    float *block = own + outputs.size, *turned = block + SIDE * apart(s.inputs * BLOCK);
     turn(s, weights, task.start, task.vectors, turned);
     products_with_weights(s, inputs, s.inputs, turned, apart(s.inputs * task.vectors * LANES), task.vectors * LANES,
                           task.vectors * LANES, task.vectors, outputs, block);
@@ -455,20 +574,20 @@ INLINE void forward_task(Shape s, Task task, Places inputs, const float *weights
             places_to_output(s, outputs, result, after, n, task.start + v, v);
 }
 
-/* By one of the threads that share the work; `half` is a constant where it is called. */
-INLINE void forward(const long *sizes, int half, const void *maps, const float *weights, After after, void *result,
-                    float *scratch) {
-    Plan plan = plan_of(sizes, half, 0, THREADS);
+/* By one of the threads that share the work; `half` and `stride` are constants where it is called. */
+INLINE void forward(const long *sizes, int half, int stride, const void *maps, const float *weights, After after,
+                    void *result, float *scratch) {
+    Plan plan = plan_of(sizes, half, stride, FORWARD, THREADS);
     float *own = scratch + plan.copies * plan.whole + THREAD * plan.alone;
     Tasks tasks = tasks_of(plan.group.padded_outputs, plan.aside ? 1 : THREADS);
     long step = plan.group.maps * (plan.aside ? THREADS : 1);
     for (long first = plan.aside ? THREAD * plan.group.maps : 0; first < plan.maps; first += step) {
-        Shape s = group_of(plan, first);
+        Shape s = group_of(plan, half, stride, first);
         Places inputs = places_at(scratch + THREAD % plan.copies * plan.whole, s, s.padded_inputs);
-        const void *here = from_map(maps, sizes, first, s.inputs);
-        void *there = (void *)from_map(result, sizes, first, s.outputs);
+        const void *here = from_map(maps, half, first, input_size(s));
+        void *there = (void *)from_map(result, half, first, output_size(s));
         After with = after;
-        if (after.shortcut) with.shortcut = from_map(after.shortcut, sizes, first, s.outputs);
+        if (after.shortcut) with.shortcut = from_map(after.shortcut, half, first, output_size(s));
         FOR_VECTORS(plan, s.maps, s.padded_inputs, input_to_places(s, here, inputs, n, v, v))
         if (plan.aside) {
             for (long i = 0; i < tasks.count; i++) forward_task(s, task_of(tasks, i), inputs, weights, with, there, own);
@@ -483,50 +602,74 @@ INLINE void weights_task(Shape s, Task task, Places outputs, const void *maps, f
     Places inputs = places_at(own, s, BLOCK);
     for (long n = 0; n < s.maps; n++)
         for (long v = 0; v < task.vectors * LANES; v += LANES) input_to_places(s, maps, inputs, n, task.start + v, v);
-    weight_gradient(s, outputs, inputs, task.start, task.vectors, of_weights, more, own + size_of(inputs));
+    weight_gradient(s, outputs, 0, s.outputs, inputs, task.start, task.vectors * LANES, of_weights, more, own + inputs.size);
 }
 
 INLINE void maps_task(Shape s, Task task, Places outputs, const float *weights, void *of_maps, float *own) {
     Places inputs = places_at(own, s, BLOCK);
     products_with_weights(s, outputs, s.outputs, weights + task.start, s.inputs, TAPS * s.inputs, s.inputs - task.start,
-                          task.vectors, inputs, own + size_of(inputs));
+                          task.vectors, inputs, own + inputs.size);
     for (long n = 0; n < s.maps; n++)
         for (long v = 0; v < task.vectors * LANES; v += LANES) places_to_input(s, inputs, of_maps, n, task.start + v, v);
 }
 
-INLINE void backward(const long *sizes, int half, const void *maps, const float *weights, const void *gradient,
+/* The same for a few outputs, where the places of all inputs are there. */
+INLINE void outputs_task(Shape s, Task task, Places inputs, const void *gradient, float *of_weights, int more, float *own) {
+    Places outputs = places_at(own, s, BLOCK);
+    long count = at_most(task.vectors * LANES, s.outputs - task.start);
+    for (long n = 0; n < s.maps; n++)
+        for (long v = 0; v < task.vectors * LANES; v += LANES) output_to_places(s, gradient, outputs, n, task.start + v, v);
+    weight_gradient(s, outputs, task.start, count, inputs, 0, s.padded_inputs, of_weights, more, own + outputs.size);
+}
+
+INLINE void backward(const long *sizes, int half, int stride, const void *maps, const float *weights, const void *gradient,
                      void *of_maps, float *of_weights, float *scratch) {
-    Plan plan = plan_of(sizes, half, 1, THREADS);
+    Plan plan = plan_of(sizes, half, stride, of_maps ? OF_MAPS : OF_WEIGHTS, THREADS);
     float *own = scratch + plan.copies * plan.whole + THREAD * plan.alone;
-    Tasks tasks = tasks_of(plan.group.padded_inputs, THREADS);
+    float *copy = scratch + THREAD % plan.copies * plan.whole;
+    Tasks tasks = tasks_of(of_maps ? plan.group.padded_inputs : plan.group.padded_outputs, THREADS);
     for (long first = 0; first < plan.maps; first += plan.group.maps) {
-        Shape s = group_of(plan, first);
-        Places outputs = places_at(scratch + THREAD % plan.copies * plan.whole, s, s.padded_outputs);
-        const void *here = from_map(gradient, sizes, first, s.outputs), *inputs = from_map(maps, sizes, first, s.inputs);
-        void *there = (void *)from_map(of_maps, sizes, first, s.inputs);
-        FOR_VECTORS(plan, s.maps, s.padded_outputs, output_to_places(s, here, outputs, n, v, v))
+        Shape s = group_of(plan, half, stride, first);
+        const void *gradients = from_map(gradient, half, first, output_size(s));
+        const void *here = from_map(maps, half, first, input_size(s));
+        void *there = (void *)from_map(of_maps, half, first, input_size(s));
+        if (of_maps) {
+            Places outputs = places_at(copy, s, s.padded_outputs);
+            FOR_VECTORS(plan, s.maps, s.padded_outputs, output_to_places(s, gradients, outputs, n, v, v))
 #pragma omp for schedule(dynamic)
-        for (long i = 0; i < 2 * tasks.count; i++) {
-            Task task = task_of(tasks, i % tasks.count);
-            if (i < tasks.count && of_weights) weights_task(s, task, outputs, inputs, of_weights, first > 0, own);
-            if (i >= tasks.count && of_maps) maps_task(s, task, outputs, weights, there, own);
+            for (long i = 0; i < 2 * tasks.count; i++) {
+                Task task = task_of(tasks, i % tasks.count);
+                if (i >= tasks.count) maps_task(s, task, outputs, weights, there, own);
+                else if (of_weights) weights_task(s, task, outputs, here, of_weights, first > 0, own);
+            }
+        } else {
+            Places inputs = places_at(copy, s, s.padded_inputs);
+            FOR_VECTORS(plan, s.maps, s.padded_inputs, input_to_places(s, here, inputs, n, v, v))
+#pragma omp for schedule(dynamic)
+            for (long i = 0; i < tasks.count; i++)
+                outputs_task(s, task_of(tasks, i), inputs, gradients, of_weights, first > 0, own);
         }
     }
 }
+
+/* Calls `pass` with constants for whether maps are in bf16, and for the stride. */
+#define WITH_CONSTANTS(pass, ...) \
+    if (sizes[5] && sizes[6] == 2) pass(sizes, 1, 2, __VA_ARGS__); \
+    else if (sizes[5]) pass(sizes, 1, 1, __VA_ARGS__); \
+    else if (sizes[6] == 2) pass(sizes, 0, 2, __VA_ARGS__); \
+    else pass(sizes, 0, 1, __VA_ARGS__);
 
 /* `scale` and `shift`, or `shortcut`, may be NULL: not wanted. */
 void winograd_forward(const long *sizes, int threads, int relu, const void *maps, const float *weights, const float *scale,
                       const float *shift, const void *shortcut, void *result, float *scratch) {
     After after = {scale, shift, shortcut, relu};
 #pragma omp parallel num_threads(threads)
-    if (sizes[5]) forward(sizes, 1, maps, weights, after, result, scratch);
-    else forward(sizes, 0, maps, weights, after, result, scratch);
+    WITH_CONSTANTS(forward, maps, weights, after, result, scratch)
 }
 
 /* `of_maps` or `of_weights` may be NULL: not wanted. */
 void winograd_backward(const long *sizes, int threads, const void *maps, const float *weights, const void *gradient,
                        void *of_maps, float *of_weights, float *scratch) {
 #pragma omp parallel num_threads(threads)
-    if (sizes[5]) backward(sizes, 1, maps, weights, gradient, of_maps, of_weights, scratch);
-    else backward(sizes, 0, maps, weights, gradient, of_maps, of_weights, scratch);
+    WITH_CONSTANTS(backward, maps, weights, gradient, of_maps, of_weights, scratch)
 }

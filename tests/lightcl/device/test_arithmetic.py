@@ -21,7 +21,7 @@ from tests.lightcl import toys
 
 SOURCE = toys.source()
 BF16, WINOGRAD, PLAIN = Arithmetic("bf16", "direct"), Arithmetic("fp32", "winograd"), Arithmetic("fp32", "direct")
-NATIVE, NATIVE_BF16 = Arithmetic("fp32", "winograd-native"), Arithmetic("bf16", "winograd-native")
+NATIVE, NATIVE_BF16 = Arithmetic("fp32", "native"), Arithmetic("bf16", "native")
 ZEN_5 = ("AuthenticAMD", 26, "avx2 avx512f avx512_bf16")
 LAPTOP = ("GenuineIntel", 6, "avx2")
 
@@ -56,7 +56,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch, found: bool) -> None:
     [
         (ZEN_5, NATIVE_BF16, NATIVE, NATIVE_BF16),
         (("AuthenticAMD", 25, "avx2 avx512f avx512_bf16"), NATIVE_BF16, NATIVE, NATIVE_BF16),  # Zen 4
-        (("GenuineIntel", 6, "avx2 avx512f avx512_bf16 amx_bf16"), BF16, NATIVE, BF16),
+        (("GenuineIntel", 6, "avx2 avx512f avx512_bf16 amx_bf16"), NATIVE_BF16, NATIVE, NATIVE_BF16),
         (LAPTOP, NATIVE, NATIVE, NATIVE_BF16),
         (("ARM", 8, "bf16", "aarch64"), PLAIN, PLAIN, BF16),
     ],
@@ -90,8 +90,8 @@ def test_a_missing_compiler_is_named_where_it_would_help(monkeypatch: pytest.Mon
 
 def test_what_cannot_be_compiled_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "find_library", lambda: "there is no C compiler")
-    with pytest.raises(RequestError, match=r"device\.convolutions is winograd-native, but there is no C compiler"):
-        with_arithmetic(scenario("fp32", "winograd-native"))
+    with pytest.raises(RequestError, match=r"device\.convolutions is native, but there is no C compiler"):
+        with_arithmetic(scenario("fp32", "native"))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_auto_trains_as_what_it_chose(
         kinds = {type(module) for module in device.network.modules()}
         convolutions = arithmetic_of(scenario(wanted)).convolutions
         assert (WinogradConv2d in kinds) == (convolutions == "winograd")
-        assert (NativeWinogradConv2d in kinds) == (convolutions == "winograd-native")
+        assert (NativeWinogradConv2d in kinds) == (convolutions == "native")
     assert losses[0] == losses[1] != losses[2]
 
 

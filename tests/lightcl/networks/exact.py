@@ -28,7 +28,7 @@ def results(fast: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def check_against_the_exact_convolution(fast: nn.Conv2d, x: Tensor) -> None:
     given = results(fast, x)
     exact_x, exact_w = x.detach().double().requires_grad_(), fast.weight.detach().double().requires_grad_()
-    exact = F.conv2d(exact_x, exact_w, padding=1)
+    exact = F.conv2d(exact_x, exact_w, stride=fast.stride, padding=1)
     expected = exact, *torch.autograd.grad(exact, (exact_x, exact_w), maps(*exact.shape, seed=1).double())
     for one, other in zip(given, expected, strict=True):
         assert distance(one, other) < BOUND
@@ -37,10 +37,15 @@ def check_against_the_exact_convolution(fast: nn.Conv2d, x: Tensor) -> None:
 
 
 def check_a_shift_by_hand(shift: nn.Conv2d) -> None:
-    """A single weight of 2 to the left of the center moves the map one to the right, doubled."""
+    """A single weight of 2 to the left of the center moves the map one to the right, doubled; with stride 2 every other
+    row and column is left of it."""
     with torch.no_grad():
         shift.weight.zero_()
         shift.weight[0, 0, 1, 0] = 2.0
-    rows = torch.arange(16.0).view(1, 1, 4, 4)
-    expected = torch.tensor([[0, 0, 2, 4], [0, 8, 10, 12], [0, 16, 18, 20], [0, 24, 26, 28]], dtype=torch.float32)
-    assert torch.allclose(shift(rows)[0, 0], expected, atol=1e-4)
+    if shift.stride == (1, 1):
+        rows = torch.arange(16.0).view(1, 1, 4, 4)
+        expected = [[0, 0, 2, 4], [0, 8, 10, 12], [0, 16, 18, 20], [0, 24, 26, 28]]
+    else:
+        rows = torch.arange(64.0).view(1, 1, 8, 8)
+        expected = [[0, 2, 6, 10], [0, 34, 38, 42], [0, 66, 70, 74], [0, 98, 102, 106]]
+    assert torch.allclose(shift(rows)[0, 0], torch.tensor(expected, dtype=torch.float32), atol=1e-4)

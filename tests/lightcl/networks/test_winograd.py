@@ -15,7 +15,7 @@ from tests.lightcl.networks.exact import check_a_shift_by_hand, check_against_th
 
 @pytest.fixture(autouse=True)
 def few_channels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(WinogradConv2d, "fewest_channels", 1)
+    monkeypatch.setattr(WinogradConv2d, "fewest_channels", {1: 1})
 
 
 def convolution(inputs: int, outputs: int) -> nn.Conv2d:
@@ -44,7 +44,7 @@ def test_other_sides_are_computed_directly(shape):
 
 
 def test_few_channels_and_large_maps_are_not_worth_it(monkeypatch):
-    monkeypatch.setattr(WinogradConv2d, "fewest_channels", 5)
+    monkeypatch.setattr(WinogradConv2d, "fewest_channels", {1: 5})
     assert use_winograd_(nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, bias=False))) == 0
     assert use_winograd_(nn.Sequential(nn.Conv2d(8, 4, 3, padding=1, bias=False))) == 0
     assert use_winograd_(nn.Sequential(nn.Conv2d(5, 5, 3, padding=1, bias=False))) == 1

@@ -138,7 +138,7 @@ def test_measured_is_what_theory_counts(changes):
     ],
 )
 def test_so_it_is_with_winograds_algorithm_in_c(changes, precision):
-    device = {"convolutions": "winograd-native", "precision": precision, "accelerator": "cpu"}
+    device = {"convolutions": "native", "precision": precision, "accelerator": "cpu"}
     check_measured(changes | {"device": device})
 
 

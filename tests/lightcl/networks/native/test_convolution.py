@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightcl.networks.native import NativeWinogradConv2d, library, use_native_
-from lightcl.networks.native.calls import winograd_scratch
+from lightcl.networks.native import convolution as module
+from lightcl.networks.native.calls import Pass, winograd_scratch
 from lightcl.networks.native.convolution import scratch_size
 from lightcl.networks.native.library import require_library
 from lightcl.networks.unit import fused
@@ -25,9 +26,9 @@ from tests.lightcl.networks.exact import (
 from tests.lightcl.networks.native.vectors import FEATURES, STRICT, VECTORS
 
 
-def convolution(inputs: int, outputs: int) -> nn.Conv2d:
+def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     torch.manual_seed(3)
-    made = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
+    made = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False).to(memory_format=torch.channels_last)
     use_native_(nn.Sequential(made))
     assert isinstance(made, NativeWinogradConv2d)
     return made
@@ -36,35 +37,49 @@ def convolution(inputs: int, outputs: int) -> nn.Conv2d:
 @toys.needs_compiler
 @pytest.mark.parametrize("flags", VECTORS)
 @pytest.mark.parametrize(
-    ("shape", "outputs"),
-    [((3, 5, 4, 4), 7), ((2, 33, 8, 12), 70), ((1, 1, 16, 16), 1), ((47, 160, 4, 4), 160), ((5, 20, 32, 32), 9)],
-)
+    ("shape", "outputs", "stride"),
+    [
+        ((3, 5, 4, 4), 7, 1), ((2, 33, 8, 12), 70, 1), ((1, 1, 16, 16), 1, 1), ((47, 160, 4, 4), 160, 1),
+        ((5, 20, 32, 32), 9, 1), ((3, 5, 8, 8), 7, 2), ((2, 33, 16, 24), 70, 2), ((47, 80, 8, 8), 160, 2),
+        ((9, 20, 32, 32), 9, 2),
+    ],
+)  # fmt: skip
 def test_it_computes_the_convolution_and_its_gradients(
-    monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], shape: tuple[int, ...], outputs: int
+    monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], shape: tuple[int, ...], outputs: int, stride: int
 ) -> None:
     monkeypatch.setattr(library, "FLAGS", (*STRICT, *flags))
-    check_against_the_exact_convolution(convolution(shape[1], outputs), maps(*shape))
+    check_against_the_exact_convolution(convolution(shape[1], outputs, stride), maps(*shape))
 
 
 @toys.needs_compiler
-def test_a_shift_by_hand() -> None:
-    check_a_shift_by_hand(convolution(1, 1))
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_shift_by_hand(stride: int) -> None:
+    check_a_shift_by_hand(convolution(1, 1, stride))
 
 
 @toys.needs_compiler
-def test_the_number_of_threads_changes_nothing() -> None:
-    fast, x = convolution(33, 70), maps(5, 33, 8, 8)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("count", [5, 150])
+def test_the_number_of_threads_changes_nothing(count: int, stride: int) -> None:
+    """Also where each of them computes entire groups of maps, and where more than two share one."""
+    fast, x = convolution(33, 70, stride), maps(count, 33, 8, 8)
     alone = results(fast, x)
-    torch.set_num_threads(3)
-    for one, other in zip(results(fast, x), alone, strict=True):
-        assert torch.equal(one, other)
+    of_weight_alone = torch.autograd.grad(fast(x.detach()).square().sum(), fast.weight)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        for one, other in zip(results(fast, x), alone, strict=True):
+            assert torch.equal(one, other)
+        assert torch.equal(
+            torch.autograd.grad(fast(x.detach()).square().sum(), fast.weight)[0], of_weight_alone[0]
+        )  # fmt: skip
 
 
 @toys.needs_compiler
-def test_only_what_is_wanted_is_computed() -> None:
-    fast, x = convolution(5, 7), maps(2, 5, 4, 4)
-    _, of_x, of_weight = results(fast, x)
-    gradient = maps(2, 7, 4, 4, seed=1)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_only_what_is_wanted_is_computed(stride: int) -> None:
+    fast, x = convolution(5, 7, stride), maps(2, 5, 8, 8)
+    y, of_x, of_weight = results(fast, x)
+    gradient = maps(*y.shape, seed=1)
     fast.weight.requires_grad_(False)
     assert torch.equal(torch.autograd.grad(fast(x), x, gradient)[0], of_x)
     fast.weight.requires_grad_(True)
@@ -146,6 +161,15 @@ def test_no_maps_have_no_gradient() -> None:
 
 
 @toys.needs_compiler
+def test_in_bf16_a_processor_that_multiplies_matrices_computes_directly(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, x = convolution(5, 7), maps(1, 5, 8, 8)
+    monkeypatch.setattr(module, "has_amx", lambda: True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(x), F.conv2d(x, fast.weight, padding=1))
+    assert not torch.equal(fast(x), F.conv2d(x, fast.weight, padding=1))  # in fp32 it is Winograd's algorithm
+
+
+@toys.needs_compiler
 def test_large_maps_in_bf16_are_computed_directly() -> None:
     fast, x = convolution(5, 7), maps(1, 5, 20, 16)
     with torch.autocast("cpu", torch.bfloat16):
@@ -158,7 +182,7 @@ def test_what_it_cannot_compute_stays_as_it_is() -> None:
     copied = copy.deepcopy(network)
     use_native_(network.suffix)
     native = [module for module in network.suffix.modules() if isinstance(module, NativeWinogradConv2d)]
-    assert len(native) == 3  # not the first, whose stride is 2, nor the shortcut's
+    assert len(native) == 4  # not the shortcut's, which is 1x1
     assert not any(isinstance(module, NativeWinogradConv2d) for module in network.prefix.modules())
     images = toys.images(4, size=32)
     assert torch.allclose(network.eval()(images), copied.eval()(images), rtol=1e-3, atol=1e-4)
@@ -166,13 +190,15 @@ def test_what_it_cannot_compute_stays_as_it_is() -> None:
 
 
 @toys.needs_compiler
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize(("shape", "outputs"), [((47, 4, 4, 160), 160), ((3, 8, 12, 33), 70), ((9, 32, 32, 5), 5)])
+@pytest.mark.parametrize("of", list(Pass))
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("shape", "outputs"), [((47, 8, 8, 80), 160), ((3, 8, 16, 33), 70), ((9, 32, 32, 5), 5)])
 def test_the_count_of_scratch_memory_is_that_of_the_longest_vectors(
-    shape: tuple[int, ...], outputs: int, backward: bool
+    shape: tuple[int, ...], outputs: int, stride: int, of: Pass
 ) -> None:
     n, height, width, inputs = shape
-    counted = scratch_size(n, height // 4 * (width // 4), inputs, outputs, backward=backward)
+    tiles = NativeWinogradConv2d.tiles(height, width, stride)
+    counted = scratch_size(n, tiles, inputs, outputs, stride=stride, of=of)
     torch.set_num_threads(1)
-    own = len(winograd_scratch(require_library().code, (*shape, outputs, 0), backward=backward))
+    own = len(winograd_scratch(require_library().code, (*shape, outputs, 0, stride), of))
     assert counted == own if "avx512f" in FEATURES else counted >= own

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightcl.methods.parts.batch_norm import split_statistics
 from lightcl.networks.native import NativeBatchNorm2d, library, use_native_
+from lightcl.networks.staged import Stage
 from lightcl.networks.unit import activated
 from tests.lightcl import toys
 from tests.lightcl.networks.exact import distance, maps
@@ -45,7 +46,7 @@ def everything(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None, split: 
     if shortcut is not None:
         shortcut = shortcut.detach().requires_grad_()
         wanted.append(shortcut)
-    stage = nn.Sequential(norm)
+    stage = Stage({}, {"norm": norm}, ())
     with split_statistics(stage, COUNT, "train" if split == "train" else "eval") if split else nullcontext():
         y = activated(norm, x, shortcut) if relu else norm(x)
     gradient = maps(*y.shape, seed=9).detach().to(y.dtype)
