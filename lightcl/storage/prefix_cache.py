@@ -25,7 +25,7 @@ import sys
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,8 +177,9 @@ class FeatureStore:
             if segment is None:
                 continue
             try:
+                checksums = segment.checksums()
                 for position, row in positions:
-                    present[position] = segment.read(row, found[position])
+                    present[position] = segment.read(row, checksums[row], found[position])
             except OSError:  # a worn card, a file server that was restarted: the others are computed again
                 self._cache.drop(self._key, number)
         return self._tensor(memory), present
@@ -188,7 +189,7 @@ class FeatureStore:
         number, inside = divmod(int(row), SEGMENT_ROWS)
         segment = self._open(number)
         try:
-            return segment is not None and segment.checksum(inside) != 0
+            return segment is not None and segment.checksums()[inside] != 0
         except OSError:
             self._cache.drop(self._key, number)
             return False
@@ -284,17 +285,17 @@ class _Segment:
         except OSError:
             return True
 
-    def read(self, row: int, target: np.ndarray) -> bool:
-        """Reads a row into `target` `[row bytes]`; whether it is there and undamaged."""
-        expected = self.checksum(row)
+    def read(self, row: int, expected: int, target: np.ndarray) -> bool:
+        """Reads a row into `target` `[row bytes]`; whether it is there, with this checksum, and undamaged."""
         if not expected:
             return False
         length = os.preadv(self._handle, [target.data], self._place(row))
         return length == self._row_bytes and _checksum(target) == expected
 
-    def checksum(self, row: int) -> int:
-        """0 where the row is not there."""
-        return int.from_bytes(os.pread(self._handle, CHECKSUM_BYTES, row * CHECKSUM_BYTES), sys.byteorder)
+    def checksums(self) -> Sequence[int]:
+        """Of all rows, as they are now; 0 where a row is not there. Raises OSError."""
+        found = os.pread(self._handle, SEGMENT_ROWS * CHECKSUM_BYTES, 0)
+        return memoryview(found.ljust(SEGMENT_ROWS * CHECKSUM_BYTES, b"\0")).cast("Q")
 
     def write(self, row: int, content: np.ndarray) -> None:
         """Raises OSError."""
