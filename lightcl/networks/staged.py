@@ -55,7 +55,6 @@ class Stage(nn.Module):
         self.derived: dict[str, Any] | None = None
         """Where many networks share this stage and nobody changes it: what was computed from it. None: nothing is
         kept."""
-        self._norms: tuple[nn.BatchNorm2d, ...] | None = None
         self._run = tuple(blocks.values())  # a tuple is not registered: `modules` gives the names
         for name, module in modules.items():
             *path, last = name.split(".")
@@ -65,6 +64,8 @@ class Stage(nn.Module):
                     parent.add_module(part, nn.Module())
                 parent = parent.get_submodule(part)
             parent.add_module(last, module)
+        self.batch_norms = tuple(module for module in self.modules() if isinstance(module, nn.BatchNorm2d))
+        """All of them, in order. A step asks for them, and to walk through all modules takes a percent of it."""
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy derives for itself: what was derived may be large, or hold open files, which a copy would close."""
@@ -74,13 +75,6 @@ class Stage(nn.Module):
     def block_modules(self) -> tuple[nn.Module, ...]:
         """The modules of `blocks`, in order."""
         return self._run
-
-    @property
-    def batch_norms(self) -> tuple[nn.BatchNorm2d, ...]:
-        """All batch-norms, in order. A step asks for them, and to walk through all modules takes a percent of it."""
-        if self._norms is None:
-            self._norms = tuple(module for module in self.modules() if isinstance(module, nn.BatchNorm2d))
-        return self._norms
 
     def derive(self, name: str, compute: Callable[[], Derived]) -> Derived:
         """`compute()`, once for all networks that share this stage where `derived` is a dictionary."""
