@@ -20,12 +20,14 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from lightcl.errors import Failure
@@ -224,9 +226,9 @@ class StateFolder:
             self._fell_back = False
             return
         name = f"tensors-{_number(before) + 1}.safetensors"
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or {}).items()}
-        link, common = self._in_common(shared, plain) if shared else (None, set[str]())
-        written, begun = self._differences({n: t for n, t in plain.items() if n not in common}, start)
+        given = {name: tensor.detach().cpu() for name, tensor in (tensors or {}).items()}
+        link, common = self._in_common(shared, given) if shared else (None, set[str]())
+        written, begun = self._differences({n: t.contiguous() for n, t in given.items() if n not in common}, start)
         path = self.folder / name
         try:
             save_file(written, path)
@@ -262,14 +264,12 @@ class StateFolder:
 
     def _clean_up(self, needed: set[str]) -> None:
         """Removes older tensors, and what a process left that was killed while it wrote."""
-        leftover = [file for file in self.folder.glob(TENSORS) if file.name not in needed]
-        leftover += self.folder.glob(UNNAMED)
-        for name in (MANIFEST, PREVIOUS):
-            leftover += self.folder.glob(f".{name}.*.partial")
+        patterns = [TENSORS, UNNAMED, f".{MANIFEST}.*.partial", f".{PREVIOUS}.*.partial"]
         if not self.durable:
-            leftover.append(self.folder / PREVIOUS)
-        for file in leftover:
-            file.unlink(missing_ok=True)
+            patterns.append(PREVIOUS)
+        for file in self.folder.iterdir():  # one look for all patterns: it is done after every save
+            if file.name not in needed and any(fnmatch(file.name, pattern) for pattern in patterns):
+                file.unlink(missing_ok=True)
 
     def _in_common(self, shared: Path, tensors: Mapping[str, Tensor]) -> tuple[_File | None, set[str]]:
         """The shared file, and the names of the tensors that need not be written since it has them.
@@ -278,7 +278,7 @@ class StateFolder:
         """
         try:
             file = _File(os.path.relpath(shared, self.folder), checksum_once(shared))
-            common = load_file(shared)
+            common = _loaded_once(shared)
         except (OSError, safetensors.SafetensorError):  # another process removed it, or the disk fails
             return None, set()
         if not common.keys() <= tensors.keys():
@@ -303,6 +303,21 @@ class StateFolder:
                 del found[name]
                 found[f"{DIFFERENCE}{name}"] = less
         return found, (file if found.keys() != tensors.keys() else None)
+
+
+def _loaded_once(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file that many states refer to, read once per process unless its size or time changes.
+
+    Nobody may change them. They are a copy in memory, since a map of the file would kill the process where another one
+    cuts the file short.
+    """
+    status = file.stat()
+    return _loaded(Path(os.path.normpath(file)), status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=1)
+def _loaded(file: Path, *_: int) -> dict[str, Tensor]:
+    return load(file.read_bytes())
 
 
 def _whole(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:
