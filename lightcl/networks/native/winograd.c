@@ -24,7 +24,7 @@ enum { ROWS = 8 }; /* 8 x 2 sums, in 16 of the 32 registers of an ARM processor 
 #endif
 
 enum { TILE = 4, SIDE = 6, TAPS = 9, PLACES = SIDE * SIDE }; /* of a tile: outputs along a side, and weights' places */
-enum { FAR = 9, MOST = FAR * FAR };                          /* inputs and places with stride 2: along a side, and of a tile */
+enum { FAR = 9, MOST = FAR * FAR }; /* inputs and places with stride 2: along a side, and of a tile */
 enum { BLOCK = 2 * LANES, TALL = 2 * ROWS, WITHIN = TALL * BLOCK + 16 };
 enum { GROUP = 128, LARGEST = 1024 }; /* tiles that are computed together; positions of a map, at most */
 
@@ -399,7 +399,8 @@ static void weights_to_places(int stride, int row, int vectors, long depth, cons
             const float *from = weights + l * step + j * LANES;
             vec side[3], r[SIDE];
             for (int x = 0; x < 3; x++)
-                side[x] = weight_row(stride, load(from + x * tap, count - j * LANES), load(from + (3 + x) * tap, count - j * LANES),
+                side[x] = weight_row(stride, load(from + x * tap, count - j * LANES),
+                                     load(from + (3 + x) * tap, count - j * LANES),
                                      load(from + (6 + x) * tap, count - j * LANES), row);
             weight_side(stride, side[0], side[1], side[2], r);
             for (int p = 0; p < SIDE; p++) *(loose *)(places + p * next + (l * vectors + j) * LANES) = r[p];
@@ -414,8 +415,9 @@ static void products_with_weights(Shape s, Places factors, long depth, const flo
         weights_to_places(s.stride, row, vectors, depth, weights, tap, step, count, block);
         for (int p = 0; p < SIDE; p++) {
             (vectors == 2 ? product_2 : product_1)(
-                s.tiles * sharing(s.stride, row) * sharing(s.stride, p), depth, factors.first + offset(factors, s.stride, row, p),
-                factors.row, 1, block + p * apart(depth * vectors * LANES), vectors * LANES,
+                s.tiles * sharing(s.stride, row) * sharing(s.stride, p), depth,
+                factors.first + offset(factors, s.stride, row, p), factors.row, 1,
+                block + p * apart(depth * vectors * LANES), vectors * LANES,
                 results.first + offset(results, s.stride, row, p), results.row);
         }
     }
@@ -453,6 +455,7 @@ static void weight_gradient(Shape s, Places outputs, long top, long high, Places
 
 /* A few outputs of the weights [C', 9, C], from `start` on -> [9, C, vectors], a square of numbers at a time. */
 static void turn(Shape s, const float *weights, long start, int vectors, float *turned) {
+    long next = apart(s.inputs * vectors * LANES);
     for (int j = 0; j < vectors; j++)
         for (long tap = 0; tap < TAPS; tap++)
             for (long first = 0; first < s.inputs; first += LANES) {
@@ -462,7 +465,7 @@ static void turn(Shape s, const float *weights, long start, int vectors, float *
                     square[i] = k + i < s.outputs ? load(weights + ((k + i) * TAPS + tap) * s.inputs + first, count) : (vec){0};
                 transpose(square);
                 for (long c = 0; c < count; c++)
-                    *(loose *)(turned + tap * apart(s.inputs * vectors * LANES) + ((first + c) * vectors + j) * LANES) = square[c];
+                    *(loose *)(turned + tap * next + ((first + c) * vectors + j) * LANES) = square[c];
             }
 }
 
@@ -500,14 +503,14 @@ typedef struct {
 
 enum { FORWARD, OF_WEIGHTS, OF_MAPS }; /* a forward pass, or a backward pass without or with the maps' gradient */
 
-/* `half` and `stride` are constants where it is called. A task's scratch memory has its places; transformed weights, and in a forward
-   pass turned ones, or products. */
+/* `half` and `stride` are constants where it is called. A task's scratch memory has its places; transformed weights, and
+   in a forward pass turned ones, or products. */
 INLINE Plan plan_of(const long *sizes, int half, int stride, int pass, long threads) {
     long tiles = sizes[1] / stride / TILE * (sizes[2] / stride / TILE), together = GROUP / tiles > 1 ? GROUP / tiles : 1;
     int aside = pass == FORWARD && sizes[0] * tiles >= GROUP / 2 * threads;
     if (aside) together = at_most(together, (sizes[0] + threads - 1) / threads);
-    Shape s = {at_most(together, sizes[0]), sizes[1], sizes[2], sizes[3], sizes[4], 0, padded(sizes[3]), padded(sizes[4]), half, stride};
-    s.tiles = s.maps * tiles;
+    long maps = at_most(together, sizes[0]);
+    Shape s = {maps, sizes[1], sizes[2], sizes[3], sizes[4], maps * tiles, padded(sizes[3]), padded(sizes[4]), half, stride};
     long depth = pass == OF_MAPS ? s.outputs : pass == FORWARD ? s.inputs : 0;
     long weights = (SIDE + (pass == FORWARD ? TAPS : 0)) * apart(depth * BLOCK);
     long products = pass == FORWARD ? 0 : PLACES * WITHIN;
@@ -574,10 +577,11 @@ INLINE void forward_task(Shape s, Task task, Places inputs, const float *weights
             places_to_output(s, outputs, result, after, n, task.start + v, v);
 }
 
-/* By one of the threads that share the work; `half` and `stride` are constants where it is called. */
-INLINE void forward(const long *sizes, int half, int stride, const void *maps, const float *weights, After after,
-                    void *result, float *scratch) {
-    Plan plan = plan_of(sizes, half, stride, FORWARD, THREADS);
+/* By one of the threads that share the work, which may be fewer than the `threads` that were asked for and have scratch
+   memory; `half` and `stride` are constants where it is called. */
+INLINE void forward(const long *sizes, int threads, int half, int stride, const void *maps, const float *weights,
+                    After after, void *result, float *scratch) {
+    Plan plan = plan_of(sizes, half, stride, FORWARD, threads);
     float *own = scratch + plan.copies * plan.whole + THREAD * plan.alone;
     Tasks tasks = tasks_of(plan.group.padded_outputs, plan.aside ? 1 : THREADS);
     long step = plan.group.maps * (plan.aside ? THREADS : 1);
@@ -602,7 +606,8 @@ INLINE void weights_task(Shape s, Task task, Places outputs, const void *maps, f
     Places inputs = places_at(own, s, BLOCK);
     for (long n = 0; n < s.maps; n++)
         for (long v = 0; v < task.vectors * LANES; v += LANES) input_to_places(s, maps, inputs, n, task.start + v, v);
-    weight_gradient(s, outputs, 0, s.outputs, inputs, task.start, task.vectors * LANES, of_weights, more, own + inputs.size);
+    weight_gradient(s, outputs, 0, s.outputs, inputs, task.start, task.vectors * LANES, of_weights, more,
+                    own + inputs.size);
 }
 
 INLINE void maps_task(Shape s, Task task, Places outputs, const float *weights, void *of_maps, float *own) {
@@ -622,9 +627,9 @@ INLINE void outputs_task(Shape s, Task task, Places inputs, const void *gradient
     weight_gradient(s, outputs, task.start, count, inputs, 0, s.padded_inputs, of_weights, more, own + outputs.size);
 }
 
-INLINE void backward(const long *sizes, int half, int stride, const void *maps, const float *weights, const void *gradient,
-                     void *of_maps, float *of_weights, float *scratch) {
-    Plan plan = plan_of(sizes, half, stride, of_maps ? OF_MAPS : OF_WEIGHTS, THREADS);
+INLINE void backward(const long *sizes, int threads, int half, int stride, const void *maps, const float *weights,
+                     const void *gradient, void *of_maps, float *of_weights, float *scratch) {
+    Plan plan = plan_of(sizes, half, stride, of_maps ? OF_MAPS : OF_WEIGHTS, threads);
     float *own = scratch + plan.copies * plan.whole + THREAD * plan.alone;
     float *copy = scratch + THREAD % plan.copies * plan.whole;
     Tasks tasks = tasks_of(of_maps ? plan.group.padded_inputs : plan.group.padded_outputs, THREADS);
@@ -654,10 +659,10 @@ INLINE void backward(const long *sizes, int half, int stride, const void *maps, 
 
 /* Calls `pass` with constants for whether maps are in bf16, and for the stride. */
 #define WITH_CONSTANTS(pass, ...) \
-    if (sizes[5] && sizes[6] == 2) pass(sizes, 1, 2, __VA_ARGS__); \
-    else if (sizes[5]) pass(sizes, 1, 1, __VA_ARGS__); \
-    else if (sizes[6] == 2) pass(sizes, 0, 2, __VA_ARGS__); \
-    else pass(sizes, 0, 1, __VA_ARGS__);
+    if (sizes[5] && sizes[6] == 2) pass(sizes, threads, 1, 2, __VA_ARGS__); \
+    else if (sizes[5]) pass(sizes, threads, 1, 1, __VA_ARGS__); \
+    else if (sizes[6] == 2) pass(sizes, threads, 0, 2, __VA_ARGS__); \
+    else pass(sizes, threads, 0, 1, __VA_ARGS__);
 
 /* `scale` and `shift`, or `shortcut`, may be NULL: not wanted. */
 void winograd_forward(const long *sizes, int threads, int relu, const void *maps, const float *weights, const float *scale,

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -72,6 +76,37 @@ def test_the_number_of_threads_changes_nothing(count: int, stride: int) -> None:
         assert torch.equal(
             torch.autograd.grad(fast(x.detach()).square().sum(), fast.weight)[0], of_weight_alone[0]
         )  # fmt: skip
+
+
+@toys.needs_compiler
+def test_fewer_threads_than_asked_for_are_enough() -> None:
+    """A system may grant fewer, and then other parts of the scratch memory are used than by all of them."""
+    program = """
+        import torch
+        from torch.nn import functional as F
+        from lightcl.networks.native.convolution import _Winograd
+        for threads in (8, 3):
+            torch.set_num_threads(threads)
+            for stride in (1, 2):
+                for count in (3, 47, 200):
+                    x = torch.randn(count, 40, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+                    weight = torch.randn(70, 40, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
+                    exact = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
+                    y, of_exact = _Winograd.apply(x, weight, stride, torch.float32), F.conv2d(*exact, None, stride, 1)
+                    gradient = torch.randn(y.shape)
+                    given = [y, *torch.autograd.grad(y, (x, weight), gradient)]
+                    alone = _Winograd.apply(x.detach(), weight, stride, torch.float32)
+                    given += torch.autograd.grad(alone, weight, gradient)
+                    expected = [of_exact, *torch.autograd.grad(of_exact, exact, gradient.double())]
+                    for one, other in zip(given, [*expected, expected[2]], strict=True):
+                        assert (one - other).abs().max() < 5e-5 * other.abs().max(), (threads, stride, count)
+        print("computed")
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=os.environ | {"OMP_THREAD_LIMIT": "2"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.stdout.endswith("computed\n"), run.stderr
 
 
 @toys.needs_compiler
