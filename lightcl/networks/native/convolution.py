@@ -102,11 +102,8 @@ class _Winograd(torch.autograd.Function):
         # Not views: autograd adds the gradients of several passes to the first one, where nothing else refers to it.
         of_x = new_maps(maps, maps.shape[1]) if for_x else None
         of_weight = new_maps(weights, weights.shape[1]) if for_weight else None
-        sizes, gradient, code = (
-            _sizes(maps, weights, ctx.stride),
-            as_maps(gradients[0], ctx.kind),
-            require_library().code,
-        )
+        sizes, code = _sizes(maps, weights, ctx.stride), require_library().code
+        gradient = as_maps(gradients[0], ctx.kind)
         scratch = winograd_scratch(code, sizes, Pass.OF_MAPS if for_x else Pass.OF_WEIGHTS)
         call(code, "winograd_backward", sizes, maps, weights, gradient, of_x, of_weight, scratch)
         return None if of_x is None else of_x.to(x.dtype), of_weight, None, None
