@@ -38,7 +38,7 @@ def step(optimizer: torch.optim.Optimizer) -> None:
     """
     with torch.no_grad():
         if type(optimizer) is not torch.optim.SGD or any(
-            g["momentum"] or g["weight_decay"] for g in optimizer.param_groups
+            group["momentum"] or group["weight_decay"] or group["maximize"] for group in optimizer.param_groups
         ):
             inspect.unwrap(type(optimizer).step)(optimizer)
             return

@@ -35,6 +35,7 @@ def folded(network: Backbone) -> Stage:
         _replace_(stage, norm, nn.Identity())
     for parameter in stage.parameters():
         parameter.requires_grad_(False)
+    stage.batch_norms = ()
     return stage
 
 

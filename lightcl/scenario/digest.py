@@ -6,7 +6,7 @@ import hashlib
 
 from lightcl.data.sources.field import FIELD
 from lightcl.networks.section import NAMED_WEIGHTS
-from lightcl.scenario.model import Scenario
+from lightcl.scenario.model import OLD_NATIVE, Scenario
 
 
 def scenario_digest(scenario: Scenario) -> str:
@@ -31,6 +31,7 @@ def scenario_digest(scenario: Scenario) -> str:
             "simulation": True,
         }
     )
+    decisive = decisive.replace('"convolutions":"native"', f'"convolutions":"{OLD_NATIVE}"')  # as in earlier states
     return hashlib.sha256(decisive.encode()).hexdigest()[:16]
 
 

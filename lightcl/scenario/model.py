@@ -64,6 +64,10 @@ class Training(Section):
         return self
 
 
+OLD_NATIVE = "winograd-native"
+"""What `device.convolutions: native` was called at first."""
+
+
 class Device(Section):
     threads: int = Field(default=1, ge=1, le=1024)
     """PyTorch threads per device. Another number may round differently and so change the results slightly."""
@@ -75,8 +79,8 @@ class Device(Section):
     convolutions: Literal["auto", "direct", "winograd", "native"] = "direct"
     """winograd: 3x3 convolutions of the trained blocks with a quarter of the multiplications on maps whose sides are
     multiples of 4, in fp32 on the CPU; rounds differently. native: the same in C, compiled once on the machine
-    that runs it, under precision: bf16 too (not where the processor has AMX), with stride 2 too, and for the frozen
-    blocks; batch-norm, shortcut, ReLU and drift are in C as well. auto: what is known to be fastest
+    that runs it, under precision: bf16 too (not where the processor has AMX), for strided ones of many channels too,
+    and for the frozen blocks; batch-norm, shortcut, ReLU and drift are in C as well. auto: what is known to be fastest
     (docs/how-to/many-devices.md)."""
     prefix_cache: Literal["auto", "on", "off"] = "auto"
     """Whether outputs of the frozen prefix are kept on disk, for images without augmentation and for data.views; auto:
@@ -91,6 +95,12 @@ class Device(Section):
     def _read_switch(cls, given: object) -> object:
         """YAML reads the plain words on and off as true and false."""
         return {True: "on", False: "off"}[given] if isinstance(given, bool) else given
+
+    @field_validator("convolutions", mode="before")
+    @classmethod
+    def _read_old_name(cls, given: object) -> object:
+        """Runs that began before more than Winograd's algorithm was in C have recorded its first name."""
+        return "native" if given == OLD_NATIVE else given
 
 
 _ADDRESS = re.compile(r"auto|(ray://)?([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")

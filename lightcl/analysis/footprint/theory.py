@@ -85,6 +85,8 @@ class Workload:
     of these images without augmentation (a method looks at some or all of them), and of its test images."""
     cache_bytes: int = FP32
     """Bytes per number in the cache."""
+    threads: int = 1
+    """`device.threads`: convolutions in C have scratch memory for each."""
 
     @property
     def optimizer_copies(self) -> int:
@@ -136,6 +138,7 @@ def workload_of(scenario: Scenario, stream: TaskStream, image: Image, accelerato
         arithmetic.convolutions if accelerator == "cpu" else "direct",
         (views * train + test) * scenario.caches_prefix,
         BF16 if half else FP32,
+        scenario.device.threads,
     )
 
 
@@ -531,11 +534,12 @@ class _Step:
         return self.size == FP32 or suits_half(_positions(convolution) * convolution.stride**2)
 
     def _scratch(self, convolution: Convolution, of: Pass, samples: int) -> int:
-        """Bytes of a pass through winograd.c by one thread: its scratch memory and new gradients."""
+        """Bytes of a pass through winograd.c: its scratch memory and new gradients."""
         outputs = convolution.outputs // _positions(convolution)
         inputs = convolution.weights // convolution.kernel**2 // outputs
         numbers = scratch_size(
-            samples, convolution.native_tiles, inputs, outputs, stride=convolution.stride, of=of
+            samples, convolution.native_tiles, inputs, outputs, stride=convolution.stride, of=of,
+            threads=self.workload.threads,
         )  # fmt: skip
         of_weights = convolution.weights if of else 0
         of_maps = samples * convolution.inputs if of is Pass.OF_MAPS else 0

@@ -20,6 +20,8 @@ HALF_POSITIONS = 256
 """The largest maps in bf16: of larger ones PyTorch's convolutions are faster where the processor multiplies in bf16."""
 GROUP = 128
 """Tiles of large maps that winograd.c computes together."""
+ALONE = 2
+"""So many threads transform a group's maps each for itself; more share that work."""
 
 
 class NativeWinogradConv2d(WinogradConv2d):
@@ -62,10 +64,12 @@ def suits_half(positions: int) -> bool:
     return positions <= HALF_POSITIONS and not has_amx()
 
 
-def scratch_size(samples: int, tiles: int, inputs: int, outputs: int, *, stride: int = 1, of: Pass) -> int:
-    """Numbers of scratch memory of a pass by one thread, for maps of `tiles` each and so many channels.
+def scratch_size(
+    samples: int, tiles: int, inputs: int, outputs: int, *, stride: int = 1, of: Pass, threads: int = 1
+) -> int:
+    """Numbers of scratch memory of a pass, for maps of `tiles` each and so many channels.
 
-    It is winograd.c's own count for AVX-512; processors with shorter vectors take less.
+    It is winograd.c's own count (`plan_of` there) for AVX-512; processors with shorter vectors take less.
     """
 
     def apart(numbers: int) -> int:
@@ -76,7 +80,11 @@ def scratch_size(samples: int, tiles: int, inputs: int, outputs: int, *, stride:
         return 25 * one + 10 * four + all_ if stride == 2 else REACH * REACH * one
 
     width, high = 32, 24
-    together = min(samples, max(1, GROUP // tiles)) * tiles
+    together = min(samples, max(1, GROUP // tiles))
+    aside = of is Pass.FORWARD and samples * tiles >= GROUP // 2 * threads
+    if aside:
+        together = min(together, -(-samples // threads))
+    rows, copies = together * tiles, threads if aside or threads <= ALONE else 1
     whole = outputs if of is Pass.OF_MAPS else inputs
     weights = {
         Pass.FORWARD: (REACH + 9) * apart(inputs * width),
@@ -84,7 +92,8 @@ def scratch_size(samples: int, tiles: int, inputs: int, outputs: int, *, stride:
         Pass.OF_MAPS: REACH * apart(outputs * width),
     }
     products = 0 if of is Pass.FORWARD else REACH * REACH * (high * width + 16)
-    return places(together * (-(-whole // 16) * 16)) + places(together * width) + max(weights[of], products)
+    task = places(rows * width) + max(weights[of], products)
+    return copies * places(rows * (-(-whole // 16) * 16)) + threads * task
 
 
 class _Winograd(torch.autograd.Function):

@@ -72,6 +72,8 @@ def test_keys_without_effect_are_named() -> None:
 def test_the_digests_of_other_scenarios_are_what_they_were() -> None:
     """States and runs of earlier versions have them."""
     assert scenario_digest(Scenario()) == "89fca7dc0edfe5e3"
+    renamed = [Scenario.model_validate({"device": {"convolutions": name}}) for name in ("winograd-native", "native")]
+    assert [(one.device.convolutions, scenario_digest(one)) for one in renamed] == [("native", "06032353a6651fc4")] * 2
     assert scenario_digest(scenario()) != scenario_digest(scenario({"keep": "none"}))
     assert scenario_digest(scenario()) == scenario_digest(scenario({"path": "/elsewhere"}))
 

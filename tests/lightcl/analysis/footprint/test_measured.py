@@ -16,6 +16,7 @@ from lightcl.analysis.footprint.measured import (
     rehearsed_workload,
 )
 from lightcl.assembly import build_network
+from lightcl.networks.native import convolution
 from lightcl.scenario import Scenario
 from tests.lightcl import toys
 
@@ -128,17 +129,30 @@ def test_measured_is_what_theory_counts(changes):
 
 @toys.needs_compiler
 @pytest.mark.parametrize(
-    ("changes", "precision"),
+    ("changes", "precision", "threads", "amx"),
     [
-        ({"method": {"name": "lightcl", "memory_pass": "joint"}, "training": AT_ONCE} | CACHED, "fp32"),
-        ({"method": {"name": "lightcl"}}, "bf16"),
-        ({"method": {"name": "sgd"}}, "fp32"),
-        ({"method": {"name": "sgd"}, "network": {"weights": "none", "width": 32, "freeze": "layer4"}}, "fp32"),
-        ({"method": {"name": "lightcl-sparse"}, "network": {"weights": "none", "width": 32}} | CACHED, "fp32"),
+        ({"method": {"name": "lightcl", "memory_pass": "joint"}, "training": AT_ONCE} | CACHED, "fp32", 1, False),
+        ({"method": {"name": "lightcl", "memory_pass": "joint"}, "training": AT_ONCE} | CACHED, "fp32", 2, False),
+        ({"method": {"name": "lightcl"}}, "bf16", 1, False),
+        ({"method": {"name": "lightcl"}}, "bf16", 1, True),
+        ({"method": {"name": "sgd"}}, "fp32", 1, False),
+        (
+            {"method": {"name": "sgd"}, "network": {"weights": "none", "width": 32, "freeze": "layer4"}},
+            "fp32",
+            1,
+            False,
+        ),
+        (
+            {"method": {"name": "lightcl-sparse"}, "network": {"weights": "none", "width": 32}} | CACHED,
+            "fp32",
+            1,
+            False,
+        ),
     ],
 )
-def test_so_it_is_with_winograds_algorithm_in_c(changes, precision):
-    device = {"convolutions": "native", "precision": precision, "accelerator": "cpu"}
+def test_so_it_is_with_a_step_in_c(monkeypatch, changes, precision, threads, amx):
+    monkeypatch.setattr(convolution, "has_amx", lambda: amx)
+    device = {"convolutions": "native", "precision": precision, "accelerator": "cpu", "threads": threads}
     check_measured(changes | {"device": device})
 
 

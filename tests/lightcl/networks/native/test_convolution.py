@@ -227,13 +227,14 @@ def test_what_it_cannot_compute_stays_as_it_is() -> None:
 @toys.needs_compiler
 @pytest.mark.parametrize("of", list(Pass))
 @pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(("shape", "outputs"), [((47, 8, 8, 80), 160), ((3, 8, 16, 33), 70), ((9, 32, 32, 5), 5)])
 def test_the_count_of_scratch_memory_is_that_of_the_longest_vectors(
-    shape: tuple[int, ...], outputs: int, stride: int, of: Pass
+    shape: tuple[int, ...], outputs: int, threads: int, stride: int, of: Pass
 ) -> None:
     n, height, width, inputs = shape
     tiles = NativeWinogradConv2d.tiles(height, width, stride)
-    counted = scratch_size(n, tiles, inputs, outputs, stride=stride, of=of)
-    torch.set_num_threads(1)
+    counted = scratch_size(n, tiles, inputs, outputs, stride=stride, of=of, threads=threads)
+    torch.set_num_threads(threads)
     own = len(winograd_scratch(require_library().code, (*shape, outputs, 0, stride), of))
     assert counted == own if "avx512f" in FEATURES else counted >= own
