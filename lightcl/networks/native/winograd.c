@@ -313,11 +313,11 @@ INLINE void output_tile_back(Tile t) {
     FOR_PLACES(t, *(loose *)place = m[p])
 }
 
-INLINE void input_to_places(Shape s, const void *maps, Places p, long n, long channel, long column) {
+INLINE void input_to_places_for(Shape s, const void *maps, Places p, long n, long channel, long column) {
     FOR_TILES(s, maps, s.height, s.width, s.inputs, p, n, channel, column, , input_tile(t), )
 }
 
-INLINE void places_to_input(Shape s, Places p, void *maps, long n, long channel, long column) {
+INLINE void places_to_input_for(Shape s, Places p, void *maps, long n, long channel, long column) {
     vec sum[LARGEST];
     long positions = s.height * s.width;
     FOR_TILES(
@@ -326,12 +326,48 @@ INLINE void places_to_input(Shape s, Places p, void *maps, long n, long channel,
         for (long i = 0; i < positions; i++) store_any(s.half, maps, t.place + i * t.channels, sum[i], t.count))
 }
 
-INLINE void places_to_output(Shape s, Places p, void *maps, After after, long n, long channel, long column) {
+INLINE void places_to_output_for(Shape s, Places p, void *maps, After after, long n, long channel, long column) {
     FOR_TILES(s, maps, s.height / s.stride, s.width / s.stride, s.outputs, p, n, channel, column, , output_tile(t, after), )
 }
 
-INLINE void output_to_places(Shape s, const void *maps, Places p, long n, long channel, long column) {
+INLINE void output_to_places_for(Shape s, const void *maps, Places p, long n, long channel, long column) {
     FOR_TILES(s, maps, s.height / s.stride, s.width / s.stride, s.outputs, p, n, channel, column, , output_tile_back(t), )
+}
+
+/* Calls `transform(s, ...)` for the maps n from `from` to `until`, with constants in `s` for the kind of maps and the
+   stride, so that its loops are unrolled. Each transform is one function with four such bodies, and not part of its
+   callers, which would take ten seconds to compile. */
+#define WITH_CONSTANTS(transform, ...) \
+    if (s.half && s.stride == 2) { \
+        s.half = 1, s.stride = 2; \
+        for (long n = from; n < until; n++) transform(s, __VA_ARGS__); \
+    } else if (s.half) { \
+        s.half = 1, s.stride = 1; \
+        for (long n = from; n < until; n++) transform(s, __VA_ARGS__); \
+    } else if (s.stride == 2) { \
+        s.half = 0, s.stride = 2; \
+        for (long n = from; n < until; n++) transform(s, __VA_ARGS__); \
+    } else { \
+        s.half = 0, s.stride = 1; \
+        for (long n = from; n < until; n++) transform(s, __VA_ARGS__); \
+    }
+
+#define APART static __attribute__((noinline)) void
+
+APART input_to_places(Shape s, const void *maps, Places p, long from, long until, long channel, long column) {
+    WITH_CONSTANTS(input_to_places_for, maps, p, n, channel, column)
+}
+
+APART places_to_input(Shape s, Places p, void *maps, long from, long until, long channel, long column) {
+    WITH_CONSTANTS(places_to_input_for, p, maps, n, channel, column)
+}
+
+APART places_to_output(Shape s, Places p, void *maps, After after, long from, long until, long channel, long column) {
+    WITH_CONSTANTS(places_to_output_for, p, maps, after, n, channel, column)
+}
+
+APART output_to_places(Shape s, const void *maps, Places p, long from, long until, long channel, long column) {
+    WITH_CONSTANTS(output_to_places_for, maps, p, n, channel, column)
 }
 
 /* ---- Matrix products ---- */
@@ -503,9 +539,9 @@ typedef struct {
 
 enum { FORWARD, OF_WEIGHTS, OF_MAPS }; /* a forward pass, or a backward pass without or with the maps' gradient */
 
-/* `half` and `stride` are constants where it is called. A task's scratch memory has its places; transformed weights, and
-   in a forward pass turned ones, or products. */
-INLINE Plan plan_of(const long *sizes, int half, int stride, int pass, long threads) {
+/* A task's scratch memory has its places; transformed weights, and in a forward pass turned ones, or products. */
+INLINE Plan plan_of(const long *sizes, int pass, long threads) {
+    int half = (int)sizes[5], stride = (int)sizes[6];
     long tiles = sizes[1] / stride / TILE * (sizes[2] / stride / TILE), together = GROUP / tiles > 1 ? GROUP / tiles : 1;
     int aside = pass == FORWARD && sizes[0] * tiles >= GROUP / 2 * threads;
     if (aside) together = at_most(together, (sizes[0] + threads - 1) / threads);
@@ -520,10 +556,8 @@ INLINE Plan plan_of(const long *sizes, int half, int stride, int pass, long thre
 }
 
 /* The shape of the group that begins with map `first`. */
-INLINE Shape group_of(Plan plan, int half, int stride, long first) {
+INLINE Shape group_of(Plan plan, long first) {
     Shape s = plan.group;
-    s.half = half; /* constants, which the compiler does not see in `plan` */
-    s.stride = stride;
     long maps = at_most(s.maps, plan.maps - first);
     s.tiles = s.tiles / s.maps * maps;
     s.maps = maps;
@@ -532,19 +566,22 @@ INLINE Shape group_of(Plan plan, int half, int stride, long first) {
 
 /* Numbers of scratch memory for a pass. */
 long winograd_scratch(const long *sizes, int pass, int threads) {
-    Plan plan = plan_of(sizes, 0, sizes[6], pass, threads);
+    Plan plan = plan_of(sizes, pass, threads);
     return plan.copies * plan.whole + threads * plan.alone;
 }
 
-/* Runs `transform` for all maps n and vectors from channel v on, by all threads that share a copy. */
+/* Runs `transform` for the maps from `from` to `until` and the vector of channels from v on, until all threads that share a
+   copy have done all maps and vectors. */
 #define FOR_VECTORS(plan, maps, channels, transform) \
-    { \
-        int shared = plan.copies == 1; \
-        for (long i = shared ? THREAD : 0; i < maps * (channels / LANES); i += shared ? THREADS : 1) { \
-            long n = i / (channels / LANES), v = i % (channels / LANES) * LANES; \
+    if (plan.copies > 1) { \
+        long from = 0, until = maps; \
+        for (long v = 0; v < channels; v += LANES) transform; \
+    } else { \
+        for (long i = THREAD; i < maps * (channels / LANES); i += THREADS) { \
+            long from = i / (channels / LANES), until = from + 1, v = i % (channels / LANES) * LANES; \
             transform; \
         } \
-        if (shared) { _Pragma("omp barrier") } \
+        _Pragma("omp barrier") \
     }
 
 /* Tasks of one or two vectors of channels: pairs as long as every thread gets as many of them, then single ones. */
@@ -572,27 +609,26 @@ INLINE void forward_task(Shape s, Task task, Places inputs, const float *weights
     turn(s, weights, task.start, task.vectors, turned);
     products_with_weights(s, inputs, s.inputs, turned, apart(s.inputs * task.vectors * LANES), task.vectors * LANES,
                           task.vectors * LANES, task.vectors, outputs, block);
-    for (long n = 0; n < s.maps; n++)
-        for (long v = 0; v < task.vectors * LANES; v += LANES)
-            places_to_output(s, outputs, result, after, n, task.start + v, v);
+    for (long v = 0; v < task.vectors * LANES; v += LANES)
+        places_to_output(s, outputs, result, after, 0, s.maps, task.start + v, v);
 }
 
 /* By one of the threads that share the work, which may be fewer than the `threads` that were asked for and have scratch
-   memory; `half` and `stride` are constants where it is called. */
-INLINE void forward(const long *sizes, int threads, int half, int stride, const void *maps, const float *weights,
-                    After after, void *result, float *scratch) {
-    Plan plan = plan_of(sizes, half, stride, FORWARD, threads);
+   memory. */
+static void forward(const long *sizes, int threads, const void *maps, const float *weights, After after,
+                    void *result, float *scratch) {
+    Plan plan = plan_of(sizes, FORWARD, threads);
     float *own = scratch + plan.copies * plan.whole + THREAD * plan.alone;
     Tasks tasks = tasks_of(plan.group.padded_outputs, plan.aside ? 1 : THREADS);
     long step = plan.group.maps * (plan.aside ? THREADS : 1);
     for (long first = plan.aside ? THREAD * plan.group.maps : 0; first < plan.maps; first += step) {
-        Shape s = group_of(plan, half, stride, first);
+        Shape s = group_of(plan, first);
         Places inputs = places_at(scratch + THREAD % plan.copies * plan.whole, s, s.padded_inputs);
-        const void *here = from_map(maps, half, first, input_size(s));
-        void *there = (void *)from_map(result, half, first, output_size(s));
+        const void *here = from_map(maps, s.half, first, input_size(s));
+        void *there = (void *)from_map(result, s.half, first, output_size(s));
         After with = after;
-        if (after.shortcut) with.shortcut = from_map(after.shortcut, half, first, output_size(s));
-        FOR_VECTORS(plan, s.maps, s.padded_inputs, input_to_places(s, here, inputs, n, v, v))
+        if (after.shortcut) with.shortcut = from_map(after.shortcut, s.half, first, output_size(s));
+        FOR_VECTORS(plan, s.maps, s.padded_inputs, input_to_places(s, here, inputs, from, until, v, v))
         if (plan.aside) {
             for (long i = 0; i < tasks.count; i++) forward_task(s, task_of(tasks, i), inputs, weights, with, there, own);
         } else {
@@ -604,8 +640,8 @@ INLINE void forward(const long *sizes, int threads, int half, int stride, const 
 
 INLINE void weights_task(Shape s, Task task, Places outputs, const void *maps, float *of_weights, int more, float *own) {
     Places inputs = places_at(own, s, BLOCK);
-    for (long n = 0; n < s.maps; n++)
-        for (long v = 0; v < task.vectors * LANES; v += LANES) input_to_places(s, maps, inputs, n, task.start + v, v);
+    for (long v = 0; v < task.vectors * LANES; v += LANES)
+        input_to_places(s, maps, inputs, 0, s.maps, task.start + v, v);
     weight_gradient(s, outputs, 0, s.outputs, inputs, task.start, task.vectors * LANES, of_weights, more,
                     own + inputs.size);
 }
@@ -614,33 +650,33 @@ INLINE void maps_task(Shape s, Task task, Places outputs, const float *weights, 
     Places inputs = places_at(own, s, BLOCK);
     products_with_weights(s, outputs, s.outputs, weights + task.start, s.inputs, TAPS * s.inputs, s.inputs - task.start,
                           task.vectors, inputs, own + inputs.size);
-    for (long n = 0; n < s.maps; n++)
-        for (long v = 0; v < task.vectors * LANES; v += LANES) places_to_input(s, inputs, of_maps, n, task.start + v, v);
+    for (long v = 0; v < task.vectors * LANES; v += LANES)
+        places_to_input(s, inputs, of_maps, 0, s.maps, task.start + v, v);
 }
 
 /* The same for a few outputs, where the places of all inputs are there. */
 INLINE void outputs_task(Shape s, Task task, Places inputs, const void *gradient, float *of_weights, int more, float *own) {
     Places outputs = places_at(own, s, BLOCK);
     long count = at_most(task.vectors * LANES, s.outputs - task.start);
-    for (long n = 0; n < s.maps; n++)
-        for (long v = 0; v < task.vectors * LANES; v += LANES) output_to_places(s, gradient, outputs, n, task.start + v, v);
+    for (long v = 0; v < task.vectors * LANES; v += LANES)
+        output_to_places(s, gradient, outputs, 0, s.maps, task.start + v, v);
     weight_gradient(s, outputs, task.start, count, inputs, 0, s.padded_inputs, of_weights, more, own + outputs.size);
 }
 
-INLINE void backward(const long *sizes, int threads, int half, int stride, const void *maps, const float *weights,
-                     const void *gradient, void *of_maps, float *of_weights, float *scratch) {
-    Plan plan = plan_of(sizes, half, stride, of_maps ? OF_MAPS : OF_WEIGHTS, threads);
+static void backward(const long *sizes, int threads, const void *maps, const float *weights, const void *gradient,
+                     void *of_maps, float *of_weights, float *scratch) {
+    Plan plan = plan_of(sizes, of_maps ? OF_MAPS : OF_WEIGHTS, threads);
     float *own = scratch + plan.copies * plan.whole + THREAD * plan.alone;
     float *copy = scratch + THREAD % plan.copies * plan.whole;
     Tasks tasks = tasks_of(of_maps ? plan.group.padded_inputs : plan.group.padded_outputs, THREADS);
     for (long first = 0; first < plan.maps; first += plan.group.maps) {
-        Shape s = group_of(plan, half, stride, first);
-        const void *gradients = from_map(gradient, half, first, output_size(s));
-        const void *here = from_map(maps, half, first, input_size(s));
-        void *there = (void *)from_map(of_maps, half, first, input_size(s));
+        Shape s = group_of(plan, first);
+        const void *gradients = from_map(gradient, s.half, first, output_size(s));
+        const void *here = from_map(maps, s.half, first, input_size(s));
+        void *there = (void *)from_map(of_maps, s.half, first, input_size(s));
         if (of_maps) {
             Places outputs = places_at(copy, s, s.padded_outputs);
-            FOR_VECTORS(plan, s.maps, s.padded_outputs, output_to_places(s, gradients, outputs, n, v, v))
+            FOR_VECTORS(plan, s.maps, s.padded_outputs, output_to_places(s, gradients, outputs, from, until, v, v))
 #pragma omp for schedule(dynamic)
             for (long i = 0; i < 2 * tasks.count; i++) {
                 Task task = task_of(tasks, i % tasks.count);
@@ -649,7 +685,7 @@ INLINE void backward(const long *sizes, int threads, int half, int stride, const
             }
         } else {
             Places inputs = places_at(copy, s, s.padded_inputs);
-            FOR_VECTORS(plan, s.maps, s.padded_inputs, input_to_places(s, here, inputs, n, v, v))
+            FOR_VECTORS(plan, s.maps, s.padded_inputs, input_to_places(s, here, inputs, from, until, v, v))
 #pragma omp for schedule(dynamic)
             for (long i = 0; i < tasks.count; i++)
                 outputs_task(s, task_of(tasks, i), inputs, gradients, of_weights, first > 0, own);
@@ -657,24 +693,17 @@ INLINE void backward(const long *sizes, int threads, int half, int stride, const
     }
 }
 
-/* Calls `pass` with constants for whether maps are in bf16, and for the stride. */
-#define WITH_CONSTANTS(pass, ...) \
-    if (sizes[5] && sizes[6] == 2) pass(sizes, threads, 1, 2, __VA_ARGS__); \
-    else if (sizes[5]) pass(sizes, threads, 1, 1, __VA_ARGS__); \
-    else if (sizes[6] == 2) pass(sizes, threads, 0, 2, __VA_ARGS__); \
-    else pass(sizes, threads, 0, 1, __VA_ARGS__);
-
 /* `scale` and `shift`, or `shortcut`, may be NULL: not wanted. */
 void winograd_forward(const long *sizes, int threads, int relu, const void *maps, const float *weights, const float *scale,
                       const float *shift, const void *shortcut, void *result, float *scratch) {
     After after = {scale, shift, shortcut, relu};
 #pragma omp parallel num_threads(threads)
-    WITH_CONSTANTS(forward, maps, weights, after, result, scratch)
+    forward(sizes, threads, maps, weights, after, result, scratch);
 }
 
 /* `of_maps` or `of_weights` may be NULL: not wanted. */
 void winograd_backward(const long *sizes, int threads, const void *maps, const float *weights, const void *gradient,
                        void *of_maps, float *of_weights, float *scratch) {
 #pragma omp parallel num_threads(threads)
-    WITH_CONSTANTS(backward, maps, weights, gradient, of_maps, of_weights, scratch)
+    backward(sizes, threads, maps, weights, gradient, of_maps, of_weights, scratch);
 }
