@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from lightcl.device.hardware import choose_accelerator
-from lightcl.networks.native.library import cpuinfo, find_library, require_library
+from lightcl.networks.native.library import cpuinfo, find_library, flags_in, require_library
 from lightcl.scenario import Device, Scenario
 
 AMPERE = 8
@@ -135,8 +135,8 @@ class _Processor:
 def _processor() -> _Processor | None:
     """This machine's, where it is one that the rules know: x86 under Linux."""
     text = cpuinfo()
-    flags = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    flags = flags_in(text)
     family = re.search(r"^cpu family\s*:\s*(\d+)$", text, re.MULTILINE)
     if not flags or not family or platform.machine() != "x86_64":
         return None
-    return _Processor("AuthenticAMD" in text, int(family[1]), frozenset(flags[1].split()))
+    return _Processor("AuthenticAMD" in text, int(family[1]), flags)

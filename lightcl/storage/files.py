@@ -118,8 +118,13 @@ def text_checksum(text: str) -> int:
 
 def checksum_once(file: Path) -> int:
     """`checksum`, computed once per process for a file that many states refer to, unless its size or time changes."""
+    return _checksum_of(*identity(file))
+
+
+def identity(file: Path) -> tuple[Path, int, int, int]:
+    """What is another for another file, and for a file that was written again; the path comes first. Raises OSError."""
     status = file.stat()
-    return _checksum_of(Path(os.path.normpath(file)), status.st_ino, status.st_mtime_ns, status.st_size)
+    return Path(os.path.normpath(file)), status.st_ino, status.st_mtime_ns, status.st_size
 
 
 @lru_cache(maxsize=4)

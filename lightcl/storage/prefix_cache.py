@@ -189,7 +189,7 @@ class FeatureStore:
         number, inside = divmod(int(row), SEGMENT_ROWS)
         segment = self._open(number)
         try:
-            return segment is not None and segment.checksums()[inside] != 0
+            return segment is not None and segment.checksums(inside, 1)[0] != 0
         except OSError:
             self._cache.drop(self._key, number)
             return False
@@ -292,10 +292,10 @@ class _Segment:
         length = os.preadv(self._handle, [target.data], self._place(row))
         return length == self._row_bytes and _checksum(target) == expected
 
-    def checksums(self) -> Sequence[int]:
-        """Of all rows, as they are now; 0 where a row is not there. Raises OSError."""
-        found = os.pread(self._handle, SEGMENT_ROWS * CHECKSUM_BYTES, 0)
-        return memoryview(found.ljust(SEGMENT_ROWS * CHECKSUM_BYTES, b"\0")).cast("Q")
+    def checksums(self, first: int = 0, count: int = SEGMENT_ROWS) -> Sequence[int]:
+        """Of `count` rows, as they are now; 0 where a row is not there. Raises OSError."""
+        found = os.pread(self._handle, count * CHECKSUM_BYTES, first * CHECKSUM_BYTES)
+        return memoryview(found.ljust(count * CHECKSUM_BYTES, b"\0")).cast("Q")
 
     def write(self, row: int, content: np.ndarray) -> None:
         """Raises OSError."""

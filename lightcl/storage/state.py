@@ -32,7 +32,15 @@ from torch import Tensor
 
 from lightcl.errors import Failure
 from lightcl.storage.difference import difference, restored
-from lightcl.storage.files import checksum, checksum_once, sync, sync_names_above, text_checksum, write_atomically
+from lightcl.storage.files import (
+    checksum,
+    checksum_once,
+    identity,
+    sync,
+    sync_names_above,
+    text_checksum,
+    write_atomically,
+)
 
 MANIFEST = "state.json"
 PREVIOUS = "state.previous.json"
@@ -311,8 +319,7 @@ def _loaded_once(file: Path) -> dict[str, Tensor]:
     Nobody may change them. They are a copy in memory, since a map of the file would kill the process where another one
     cuts the file short.
     """
-    status = file.stat()
-    return _loaded(Path(os.path.normpath(file)), status.st_ino, status.st_mtime_ns, status.st_size)
+    return _loaded(*identity(file))
 
 
 @lru_cache(maxsize=1)

@@ -123,11 +123,7 @@ def _forward(
     shortcut: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     sizes, code = _sizes(maps, weights, stride), require_library().code
-    n, height, width, _, outputs, *_ = sizes
-    result = torch.empty(
-        (n, outputs, height // stride, width // stride), dtype=maps.dtype, memory_format=torch.channels_last
-    )
-    scratch = winograd_scratch(code, sizes, Pass.FORWARD)
+    result, scratch = new_maps(maps, len(weights), stride), winograd_scratch(code, sizes, Pass.FORWARD)
     call(code, "winograd_forward", sizes, relu, maps, weights, scale, shift, shortcut, result, scratch)
     return result
 

@@ -133,10 +133,16 @@ def cpuinfo() -> str:
         return ""
 
 
+def flags_in(text: str) -> frozenset[str]:
+    """The features of an x86 processor, of which `text` is Linux's description; else none."""
+    flags = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    return frozenset(flags[1].split()) if flags else frozenset()
+
+
 @cache
 def has_amx() -> bool:
     """Whether the processor multiplies matrices in bf16, eight times as fast as vectors in fp32."""
-    return bool(re.search(r"^flags\s*:.*\bamx_bf16\b", cpuinfo(), re.MULTILINE))
+    return "amx_bf16" in flags_in(cpuinfo())
 
 
 def _reason(error: Exception) -> str:

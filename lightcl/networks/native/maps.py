@@ -19,7 +19,8 @@ def as_maps(x: Tensor, kind: torch.dtype) -> Tensor:
     return x.to(kind).contiguous(memory_format=torch.channels_last)
 
 
-def new_maps(x: Tensor, channels: int) -> Tensor:
-    """Maps like `x`, of so many channels, with any values."""
-    shape = (x.shape[0], channels, *x.shape[2:])
+def new_maps(x: Tensor, channels: int, stride: int = 1) -> Tensor:
+    """Maps like `x`, of so many channels and sides divided by `stride`, with any values."""
+    n, _, height, width = x.shape
+    shape = n, channels, height // stride, width // stride
     return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)

@@ -338,17 +338,14 @@ INLINE void output_to_places_for(Shape s, const void *maps, Places p, long n, lo
    stride, so that its loops are unrolled. Each transform is one function with four such bodies, and not part of its
    callers, which would take ten seconds to compile. */
 #define WITH_CONSTANTS(transform, ...) \
-    if (s.half && s.stride == 2) { \
-        s.half = 1, s.stride = 2; \
-        for (long n = from; n < until; n++) transform(s, __VA_ARGS__); \
-    } else if (s.half) { \
-        s.half = 1, s.stride = 1; \
-        for (long n = from; n < until; n++) transform(s, __VA_ARGS__); \
-    } else if (s.stride == 2) { \
-        s.half = 0, s.stride = 2; \
-        for (long n = from; n < until; n++) transform(s, __VA_ARGS__); \
-    } else { \
-        s.half = 0, s.stride = 1; \
+    CASE(0, 1, transform, __VA_ARGS__) \
+    CASE(0, 2, transform, __VA_ARGS__) \
+    CASE(1, 1, transform, __VA_ARGS__) \
+    CASE(1, 2, transform, __VA_ARGS__)
+
+#define CASE(half_, stride_, transform, ...) \
+    if (s.half == half_ && s.stride == stride_) { \
+        s.half = half_, s.stride = stride_; \
         for (long n = from; n < until; n++) transform(s, __VA_ARGS__); \
     }
 
