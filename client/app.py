@@ -12,7 +12,7 @@ from __future__ import annotations
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from flwr.clientapp import ClientApp
 from pydantic import ValidationError
 
 from client.board.config import default_state_folder
+from client.kept import KeptDevices, Opened
 from lightcl.assembly import fleet_head, stream_plan
 from lightcl.data.field import CHANNELS, FieldDamaged, FieldPlan, FieldTasks, NotReady
 from lightcl.data.images import names_digest
@@ -251,13 +252,13 @@ def _with_device(
     local: Local,
     message: Message,
 ) -> RecordDict:
-    """Opens the device from its state on disk and lets it work.
+    """Opens the device from its state on disk, unless it is open still, and lets it work.
 
     `receive` gives it what the server shares.
     """
     folder = _folder_of(instruction.run, instruction.device, local)
-    open_device = _open_field if comes_to_boards(scenario.data.source) else _open
-    with _alone_in(folder), open_device(instruction, scenario, local, folder) as (device, about):
+    with _alone_in(folder), _opened(instruction, scenario, local, folder) as opened:
+        device, about = opened.device, opened.about
         if local.durable:  # a board: `lightcl device predict` and `serve` read its state without the server
             about.write(folder)
         _delete_learned(device)
@@ -272,6 +273,7 @@ def _with_device(
             content = work(device, instruction, receive)
             if device.method.prefix_features.notice:  # a warning in this process may reach nobody
                 content[NOTICE] = ConfigRecord(Notice(one_line(device.method.prefix_features.notice)).to_record())
+            opened.stays = device.awaits_test
             return content
         except (LimitReached, NotReady) as reached:
             position = (device.position.task, device.position.epochs, device.saved_version)
@@ -281,10 +283,18 @@ def _with_device(
             return _refusal(error, device)
 
 
+def _opened(instruction: Instruction, scenario: Scenario, local: Local, folder: Path) -> AbstractContextManager[Opened]:
+    open_device = _open_field if comes_to_boards(scenario.data.source) else _open
+    if local.durable:  # a board may be idle for weeks, and has no memory to spare
+        return open_device(instruction, scenario, local, folder)
+    kept = _kept(instruction.scenario, local.overrides, local.state)
+    return kept.opened(
+        (instruction.run, instruction.round), folder, lambda: open_device(instruction, scenario, local, folder)
+    )
+
+
 @contextmanager
-def _open(
-    instruction: Instruction, scenario: Scenario, local: Local, folder: Path
-) -> Iterator[tuple[EdgeDevice, Description]]:
+def _open(instruction: Instruction, scenario: Scenario, local: Local, folder: Path) -> Iterator[Opened]:
     """The device of a scenario whose images are there."""
     source = _source(scenario.source_request())
     share = (
@@ -298,13 +308,11 @@ def _open(
             durable=local.durable, board=local.board(folder, scenario.device.accelerator),
             shared=None if local.durable else SharedVersions(folder.parent / "shared"),  # a board is one device
         )  # fmt: skip
-        yield device, Description.of(scenario, instruction.device, source, device.stream.head)
+        yield Opened(device, Description.of(scenario, instruction.device, source, device.stream.head))
 
 
 @contextmanager
-def _open_field(
-    instruction: Instruction, scenario: Scenario, local: Local, folder: Path
-) -> Iterator[tuple[EdgeDevice, Description]]:
+def _open_field(instruction: Instruction, scenario: Scenario, local: Local, folder: Path) -> Iterator[Opened]:
     """The device of a scenario whose images come with time."""
     plan = field_plan(scenario, local, instruction.device)
     plan.note(folder / FIELD)
@@ -315,7 +323,7 @@ def _open_field(
             scenario, instruction.device, folder, stream=stream, durable=local.durable, network=network,
             board=local.board(folder, scenario.device.accelerator),
         )  # fmt: skip
-        yield device, Description(scenario, instruction.device, plan.classes, side, side, CHANNELS)
+        yield Opened(device, Description(scenario, instruction.device, plan.classes, side, side, CHANNELS))
 
 
 def _delete_learned(device: EdgeDevice) -> None:
@@ -491,6 +499,12 @@ def _lender(text: str, overrides: Overrides, channels: int, classes: int, *, man
     if many and template.frozen_batch_norm == "eval":
         template.prefix.derived = {}
     return NetworkLender(template, again=many)
+
+
+@lru_cache(maxsize=1)
+def _kept(text: str, overrides: Overrides, state: Path) -> KeptDevices:
+    """Devices of a scenario, with their states in folders of `state`."""
+    return KeptDevices()
 
 
 @lru_cache(maxsize=1)

@@ -239,6 +239,14 @@ class Ledger:
             return None
         return int(self._images.by_task[number, task])
 
+    def longest_first(self, entries: Sequence[Entry], tasks: Mapping[int, Sequence[int]]) -> list[Entry]:
+        """The devices with the most images for their `tasks` first.
+
+        Workers that take the devices in this order finish at nearly the same time: what comes last is short.
+        """
+        work = {e.number: sum(self.images_of(e.number, task) or 0 for task in tasks[e.number]) for e in entries}
+        return sorted(entries, key=lambda entry: -work[entry.number])
+
     def classes_of(self, number: int) -> np.ndarray | None:
         """How many training images of each class a device has, int `[classes]`; None as in `images_of`."""
         return None if self._images is None or number in self._own_data else self._images.by_class[number]

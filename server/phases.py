@@ -43,7 +43,7 @@ class Phases:
                 rows[entry.number],
                 evaluate=self._tests_at_once(goals[entry.number]),
             )
-            for entry in chosen
+            for entry in self.dispatch.ledger.longest_first(chosen, {n: goal[:1] for n, goal in goals.items()})
         }
         accepted: list[tuple[Entry, Trained, int, Telemetry | None]] = []  # with the bytes that it sent
         contributions: list[Contribution] = []
@@ -134,11 +134,12 @@ class Phases:
         """Every given device is tested where it stands."""
         if not entries:
             return
+        learned = {entry.number: entry.tasks[: entry.position + 1] for entry in entries}
         sent = {
             entry.number: self.dispatch.message(
                 entry, MessageType.EVALUATE, (entry.task, entry.epochs), rows[entry.number]
             )
-            for entry in entries
+            for entry in self.dispatch.ledger.longest_first(entries, learned)
         }
         for entry, reply in self.dispatch.exchange(sent, rows, "evaluate"):
             self._add_test_(self.check.test, entry, reply, rows[entry.number])

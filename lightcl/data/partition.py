@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import overload
 
@@ -97,11 +98,35 @@ class Shares(Sequence[Share]):
         labels = self._source.train.labels[train]
         if self._fleet.test_data == "whole":
             return Share(train, _tests_of(labels, self._source.test.labels))
-        return Share(train, _matched_tests(self._source, labels, self._fleet, self._seed, device))
+        return Share(train, self._matched_tests(labels, device))
 
     def train_of(self, device: int) -> np.ndarray:
         """A device's training images without its test images, which take time to draw under `test_data: matched`."""
         return self._train[device]
+
+    def _matched_tests(self, train_labels: np.ndarray, device: int) -> np.ndarray:
+        """Test images in the proportions of a device's training images, drawn for the device; devices may share them."""
+        available = self._tests_available
+        counts = matched_counts(np.bincount(train_labels, minlength=len(available)), available, self._fleet.test_images)
+        starts = np.cumsum(available) - available
+        generator = numpy_generator(self._seed, "partition", "matched", device)
+        drawn = [
+            self._tests_by_class[starts[label] : starts[label] + available[label]][
+                generator.permutation(int(available[label]))[: counts[label]]
+            ]
+            for label in np.flatnonzero(counts)
+        ]
+        return np.sort(np.concatenate(drawn)) if drawn else np.empty(0, dtype=np.int64)
+
+    @cached_property
+    def _tests_available(self) -> np.ndarray:
+        """Test images per class, int64 `[classes]`."""
+        return np.bincount(self._source.test.labels, minlength=len(self._source.classes))
+
+    @cached_property
+    def _tests_by_class(self) -> np.ndarray:
+        """The test images of class 0, of class 1, ..."""
+        return np.argsort(self._source.test.labels, kind="stable")
 
     @property
     def sizes(self) -> np.ndarray:
@@ -116,7 +141,7 @@ class Shares(Sequence[Share]):
         """Training and test images per device and class, int64 `[devices, classes]` each; no share is read."""
         classes = len(self._source.classes)
         train = self.train_counts()
-        available = np.bincount(self._source.test.labels, minlength=classes)
+        available = self._tests_available
         if self._fleet.test_data == "share":
             return train, self._test.counts(self._source.test.labels, classes)
         if self._fleet.test_data == "whole":
@@ -181,23 +206,6 @@ def matched_counts(train: np.ndarray, available: np.ndarray, limit: int | None =
 def _tests_of(train_labels: np.ndarray, test_labels: np.ndarray) -> np.ndarray:
     """All test images of the classes that a device holds."""
     return np.flatnonzero(np.isin(test_labels, np.unique(train_labels)))
-
-
-def _matched_tests(source: Source, train_labels: np.ndarray, fleet: Fleet, seed: int, device: int) -> np.ndarray:
-    """Test images in the proportions of a device's training images, drawn for the device; devices may share them."""
-    classes = len(source.classes)
-    available = np.bincount(source.test.labels, minlength=classes)
-    counts = matched_counts(np.bincount(train_labels, minlength=classes), available, fleet.test_images)
-    by_class = np.argsort(source.test.labels, kind="stable")  # the images of class 0, of class 1, ...
-    starts = np.cumsum(available) - available
-    generator = numpy_generator(seed, "partition", "matched", device)
-    drawn = [
-        by_class[starts[label] : starts[label] + available[label]][
-            generator.permutation(int(available[label]))[: counts[label]]
-        ]
-        for label in np.flatnonzero(counts)
-    ]
-    return np.sort(np.concatenate(drawn)) if drawn else np.empty(0, dtype=np.int64)
 
 
 # -- computing and storing -----------------------------------------------------------------------------------------

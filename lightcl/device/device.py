@@ -126,6 +126,22 @@ class EdgeDevice:
         """Whether the last task is learned; a device without tasks has nothing to learn."""
         return not self.stream or self.position == Position(self.stream.ids[-1], self.scenario.training.epochs)
 
+    @property
+    def awaits_test(self) -> bool:
+        """Whether a task is learned that the device has not been tested on."""
+        task = self.position.task
+        return self.position.epochs == self.scenario.training.epochs and task not in self.rows["til"]
+
+    @property
+    def bytes_in_memory(self) -> int:
+        """What the device has for itself alone: its suffix and head, and what its method keeps."""
+        tensors = (*changing_tensors(self.network).values(), *self.method.state_dict().values())
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def is_as_saved(self) -> bool:
+        """Whether the saved state is the one that this object has saved or read, and nothing was received since."""
+        return self._received is None and self._state.is_current()
+
     def matrix(self, setting: str) -> AccuracyMatrix:
         """The accuracy matrix so far, with holes where a task is skipped; `setting` is "til" or "cil"."""
         return AccuracyMatrix.from_rows(self.rows[setting], self.scenario.stream.tasks, self.stream.ids)

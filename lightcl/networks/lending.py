@@ -1,6 +1,6 @@
-"""One network object for many devices, one after another.
+"""A few network objects for many devices, one after another.
 
-A process that simulates devices opens one for every message. Copying a network for each of them takes several
+A process that simulates devices opens one for nearly every message. Copying a network for each of them takes several
 milliseconds, setting its tensors back a fraction of one.
 """
 
@@ -30,20 +30,20 @@ class NetworkLender:
         self._template, self._again = template, again
         self._shared = set(template.prefix.modules()) if template.frozen_batch_norm == "eval" else set[nn.Module]()
         self._start = self._tensors(self._modules(template))
-        self._back: tuple[Backbone, Any] | None = None  # with the form that it had at first
+        self._back: list[tuple[Backbone, Any]] = []  # with the form that each had at first
 
     @contextmanager
     def lent(self) -> Iterator[Backbone]:
         """A network for the time inside a `with`; afterwards nobody may use it. After an exception it stays away."""
-        if self._back is None:
+        if not self._back:
             network = copy.deepcopy(self._template, {id(module): module for module in self._shared})
             form = self._form(network) if self._again else None
         else:
-            (network, form), self._back = self._back, None
+            network, form = self._back.pop()
             self._set_back_(network)
         yield network
         if self._again and self._form(network) == form:
-            self._back = network, form
+            self._back.append((network, form))
 
     def _set_back_(self, network: Backbone) -> None:
         with torch.no_grad():

@@ -193,6 +193,10 @@ class StateFolder:
         except (ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
             raise Damaged(f"{file.name!r} cannot be read as safetensors ({error})") from error
 
+    def is_current(self) -> bool:
+        """Whether the state on disk is still the one that the last load or save of this object found or left."""
+        return self._current is not None and _text(self.folder / MANIFEST) == self._current.text
+
     # -- writing -----------------------------------------------------------------------------------------------
 
     def save(

@@ -5,6 +5,9 @@ Nothing polls, and the work per job does not depend on the number of jobs.
 
 While many jobs wait, a worker has its next one beside the one that it runs: the way of a result to this thread and of a
 job back takes milliseconds, and on a machine that is as busy as it should be, more.
+
+A worker may have kept what it needs for the next job about the same subject, so it gets that job, unless another worker
+would have nothing to do.
 """
 
 from __future__ import annotations
@@ -13,8 +16,8 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,6 +32,8 @@ PROBE_SECONDS = 5.0
 """How often Ray is checked."""
 START_SECONDS = 300.0
 """How long jobs may wait while no worker has started, or none of those that replace dead ones."""
+SUBJECTS = 4096
+"""Of so many subjects the pool knows the last worker: the devices of a round, not those of a fleet."""
 DEATHS = 2
 """Workers that die over one job until the job counts as the cause."""
 
@@ -48,7 +53,48 @@ class Job:
     deliver: Callable[[Any], None]
     expires: float
     """Time of `clock()` after which the job is no longer started."""
+    subject: Hashable = None
+    """What the job is about; None: nothing that a worker keeps anything of."""
     deaths: int = 0
+
+
+class _Waiting:
+    """The jobs that no worker has so far, in the order in which they came, by the worker that should have them."""
+
+    def __init__(self) -> None:
+        self._of: dict[Any, deque[Job]] = {None: deque()}
+        """None: jobs that any worker may have. No other entry is empty."""
+        self._last: OrderedDict[Hashable, Any] = OrderedDict()  # the last worker, by subject
+
+    def __len__(self) -> int:
+        return sum(map(len, self._of.values()))
+
+    def add(self, job: Job) -> None:
+        self._of.setdefault(self._last.get(job.subject), deque()).append(job)
+
+    def put_back(self, jobs: Iterable[Job]) -> None:
+        """Jobs of a worker that has died: any other may have them, before those that came later."""
+        self._of[None].extendleft(reversed(list(jobs)))
+
+    def has_for(self, actor: Any) -> bool:
+        return bool(self._of[None]) or actor in self._of
+
+    def take(self, actor: Any) -> Job:
+        """The next job of a worker; where only others' jobs are left (or those of the dead), the last one of the one
+        that has most."""
+        own = self._of.get(actor) or self._of[None]
+        if own:
+            job = own.popleft()
+        else:
+            own = max(self._of.values(), key=len)
+            job = own.pop()
+        self._of = {owner: jobs for owner, jobs in self._of.items() if jobs or owner is None}
+        if job.subject is not None:
+            self._last[job.subject] = actor
+            self._last.move_to_end(job.subject)
+            if len(self._last) > SUBJECTS:
+                self._last.popitem(last=False)
+        return job
 
 
 class WorkerPool:
@@ -71,7 +117,7 @@ class WorkerPool:
         self._start, self._size, self._admit, self._alive = start, size, admit, alive
         self._on_broken, self._clock = on_broken, clock
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._waiting: deque[Job] = deque()
+        self._waiting = _Waiting()
         self._jobs: dict[Any, list[Job]] = {}  # of the actors that have started: the job that runs and the next one
         self._actors: set[Any] = set()
         self._deaths = 0  # since a worker last finished a job
@@ -84,7 +130,7 @@ class WorkerPool:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        self._events.put(partial(self._waiting.append, job))
+        self._events.put(partial(self._waiting.add, job))
 
     def close(self) -> None:
         """Stops the thread and the workers; unfinished jobs are never delivered."""
@@ -151,11 +197,11 @@ class WorkerPool:
 
     def _dispatch(self) -> None:
         while self._waiting and self._jobs:
-            actor, jobs = min(self._jobs.items(), key=lambda item: len(item[1]))
+            actor, jobs = min(self._jobs.items(), key=lambda item: (len(item[1]), not self._waiting.has_for(item[0])))
             most = 2 if len(self._waiting) > len(self._jobs) else 1  # the last jobs go to whoever is free first
             if len(jobs) >= most:
                 return
-            job = self._waiting.popleft()
+            job = self._waiting.take(actor)
             if job.expires < self._clock():
                 job.deliver(TimeoutError("expired before a worker was free"))
                 continue
@@ -168,12 +214,12 @@ class WorkerPool:
         error = result.exception()
         if error is not None and _is_death(error):
             running, *others = self._jobs.pop(actor)
-            self._waiting.extendleft(reversed(others))
             running.deaths += 1
             if running.deaths < DEATHS:
-                self._waiting.appendleft(running)
+                others.insert(0, running)
             else:
                 running.deliver(None)
+            self._waiting.put_back(others)
             self._replace(actor, error)
             return
         self._jobs[actor].remove(job)

@@ -24,6 +24,7 @@ from flwr.app import ArrayRecord, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+from lightcl.exchange.messages import INSTRUCTION
 from server.mailbox import RunStopped, WorkerDied
 from simulations.runtime.pool import Job, PoolBroken, WorkerPool
 from simulations.runtime.worker import SHARED_RECORDS, Parcel
@@ -98,7 +99,7 @@ class RayGrid(Grid):
             with self._change:
                 self._expected[message_id] = expires
             deliver = partial(self._deliver, message_id, _without_arrays(message))
-            self._pool.submit(Job(self._parcel(message, node), deliver, expires))
+            self._pool.submit(Job(self._parcel(message, node), deliver, expires, _device_of(message)))
             ids.append(message_id)
         return ids
 
@@ -206,6 +207,12 @@ class RayGrid(Grid):
             if self._replies[oldest][1] + 60 > now:
                 return
             del self._replies[oldest]
+
+
+def _device_of(message: Message) -> Any:
+    """The device that a message is for; None in a message that is no instruction."""
+    record = message.content.config_records.get(INSTRUCTION)
+    return record.get("device") if record else None
 
 
 def _without_arrays(message: Message) -> Message:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import pytest
@@ -70,8 +71,10 @@ class Bench:
         return self.workers[-1]
 
     def submit(self, *jobs: str) -> None:
+        """Jobs whose names begin with the same letter are about the same subject."""
         for job in jobs:
-            self.pool.submit(Job(job, lambda result, job=job: self.results.__setitem__(job, result), expires=1.0))
+            deliver = partial(self.results.__setitem__, job)
+            self.pool.submit(Job(job, deliver, expires=1.0, subject=job[0]))
         self.settle()
 
     def settle(self) -> None:
@@ -146,6 +149,46 @@ def test_the_next_job_of_a_worker_that_dies_is_not_blamed(two: Bench) -> None:
     assert two.results == {running: None}, "two workers have died over it"
     assert any(after in jobs for jobs in [two.given[1], *two.given[3:]])
     assert two.pool.replaced == 2
+
+
+def serve(bench: Bench) -> dict[str, int]:
+    """Which worker does which job, where the first one of each worker takes the same time, then the next one."""
+    done: dict[str, int] = {}
+    while jobs := [(at, next(iter(worker.given))) for at, worker in enumerate(bench.workers) if worker.given]:
+        for at, job in jobs:
+            bench.finish(at, job)
+            done[job] = at
+    return done
+
+
+def test_a_worker_gets_the_next_job_about_what_it_had_the_last_one_about(two: Bench) -> None:
+    two.submit(*(f"{subject}1" for subject in "abcdefgh"))
+    before = serve(two)
+    two.submit("x1", "y1", "x2", "y2", *(f"{subject}2" for subject in "abcdefgh"))  # the first ones keep both busy
+    after = serve(two)
+    assert len(before) == 8
+    assert len(after) == 12
+    same = [after[f"{subject}2"] == before[f"{subject}1"] for subject in "abcdefgh"]
+    assert sum(same) >= 7, "the last one goes to whoever is free"
+
+
+def test_no_worker_waits_for_jobs_that_another_one_should_have(two: Bench) -> None:
+    two.submit(*(f"{subject}1" for subject in "abcdef"))
+    before = serve(two)
+    two.submit(*(f"{job[0]}2" for job, at in before.items() if at == 0))
+    assert min(map(len, two.given)) == 1
+
+
+def test_the_jobs_that_a_dead_worker_should_have_had_are_done_by_others(two: Bench) -> None:
+    two.submit(*(f"{subject}1" for subject in "abcdef"))
+    before = serve(two)
+    assert set(before.values()) == {0, 1}
+    two.submit("x1")
+    holder = next(at for at, given in enumerate(two.given) if given)
+    two.submit(*(f"{job[0]}2" for job in before))
+    two.die(holder)
+    two.workers[holder].given.clear()
+    assert set(serve(two)) | set(two.results) >= {"x1", *(f"{job[0]}2" for job in before)}
 
 
 @pytest.fixture

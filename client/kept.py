@@ -1,0 +1,82 @@
+"""Devices that a worker of a simulation keeps open between training and test.
+
+When the devices of a round have trained, the shared tensors move, and each device is tested with them. Opening a device
+again for its test takes 5 to 10 ms, as long as testing it on some dozen images. So those that fit in `MOST_BYTES` stay
+open, and the pool sends their tests to this worker (`simulations/runtime/pool.py`). A kept device is worth nothing more
+than its saved state: whoever wants it and does not find it here, opens it from there, with the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+
+from lightcl.device.device import EdgeDevice
+from lightcl.export.model import Description
+
+MOST_BYTES = 96 << 20
+"""The most that the kept devices of a process take. That does not depend on the size of the fleet."""
+
+
+@dataclass
+class Opened:
+    """A device at work; `about` describes its model."""
+
+    device: EdgeDevice
+    about: Description
+    stays: bool = False
+    """Whether the device is to be kept when the work is done."""
+
+
+class KeptDevices:
+    """The devices of one round that wait for their test."""
+
+    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
+        self._most = most_bytes
+        self._kept: dict[Hashable, tuple[Opened, ExitStack]] = {}
+        self._bytes = 0
+        self._round: Hashable = None
+
+    @contextmanager
+    def opened(
+        self, round_of_run: Hashable, name: Hashable, open_device: Callable[[], AbstractContextManager[Opened]]
+    ) -> Iterator[Opened]:
+        """The device that is kept under this name, else the one that `open_device()` opens.
+
+        After the work it is kept if it says so (`Opened.stays`) and there is room; nothing of an earlier round is.
+        Nobody else may work with this device at the same time.
+        """
+        if round_of_run != self._round:
+            self.close()
+            self._round = round_of_run
+        opened, stack = self._take(name) or (None, ExitStack())
+        with stack:
+            if opened is None:
+                opened = stack.enter_context(open_device())
+            opened.stays = False
+            yield opened
+            if opened.stays and self._bytes + opened.device.bytes_in_memory <= self._most:
+                self._kept[name] = opened, stack.pop_all()
+                self._bytes += opened.device.bytes_in_memory
+
+    def close(self) -> None:
+        """Closes all devices."""
+        while self._kept:
+            self._close(next(iter(self._kept)))
+
+    def _take(self, name: Hashable) -> tuple[Opened, ExitStack] | None:
+        """The device, which is not kept any more; None where there is none, or its saved state is newer."""
+        if name not in self._kept:
+            return None
+        if not self._kept[name][0].device.is_as_saved():
+            self._close(name)
+            return None
+        opened, stack = self._kept.pop(name)
+        self._bytes -= opened.device.bytes_in_memory
+        return opened, stack
+
+    def _close(self, name: Hashable) -> None:
+        opened, stack = self._kept.pop(name)
+        self._bytes -= opened.device.bytes_in_memory
+        stack.close()
