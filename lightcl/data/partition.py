@@ -105,7 +105,7 @@ class Shares(Sequence[Share]):
         return self._train[device]
 
     def _matched_tests(self, train_labels: np.ndarray, device: int) -> np.ndarray:
-        """Test images in the proportions of a device's training images, drawn for the device; devices may share them."""
+        """Test images in the proportions of a device's training images, drawn for it; devices may share them."""
         available = self._tests_available
         counts = matched_counts(np.bincount(train_labels, minlength=len(available)), available, self._fleet.test_images)
         starts = np.cumsum(available) - available

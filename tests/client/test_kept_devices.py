@@ -13,8 +13,7 @@ import pytest
 import client.app
 from client.app import make_app
 from client.kept import KeptDevices, Opened
-from lightcl.device.device import EdgeDevice
-from lightcl.device.training import TrainingFailure
+from lightcl.device.device import EdgeDevice, OutOfStep
 from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario, method_names
 from server.rounds import Coordinator
@@ -113,10 +112,10 @@ class Shelf:
         with self.kept.opened(at, number, lambda: self._open(number)) as opened:
             yield opened
 
-    def train(self, number: int) -> None:
+    def train(self, number: int, task: int = 0) -> None:
         with self.device(number) as opened:
-            opened.device.train(0, 1)
-            opened.stays = opened.device.awaits_test
+            opened.stays = True
+            opened.device.train(task, 1)
 
 
 def test_a_device_that_awaits_its_test_is_the_same_object_then(tmp_path: Path) -> None:
@@ -166,9 +165,8 @@ def test_the_next_round_closes_what_was_not_tested_in_the_last(tmp_path: Path) -
 def test_an_error_at_work_closes_the_device(tmp_path: Path) -> None:
     shelf = Shelf(tmp_path)
     shelf.train(0)
-    with pytest.raises(TrainingFailure), shelf.device(0) as opened:
-        opened.stays = True
-        raise TrainingFailure("of this device")
+    with pytest.raises(OutOfStep):
+        shelf.train(0, task=2)
     assert shelf.closed == [0]
     with shelf.device(0):
         assert shelf.opened == [0, 0]
