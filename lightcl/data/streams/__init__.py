@@ -116,10 +116,13 @@ def cut_stream(
         if classes is None:
             skipped.append(Skipped(number, _too_few_classes(plan), 0, 0))
             continue
-        members = share.train[np.isin(labels, classes)]
-        test = share.test[np.isin(test_labels, [c for c in classes if present[c]])]
-        members = numpy_generator(plan.seed, "held-out", device, number).permutation(members)
+        chosen = np.zeros(len(source.classes), dtype=bool)
+        chosen[list(classes)] = True
+        members = share.train[chosen[labels]]
+        test = share.test[(chosen & present)[test_labels]]
         out = int(_held_out(plan, np.asarray(len(members))))
+        if out:
+            members = numpy_generator(plan.seed, "held-out", device, number).permutation(members)
         if not _enough(plan, np.asarray(len(members)), np.asarray(len(test))):
             train = len(members) - out
             skipped.append(Skipped(number, _reason(plan, train), train, len(test)))
