@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lightcl.device.device import EdgeDevice
 from lightcl.export.model import Description
@@ -29,12 +30,20 @@ class Opened:
     """Whether the device is to be kept when the work is done."""
 
 
+class _Kept(NamedTuple):
+    opened: Opened
+    stack: ExitStack
+    """Closes the device."""
+    size: int
+    """Bytes in memory."""
+
+
 class KeptDevices:
     """The devices of one round that wait for their test."""
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         self._most = most_bytes
-        self._kept: dict[Hashable, tuple[Opened, ExitStack]] = {}
+        self._kept: dict[Hashable, _Kept] = {}
         self._bytes = 0
         self._round: Hashable = None
 
@@ -50,33 +59,31 @@ class KeptDevices:
         if round_of_run != self._round:
             self.close()
             self._round = round_of_run
-        opened, stack = self._take(name) or (None, ExitStack())
-        with stack:
-            if opened is None:
-                opened = stack.enter_context(open_device())
+        kept = self._take(name)
+        with kept.stack if kept else ExitStack() as stack:
+            opened = kept.opened if kept else stack.enter_context(open_device())
             opened.stays = False
             yield opened
-            if opened.stays and self._bytes + opened.device.bytes_in_memory <= self._most:
-                self._kept[name] = opened, stack.pop_all()
-                self._bytes += opened.device.bytes_in_memory
+            if opened.stays and self._bytes + (size := opened.device.bytes_in_memory) <= self._most:
+                self._kept[name] = _Kept(opened, stack.pop_all(), size)
+                self._bytes += size
 
     def close(self) -> None:
         """Closes all devices."""
-        while self._kept:
-            self._close(next(iter(self._kept)))
+        for name in list(self._kept):
+            self._remove(name).stack.close()
 
-    def _take(self, name: Hashable) -> tuple[Opened, ExitStack] | None:
+    def _take(self, name: Hashable) -> _Kept | None:
         """The device, which is not kept any more; None where there is none, or its saved state is newer."""
         if name not in self._kept:
             return None
-        if not self._kept[name][0].device.is_as_saved():
-            self._close(name)
-            return None
-        opened, stack = self._kept.pop(name)
-        self._bytes -= opened.device.bytes_in_memory
-        return opened, stack
+        kept = self._remove(name)
+        if kept.opened.device.is_as_saved():
+            return kept
+        kept.stack.close()
+        return None
 
-    def _close(self, name: Hashable) -> None:
-        opened, stack = self._kept.pop(name)
-        self._bytes -= opened.device.bytes_in_memory
-        stack.close()
+    def _remove(self, name: Hashable) -> _Kept:
+        kept = self._kept.pop(name)
+        self._bytes -= kept.size
+        return kept

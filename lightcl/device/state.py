@@ -91,7 +91,7 @@ class DeviceValues:
 
 @cache
 def _adapter() -> TypeAdapter[Any]:
-    return TypeAdapter(DeviceValues)  # takes milliseconds; a device is opened for every message
+    return TypeAdapter(DeviceValues)  # takes milliseconds; a worker opens many devices
 
 
 def changing_tensors(network: Backbone) -> dict[str, Tensor]:

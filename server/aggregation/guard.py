@@ -82,8 +82,8 @@ SMALLEST_SHIFT = 0.1
 EXAMPLES_FACTOR = 2.0
 """Times the median of a round, where the server does not know how many images a device has."""
 
-BLOCK = 2**14
-"""Values of an update that are multiplied at once: those of 16 devices stay in a cache of 1 MiB."""
+BLOCK = 2**18
+"""Values of all updates together that are multiplied at once: they stay in a cache of 1 MiB."""
 
 REMEMBERED = 50
 """Updates of earlier rounds."""
@@ -307,15 +307,16 @@ def _products(items: Sequence[Contribution], current: Arrays) -> np.ndarray:
     names = _learned(current)
     records = [item.reply.content.array_records[ARRAYS] for item in items if item.reply]  # a copy at each call
     products = np.zeros((len(names), len(items), len(items)))
-    block = np.empty((len(items), min(BLOCK, max(current[name].size for name in names))), np.float32)
+    length = min(BLOCK // len(items), max(current[name].size for name in names))
+    block = np.empty((len(items), length), np.float32)
     for product, name in zip(products, names, strict=True):
         model = current[name].ravel()
         devices = [record[name].numpy().ravel() for record in records]
-        for start in range(0, len(model), BLOCK):
-            before = model[start : start + BLOCK]
+        for start in range(0, len(model), length):
+            before = model[start : start + length]
             updates = block[:, : len(before)]
             for row, values in zip(updates, devices, strict=True):
-                np.subtract(values[start : start + BLOCK], before, out=row)
+                np.subtract(values[start : start + length], before, out=row)
             product += _lower_products(updates)
     return products + np.tril(products, -1).swapaxes(1, 2)
 
