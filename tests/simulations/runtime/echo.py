@@ -12,7 +12,8 @@ from flwr.clientapp import ClientApp
 
 
 def ask(node: int, ttl: float = 300.0, **orders: str | int | float) -> Message:
-    """A train message for `node`; orders: number, sleep, error, die (`once`, `always`)."""
+    """A train message for `node`; orders: number, sleep, error, die (`once`, `always`), and
+    meets: the number of another message, whose work must begin before this one's ends."""
     return Message(
         RecordDict({"orders": ConfigRecord(orders)}), dst_node_id=node, message_type=MessageType.TRAIN, ttl=ttl
     )
@@ -36,6 +37,11 @@ def make_client(state: Path) -> ClientApp:
         if "error" in orders:
             raise ValueError(str(orders["error"]))
         time.sleep(float(orders.get("sleep", 0)))
+        end = time.monotonic() + 60
+        while "meets" in orders and not (state / f"started-{orders['meets']}").exists():
+            if time.monotonic() > end:
+                raise TimeoutError("the other message waits for this one")
+            time.sleep(0.01)
         sums = {
             name: float(array.numpy().sum())
             for record in message.content.array_records.values()

@@ -72,11 +72,8 @@ def test_a_large_fleet_has_few_nodes_and_each_message_gets_its_own_reply(opened:
 def test_messages_to_one_node_run_at_the_same_time(opened: Callable[..., RayGrid]) -> None:
     grid = opened()
     node = grid.get_node_ids()[0]
-    grid.send_and_receive([ask(node, number=i, sleep=0.5) for i in range(2)], timeout=60)  # both workers are up
-    start = time.monotonic()
-    replies = grid.send_and_receive([ask(node, number=i, sleep=2) for i in range(2)], timeout=60)
+    replies = grid.send_and_receive([ask(node, number=0, meets=1), ask(node, number=1, meets=0)], timeout=120)
     assert len({answer(reply)["pid"] for reply in replies}) == 2
-    assert time.monotonic() - start < 3.5
 
 
 def test_tensors_are_stored_once_per_content_and_the_sent_message_keeps_them(opened: Callable[..., RayGrid]) -> None:
