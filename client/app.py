@@ -308,7 +308,10 @@ def _open(instruction: Instruction, scenario: Scenario, local: Local, folder: Pa
             durable=local.durable, board=local.board(folder, scenario.device.accelerator),
             shared=None if local.durable else SharedVersions(folder.parent / "shared"),  # a board is one device
         )  # fmt: skip
-        yield Opened(device, Description.of(scenario, instruction.device, source, device.stream.head))
+        try:
+            yield Opened(device, Description.of(scenario, instruction.device, source, device.stream.head))
+        finally:
+            device.close()
 
 
 @contextmanager
@@ -503,7 +506,7 @@ def _lender(text: str, overrides: Overrides, channels: int, classes: int, *, man
 
 @lru_cache(maxsize=1)
 def _kept(text: str, overrides: Overrides, state: Path) -> KeptDevices:
-    """Devices of a scenario, with their states in folders of `state`."""
+    """Devices of a scenario, with their states in folders of `state`; those of another scenario are forgotten."""
     return KeptDevices()
 
 

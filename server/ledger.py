@@ -240,7 +240,7 @@ class Ledger:
         return int(self._images.by_task[number, task])
 
     def longest_first(self, entries: Sequence[Entry], tasks: Mapping[int, Sequence[int]]) -> list[Entry]:
-        """The devices with the most images for their `tasks` first.
+        """The devices with the most training images for their `tasks` first, also where they are to be tested.
 
         Workers that take the devices in this order finish at nearly the same time: what comes last is short.
         """

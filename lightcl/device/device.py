@@ -134,9 +134,18 @@ class EdgeDevice:
 
     @property
     def bytes_in_memory(self) -> int:
-        """What the device has for itself alone: its suffix and head, and what its method keeps."""
-        tensors = (*changing_tensors(self.network).values(), *self.method.state_dict().values())
-        return sum(tensor.nbytes for tensor in tensors)
+        """What the device has for itself alone: its suffix and head, and what its method keeps; also its prefix where
+        that changes and is not shared (`frozen_batch_norm: train`)."""
+        shared = self.network.frozen_batch_norm == "eval"
+        own = changing_tensors(self.network) if shared else self.network.state_dict()
+        return sum(tensor.nbytes for tensor in (*own.values(), *self.method.state_dict().values()))
+
+    def close(self) -> None:
+        """Forgets what was still to be computed for the device, which refers to the device itself.
+
+        Without that only Python's collector frees a device, which it may do late, or never after `gc.freeze`.
+        """
+        self.method.prefix_features.announce(())
 
     def is_as_saved(self) -> bool:
         """Whether the saved state is the one that this object has saved or read, and nothing was received since."""

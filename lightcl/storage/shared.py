@@ -66,7 +66,7 @@ class SharedVersions:
                     temporary.write_bytes(content)
         except OSError:
             return None
-        return Start(path, dict(tensors))
+        return Start(path, value, dict(tensors))
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,10 +19,9 @@ from __future__ import annotations
 import json
 import os
 import warnings
-import zlib
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -87,6 +86,7 @@ class Start(NamedTuple):
     """A file of tensors that were equal in many states at first, and these tensors."""
 
     file: Path
+    checksum: int
     tensors: Mapping[str, Tensor]
 
 
@@ -173,7 +173,7 @@ class StateFolder:
             return None
         tensors, lost = dict(self._tensors_of(own)), None
         if start is not None:
-            tensors = _whole(tensors, self._tensors_of(start, of_many=True))
+            tensors = _whole(tensors, self._tensors_of(start))
         if shared is not None:
             try:
                 tensors = {**self._tensors_of(shared, of_many=True), **tensors}
@@ -186,26 +186,20 @@ class StateFolder:
         return stored
 
     def _tensors_of(self, file: _File, *, of_many: bool = False) -> Mapping[str, Tensor]:
-        """The tensors of a file; nobody may change those of one that belongs to many states."""
+        """The tensors of a file; nobody may change those of one that many states share."""
         path = self.folder / file.name
         try:
-            if of_many:
-                found, read = checksum_once(path), partial(_loaded_once, path)
-            elif self.durable:
-                found, read = checksum(path), partial(load_file, path)
-            else:
-                # A simulation reads many thousand files, and safetensors 0.8 leaks 64 bytes per tensor in `load_file`.
-                # `load` does not, but needs the file in memory beside its tensors: too much for a board.
-                content = path.read_bytes()
-                found, read = zlib.crc32(content), partial(load, content)
-            if found != file.checksum:
+            if (checksum_once(path) if of_many else checksum(path)) != file.checksum:
                 raise Damaged(f"the checksum of {file.name} does not match: the file is damaged")
-            return read()
+            return _loaded_once(path) if of_many else load_file(path)
         except (ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
             raise Damaged(f"{file.name!r} cannot be read as safetensors ({error})") from error
 
     def is_current(self) -> bool:
-        """Whether the state on disk is still the one that the last load or save of this object found or left."""
+        """Whether the state on disk is still the one that the last load or save of this object found or left.
+
+        Only the manifest is looked at, not the tensors.
+        """
         return self._current is not None and _text(self.folder / MANIFEST) == self._current.text
 
     # -- writing -----------------------------------------------------------------------------------------------
@@ -317,9 +311,12 @@ class StateFolder:
         if start is None:
             return found, None
         try:
-            file = _File(os.path.relpath(start.file, self.folder), checksum_once(start.file))
+            damaged = checksum_once(start.file) != start.checksum
         except OSError:  # another process removed it, or the disk fails
             return found, None
+        if damaged:
+            return found, None
+        file = _File(os.path.relpath(start.file, self.folder), start.checksum)
         for name in start.tensors.keys() & tensors.keys():
             less = difference(tensors[name], start.tensors[name])
             if less is not None:
@@ -337,7 +334,7 @@ def _loaded_once(file: Path) -> dict[str, Tensor]:
     return _loaded(*identity(file))
 
 
-@lru_cache(maxsize=2)  # one version of what is shared, and the start of what is not
+@lru_cache(maxsize=1)
 def _loaded(file: Path, *_: int) -> dict[str, Tensor]:
     return load(file.read_bytes())
 

@@ -56,39 +56,48 @@ class Job:
     subject: Hashable = None
     """What the job is about; None: nothing that a worker keeps anything of."""
     deaths: int = 0
+    place: int = 0
+    """Among all jobs, in the order in which they came."""
 
 
 class _Waiting:
-    """The jobs that no worker has so far, in the order in which they came, by the worker that should have them."""
+    """The jobs that no worker has, in the order in which they came, by the worker that should have them."""
 
     def __init__(self) -> None:
         self._of: dict[Any, deque[Job]] = {None: deque()}
-        """None: jobs that any worker may have. No other entry is empty."""
+        """None: jobs that any worker may have. No other queue is empty."""
         self._last: OrderedDict[Hashable, Any] = OrderedDict()  # the last worker, by subject
+        self._arrived = 0
 
     def __len__(self) -> int:
         return sum(map(len, self._of.values()))
 
     def add(self, job: Job) -> None:
+        self._arrived += 1
+        job.place = self._arrived
         self._of.setdefault(self._last.get(job.subject), deque()).append(job)
 
-    def put_back(self, jobs: Iterable[Job]) -> None:
-        """Jobs of a worker that has died: any other may have them, before those that came later."""
-        self._of[None].extendleft(reversed(list(jobs)))
+    def forget(self, actor: Any, jobs: Iterable[Job]) -> None:
+        """An actor has died: any other may have `jobs`, which it had, and those that it should have had."""
+        free = [*jobs, *self._of.pop(actor, ()), *self._of[None]]
+        self._of[None] = deque(sorted(free, key=lambda job: job.place))
+        for subject in [subject for subject, last in self._last.items() if last == actor]:
+            del self._last[subject]
 
     def has_for(self, actor: Any) -> bool:
         return bool(self._of[None]) or actor in self._of
 
     def take(self, actor: Any) -> Job:
-        """The next job of a worker; where only others' jobs are left (or those of the dead), the last one of the one
-        that has most."""
-        own = self._of.get(actor) or self._of[None]
-        if own:
-            job = own.popleft()
+        """The next job for a worker: the first that it should have or may have, else the last one of another worker."""
+        queues = {owner: jobs for owner in (actor, None) if (jobs := self._of.get(owner))}
+        if queues:
+            owner = min(queues, key=lambda owner: queues[owner][0].place)
+            job = self._of[owner].popleft()
         else:
-            own = max(self._of.values(), key=len)
-            job = own.pop()
-        self._of = {owner: jobs for owner, jobs in self._of.items() if jobs or owner is None}
+            owner = max(self._of, key=lambda owner: len(self._of[owner]))
+            job = self._of[owner].pop()
+        if owner is not None and not self._of[owner]:
+            del self._of[owner]
         if job.subject is not None:
             self._last[job.subject] = actor
             self._last.move_to_end(job.subject)
@@ -219,7 +228,7 @@ class WorkerPool:
                 others.insert(0, running)
             else:
                 running.deliver(None)
-            self._waiting.put_back(others)
+            self._waiting.forget(actor, others)
             self._replace(actor, error)
             return
         self._jobs[actor].remove(job)

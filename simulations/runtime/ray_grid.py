@@ -210,7 +210,7 @@ class RayGrid(Grid):
 
 
 def _device_of(message: Message) -> Any:
-    """The device that a message is for; None in a message that is no instruction."""
+    """The device that a message is for (a greeting says 0); None in a message that is no instruction."""
     record = message.content.config_records.get(INSTRUCTION)
     return record.get("device") if record else None
 

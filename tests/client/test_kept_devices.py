@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,8 @@ import client.app
 from client.app import make_app
 from client.kept import KeptDevices, Opened
 from lightcl.device.device import EdgeDevice, OutOfStep
+from lightcl.exchange.messages import Tested
+from lightcl.networks.lending import NetworkLender
 from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario, method_names
 from server.rounds import Coordinator
@@ -28,9 +32,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     numbers: list[int] = []
     restore = EdgeDevice._restore
 
-    def restored(device: EdgeDevice) -> None:
+    def restored(device: EdgeDevice) -> bool:
         numbers.append(device.number)
-        restore(device)
+        return restore(device)
 
     monkeypatch.setattr(EdgeDevice, "_restore", restored)
     return numbers
@@ -102,9 +106,11 @@ class Shelf:
     def _open(self, number: int) -> Iterator[Opened]:
         self.opened.append(number)
         about: Any = None
+        device = EdgeDevice(self.scenario, number, self.folder / str(number), durable=False)
         try:
-            yield Opened(EdgeDevice(self.scenario, number, self.folder / str(number), durable=False), about)
+            yield Opened(device, about)
         finally:
+            device.close()
             self.closed.append(number)
 
     @contextmanager
@@ -170,3 +176,51 @@ def test_an_error_at_work_closes_the_device(tmp_path: Path) -> None:
     assert shelf.closed == [0]
     with shelf.device(0):
         assert shelf.opened == [0, 0]
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_device_counts_what_it_does_not_share_with_others(tmp_path: Path, mode: str) -> None:
+    scenario = small(network={"frozen_batch_norm": mode, "freeze": "layer4"}, server={"aggregation": "suffix+head"})
+    network = client.app.device_network(scenario, in_channels=1, classes=10)
+    device = EdgeDevice(scenario, 0, tmp_path, network=network)
+    unshared = NetworkLender(network, again=True)._start
+    assert device.bytes_in_memory == pytest.approx(sum(tensor.nbytes for tensor in unshared), rel=0.001)
+
+
+def test_a_closed_device_is_freed_at_once(tmp_path: Path) -> None:
+    """Also where its prefix's outputs were announced and the cache had all of them: that refers to the device."""
+    scenario = small(data={"views": 2}, training={"epochs": 1}, device={"prefix_cache": "on"})
+    for at in ("cold", "warm"):
+        shelf = Shelf(tmp_path / at)
+        shelf.scenario = scenario
+        shelf.train(0)
+        ((kept, *_),) = shelf.kept._kept.values()
+        device = weakref.ref(kept.device)
+        del kept
+        gc.disable()
+        try:
+            shelf.kept.close()
+            assert device() is None
+        finally:
+            gc.enable()
+
+
+def test_a_start_that_is_damaged_between_training_and_test_costs_only_disk(tmp_path: Path) -> None:
+    scenario = small(training={"epochs": 1}, server={"aggregation": "suffix"})
+    expected = rows(tmp_path / "good", scenario, KeptDevices())
+    damaged: list[Path] = []
+    test = EdgeDevice.evaluate
+
+    def evaluate(device: EdgeDevice) -> Tested:
+        if not damaged:
+            (file,) = (tmp_path / "bad" / "s").glob("*/shared/start-*.safetensors")
+            content = bytearray(file.read_bytes())
+            content[-1] ^= 1
+            file.write_bytes(content)
+            damaged.append(file)
+        return test(device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EdgeDevice, "evaluate", evaluate)
+        assert rows(tmp_path / "bad", scenario, KeptDevices()) == expected
+    assert damaged

@@ -177,5 +177,5 @@ def test_a_start_that_the_disk_refuses_is_none_and_the_state_is_whole(tmp_path: 
 def test_a_start_that_has_gone_since_is_not_referred_to(tmp_path: Path) -> None:
     state, file, tensors = saved_with_start(tmp_path)
     file.unlink()
-    state.save(tensors, {"n": 3}, start=Start(file, {"head": torch.zeros(200, 160)}))
+    state.save(tensors, {"n": 3}, start=Start(file, 0, {"head": torch.zeros(200, 160)}))
     assert torch.equal(load(tmp_path / "d").tensors["head"], tensors["head"])

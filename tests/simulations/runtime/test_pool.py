@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError, WorkerCrashedError
 
-from simulations.runtime.pool import Job, PoolBroken, WorkerPool
+from simulations.runtime.pool import Job, PoolBroken, WorkerPool, _Waiting
 
 
 class Call:
@@ -189,6 +189,43 @@ def test_the_jobs_that_a_dead_worker_should_have_had_are_done_by_others(two: Ben
     two.die(holder)
     two.workers[holder].given.clear()
     assert set(serve(two)) | set(two.results) >= {"x1", *(f"{job[0]}2" for job in before)}
+
+
+def waiting(*jobs: str) -> list[Job]:
+    return [Job(job, print, expires=1.0, subject=job[0]) for job in jobs]
+
+
+def test_jobs_are_taken_in_the_order_in_which_they_came_whoever_should_have_them() -> None:
+    queue = _Waiting()
+    for job in waiting("a1", "b1"):
+        queue.add(job)
+    assert [queue.take(worker).argument for worker in ("A", "B")] == ["a1", "b1"]
+    for job in waiting("a2", "x1", "a3", "b2"):
+        queue.add(job)
+    assert [queue.take("A").argument for _ in range(4)] == ["a2", "x1", "a3", "b2"], "b2 is another worker's"
+    assert len(queue) == 0
+
+
+def test_a_worker_that_has_nothing_takes_the_last_job_of_another_one() -> None:
+    queue = _Waiting()
+    queue.add(*waiting("a1"))
+    queue.take("A")
+    for job in waiting("a2", "a3"):
+        queue.add(job)
+    assert not queue.has_for("B")
+    assert [queue.take("B").argument, queue.take("A").argument] == ["a3", "a2"]
+
+
+def test_what_a_dead_worker_had_and_should_have_had_comes_before_later_jobs() -> None:
+    queue = _Waiting()
+    for job in waiting("a1", "b1", "c1"):
+        queue.add(job)
+    had = [queue.take("A") for _ in range(3)]
+    for job in waiting("a2", "x1", "b2"):
+        queue.add(job)
+    queue.forget("A", had[1:])
+    queue.add(*waiting("a3"))
+    assert [queue.take("C").argument for _ in range(6)] == ["b1", "c1", "a2", "x1", "b2", "a3"]
 
 
 @pytest.fixture
