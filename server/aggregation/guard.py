@@ -46,7 +46,7 @@ from typing import Self
 
 import numpy as np
 from flwr.app import Message
-from torch import Tensor, empty, float32, from_numpy
+from torch import Tensor, from_numpy
 
 from lightcl.exchange.messages import ARRAYS
 from lightcl.exchange.section import Guard
@@ -308,8 +308,7 @@ def _products(items: Sequence[Contribution], current: Arrays) -> np.ndarray:
     records = [item.reply.content.array_records[ARRAYS] for item in items if item.reply]  # a copy at each call
     products = np.zeros((len(names), len(items), len(items)))
     length = min(BLOCK // len(items), max(current[name].size for name in names))
-    # PyTorch's memory is aligned the same everywhere, NumPy's is not, and BLAS rounds by where a vector lies.
-    block = empty((len(items), length), dtype=float32).numpy()
+    block = np.empty((len(items), length), np.float32)
     for product, name in zip(products, names, strict=True):
         model = current[name].ravel()
         devices = [record[name].numpy().ravel() for record in records]
