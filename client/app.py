@@ -12,7 +12,7 @@ from __future__ import annotations
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -308,10 +308,8 @@ def _open(instruction: Instruction, scenario: Scenario, local: Local, folder: Pa
             durable=local.durable, board=local.board(folder, scenario.device.accelerator),
             shared=None if local.durable else SharedVersions(folder.parent / "shared"),  # a board is one device
         )  # fmt: skip
-        try:
+        with closing(device):
             yield Opened(device, Description.of(scenario, instruction.device, source, device.stream.head))
-        finally:
-            device.close()
 
 
 @contextmanager
@@ -326,7 +324,8 @@ def _open_field(instruction: Instruction, scenario: Scenario, local: Local, fold
             scenario, instruction.device, folder, stream=stream, durable=local.durable, network=network,
             board=local.board(folder, scenario.device.accelerator),
         )  # fmt: skip
-        yield Opened(device, Description(scenario, instruction.device, plan.classes, side, side, CHANNELS))
+        with closing(device):
+            yield Opened(device, Description(scenario, instruction.device, plan.classes, side, side, CHANNELS))
 
 
 def _delete_learned(device: EdgeDevice) -> None:

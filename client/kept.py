@@ -44,7 +44,6 @@ class KeptDevices:
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         self._most = most_bytes
         self._kept: dict[Hashable, _Kept] = {}
-        self._bytes = 0
         self._round: Hashable = None
 
     @contextmanager
@@ -66,24 +65,20 @@ class KeptDevices:
             yield opened
             if opened.stays and self._bytes + (size := opened.device.bytes_in_memory) <= self._most:
                 self._kept[name] = _Kept(opened, stack.pop_all(), size)
-                self._bytes += size
+
+    @property
+    def _bytes(self) -> int:
+        return sum(kept.size for kept in self._kept.values())
 
     def close(self) -> None:
         """Closes all devices."""
-        for name in list(self._kept):
-            self._remove(name).stack.close()
+        while self._kept:
+            self._kept.popitem()[1].stack.close()
 
     def _take(self, name: Hashable) -> _Kept | None:
         """The device, which is not kept any more; None where there is none, or its saved state is newer."""
-        if name not in self._kept:
+        kept = self._kept.pop(name, None)
+        if kept and not kept.opened.device.is_as_saved():
+            kept.stack.close()
             return None
-        kept = self._remove(name)
-        if kept.opened.device.is_as_saved():
-            return kept
-        kept.stack.close()
-        return None
-
-    def _remove(self, name: Hashable) -> _Kept:
-        kept = self._kept.pop(name)
-        self._bytes -= kept.size
         return kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from flwr.supercore.task_identity import TaskIdentity
 from client.app import make_app
 from lightcl.exchange.messages import ARRAYS
 from lightcl.exchange.wire import PACKED, decoded
+from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario
 from server.listeners import Listener
+from server.rounds import Coordinator
 
 SMALL: dict[str, Any] = {
     "network": {"weights": "none", "width": 4},
@@ -142,3 +145,15 @@ class Silent(Listener):
 
     def refused(self, device: int, reason: str) -> None:
         self.refusals.append((device, reason))
+
+
+def rows_of_a_run(folder: Path, scenario: Scenario, *, durable: bool) -> list[dict[str, Any]]:
+    """The rows of devices.jsonl, without times, of a run in which all devices finish; `durable`: as on boards."""
+    grid = InProcessGrid(folder / "s", scenario.fleet.devices)
+    grid.app = make_app(folder / "s", durable=durable)
+    run = RunFolder(folder / "run")
+    run.begin(scenario, {"run": "r"}, [])
+    results = Coordinator(scenario, run, "r", Silent(), durable=False).run(grid)
+    assert results.devices_finished == scenario.fleet.devices
+    found = [json.loads(line) for line in (folder / "run" / "devices.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "timing"} for row in found]

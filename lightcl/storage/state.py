@@ -172,12 +172,12 @@ class StateFolder:
                 raise Damaged(f"{manifest.name} names no tensors")
             self._current, self._fell_back = generation, False
             return None
-        tensors, lost = dict(self._tensors_of(own)), None
+        tensors, lost = self._tensors_of(own), None
         if start is not None:
             tensors = _whole(tensors, self._tensors_of(start))
         if shared is not None:
             try:
-                tensors = {**self._tensors_of(shared, of_many=True), **tensors}
+                tensors = self._tensors_of(shared, of_many=True) | tensors
             except (OSError, Damaged):
                 lost = self.folder / shared.name
         stored = Stored(tensors, generation.values, lost)
@@ -186,7 +186,7 @@ class StateFolder:
         self._current, self._fell_back = generation, False
         return stored
 
-    def _tensors_of(self, file: _File, *, of_many: bool = False) -> Mapping[str, Tensor]:
+    def _tensors_of(self, file: _File, *, of_many: bool = False) -> dict[str, Tensor]:
         """The tensors of a file; nobody may change those of one that many states share."""
         path = self.folder / file.name
         try:
@@ -321,10 +321,9 @@ class StateFolder:
         if start is None:
             return found, None
         try:
-            damaged = checksum_once(start.file) != start.checksum
+            if checksum_once(start.file) != start.checksum:
+                return found, None
         except OSError:  # another process removed it, or the disk fails
-            return found, None
-        if damaged:
             return found, None
         file = _File(os.path.relpath(start.file, self.folder), start.checksum)
         for name in start.tensors.keys() & tensors.keys():

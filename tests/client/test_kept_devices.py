@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,15 +12,12 @@ from typing import Any
 import pytest
 
 import client.app
-from client.app import make_app
 from client.kept import KeptDevices, Opened
 from lightcl.device.device import EdgeDevice, OutOfStep
 from lightcl.exchange.messages import Tested
 from lightcl.networks.lending import NetworkLender
-from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario, method_names
-from server.rounds import Coordinator
-from tests.inprocess import InProcessGrid, Silent, small
+from tests.inprocess import rows_of_a_run, small
 
 ISOLATED = ("pnn", "sparcl-er", "sparcl-derpp")
 
@@ -46,17 +42,7 @@ def rows(folder: Path, scenario: Scenario, kept: KeptDevices) -> list[dict[str, 
     client.app._kept.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(client.app, "KeptDevices", lambda: kept)
-        return _rows(folder, scenario)
-
-
-def _rows(folder: Path, scenario: Scenario) -> list[dict[str, Any]]:
-    grid = InProcessGrid(folder / "s", scenario.fleet.devices)
-    grid.app = make_app(folder / "s", durable=False)
-    run = RunFolder(folder / "run")
-    run.begin(scenario, {"run": "r"}, [])
-    Coordinator(scenario, run, "r", Silent(), durable=False).run(grid)
-    found = [json.loads(line) for line in (folder / "run" / "devices.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "timing"} for row in found]
+        return rows_of_a_run(folder, scenario, durable=False)
 
 
 @pytest.mark.parametrize("method", sorted(set(method_names()) - set(ISOLATED)))

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import client.app
-from client.app import make_app
 from lightcl.networks.lending import NetworkLender
 from lightcl.networks.native import NativeWinogradConv2d
 from lightcl.networks.winograd import WinogradConv2d
-from lightcl.records.folder import RunFolder
 from lightcl.scenario import Scenario, method_names
-from server.rounds import Coordinator
-from tests.inprocess import InProcessGrid, Silent, small
+from tests.inprocess import rows_of_a_run, small
 from tests.lightcl import toys
 
 ISOLATED = ("pnn", "sparcl-er", "sparcl-derpp")
@@ -24,13 +20,7 @@ ISOLATED = ("pnn", "sparcl-er", "sparcl-derpp")
 
 def rows(folder: Path, scenario: Scenario, *, durable: bool) -> list[dict[str, Any]]:
     client.app._lender.cache_clear()  # as in a new process
-    grid = InProcessGrid(folder / "s", 2)
-    grid.app = make_app(folder / "s", durable=durable)
-    run = RunFolder(folder / "run")
-    run.begin(scenario, {"run": "r"}, [])
-    assert Coordinator(scenario, run, "r", Silent(), durable=False).run(grid).devices_finished == 2
-    found = [json.loads(line) for line in (folder / "run" / "devices.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "timing"} for row in found]
+    return rows_of_a_run(folder, scenario, durable=durable)
 
 
 @pytest.mark.parametrize("method", method_names())
