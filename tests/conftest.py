@@ -1,5 +1,9 @@
-"""For all tests: a separate cache, and one torch thread, so that rounding does not depend on the machine."""
+"""For all tests: a separate cache, one torch thread, so that rounding does not depend on the machine, and Flower's log.
 
+A simulation that failed leaves Flower's log silent; a test that reads it must not depend on what ran before it.
+"""
+
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +21,11 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIGHTCL_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _flower_logs() -> None:
+    logging.getLogger("flwr").setLevel(logging.INFO)
 
 
 @pytest.fixture(autouse=True)

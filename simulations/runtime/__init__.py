@@ -43,10 +43,13 @@ def simulate(server: ServerApp, state: Path, scenario: Scenario) -> None:
     os.environ["OMP_NUM_THREADS"] = str(scenario.device.threads)
     # A failure reaches the server as an error reply, or the caller as an exception. Flower's log would repeat it and,
     # after an interruption, list every message that the end of Ray cuts off.
-    logging.getLogger("flwr").setLevel(logging.CRITICAL + 1)
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     if scenario.simulation.engine == "flower":
         from simulations.runtime.flower_engine import run
     else:
         from simulations.runtime.ray_engine import run
     run(server, state, scenario)
+    logger.setLevel(level)  # not after an exception: threads of Flower's engine may outlive one, and log
