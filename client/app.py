@@ -139,12 +139,17 @@ class Overrides:
             raise RequestError(f"--node-config of {self.name}: {error}") from error
 
 
-Pack = Callable[[Arrays], ArrayRecord]
+Pack = Callable[[EdgeDevice], ArrayRecord]
 
 
-def in_one_array(arrays: Arrays) -> ArrayRecord:
+def outgoing(device: EdgeDevice) -> Arrays:
+    """What a device sends, compressed as the scenario says."""
+    return codec_named(device.scenario.server.compression).compress(device.outgoing())
+
+
+def in_one_array(device: EdgeDevice) -> ArrayRecord:
     """What a board sends: all tensors in one of bytes (lightcl/exchange/wire.py)."""
-    return ArrayRecord({name: Array(array) for name, array in packed(arrays).items()})
+    return ArrayRecord({name: Array(array) for name, array in packed(outgoing(device)).items()})
 
 
 def make_app(
@@ -153,7 +158,7 @@ def make_app(
     """The app; `state` is where devices keep theirs when the node's configuration does not say.
 
     `durable`: whether their states survive a power cut. `root`: where the sensors' `sys` and `proc` are. `pack`:
-    how a reply carries tensors.
+    how a reply carries a device's tensors.
     """
     app = ClientApp()
 
@@ -375,9 +380,9 @@ def _train(device: EdgeDevice, instruction: Instruction, receive: Callable[[], N
     content = _reply(trained.to_record())
     if device.telemetry:
         content[TELEMETRY] = ConfigRecord(device.telemetry.to_record())
-    arrays = codec_named(device.scenario.server.compression).compress(device.outgoing())
+    arrays = pack(device)
     if arrays:
-        content[ARRAYS] = pack(arrays)
+        content[ARRAYS] = arrays
         content[METRICS] = MetricRecord({EXAMPLES: trained.examples})
     if instruction.evaluate:
         content[TESTED] = ConfigRecord(_tested(device).to_record())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -147,10 +148,12 @@ class Silent(Listener):
         self.refusals.append((device, reason))
 
 
-def rows_of_a_run(folder: Path, scenario: Scenario, *, durable: bool) -> list[dict[str, Any]]:
-    """The rows of devices.jsonl, without times, of a run in which all devices finish; `durable`: as on boards."""
+def rows_of_a_run(
+    folder: Path, scenario: Scenario, make_client: Callable[[Path], ClientApp] = make_app
+) -> list[dict[str, Any]]:
+    """The rows of devices.jsonl, without times, of a run in which all devices finish; the default client is a board."""
     grid = InProcessGrid(folder / "s", scenario.fleet.devices)
-    grid.app = make_app(folder / "s", durable=durable)
+    grid.app = make_client(folder / "s")
     run = RunFolder(folder / "run")
     run.begin(scenario, {"run": "r"}, [])
     results = Coordinator(scenario, run, "r", Silent(), durable=False).run(grid)

@@ -33,7 +33,7 @@ from lightcl.device.prefix import fixed_prefix
 from lightcl.device.state import DeviceValues, Position, changing_tensors, pack_optimizer, unpack_optimizer_
 from lightcl.device.training import EpochProgress, OnEpoch, autocast, evaluate, train_epoch
 from lightcl.exchange.messages import Telemetry, Tested, Trained
-from lightcl.exchange.tensors import Arrays, adopt_, outgoing, outgoing_statistics
+from lightcl.exchange.tensors import Arrays, Saved, adopt_, outgoing, outgoing_statistics, shared_tensors
 from lightcl.metrics import AccuracyMatrix, row_over
 from lightcl.networks.pruning import channel_digest
 from lightcl.networks.staged import Backbone
@@ -384,10 +384,19 @@ class EdgeDevice:
 
     def outgoing(self) -> Arrays:
         """The tensors for the server; statistics only with the reply that finishes a task."""
+        return outgoing(self.network, self.scenario.server.aggregation) | self.outgoing_statistics()
+
+    def outgoing_statistics(self) -> Arrays:
         finished = self.position.epochs == self.scenario.training.epochs
-        return outgoing(self.network, self.scenario.server.aggregation) | (
-            outgoing_statistics(self.method) if finished else {}
-        )
+        return outgoing_statistics(self.method) if finished else {}
+
+    def saved_outgoing(self) -> dict[str, Saved]:
+        """Where the tensors of `outgoing` are on disk, without the statistics; empty where they are not all there."""
+        tensors = shared_tensors(self.network, self.scenario.server.aggregation)
+        file = self._state.file_with([f"network/{name}" for name in tensors])
+        if file is None or self._received is not None or any(t.dtype != torch.float32 for t in tensors.values()):
+            return {}
+        return {name: Saved(file, f"network/{name}", tuple(tensor.shape)) for name, tensor in tensors.items()}
 
     # -- state -------------------------------------------------------------------------------------------------
 
@@ -498,8 +507,8 @@ class EdgeDevice:
             for name, target in changing_tensors(self.network).items():
                 if f"network/{name}" in tensors:  # shared tensors may be gone; new ones come before they are needed
                     target.copy_(tensors[f"network/{name}"])
-        self.method.load_state_dict(
-            {name: tensor.to(self.accelerator) for name, tensor in under(tensors, "method/").items()}
+        self.method.load_state_dict(  # copies: a view would keep all that was read in memory
+            {name: tensor.to(self.accelerator, copy=True) for name, tensor in under(tensors, "method/").items()}
         )
         if LOSSES in tensors:
             self._losses = list(tensors[LOSSES].to(self.accelerator).unbind())

@@ -15,7 +15,7 @@ file); all of them are in `lightcl/exchange/messages.py`. `compression.py` has t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from lightcl.methods import Method
 from lightcl.methods.parts.closed_form import from_upper_triangle
 from lightcl.networks.staged import Backbone
 from lightcl.storage.state import under
+from lightcl.storage.tensor_file import TensorFile
 
 Aggregation = Literal["none", "suffix", "suffix+head"]
 Arrays = dict[str, np.ndarray]
@@ -34,6 +35,14 @@ LARGEST = float(np.finfo(np.float32).max)
 """The largest number that a device may send. The server computes in fp64, where these do not overflow."""
 TYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
 """What tensors may hold. NumPy has wider types, and other orders of bytes, that PyTorch cannot take."""
+
+
+class Saved(NamedTuple):
+    """A fp32 tensor in a file, under this name."""
+
+    file: TensorFile
+    name: str
+    shape: tuple[int, ...]
 
 
 class ExchangeError(Exception):

@@ -20,7 +20,7 @@ import json
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatch
 from functools import lru_cache, partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import safetensors
 import torch
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightcl.errors import Failure
@@ -42,6 +42,7 @@ from lightcl.storage.files import (
     text_checksum,
     write_atomically,
 )
+from lightcl.storage.tensor_file import TensorFile, read_bytes, tensors_in, write_tensors
 
 MANIFEST = "state.json"
 PREVIOUS = "state.previous.json"
@@ -119,6 +120,7 @@ class StateFolder:
         self.folder, self.durable = folder, durable
         self._current: _Generation | None = None  # what the last load or save found or left; None: not known
         self._fell_back = False  # `_current` is the older generation, and the newest one is damaged
+        self._written: frozenset[str] = frozenset()  # the tensors that the last save of this object wrote as they were
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -194,11 +196,9 @@ class StateFolder:
                 found, read = checksum_once(path), partial(_loaded_once, path)
             elif self.durable:
                 found, read = checksum(path), partial(load_file, path)
-            else:
-                # A simulation reads many thousand files, and safetensors 0.8 leaks 64 bytes per tensor in `load_file`.
-                # `load` does not, but needs the file in memory beside its tensors: too much for a board.
-                content = path.read_bytes()
-                found, read = zlib.crc32(content), partial(_from_memory, content)
+            else:  # in memory, which would be too much for a board
+                content = read_bytes(path)
+                found, read = zlib.crc32(content.data), partial(tensors_in, content)
             if found != file.checksum:
                 raise Damaged(f"the checksum of {file.name} does not match: the file is damaged")
             return read()
@@ -211,6 +211,11 @@ class StateFolder:
         Only the manifest is looked at, not the tensors.
         """
         return self._current is not None and _text(self.folder / MANIFEST) == self._current.text
+
+    def file_with(self, names: Collection[str]) -> TensorFile | None:
+        """The file that the last save of this object wrote, where it holds these tensors; the next one removes it."""
+        own = self._current.files.own if self._current else None
+        return TensorFile(self.folder / own.name) if own and names and self._written.issuperset(names) else None
 
     # -- writing -----------------------------------------------------------------------------------------------
 
@@ -258,10 +263,13 @@ class StateFolder:
         written, begun = self._differences({n: t.contiguous() for n, t in given.items() if n not in common}, start)
         path = self.folder / name
         try:
-            save_file(written, path)
             if self.durable:
+                save_file(written, path)
                 sync(path)
-            own = _File(name, checksum(path))
+                own = _File(name, checksum(path))  # of what can be read again
+            else:
+                own = _File(name, write_tensors(path, written))
+            self._written = frozenset()
             if self.durable and before is not None and not self._fell_back:
                 write_atomically(self.folder / PREVIOUS, current.text)
             elif self.durable:
@@ -272,6 +280,7 @@ class StateFolder:
                 path.unlink(missing_ok=True)
             raise
         self._fell_back = False
+        self._written = frozenset(written)
         self._clean_up({name, before.name} if self.durable and before else {name})
 
     def _write(self, name: str, files: _Files, values: Mapping[str, Any]) -> None:
@@ -306,7 +315,7 @@ class StateFolder:
         try:
             file = _File(os.path.relpath(shared, self.folder), checksum_once(shared))
             common = _loaded_once(shared)
-        except (OSError, safetensors.SafetensorError):  # another process removed it, or the disk fails
+        except (OSError, ValueError):  # another process removed it, or the disk fails
             return None, set()
         if not common.keys() <= tensors.keys():
             return None, set()
@@ -345,13 +354,7 @@ def _loaded_once(file: Path) -> dict[str, Tensor]:
 
 @lru_cache(maxsize=1)
 def _loaded(file: Path, *_: int) -> dict[str, Tensor]:
-    return _from_memory(file.read_bytes())
-
-
-def _from_memory(content: bytes) -> dict[str, Tensor]:
-    """The tensors of a file, by name: `load` gives them in an order that changes, and a sum over them would round
-    differently each time."""
-    return dict(sorted(load(content).items()))
+    return tensors_in(read_bytes(file))
 
 
 def _whole(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:

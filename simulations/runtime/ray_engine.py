@@ -27,7 +27,7 @@ from flwr.serverapp import ServerApp
 from lightcl.errors import Failure, RequestError
 from lightcl.scenario import Scenario
 from simulations.runtime.address import ANSWER_SECONDS, check_reachable, listens
-from simulations.runtime.devices import make_app
+from simulations.runtime.devices import make_app, make_local_app
 from simulations.runtime.gpus import gpu_share
 from simulations.runtime.identity import assume_identity, code_digest, code_folder
 from simulations.runtime.pool import PoolBroken, WorkerPool
@@ -64,15 +64,17 @@ class Connection:
 
 
 def run(
-    server: ServerApp, state: Path, scenario: Scenario, make_client: Callable[[Path], ClientApp] = make_app
+    server: ServerApp, state: Path, scenario: Scenario, make_client: Callable[[Path], ClientApp] | None = None
 ) -> None:
-    """Run `server` over the scenario's devices; `make_client(state)` creates the ClientApp in every worker.
+    """Run `server` over the scenario's devices; `make_client(state)` creates the ClientApp in every worker, which is
+    the project's own if it is not given.
 
     Raises the ServerApp's exception; RequestError before the server starts if the cluster cannot be used;
     KeyboardInterrupt after SIGINT or SIGTERM.
     """
     assume_identity()
     with connected(scenario) as connection, marked(state) as marker:
+        make_client = make_client or (make_local_app if connection.address is None else make_app)
         grid = open_grid(scenario, state, connection, marker, make_client)
         try:
             _serve(server, grid, connection)

@@ -17,6 +17,7 @@ from lightcl.device.device import EdgeDevice, OutOfStep
 from lightcl.exchange.messages import Tested
 from lightcl.networks.lending import NetworkLender
 from lightcl.scenario import Scenario, method_names
+from simulations.runtime.devices import make_local_app
 from tests.inprocess import rows_of_a_run, small
 
 ISOLATED = ("pnn", "sparcl-er", "sparcl-derpp")
@@ -42,7 +43,7 @@ def rows(folder: Path, scenario: Scenario, kept: KeptDevices) -> list[dict[str, 
     client.app._kept.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(client.app, "KeptDevices", lambda: kept)
-        return rows_of_a_run(folder, scenario, durable=False)
+        return rows_of_a_run(folder, scenario, make_local_app)
 
 
 @pytest.mark.parametrize("method", sorted(set(method_names()) - set(ISOLATED)))
