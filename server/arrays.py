@@ -6,9 +6,10 @@ Flower's own hold bytes in NumPy's file format, which whoever sends one of these
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 
 import numpy as np
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.common.constant import SType
 
 from lightcl.exchange.tensors import Saved
@@ -70,3 +71,10 @@ def _record(arrays: Mapping[str, Array]) -> ArrayRecord:
     record = ArrayRecord()
     record.update(arrays)  # Flower's constructor would replace them by encoded ones
     return record
+
+
+def without_arrays(message: Message) -> Message:
+    """A copy with the same metadata and records, but no ArrayRecord; the message itself stays as it is."""
+    light = copy(message)
+    light.content = RecordDict({n: r for n, r in message.content.items() if not isinstance(r, ArrayRecord)})
+    return light

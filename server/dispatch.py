@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Collection, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
@@ -19,12 +19,15 @@ from lightcl.exchange.tensors import ExchangeError
 from lightcl.records.rows import DeviceRow
 from lightcl.scenario import Scenario
 from server.aggregation import Aggregator
+from server.arrays import without_arrays
 from server.ledger import Entry, Ledger
 from server.listeners import Listener
 from server.mailbox import AGAIN_SECONDS, ENDS_THE_RUN, LATE_SECONDS, Mailbox, record_of
 from server.nodes import Nodes
 from server.replies import back_off_of
 
+T = TypeVar("T")
+Read = Callable[[Entry, Message], T]
 Phase = Literal["train", "evaluate"]
 MOST_LOSSES = 3
 """A device that is lost so often over one message has failed: its reply may be one that the gateway cuts off."""
@@ -92,14 +95,17 @@ class Dispatch:
         )
 
     def exchange(
-        self, sent: Mapping[int, Message], rows: dict[int, DeviceRow], phase: Phase
-    ) -> Iterator[tuple[Entry, Message]]:
+        self, sent: Mapping[int, Message], rows: dict[int, DeviceRow], phase: Phase, read: Read[T]
+    ) -> Iterator[tuple[Entry, Message, Callable[[], T]]]:
         """Sends and waits; gives the replies that carry a report, by device number, and notes the rest as errors.
+
+        `read` is called with each reply as it arrives, while other devices are still at work; with the reply, which has
+        no tensors any more, comes a function that returns what `read` returned, or raises what it raised.
 
         Devices that wait for images to train on are asked again as long as others are at work; where none is, until a
         reply has come or another device is back. Then they leave the round, and their rows are removed.
 
-        It keeps no reply that it has given away: those of a large fleet are most of the server's memory.
+        It keeps no tensors of a reply: those of a large fleet are most of the server's memory.
         """
         self.listener.phase_started(phase, len(sent))
         timeout, waits = self.scenario.server.round_timeout, _Waits()
@@ -109,9 +115,13 @@ class Dispatch:
             waits.unsent.add(number)
             self._lost(number, waits)
 
-        def done(number: int) -> None:
+        found: dict[int, Callable[[], T]] = {}
+
+        def done(number: int, reply: Message) -> Message:
             waits.over = True
+            found[number] = _called(read, self.ledger[number], reply)
             self.listener.device_done(number, phase)
+            return without_arrays(reply) if reply.has_content() else reply
 
         replies = self.mailbox.send_and_wait(
             reachable,
@@ -123,18 +133,18 @@ class Dispatch:
             sorted(waits.unsent),
         )
         for number in sorted(sent):
-            reply = replies.pop(number, None)
+            reply, result = replies.pop(number, None), found.pop(number, None)
             if number in waits.idle:  # also where it is not connected any more
                 del rows[number]
             elif number in waits.lost:
                 self.refuse(rows[number], "not connected")
-            elif reply is None:
+            elif reply is None or result is None:
                 self.refuse(rows[number], f"no reply within {timeout:g} s")
             else:
                 with self.guarded(rows[number]):
                     self._check_answers(reply, rows[number], phase)
                 if rows[number].error is None:
-                    yield self.ledger[number], reply
+                    yield self.ledger[number], reply, result
 
     def _again(self, old: Message, row: DeviceRow, waits: _Waits, sent: Container[int]) -> Message | float | None:
         """The message `old` for a device that is to be asked again; None where it is not connected any more.
@@ -244,3 +254,19 @@ class Dispatch:
             refusal = Refusal.from_record(record_of(reply))
             self.ledger.follow_(row.device, refusal)
             raise ProtocolError(refusal.reason)
+
+
+def _called(read: Read[T], entry: Entry, reply: Message) -> Callable[[], T]:
+    """A function that returns what `read` returns now, or raises what it raises now."""
+    try:
+        result = read(entry, reply)
+    except ENDS_THE_RUN:
+        raise
+    except Exception as error:  # of any kind: the reply was made elsewhere
+        raised = error.with_traceback(None)  # which would keep the reply's tensors in memory
+
+        def fail() -> T:
+            raise raised
+
+        return fail
+    return lambda: result

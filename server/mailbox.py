@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -101,7 +102,7 @@ class Mailbox:
         self,
         messages: Mapping[int, Message],
         timeout: float,
-        done: Callable[[int], None] = lambda _: None,
+        done: Callable[[int, Message], Message] = lambda _, reply: reply,
         postponed: Callable[[int, Message], float | None] = lambda *_: None,
         again: Callable[[int], Message | float | None] = lambda _: None,
         enough: Callable[[Collection[int]], bool] = lambda _: False,
@@ -109,10 +110,11 @@ class Mailbox:
     ) -> dict[int, Message]:
         """Replies by the keys of `messages`; those that did not arrive within `timeout` seconds are missing.
 
-        `postponed` gives the seconds after which a key is to be asked again because of its reply, or None; then `again`
-        makes the message for it, or says after how many seconds to look again, or None, and the key is missing. Keys in
-        `absent` begin with `again`. Where only such keys are left, `enough` is asked whether to leave them: they are
-        missing then. Raises RunStopped and WorkerDied.
+        `done` is called for each as it arrives, and returns what is kept of it. `postponed` gives the seconds after
+        which a key is to be asked again because of its reply, or None; then `again` makes the message for it, or says
+        after how many seconds to look again, or None, and the key is missing. Keys in `absent` begin with `again`.
+        Where only such keys are left, `enough` is asked whether to leave them: they are missing then. Raises RunStopped
+        and WorkerDied.
         """
         keys: dict[str, int] = {}
         waiting: dict[str, Message] = {}
@@ -139,15 +141,16 @@ class Mailbox:
                 if isinstance(found, float):
                     due[key] = time.monotonic() + found
             self._wait_for_replies(min([deadline, *due.values()]))
-            for reply in list(self.pull(waiting)):
+            pulled = deque(self.pull(waiting))
+            while pulled:
+                reply = pulled.popleft()  # nothing else keeps it
                 message_id = reply.metadata.reply_to_message_id
                 if waiting.pop(message_id, None) is None:  # the second reply to one message
                     continue
                 key = keys[message_id]
                 seconds = postponed(key, reply)
                 if seconds is None:
-                    replies[key] = reply
-                    done(key)
+                    replies[key] = done(key, reply)
                 else:
                     due[key] = time.monotonic() + seconds
         return replies

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from flwr.app import Message, MessageType
 
@@ -47,11 +48,15 @@ class Phases:
         }
         accepted: list[tuple[Entry, Trained, int, Telemetry | None]] = []  # with the bytes that it sent
         contributions: list[Contribution] = []
-        for entry, reply in self.dispatch.exchange(sent, rows, "train"):
-            row, goal = rows[entry.number], goals[entry.number]
+
+        def read(entry: Entry, reply: Message) -> AcceptedTraining:
             classes = self.dispatch.ledger.classes_of(entry.number)
+            return self.check.training(reply, entry, goals[entry.number], classes)
+
+        for entry, reply, training in self.dispatch.exchange(sent, rows, "train", read):
+            row, goal = rows[entry.number], goals[entry.number]
             with self.dispatch.guarded(row):
-                checked = self.check.training(reply, entry, goal, classes)
+                checked = training()
                 telemetry = self._telemetry(reply, entry)
                 if self.dispatch.aggregator is None:
                     self._add_training_(entry, checked.report, checked.bytes_up, telemetry, row)
@@ -61,8 +66,8 @@ class Phases:
                 del checked
             self._pass_on_notice(reply, entry)
             if row.error is None and self._tests_at_once(goal):
-                self._add_test_(self.check.attached_test, entry, reply, row)
-            del reply  # before the next reply is decoded
+                self._add_test_(partial(self.check.attached_test, reply, entry), entry, row)
+            del training  # its tensors
         if self.dispatch.aggregator is None:
             return
         outcome = self._aggregate_(self.dispatch.aggregator, contributions, round_number)
@@ -141,18 +146,20 @@ class Phases:
             )
             for entry in self.dispatch.ledger.longest_first(entries, learned)
         }
-        for entry, reply in self.dispatch.exchange(sent, rows, "evaluate"):
-            self._add_test_(self.check.test, entry, reply, rows[entry.number])
+
+        def read(entry: Entry, reply: Message) -> Tested:
+            return self.check.test(reply, entry)
+
+        for entry, reply, test in self.dispatch.exchange(sent, rows, "evaluate", read):
+            self._add_test_(test, entry, rows[entry.number])
             self._pass_on_notice(reply, entry)
 
     def _tests_at_once(self, goal: tuple[int, int]) -> bool:
         """Whether nothing happens between the training and the test, so that one message does for both."""
         return self.dispatch.aggregator is None and goal[1] == self.scenario.training.epochs
 
-    def _add_test_(
-        self, checked: Callable[[Message, Entry], Tested], entry: Entry, reply: Message, row: DeviceRow
-    ) -> None:
+    def _add_test_(self, test: Callable[[], Tested], entry: Entry, row: DeviceRow) -> None:
         with self.dispatch.guarded(row):
-            report = checked(reply, entry)
+            report = test()
             entry.add_test_(report)
             row.add_test_(report)

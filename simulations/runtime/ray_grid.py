@@ -25,6 +25,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from lightcl.exchange.messages import INSTRUCTION
+from server.arrays import without_arrays
 from server.mailbox import RunStopped, WorkerDied
 from simulations.runtime.pool import Job, PoolBroken, WorkerPool
 from simulations.runtime.worker import SHARED_RECORDS, Parcel
@@ -98,7 +99,7 @@ class RayGrid(Grid):
             expires = message.metadata.created_at + message.metadata.ttl
             with self._change:
                 self._expected[message_id] = expires
-            deliver = partial(self._deliver, message_id, _without_arrays(message))
+            deliver = partial(self._deliver, message_id, without_arrays(message))
             self._pool.submit(Job(self._parcel(message, node), deliver, expires, _device_of(message)))
             ids.append(message_id)
         return ids
@@ -168,7 +169,7 @@ class RayGrid(Grid):
 
     def _parcel(self, message: Message, node: int) -> Parcel:
         arrays = {name: self._reference(record) for name, record in message.content.array_records.items()}
-        return Parcel(_without_arrays(message), arrays, node, self._nodes[node])
+        return Parcel(without_arrays(message), arrays, node, self._nodes[node])
 
     def _reference(self, record: ArrayRecord) -> Any:
         """The record in the object store; records that share the same bytes objects are put there once.
@@ -213,10 +214,3 @@ def _device_of(message: Message) -> Any:
     """The device that a message is for (a greeting says 0); None in a message that is no instruction."""
     record = message.content.config_records.get(INSTRUCTION)
     return record.get("device") if record else None
-
-
-def _without_arrays(message: Message) -> Message:
-    """A copy with the same metadata and records, but no ArrayRecord; the server's message stays as it is."""
-    light = copy(message)
-    light.content = RecordDict({n: r for n, r in message.content.items() if not isinstance(r, ArrayRecord)})
-    return light

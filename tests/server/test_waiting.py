@@ -5,11 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from server.mailbox import Mailbox
-from tests.inprocess import InProcessGrid
+from lightcl.records.folder import RunFolder
+from server.ledger import Entry
+from server.mailbox import Mailbox, RunStopped
+from server.replies import AcceptedTraining, ReplyCheck
+from server.rounds import Coordinator
+from tests.inprocess import InProcessGrid, Silent, small
 
 
 class Grid:
@@ -54,7 +60,7 @@ def wait(tmp_path: Path, grid: Grid, **hooks: object) -> dict[int, int]:
 def test_a_reply_that_asks_for_later_is_not_done(tmp_path: Path) -> None:
     grid, done = Grid(), []
     found = wait(
-        tmp_path, grid, done=done.append,
+        tmp_path, grid, done=lambda key, reply: (done.append(key), reply)[1],
         postponed=lambda key, reply: 0.01 if key == 1 and number_of(reply) < 3 else None,
         again=lambda key: message_for(100 + key),
     )  # fmt: skip
@@ -79,3 +85,24 @@ def test_a_device_that_is_gone_by_then_is_missing(tmp_path: Path) -> None:
     found = wait(tmp_path, grid, postponed=lambda key, _: 0.01 if key == 1 else None, again=lambda _: None)
     assert found == {0: 1}
     assert grid.sent == [100, 101]
+
+
+def test_a_reply_is_checked_while_others_are_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = InProcessGrid(tmp_path / "s", 3)
+    check = ReplyCheck.training
+
+    def training(self: ReplyCheck, reply: Message, entry: Entry, *given: Any) -> AcceptedTraining:
+        if entry.number == 0:
+            grid.busy.clear()
+        return check(self, reply, entry, *given)
+
+    monkeypatch.setattr(ReplyCheck, "training", training)
+    scenario, listener = small(server={"round_timeout": 20, "aggregation": "suffix"}), Silent()
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(scenario, {"run": "r"}, [])
+    coordinator = Coordinator(scenario, folder, "r", listener)
+    monkeypatch.setattr(listener, "phase_started", lambda phase, _: grid.busy.update({102} if phase == "train" else ()))
+    monkeypatch.setattr(listener, "round_finished", lambda *_: coordinator.stop.set())
+    with pytest.raises(RunStopped):
+        coordinator.run(grid)
+    assert not listener.refusals, "the third device was at work until the first reply was checked"
