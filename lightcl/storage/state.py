@@ -243,7 +243,8 @@ class StateFolder:
     def _save(
         self, tensors: Mapping[str, Tensor] | None, values: Mapping[str, Any], shared: Path | None, start: Start | None
     ) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.folder.is_dir():
+            self.folder.mkdir(parents=True, exist_ok=True)
         if self._current is None:
             self.load()  # never write over the tensors that the manifest names
         if self._current is None:
