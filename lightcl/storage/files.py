@@ -45,7 +45,7 @@ def exclusive(folder: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 def _opened(lock: Path) -> int:
-    """A file that is made, with its folder, where it is not there: a simulation opens one twice per device and round."""
+    """The file, made with its folder where it is not there: a simulation opens one twice per device and round."""
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
     try:
         return os.open(lock, flags, 0o666)
