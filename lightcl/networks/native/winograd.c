@@ -422,22 +422,34 @@ static void product_2(long rows, long depth, const float *a, long a_row, long a_
     product(rows, 2, depth, a, a_row, a_step, b, b_step, result, result_row);
 }
 
-/* The weights' places of one row, [6, depth, vectors], of weights [9, depth, columns] of which a few columns are wanted.
-   `tap` and `step` are the distances of taps and of neighbors in depth. */
-static void weights_to_places(int stride, int row, int vectors, long depth, const float *weights, long tap, long step,
-                              long count, float *places) {
+INLINE void weights_to_places_for(int stride, int row, int whole, int vectors, long depth, const float *weights, long tap,
+                                  long step, long count, float *places) {
     long next = apart(depth * vectors * LANES);
     for (long l = 0; l < depth; l++)
         for (int j = 0; j < vectors; j++) {
             const float *from = weights + l * step + j * LANES;
+            long left = whole ? LANES : count - j * LANES;
             vec side[3], r[SIDE];
             for (int x = 0; x < 3; x++)
-                side[x] = weight_row(stride, load(from + x * tap, count - j * LANES),
-                                     load(from + (3 + x) * tap, count - j * LANES),
-                                     load(from + (6 + x) * tap, count - j * LANES), row);
+                side[x] = weight_row(stride, load(from + x * tap, left), load(from + (3 + x) * tap, left),
+                                     load(from + (6 + x) * tap, left), row);
             weight_side(stride, side[0], side[1], side[2], r);
             for (int p = 0; p < SIDE; p++) *(loose *)(places + p * next + (l * vectors + j) * LANES) = r[p];
         }
+}
+
+/* The weights' places of one row, [6, depth, vectors], of weights [9, depth, columns] of which a few columns are wanted.
+   `tap` and `step` are the distances of taps and of neighbors in depth. Each row is one body with constants: to choose it
+   for every vector takes longer than to compute it. */
+static void weights_to_places(int stride, int row, int vectors, long depth, const float *weights, long tap, long step,
+                              long count, float *places) {
+#define ROW(number) \
+    case number: weights_to_places_for(number / SIDE + 1, number % SIDE, 1, vectors, depth, weights, tap, step, count, places); break;
+    switch (count >= vectors * LANES ? (stride - 1) * SIDE + row : -1) {
+        ROW(0) ROW(1) ROW(2) ROW(3) ROW(4) ROW(5) ROW(6) ROW(7) ROW(8) ROW(9) ROW(10) ROW(11)
+    default: weights_to_places_for(stride, row, 0, vectors, depth, weights, tap, step, count, places);
+    }
+#undef ROW
 }
 
 /* results[p] = factors[p] x weights[p] for all places p: [tiles, depth] x [depth, columns], of a few columns. A row of
