@@ -26,16 +26,17 @@ $(READY): pyproject.toml
 demo: $(READY) ## Compare SGD, LightCL and LightCL-plus on the same ten devices: a table and a page
 	@$(BIN)/lightcl sweep demo --out runs/demo --overwrite
 
-# A quarter of the time is spent waiting, so that three tests at a time fit two cores.
+# A quarter of the time is spent waiting, so that three tests at a time fit two cores. The longest ones come first, and a
+# process gets one test at a time, or one of them would have all the long ones.
 test: $(READY) ## Run the test suite in three processes (without the slow tests)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadgroup
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --maxschedchunk 1
 
 test-slow: $(READY) ## Run the slow tests: real SuperLink and SuperNode processes, `flwr run`
 	@$(BIN)/python -m pytest -m slow
 
 # Two thirds of the time are spent waiting, so that three tests at a time fit two cores. The longest ones come first.
 test-deploy: $(READY) ## Run the tests of a fleet of boards: TLS, keys, attacks, killed processes, 200 rounds
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 3 --dist loadgroup tests/deployment
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 3 --maxschedchunk 1 tests/deployment
 
 lint: $(READY) ## Check style, types and the direction of imports
 	@$(BIN)/ruff check .

@@ -11,8 +11,8 @@ import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups of tests that run one after the other come first, beside all others; at the end they would run alone."""
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+    """The longest tests come first, beside all others; at the end they would run alone."""
+    items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in ("long", "ray")))
 
 
 @pytest.fixture(scope="session", autouse=True)

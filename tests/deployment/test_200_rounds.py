@@ -20,7 +20,7 @@ from tests.deployment.processes import LightServer, Processes, neutral, processe
 
 __all__ = ["neutral", "processes"]  # fixtures
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("soak")]
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 ROUNDS = 200
 SCENARIO = f"""

@@ -37,7 +37,7 @@ from tests.deployment.processes import (
 from tests.deployment.rogue import FLOOD, OF_SUMS, OF_WEIGHTS, REPLY_LIMIT, Attack
 from tests.inprocess import InProcessGrid, Silent
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("attacks")]
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 ROGUE = 2
 WEIGHTS = """

@@ -205,7 +205,7 @@ PYTHON = [block for block in BLOCKS if block.language == "python"]
 @pytest.mark.parametrize(
     "block",
     [
-        pytest.param(block, id=str(block), marks=[pytest.mark.xdist_group("ray")] if "run_fleet" in block.text else [])
+        pytest.param(block, id=str(block), marks=[pytest.mark.ray] if "run_fleet" in block.text else [])
         for block in PYTHON
     ],
 )

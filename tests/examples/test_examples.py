@@ -37,7 +37,7 @@ def test_all_examples_are_found() -> None:
 @pytest.mark.parametrize(
     "script",
     [
-        pytest.param(file, id=file.stem, marks=[pytest.mark.xdist_group("ray")] if file.stem == "fleet" else [])
+        pytest.param(file, id=file.stem, marks=[pytest.mark.ray] if file.stem == "fleet" else [])
         for file in SCRIPTS
     ],
 )

@@ -43,7 +43,7 @@ def test_states_are_deleted_only_when_the_run_is_complete(
     assert (out / "devices").exists() == bool(dropped)
 
 
-@pytest.mark.xdist_group("ray")
+@pytest.mark.ray
 def test_a_fleet_is_run_once_and_resumed_without_work(tmp_path: Path) -> None:
     scenario = lightcl.load_scenario(
         {

@@ -83,7 +83,7 @@ def learned(run: Path) -> list[dict[str, object]]:
     return [{key: row.get(key) for key in kept} for row in rows]
 
 
-@pytest.mark.xdist_group("ray")
+@pytest.mark.ray
 def test_a_method_from_a_file_on_one_device_and_in_rays_workers(toy: Path, tmp_path: Path) -> None:
     chosen = ["--plugin", METHOD, "--set", "method.name=hold-head", "--set", "method.strength=100"]
     lightcl(tmp_path, "train", toy, *chosen, "--out", "alone")
@@ -121,7 +121,7 @@ def test_a_network_from_a_file(toy: Path, tmp_path: Path) -> None:
     assert 0 < row["loss"] < 10
 
 
-@pytest.mark.xdist_group("ray")
+@pytest.mark.ray
 def test_a_data_source_from_a_file(toy: Path, stripes: Path, tmp_path: Path) -> None:
     chosen = ["--plugin", stripes, "--set", "data.source=stripes", "--set", "data.augmentation=none"]
     assert "valid" in lightcl(tmp_path, "validate", toy, *chosen)
@@ -132,7 +132,7 @@ def test_a_data_source_from_a_file(toy: Path, stripes: Path, tmp_path: Path) -> 
     assert [row["error"] for row in rows] == [None] * 4
 
 
-@pytest.mark.xdist_group("ray")
+@pytest.mark.ray
 def test_a_package_with_an_entry_point(toy: Path, tmp_path: Path) -> None:
     """An installed package: its metadata names the module, and nothing else does."""
     site = tmp_path / "site"

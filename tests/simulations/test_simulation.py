@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-pytestmark = pytest.mark.xdist_group("ray")  # two Rays at a time would starve each other on two cores
+pytestmark = pytest.mark.ray
 
 LIGHTCL = Path(sys.executable).with_name("lightcl")
 SCENARIO = """\

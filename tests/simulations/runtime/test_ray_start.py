@@ -108,7 +108,7 @@ os._exit(0)
 """
 
 
-@pytest.mark.xdist_group("ray")
+@pytest.mark.ray
 @pytest.mark.parametrize("program", ["raylet", pytest.param("gcs_server", marks=pytest.mark.slow)])
 def test_a_run_whose_ray_on_this_machine_dies_ends_with_a_reason(tmp_path: Path, program: str) -> None:
     """As after the system's out-of-memory killer; Ray itself says nothing, and the run would wait forever."""
