@@ -46,7 +46,7 @@ class PlainArray(_Unencoded):
 class SavedArray(_Unencoded):
     """Its values are in a file until they are asked for: in a simulation a device has saved what it sends.
 
-    `numpy` raises OSError where the file is gone, and ValueError or KeyError where it is another.
+    `numpy` raises OSError where the file is gone, and ValueError where it is another.
     """
 
     def __init__(self, saved: Saved) -> None:
@@ -54,7 +54,9 @@ class SavedArray(_Unencoded):
         self._saved = saved
 
     def numpy(self) -> np.ndarray:
-        return self._saved.file.tensors[self._saved.name].numpy()
+        values = self._saved.file.tensors[self._saved.name].numpy()
+        values.flags.writeable = False
+        return values
 
 
 def plain_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:

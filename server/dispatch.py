@@ -105,7 +105,7 @@ class Dispatch:
         Devices that wait for images to train on are asked again as long as others are at work; where none is, until a
         reply has come or another device is back. Then they leave the round, and their rows are removed.
 
-        It keeps no tensors of a reply: those of a large fleet are most of the server's memory.
+        Of a reply's tensors it keeps what `read` returned: those of a large fleet are most of the server's memory.
         """
         self.listener.phase_started(phase, len(sent))
         timeout, waits = self.scenario.server.round_timeout, _Waits()
@@ -257,16 +257,18 @@ class Dispatch:
 
 
 def _called(read: Read[T], entry: Entry, reply: Message) -> Callable[[], T]:
-    """A function that returns what `read` returns now, or raises what it raises now."""
+    """A function, to be called once, that returns what `read` returns now, or raises what it raises now."""
     try:
         result = read(entry, reply)
     except ENDS_THE_RUN:
         raise
     except Exception as error:  # of any kind: the reply was made elsewhere
-        raised = error.with_traceback(None)  # which would keep the reply's tensors in memory
+        # The error is all that stays: tracebacks, also those of its causes, would keep the reply's tensors.
+        error.__cause__ = error.__context__ = None
+        raised = [error.with_traceback(None)]
 
         def fail() -> T:
-            raise raised
+            raise raised.pop()  # nor may this frame, which is in the new traceback, keep the error
 
         return fail
     return lambda: result

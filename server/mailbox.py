@@ -150,7 +150,9 @@ class Mailbox:
                 key = keys[message_id]
                 seconds = postponed(key, reply)
                 if seconds is None:
+                    begun = time.monotonic()
                     replies[key] = done(key, reply)
+                    deadline += time.monotonic() - begun  # which is no device's time
                 else:
                     due[key] = time.monotonic() + seconds
         return replies

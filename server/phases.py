@@ -63,11 +63,9 @@ class Phases:
                 else:  # its guard needs all replies to judge one of them
                     contributions += self._contribution(checked, sent[entry.number], entry)
                     accepted.append((entry, checked.report, checked.bytes_up, telemetry))
-                del checked
             self._pass_on_notice(reply, entry)
             if row.error is None and self._tests_at_once(goal):
                 self._add_test_(partial(self.check.attached_test, reply, entry), entry, row)
-            del training  # its tensors
         if self.dispatch.aggregator is None:
             return
         outcome = self._aggregate_(self.dispatch.aggregator, contributions, round_number)

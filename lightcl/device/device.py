@@ -507,14 +507,16 @@ class EdgeDevice:
             for name, target in changing_tensors(self.network).items():
                 if f"network/{name}" in tensors:  # shared tensors may be gone; new ones come before they are needed
                     target.copy_(tensors[f"network/{name}"])
-        self.method.load_state_dict(  # copies: a view would keep all that was read in memory
-            {name: tensor.to(self.accelerator, copy=True) for name, tensor in under(tensors, "method/").items()}
+        # On a board the tensors are a map of the file; in a simulation they are views of all that was read of it.
+        copy = not self._state.durable
+        self.method.load_state_dict(
+            {name: tensor.to(self.accelerator, copy=copy) for name, tensor in under(tensors, "method/").items()}
         )
         if LOSSES in tensors:
             self._losses = list(tensors[LOSSES].to(self.accelerator).unbind())
         self.optimizer = make_optimizer(self.method, self.scenario)
         self._optimizer_values = values.optimizer
-        state = under(tensors, "optimizer/")
+        state = {name: tensor.clone() if copy else tensor for name, tensor in under(tensors, "optimizer/").items()}
         names = list(self.method.trainable()) if state or values.optimizer["state"] else []
         unpack_optimizer_(self.optimizer, names, state, self._optimizer_values)
 

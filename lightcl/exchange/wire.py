@@ -2,7 +2,8 @@
 
 Between real processes they are packed: all in one tensor of bytes. Flower sends, stores and confirms each tensor of a
 message with requests and transactions of its own, on both sides of the SuperLink, and a suffix has some twenty. In a
-simulation, where tensors move through shared memory, each stays as it is.
+simulation each stays as it is: there tensors move through shared memory, or the server reads them where a device has
+saved them (simulations/runtime/devices.py).
 """
 
 from __future__ import annotations

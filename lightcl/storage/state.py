@@ -213,9 +213,9 @@ class StateFolder:
         return self._current is not None and _text(self.folder / MANIFEST) == self._current.text
 
     def file_with(self, names: Collection[str]) -> TensorFile | None:
-        """The file that the last save of this object wrote, where it holds these tensors; the next one removes it."""
+        """These tensors in the file of this object's last save, where all are in it. The next save removes the file."""
         own = self._current.files.own if self._current else None
-        return TensorFile(self.folder / own.name) if own and names and self._written.issuperset(names) else None
+        return TensorFile(self.folder / own.name, names) if own and names and self._written.issuperset(names) else None
 
     # -- writing -----------------------------------------------------------------------------------------------
 
@@ -231,11 +231,12 @@ class StateFolder:
 
         `shared` is a file of tensors that other states hold too (`SharedVersions`): those of `tensors` that are equal
         to them are not written, and the state refers to the file. Of those that are in `start`, what differs is
-        written. Raises StateError where the disk refuses it; the state is then the old one.
+        written. Raises StateError where the disk refuses it, or tensors that no file can hold; the state is then the
+        old one.
         """
         try:
             self._save(tensors, values, shared, start)
-        except (OSError, safetensors.SafetensorError) as error:
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise StateError(
                 f"{self.folder}: the state cannot be saved ({_short(error)}); the one before is still there"
             ) from error
@@ -262,7 +263,7 @@ class StateFolder:
         given = {name: tensor.detach().cpu() for name, tensor in (tensors or {}).items()}
         link, common = self._in_common(shared, given) if shared else (None, set[str]())
         written, begun = self._differences({n: t.contiguous() for n, t in given.items() if n not in common}, start)
-        path = self.folder / name
+        path, self._written = self.folder / name, frozenset()
         try:
             if self.durable:
                 save_file(written, path)
@@ -270,13 +271,12 @@ class StateFolder:
                 own = _File(name, checksum(path))  # of what can be read again
             else:
                 own = _File(name, write_tensors(path, written))
-            self._written = frozenset()
             if self.durable and before is not None and not self._fell_back:
                 write_atomically(self.folder / PREVIOUS, current.text)
             elif self.durable:
                 sync(self.folder)  # the manifest must not be there before the name of the tensors
             self._write(MANIFEST, _Files(own, link, begun), values)
-        except (OSError, safetensors.SafetensorError):
+        except (OSError, ValueError, safetensors.SafetensorError):
             if self._current is current:  # no manifest names it
                 path.unlink(missing_ok=True)
             raise

@@ -14,7 +14,7 @@ from server.arrays import plain_record, saved_record
 
 
 def make_app(state: Path) -> ClientApp:
-    """The app of a simulation's workers; devices keep their states in folders of `state`.
+    """The app of workers that may be on other machines than the server; devices' states are in folders of `state`.
 
     Saves are not synced to disk. A killed process loses nothing; a power cut may leave older or damaged states, and
     damaged ones are refused: start such a run over with --overwrite.
@@ -28,7 +28,7 @@ def make_local_app(state: Path) -> ClientApp:
 
 
 def in_memory(device: EdgeDevice) -> ArrayRecord:
-    """Tensors reach the server through Ray's object store, so nobody needs to encode and decode them."""
+    """Ray takes tensors to the server, so nobody needs to encode and decode them."""
     return plain_record(outgoing(device))
 
 
@@ -36,7 +36,7 @@ def on_disk(device: EdgeDevice) -> ArrayRecord:
     """The server reads tensors where the device has saved them a moment ago; only statistics come with the reply.
 
     It has read them before the device, which is to be tested next, saves again. To copy them into Ray's object store
-    and to account for them there takes 8 % of a simulation's time.
+    and to account for them there would take some 8 % of a simulation's time.
     """
     saved = device.saved_outgoing()
     if not saved or device.scenario.server.compression != "none":

@@ -36,10 +36,7 @@ def test_all_examples_are_found() -> None:
 
 @pytest.mark.parametrize(
     "script",
-    [
-        pytest.param(file, id=file.stem, marks=[pytest.mark.ray] if file.stem == "fleet" else [])
-        for file in SCRIPTS
-    ],
+    [pytest.param(file, id=file.stem, marks=[pytest.mark.ray] if file.stem == "fleet" else []) for file in SCRIPTS],
 )
 def test_a_script_runs(script: Path, tmp_path: Path) -> None:
     words = [sys.executable, script, "--tasks", "2", "--epochs", "1", *TOY.get(script.stem, [])]

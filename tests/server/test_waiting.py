@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Iterable
+import time
+import weakref
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
+from lightcl.exchange.tensors import ExchangeError
 from lightcl.records.folder import RunFolder
+from server.dispatch import _called
 from server.ledger import Entry
 from server.mailbox import Mailbox, RunStopped
 from server.replies import AcceptedTraining, ReplyCheck
@@ -87,6 +92,21 @@ def test_a_device_that_is_gone_by_then_is_missing(tmp_path: Path) -> None:
     assert grid.sent == [100, 101]
 
 
+def test_the_time_of_a_check_is_no_devices_time(tmp_path: Path) -> None:
+    class SlowGrid(Grid):
+        def pull_messages(self, ids: Iterable[str]) -> list[Message]:
+            return super().pull_messages(list(ids)[:1])  # the second reply comes after the first was looked at
+
+    def check(_: int, reply: Message) -> Message:
+        time.sleep(0.3)
+        return reply
+
+    InProcessGrid(tmp_path, 0)  # sets what Flower's messages need
+    mailbox = Mailbox(SlowGrid(), threading.Event())  # type: ignore[arg-type]
+    replies = mailbox.send_and_wait({0: message_for(100), 1: message_for(101)}, 0.25, check)
+    assert replies.keys() == {0, 1}
+
+
 def test_a_reply_is_checked_while_others_are_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = InProcessGrid(tmp_path / "s", 3)
     check = ReplyCheck.training
@@ -106,3 +126,37 @@ def test_a_reply_is_checked_while_others_are_at_work(tmp_path: Path, monkeypatch
     with pytest.raises(RunStopped):
         coordinator.run(grid)
     assert not listener.refusals, "the third device was at work until the first reply was checked"
+
+
+def test_of_a_refused_reply_only_the_reason_stays() -> None:
+    """Without help of Python's collector, which may not come for many rounds."""
+
+    class Tensors:
+        pass
+
+    alive: list[weakref.ref[Tensors]] = []
+
+    def read(*_: object) -> None:
+        tensors = Tensors()
+        alive.append(weakref.ref(tensors))
+        try:
+            raise KeyError("layer4")
+        except KeyError as error:
+            raise ExchangeError("no such tensor") from error
+
+    def use(result: Callable[[], None]) -> str:
+        of_the_round = Tensors()
+        alive.append(weakref.ref(of_the_round))
+        try:
+            result()
+        except ExchangeError as error:
+            return str(error)
+        return ""
+
+    gc.disable()
+    try:
+        result = _called(read, None, None)  # type: ignore[arg-type]
+        assert use(result) == "no such tensor"
+        assert [reference() for reference in alive] == [None, None]
+    finally:
+        gc.enable()

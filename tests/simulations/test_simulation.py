@@ -66,7 +66,7 @@ def test_neither_workers_nor_engine_change_a_number_and_one_device_alone_learns_
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ray", "flower"])
 def test_averaged_suffixes_are_the_same_on_both_engines(scenario: Path, engine: str) -> None:
-    """Tensors travel through Ray's object store on one and through Flower's link state on the other."""
+    """Tensors are read from devices' files on one and travel through Flower's link state on the other."""
     changes = ("--set", "server.aggregation=suffix", "--set", "simulation.keep_states=none")
     first, second = scenario.parent / "first", scenario.parent / "second"
     lightcl("simulate", scenario, "--out", first, *changes, "--set", f"simulation.engine={engine}")

@@ -198,15 +198,17 @@ def test_damaged_tensors_are_an_error(tmp_path):
         StateFolder(tmp_path).load()
 
 
-def test_a_save_that_the_disk_refuses_is_a_failure_and_the_state_is_the_old_one(tmp_path):
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_save_that_the_disk_refuses_is_a_failure_and_the_state_is_the_old_one(tmp_path, durable):
     (tmp_path / "file").touch()
     with pytest.raises(StateError, match=r"file.a: the state cannot be saved"):
-        StateFolder(tmp_path / "file" / "a").save(tensors(1), {})
-    folder = StateFolder(tmp_path / "b")
+        StateFolder(tmp_path / "file" / "a", durable=durable).save(tensors(1), {})
+    folder = StateFolder(tmp_path / "b", durable=durable)
     folder.save(tensors(1), {"round": 1})
     (tmp_path / "b" / "tensors-1.safetensors").mkdir()  # where the next tensors would go
     with pytest.raises(StateError, match="the state cannot be saved"):
         folder.save(tensors(2), {"round": 2})
+    assert folder.file_with(["a"]) is None
     assert read(tmp_path / "b") == (1, {"round": 1})
     (tmp_path / "b" / "tensors-1.safetensors").rmdir()
     folder.save(None, {"round": 3})

@@ -36,7 +36,7 @@ def test_the_numbers_are_those_of_tensors_that_travel(tmp_path: Path, name: str)
 
 
 def trained(grid: InProcessGrid, until_epoch: int = 2) -> ArrayRecord:
-    scenario = small(server={"aggregation": "suffix"}).model_dump_json()
+    scenario = small(server={"aggregation": "suffix"}, training={"momentum": 0.9}).model_dump_json()
     record = ConfigRecord(Instruction(0, "run", scenario, 1, 0, until_epoch, 0).to_record())
     message = Message(RecordDict({INSTRUCTION: record}), dst_node_id=100, message_type="train")
     (reply,) = grid.pull_messages(grid.push_messages([message]))
@@ -63,7 +63,28 @@ def test_a_device_that_is_asked_again_after_its_worker_died_sends_the_tensors(tm
     first = {name: array.tobytes() for name, array in decoded(trained(grid)).items()}
     grid.app = make_local_app(tmp_path)
     client.app._kept.cache_clear()
-    assert {name: array.tobytes() for name, array in decoded(trained(grid)).items()} == first
+    again = trained(grid)
+    assert all(isinstance(array, PlainArray) for array in again.values()), "nobody knows what is in the file"
+    assert {name: array.tobytes() for name, array in decoded(again).items()} == first
+
+
+def test_a_device_that_is_asked_twice_names_the_file_twice(tmp_path: Path) -> None:
+    grid = InProcessGrid(tmp_path, 1)
+    grid.app = make_local_app(tmp_path)
+    first, again = trained(grid), trained(grid)
+    assert all(isinstance(array, SavedArray) for array in again.values())
+    assert {n: a.data for n, a in first.items()} == {n: a.data for n, a in again.items()}
+
+
+def test_the_server_reads_and_keeps_what_is_exchanged_only(tmp_path: Path) -> None:
+    grid = InProcessGrid(tmp_path, 1)
+    grid.app = make_local_app(tmp_path)
+    arrays = decoded(trained(grid, until_epoch=1))  # the file has a momentum of the same size
+    pieces = {id(array.base): array.base.nbytes for array in arrays.values()}
+    needed = sum(array.nbytes for array in arrays.values())
+    assert sum(pieces.values()) < 1.1 * needed
+    assert next((tmp_path / "run").glob("*/tensors-*")).stat().st_size > 1.9 * needed
+    assert not any(array.flags.writeable for array in arrays.values())
 
 
 def test_a_reply_whose_file_is_gone_is_refused_and_the_others_go_on(tmp_path: Path) -> None:
