@@ -45,6 +45,7 @@ fleet: {devices: 2, test_data: whole}
 network: {weights: none, width: 4}
 method: {name: sgd}
 training: {epochs: 1, batch_size: 16}
+simulation: {workers: 1}
 """
 
 
