@@ -383,10 +383,11 @@ class EdgeDevice:
             )
 
     def outgoing(self) -> Arrays:
-        """The tensors for the server; statistics only with the reply that finishes a task."""
+        """The tensors for the server."""
         return outgoing(self.network, self.scenario.server.aggregation) | self.outgoing_statistics()
 
     def outgoing_statistics(self) -> Arrays:
+        """Those of them that are no weights; there are some only with the reply that finishes a task."""
         finished = self.position.epochs == self.scenario.training.epochs
         return outgoing_statistics(self.method) if finished else {}
 
