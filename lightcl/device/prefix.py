@@ -16,6 +16,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +37,7 @@ from lightcl.errors import RequestError
 from lightcl.methods.base import PrefixFeatures
 from lightcl.networks import BACKBONES
 from lightcl.networks.folding import folded
-from lightcl.networks.native import is_native
+from lightcl.networks.native import is_native, kept_scratch
 from lightcl.networks.native.library import require_library
 from lightcl.networks.staged import Backbone, OnMap, Stage
 from lightcl.networks.weights import digest
@@ -215,13 +216,15 @@ class FixedPrefix(PrefixFeatures):
             # In C a batch-norm is part of the convolution's pass, or a pass with the ReLU: there is nothing to fold.
             self._stage = prefix if is_native(prefix) else prefix.derive("folded", lambda: folded(self.network))
         parts = []
-        for start in range(0, len(images), CHUNK):
-            chunk = images[start : start + CHUNK]
-            count = len(chunk)
-            if count < CHUNK:
-                chunk = torch.cat([chunk, chunk.new_zeros(CHUNK - count, *chunk.shape[1:])])
-            outputs = self._stage(chunk.contiguous(memory_format=torch.channels_last))[:count]
-            parts.append(outputs.permute(0, 2, 3, 1))
+        # The prefix's maps are large. With a cache they seldom stand in memory, and never beside what training keeps.
+        with kept_scratch(wanted=False) if self.stores is not None else nullcontext():
+            for start in range(0, len(images), CHUNK):
+                chunk = images[start : start + CHUNK]
+                count = len(chunk)
+                if count < CHUNK:
+                    chunk = torch.cat([chunk, chunk.new_zeros(CHUNK - count, *chunk.shape[1:])])
+                outputs = self._stage(chunk.contiguous(memory_format=torch.channels_last))[:count]
+                parts.append(outputs.permute(0, 2, 3, 1))
         features = torch.cat(parts).contiguous()  # [N, H, W, C]
         if self.rounding is not None:
             features = features.to(self.rounding).to(features.dtype)

@@ -15,6 +15,7 @@ from lightcl.data.tasks import Task, TaskContext
 from lightcl.device.optimizers import drop_gradients, step, updates_at_once
 from lightcl.errors import Failure
 from lightcl.methods import Method
+from lightcl.networks.native import kept_scratch
 from lightcl.scenario import Scenario
 from lightcl.seeds import derive
 
@@ -74,7 +75,7 @@ def train_epoch(
         view=context.view(epoch),
     )
     at_once = scenario.training.update == "at-once"
-    with updates_at_once(optimizer) if at_once else nullcontext():
+    with kept_scratch(), updates_at_once(optimizer) if at_once else nullcontext():
         # Those that are done are drawn all the same: the batches of an epoch share one generator.
         for number, batch in enumerate(islice(batches, done, None)):
             if number:
@@ -118,7 +119,7 @@ def evaluate(method: Method, tasks: Sequence[Task], scenario: Scenario, device: 
     if method.network.training:
         method.network.eval()
     results = []
-    with autocast(scenario, device):  # once: it rounds every weight anew
+    with kept_scratch(), autocast(scenario, device):  # autocast once: it rounds every weight anew
         for task in tasks:
             samples = task.tested_on(scenario.stream.evaluate_on)
             classes = torch.tensor(task.rows, device=device)

@@ -42,7 +42,7 @@ MEANINGS: dict[Category, str] = {
     "optimizer state": "momentum, or the two moments of adam and adamw",
     "kept activations": "what the backward pass needs",
     "frozen part": "working memory of the prefix",
-    "temporaries": "gradients of activations, layouts of a convolution's weights",
+    "temporaries": "gradients of activations, and what a convolution takes while it runs",
     "buffer": "images and logits of old samples, and the batch",
     "weight copies": "further tensors of the weights' size",
     "patterns": "feature patterns and the memory samples' prefix outputs",
@@ -214,6 +214,7 @@ class _Step:
         self.worst, self.moment = dict(self.live), ""
         self.cast: set[str] = set()  # weights of which autocast holds a copy
         self.begun: set[str] = set()  # weights whose gradients are allocated, after the first pass or later
+        self.scratch = 0  # bytes that winograd.c's passes use one after another
 
     def allocate(self, category: Category, amount: float) -> None:
         """Allocates `amount` bytes; a negative amount releases them."""
@@ -238,7 +239,12 @@ class _Step:
         self.allocate("optimizer state", -state)
         prefix(cost.pattern_samples)
         self.allocate("optimizer state", state)
-        prefix(samples)
+        if workload.prefix == "cached":
+            prefix(samples)
+            self._keep_scratch(samples)
+        else:
+            self._keep_scratch(samples)
+            prefix(samples)
         if cost.joint_pass:
             self._play_joint(samples + cost.suffix_samples)
             return
@@ -274,6 +280,7 @@ class _Step:
             self.note("optimizer's step", "temporaries", temporaries)
         self.allocate("gradients", -self.live["gradients"])
         self.allocate("optimizer state", -self.live["optimizer state"])  # the next task has an optimizer of its own
+        self.allocate("temporaries", -self.scratch)
         self.note("saved state", "temporaries", self._saved_copies)
 
     @property
@@ -506,6 +513,9 @@ class _Step:
         if self._native(convolution):
             return self._scratch(convolution, of, samples)
         direction = int(of is not Pass.FORWARD)
+        if convolution.kernel == 1 and self.workload.accelerator == "cpu":
+            channels = convolution.weights * _positions(convolution) // convolution.outputs
+            return samples * _positions(convolution) * channels * self.size  # the positions that its stride meets
         if direction and convolution.by_product and self.size == BF16 and self.workload.accelerator == "cpu":
             return self._product(convolution, samples)
         if not (self.workload.convolutions == "winograd" and self.size == FP32 and convolution.tiles):
@@ -534,16 +544,41 @@ class _Step:
         return self.size == FP32 or suits_half(_positions(convolution) * convolution.stride**2)
 
     def _scratch(self, convolution: Convolution, of: Pass, samples: int) -> int:
-        """Bytes of a pass through winograd.c: its scratch memory and new gradients."""
-        outputs = convolution.outputs // _positions(convolution)
-        inputs = convolution.weights // convolution.kernel**2 // outputs
-        numbers = scratch_size(
-            samples, convolution.native_tiles, inputs, outputs, stride=convolution.stride, of=of,
-            threads=self.workload.threads,
-        )  # fmt: skip
+        """Bytes of a pass through winograd.c: its scratch memory where none is kept, and new gradients."""
+        own, shared = self._scratch_numbers(convolution, of, samples)
+        numbers = 0 if self.scratch else self.workload.threads * own + shared
         of_weights = convolution.weights if of else 0
         of_maps = samples * convolution.inputs if of is Pass.OF_MAPS else 0
         return (numbers + of_weights) * FP32 + of_maps * self.size
+
+    def _keep_scratch(self, samples: int) -> None:
+        """With several threads, the epochs' passes through winograd.c use the same scratch memory, as much as the largest
+        of them takes, but for passes that fill a cache (`lightcl.networks.native.kept_scratch`)."""
+        shape, cost, workload = self.shape, self.cost, self.workload
+        if workload.threads == 1:
+            return
+        together = samples + cost.suffix_samples * cost.joint_pass
+        passes = [
+            (c, of, together) for b in shape.trained for c in b.convolutions for of in (Pass.FORWARD, Pass.OF_MAPS)
+        ]
+        if shape.trained:  # its inputs need no gradients
+            passes[:2] = [(shape.trained[0].first, of, together) for of in (Pass.FORWARD, Pass.OF_WEIGHTS)]
+        if workload.prefix != "cached":
+            frozen = samples if workload.prefix == "batch" else CHUNK
+            passes += [(c, Pass.FORWARD, frozen) for b in shape.frozen for c in b.convolutions]
+        sizes = [self._scratch_numbers(*each) for each in passes if self._native(each[0])]
+        if sizes:
+            largest = workload.threads * max(own for own, _ in sizes) + max(shared for _, shared in sizes)
+            self.scratch = largest * FP32
+            self.allocate("temporaries", self.scratch)
+
+    def _scratch_numbers(self, convolution: Convolution, of: Pass, samples: int) -> tuple[int, int]:
+        outputs = convolution.outputs // _positions(convolution)
+        inputs = convolution.weights // convolution.kernel**2 // outputs
+        return scratch_size(
+            samples, convolution.native_tiles, inputs, outputs, stride=convolution.stride, of=of,
+            threads=self.workload.threads,
+        )  # fmt: skip
 
     def _product(self, convolution: Convolution, samples: int) -> int:
         """Bytes of a weight gradient as a matrix product: the patches and the gradient itself. The copy of the weights

@@ -7,13 +7,21 @@ from __future__ import annotations
 
 from torch import nn
 
+from lightcl.networks.native.calls import kept_scratch
 from lightcl.networks.native.convolution import NativeWinogradConv2d
 from lightcl.networks.native.drift import NativeSquaredDrift
 from lightcl.networks.native.library import require_library
 from lightcl.networks.native.norm import NativeBatchNorm2d
 from lightcl.networks.winograd import use_winograd_
 
-__all__ = ["NativeBatchNorm2d", "NativeSquaredDrift", "NativeWinogradConv2d", "is_native", "use_native_"]
+__all__ = [
+    "NativeBatchNorm2d",
+    "NativeSquaredDrift",
+    "NativeWinogradConv2d",
+    "is_native",
+    "kept_scratch",
+    "use_native_",
+]
 
 
 def is_native(stage: nn.Module) -> bool:

@@ -42,17 +42,17 @@ def _convolution(code: ctypes.CDLL, stride: int) -> Iterator[tuple[Tensor, Tenso
         sizes, given = (2, 8, 8, 3, 5, int(kind == torch.bfloat16), stride), maps.to(kind)
         of_maps, of_weights, result = (torch.empty_like(like) for like in (given, weights, gradient.to(kind)))
         scratch = winograd_scratch(code, sizes, Pass.OF_MAPS)
-        call(code, "winograd_backward", sizes, given, weights, gradient.to(kind), of_maps, of_weights, scratch)
+        call(code, "winograd_backward", sizes, given, weights, gradient.to(kind), of_maps, of_weights, *scratch)
         yield of_maps, of_x
         yield of_weights.to(kind), of_factors
         scratch = winograd_scratch(code, sizes, Pass.OF_WEIGHTS)
-        call(code, "winograd_backward", sizes, given, weights, gradient.to(kind), None, of_weights, scratch)
+        call(code, "winograd_backward", sizes, given, weights, gradient.to(kind), None, of_weights, *scratch)
         yield of_weights.to(kind), of_factors
         scratch = winograd_scratch(code, sizes, Pass.FORWARD)
-        call(code, "winograd_forward", sizes, 0, given, weights, None, None, None, result, scratch)
+        call(code, "winograd_forward", sizes, 0, given, weights, None, None, None, result, *scratch)
         yield result.clone(), exact
         scale, shift, shortcut = _drawn(3, 5, 1, 1, 1), _drawn(4, 5, 1, 1, 1), result.clone()
-        call(code, "winograd_forward", sizes, 1, given, weights, scale, shift, shortcut, result, scratch)
+        call(code, "winograd_forward", sizes, 1, given, weights, scale, shift, shortcut, result, *scratch)
         yield result, F.relu(exact * scale.view(1, 5, 1, 1) + shift.view(1, 5, 1, 1) + exact)
 
 

@@ -66,8 +66,9 @@ def suits_half(positions: int) -> bool:
 
 def scratch_size(
     samples: int, tiles: int, inputs: int, outputs: int, *, stride: int = 1, of: Pass, threads: int = 1
-) -> int:
-    """Numbers of scratch memory of a pass, for maps of `tiles` each and so many channels.
+) -> tuple[int, int]:
+    """Numbers of scratch memory of a pass, for maps of `tiles` each and so many channels: of each thread, and of all
+    together beside that.
 
     It is winograd.c's own count (`plan_of` there) for AVX-512; processors with shorter vectors take less.
     """
@@ -84,8 +85,8 @@ def scratch_size(
     aside = of is Pass.FORWARD and samples * tiles >= GROUP // 2 * threads
     if aside:
         together = min(together, -(-samples // threads))
-    rows, copies = together * tiles, threads if aside or threads <= ALONE else 1
-    whole = outputs if of is Pass.OF_MAPS else inputs
+    rows = together * tiles
+    whole = places(rows * (-(-(outputs if of is Pass.OF_MAPS else inputs) // 16) * 16))
     weights = {
         Pass.FORWARD: (REACH + 9) * apart(inputs * width),
         Pass.OF_WEIGHTS: 0,
@@ -93,7 +94,7 @@ def scratch_size(
     }
     products = 0 if of is Pass.FORWARD else REACH * REACH * (high * width + 16)
     task = places(rows * width) + max(weights[of], products)
-    return copies * places(rows * (-(-whole // 16) * 16)) + threads * task
+    return (whole + task, 0) if aside or threads <= ALONE else (task, whole)
 
 
 class _Winograd(torch.autograd.Function):
@@ -114,7 +115,7 @@ class _Winograd(torch.autograd.Function):
         sizes, code = _sizes(maps, weights, ctx.stride), require_library().code
         gradient = as_maps(gradients[0], ctx.kind)
         scratch = winograd_scratch(code, sizes, Pass.OF_MAPS if for_x else Pass.OF_WEIGHTS)
-        call(code, "winograd_backward", sizes, maps, weights, gradient, of_x, of_weight, scratch)
+        call(code, "winograd_backward", sizes, maps, weights, gradient, of_x, of_weight, *scratch)
         return None if of_x is None else of_x.to(x.dtype), of_weight, None, None
 
 
@@ -124,7 +125,7 @@ def _forward(
 ) -> Tensor:  # fmt: skip
     sizes, code = _sizes(maps, weights, stride), require_library().code
     result, scratch = new_maps(maps, len(weights), stride), winograd_scratch(code, sizes, Pass.FORWARD)
-    call(code, "winograd_forward", sizes, relu, maps, weights, scale, shift, shortcut, result, scratch)
+    call(code, "winograd_forward", sizes, relu, maps, weights, scale, shift, shortcut, result, *scratch)
     return result
 
 

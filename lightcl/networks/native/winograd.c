@@ -541,9 +541,9 @@ INLINE long output_size(Shape s) { return s.height / s.stride * (s.width / s.str
 typedef struct {
     Shape group; /* the first one */
     long maps;
-    int aside;
-    long copies;       /* of the places of a group, one for each thread or one for all */
-    long whole, alone; /* scratch memory of a copy, and of a thread for its task */
+    int aside, alike;  /* alike: each thread has the places of a group for itself */
+    long whole;        /* numbers of these places */
+    long own, shared;  /* numbers of scratch memory: of each thread, and of all together */
 } Plan;
 
 enum { FORWARD, OF_WEIGHTS, OF_MAPS }; /* a forward pass, or a backward pass without or with the maps' gradient */
@@ -559,9 +559,10 @@ INLINE Plan plan_of(const long *sizes, int pass, long threads) {
     long depth = pass == OF_MAPS ? s.outputs : pass == FORWARD ? s.inputs : 0;
     long weights = (SIDE + (pass == FORWARD ? TAPS : 0)) * apart(depth * BLOCK);
     long products = pass == FORWARD ? 0 : PLACES * WITHIN;
-    return (Plan){s, sizes[0], aside, aside || threads <= 2 ? threads : 1,
-                  places_at(0, s, pass == OF_MAPS ? s.padded_outputs : s.padded_inputs).size,
-                  places_at(0, s, BLOCK).size + (weights > products ? weights : products)};
+    long whole = places_at(0, s, pass == OF_MAPS ? s.padded_outputs : s.padded_inputs).size;
+    long task = places_at(0, s, BLOCK).size + (weights > products ? weights : products);
+    int alike = aside || threads <= 2;
+    return (Plan){s, sizes[0], aside, alike, whole, alike ? whole + task : task, alike ? 0 : whole};
 }
 
 /* The shape of the group that begins with map `first`. */
@@ -573,16 +574,27 @@ INLINE Shape group_of(Plan plan, long first) {
     return s;
 }
 
-/* Numbers of scratch memory for a pass. */
-long winograd_scratch(const long *sizes, int pass, int threads) {
+/* Numbers of scratch memory for a pass: of each thread, or what all `shared` beside that. */
+long winograd_scratch(const long *sizes, int pass, int threads, int shared) {
     Plan plan = plan_of(sizes, pass, threads);
-    return plan.copies * plan.whole + threads * plan.alone;
+    return shared ? plan.shared : plan.own;
+}
+
+/* Where a thread has the places of a group, and where the rest of its own memory begins. Behind the memory of all
+   `threads`, of `slot` numbers each, is what they share. */
+typedef struct {
+    float *places, *rest;
+} Memory;
+
+INLINE Memory memory_of(Plan plan, float *scratch, long slot, int threads) {
+    float *own = scratch + THREAD * slot;
+    return plan.alike ? (Memory){own, own + plan.whole} : (Memory){scratch + threads * slot, own};
 }
 
 /* Runs `transform` for the maps from `from` to `until` and the vector of channels from v on, until all threads that share a
    copy have done all maps and vectors. */
 #define FOR_VECTORS(plan, maps, channels, transform) \
-    if (plan.copies > 1) { \
+    if (plan.alike) { \
         long from = 0, until = maps; \
         for (long v = 0; v < channels; v += LANES) transform; \
     } else { \
@@ -625,24 +637,24 @@ INLINE void forward_task(Shape s, Task task, Places inputs, const float *weights
 /* By one of the threads that share the work, which may be fewer than the `threads` that were asked for and have scratch
    memory. */
 static void forward(const long *sizes, int threads, const void *maps, const float *weights, After after,
-                    void *result, float *scratch) {
+                    void *result, float *scratch, long slot) {
     Plan plan = plan_of(sizes, FORWARD, threads);
-    float *own = scratch + plan.copies * plan.whole + THREAD * plan.alone;
+    Memory memory = memory_of(plan, scratch, slot, threads);
     Tasks tasks = tasks_of(plan.group.padded_outputs, plan.aside ? 1 : THREADS);
     long step = plan.group.maps * (plan.aside ? THREADS : 1);
     for (long first = plan.aside ? THREAD * plan.group.maps : 0; first < plan.maps; first += step) {
         Shape s = group_of(plan, first);
-        Places inputs = places_at(scratch + THREAD % plan.copies * plan.whole, s, s.padded_inputs);
+        Places inputs = places_at(memory.places, s, s.padded_inputs);
         const void *here = from_map(maps, s.half, first, input_size(s));
         void *there = (void *)from_map(result, s.half, first, output_size(s));
         After with = after;
         if (after.shortcut) with.shortcut = from_map(after.shortcut, s.half, first, output_size(s));
         FOR_VECTORS(plan, s.maps, s.padded_inputs, input_to_places(s, here, inputs, from, until, v, v))
         if (plan.aside) {
-            for (long i = 0; i < tasks.count; i++) forward_task(s, task_of(tasks, i), inputs, weights, with, there, own);
+            for (long i = 0; i < tasks.count; i++) forward_task(s, task_of(tasks, i), inputs, weights, with, there, memory.rest);
         } else {
 #pragma omp for schedule(dynamic)
-            for (long i = 0; i < tasks.count; i++) forward_task(s, task_of(tasks, i), inputs, weights, with, there, own);
+            for (long i = 0; i < tasks.count; i++) forward_task(s, task_of(tasks, i), inputs, weights, with, there, memory.rest);
         }
     }
 }
@@ -673,10 +685,9 @@ INLINE void outputs_task(Shape s, Task task, Places inputs, const void *gradient
 }
 
 static void backward(const long *sizes, int threads, const void *maps, const float *weights, const void *gradient,
-                     void *of_maps, float *of_weights, float *scratch) {
+                     void *of_maps, float *of_weights, float *scratch, long slot) {
     Plan plan = plan_of(sizes, of_maps ? OF_MAPS : OF_WEIGHTS, threads);
-    float *own = scratch + plan.copies * plan.whole + THREAD * plan.alone;
-    float *copy = scratch + THREAD % plan.copies * plan.whole;
+    Memory memory = memory_of(plan, scratch, slot, threads);
     Tasks tasks = tasks_of(of_maps ? plan.group.padded_inputs : plan.group.padded_outputs, THREADS);
     for (long first = 0; first < plan.maps; first += plan.group.maps) {
         Shape s = group_of(plan, first);
@@ -684,35 +695,35 @@ static void backward(const long *sizes, int threads, const void *maps, const flo
         const void *here = from_map(maps, s.half, first, input_size(s));
         void *there = (void *)from_map(of_maps, s.half, first, input_size(s));
         if (of_maps) {
-            Places outputs = places_at(copy, s, s.padded_outputs);
+            Places outputs = places_at(memory.places, s, s.padded_outputs);
             FOR_VECTORS(plan, s.maps, s.padded_outputs, output_to_places(s, gradients, outputs, from, until, v, v))
 #pragma omp for schedule(dynamic)
             for (long i = 0; i < 2 * tasks.count; i++) {
                 Task task = task_of(tasks, i % tasks.count);
-                if (i >= tasks.count) maps_task(s, task, outputs, weights, there, own);
-                else if (of_weights) weights_task(s, task, outputs, here, of_weights, first > 0, own);
+                if (i >= tasks.count) maps_task(s, task, outputs, weights, there, memory.rest);
+                else if (of_weights) weights_task(s, task, outputs, here, of_weights, first > 0, memory.rest);
             }
         } else {
-            Places inputs = places_at(copy, s, s.padded_inputs);
+            Places inputs = places_at(memory.places, s, s.padded_inputs);
             FOR_VECTORS(plan, s.maps, s.padded_inputs, input_to_places(s, here, inputs, from, until, v, v))
 #pragma omp for schedule(dynamic)
             for (long i = 0; i < tasks.count; i++)
-                outputs_task(s, task_of(tasks, i), inputs, gradients, of_weights, first > 0, own);
+                outputs_task(s, task_of(tasks, i), inputs, gradients, of_weights, first > 0, memory.rest);
         }
     }
 }
 
-/* `scale` and `shift`, or `shortcut`, may be NULL: not wanted. */
+/* `scale` and `shift`, or `shortcut`, may be NULL: not wanted. Of the scratch memory, see `memory_of`. */
 void winograd_forward(const long *sizes, int threads, int relu, const void *maps, const float *weights, const float *scale,
-                      const float *shift, const void *shortcut, void *result, float *scratch) {
+                      const float *shift, const void *shortcut, void *result, float *scratch, long slot) {
     After after = {scale, shift, shortcut, relu};
 #pragma omp parallel num_threads(threads)
-    forward(sizes, threads, maps, weights, after, result, scratch);
+    forward(sizes, threads, maps, weights, after, result, scratch, slot);
 }
 
 /* `of_maps` or `of_weights` may be NULL: not wanted. */
 void winograd_backward(const long *sizes, int threads, const void *maps, const float *weights, const void *gradient,
-                       void *of_maps, float *of_weights, float *scratch) {
+                       void *of_maps, float *of_weights, float *scratch, long slot) {
 #pragma omp parallel num_threads(threads)
-    backward(sizes, threads, maps, weights, gradient, of_maps, of_weights, scratch);
+    backward(sizes, threads, maps, weights, gradient, of_maps, of_weights, scratch, slot);
 }

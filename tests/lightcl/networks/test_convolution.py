@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightcl.networks.convolution import Conv3x3, by_product, weight_gradient
+from lightcl.networks.convolution import Conv1x1, Conv3x3, by_product, weight_gradient
 from lightcl.networks.resnet import StagedResNet
 from lightcl.networks.winograd import use_winograd_
 
@@ -109,6 +109,72 @@ def test_a_copied_module_rounds_its_own_weight() -> None:
         other = deepcopy(ours)
         assert saved_weight(other(x)) is not saved_weight(result)
         assert torch.equal(other(x), result)
+
+
+def test_a_1x1_convolution_by_hand() -> None:
+    """Two channels to one, of a 3x3 map with a stride of 2: the corners are met."""
+    ours = Conv1x1(2, 1, 2).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        ours.weight.copy_(torch.tensor([1.0, 10.0]).view(1, 2, 1, 1))
+    numbers = torch.arange(18.0).view(1, 2, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    result = ours(numbers)
+    assert result.tolist() == [[[[90, 112], [156, 178]]]]
+    of_maps, of_weight = torch.autograd.grad(result, (numbers, ours.weight), torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]))
+    assert of_weight.flatten().tolist() == [0 * 1 + 2 * 2 + 6 * 3 + 8 * 4, 9 * 1 + 11 * 2 + 15 * 3 + 17 * 4]
+    assert of_maps.tolist() == [[[[1, 0, 2], [0, 0, 0], [3, 0, 4]], [[10, 0, 20], [0, 0, 0], [30, 0, 40]]]]
+
+
+@pytest.mark.parametrize("side", [1, 7, 8])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_1x1_convolution_agrees_with_pytorchs(layout: torch.memory_format, stride: int, side: int) -> None:
+    x = (
+        torch.randn(5, 6, side, side, dtype=torch.float64)
+        .contiguous(memory_format=torch.channels_last)
+        .requires_grad_()
+    )
+    ours = Conv1x1(6, 8, stride).double().to(memory_format=layout)
+    plain = torch.conv2d(x, ours.weight, None, stride)
+    gradient = torch.randn_like(plain)
+    for arriving in (gradient, gradient.contiguous()):
+        expected = torch.autograd.grad(plain, (x, ours.weight), arriving, retain_graph=True)
+        result = ours(x)
+        assert "OverPositions" in str(result.grad_fn)
+        assert result.is_contiguous(memory_format=torch.channels_last)
+        given = torch.autograd.grad(result, (x, ours.weight), arriving)
+        for one, other in zip((result, *given), (plain, *expected), strict=True):
+            assert one.shape == other.shape
+            assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_1x1_convolution_in_bf16_is_as_exact_as_pytorchs() -> None:
+    x = torch.randn(4, 16, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    ours = Conv1x1(16, 32, 2).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        ours.weight.copy_(ours.weight.bfloat16())
+        x.copy_(x.bfloat16())
+    exact = torch.conv2d(x.double(), ours.weight.double(), None, 2)
+    of_exact = torch.autograd.grad(exact, (x, ours.weight), torch.ones_like(exact))
+    with torch.autocast("cpu", torch.bfloat16):
+        result = ours(x)
+    assert result.dtype == torch.bfloat16
+    of_result = torch.autograd.grad(result, (x, ours.weight), torch.ones_like(result))
+    for one, true in zip((result, *of_result), (exact, *of_exact), strict=True):
+        assert (one.double() - true.double()).abs().max() <= true.abs().max() / 128
+    assert of_result[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_1x1_convolution_that_is_not_trained_is_pytorchs(layout: torch.memory_format) -> None:
+    """So are those of exported models. A map that is not channels-last stays so."""
+    ours, x = Conv1x1(4, 8, 2), torch.randn(2, 4, 8, 8).contiguous(memory_format=layout)
+    with torch.no_grad():
+        expected = torch.conv2d(x, ours.weight, None, 2)
+        assert torch.equal(ours(x), expected)
+    assert ("OverPositions" in str(ours(x).grad_fn)) == (layout == torch.channels_last)
+    ours.requires_grad_(False)
+    assert "OverPositions" not in str(ours(x.requires_grad_()).grad_fn)
+    assert deepcopy(ours).weight is not ours.weight
 
 
 def saved_weight(result: Tensor) -> Tensor:

@@ -133,6 +133,7 @@ def test_measured_is_what_theory_counts(changes):
     [
         ({"method": {"name": "lightcl", "memory_pass": "joint"}, "training": AT_ONCE} | CACHED, "fp32", 1, False),
         ({"method": {"name": "lightcl", "memory_pass": "joint"}, "training": AT_ONCE} | CACHED, "fp32", 2, False),
+        ({"method": {"name": "lightcl"}, "network": {"weights": "none", "width": 32}}, "fp32", 3, False),
         ({"method": {"name": "lightcl"}}, "bf16", 1, False),
         ({"method": {"name": "lightcl"}}, "bf16", 1, True),
         ({"method": {"name": "sgd"}}, "fp32", 1, False),

@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 import textwrap
+from weakref import ref
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightcl.networks.native import NativeWinogradConv2d, library, use_native_
+from lightcl.networks.native import NativeWinogradConv2d, kept_scratch, library, use_native_
 from lightcl.networks.native import convolution as module
 from lightcl.networks.native.calls import Pass, winograd_scratch
 from lightcl.networks.native.convolution import scratch_size
@@ -236,5 +237,77 @@ def test_the_count_of_scratch_memory_is_that_of_the_longest_vectors(
     tiles = NativeWinogradConv2d.tiles(height, width, stride)
     counted = scratch_size(n, tiles, inputs, outputs, stride=stride, of=of, threads=threads)
     torch.set_num_threads(threads)
-    own = len(winograd_scratch(require_library().code, (*shape, outputs, 0, stride), of))
-    assert counted == own if "avx512f" in FEATURES else counted >= own
+    memory, own = winograd_scratch(require_library().code, (*shape, outputs, 0, stride), of)
+    given = own, len(memory) - threads * own
+    exact = "avx512f" in FEATURES
+    assert counted == given if exact else counted[0] >= given[0] and counted[1] >= given[1]
+
+
+SMALL, LARGE = (47, 4, 4, 80), (47, 8, 8, 160)
+
+
+@toys.needs_compiler
+@pytest.mark.parametrize("threads", [2, 3])
+def test_kept_scratch_memory_is_used_by_one_pass_after_another(threads: int) -> None:
+    torch.set_num_threads(threads)
+    with kept_scratch():
+        large, of_large = scratch_of(LARGE)
+        small, of_small = scratch_of(SMALL)
+        assert small is large
+        assert of_small == of_large  # each thread's part begins where it began before
+        with kept_scratch():  # within itself: nothing changes
+            assert scratch_of(LARGE)[0] is large
+        assert scratch_of(LARGE)[0] is large
+        alive = ref(large)
+        del small, large
+    assert alive() is None
+    assert len(scratch_of(SMALL)[0]) < threads * of_large
+    assert scratch_of(SMALL)[0] is not scratch_of(SMALL)[0]
+
+
+@toys.needs_compiler
+def test_kept_scratch_memory_grows() -> None:
+    torch.set_num_threads(2)
+    with kept_scratch():
+        alive = ref(scratch_of(SMALL)[0])
+        assert alive() is not None
+        assert len(scratch_of(LARGE)[0]) == 2 * scratch_of(LARGE)[1]
+        assert alive() is None
+        torch.set_num_threads(3)
+        memory, own = scratch_of(SMALL)
+        assert len(memory) > 3 * own  # and what they share
+        with kept_scratch(wanted=False):
+            assert scratch_of(SMALL)[0] is not scratch_of(SMALL)[0]
+            alive = ref(memory)
+            del memory
+            assert alive() is None
+
+
+@toys.needs_compiler
+def test_with_one_thread_no_scratch_memory_is_kept() -> None:
+    torch.set_num_threads(1)
+    with kept_scratch():
+        alive = ref(scratch_of(SMALL)[0])
+        assert alive() is None
+
+
+@toys.needs_compiler
+@pytest.mark.parametrize("threads", [2, 3])
+def test_in_kept_scratch_memory_passes_compute_the_same(threads: int) -> None:
+    """Passes of several sizes, so that a part of memory has another pass's numbers in it."""
+    passes = [
+        (convolution(80, 160), maps(47, 80, 8, 8)),
+        (convolution(64, 70, 2), maps(100, 64, 8, 8)),
+        (convolution(40, 90), maps(3, 40, 8, 8)),
+    ]
+    torch.set_num_threads(threads)
+    expected = [results(*each) for each in passes]
+    with kept_scratch():
+        for _ in range(2):
+            for each, alone in zip(passes, expected, strict=True):
+                for one, other in zip(results(*each), alone, strict=True):
+                    assert torch.equal(one, other)
+
+
+def scratch_of(shape: tuple[int, ...]) -> tuple[torch.Tensor, int]:
+    return winograd_scratch(require_library().code, (*shape, 160, 0, 1), Pass.OF_MAPS)
