@@ -553,7 +553,7 @@ class _Step:
 
     def _keep_scratch(self, samples: int) -> None:
         """With several threads, the epochs' passes through winograd.c use the same scratch memory, as much as the largest
-        of them takes, but for passes that fill a cache (`lightcl.networks.native.kept_scratch`)."""
+        takes, but for those that fill a cache (`lightcl.networks.native.kept_scratch`)."""
         shape, cost, workload = self.shape, self.cost, self.workload
         if workload.threads == 1:
             return
