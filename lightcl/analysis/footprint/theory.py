@@ -552,8 +552,8 @@ class _Step:
         return (numbers + of_weights) * FP32 + of_maps * self.size
 
     def _keep_scratch(self, samples: int) -> None:
-        """With several threads, the epochs' passes through winograd.c use the same scratch memory, as much as the largest
-        takes, but for those that fill a cache (`lightcl.networks.native.kept_scratch`)."""
+        """With several threads, the epochs' passes through winograd.c use the same scratch memory: as much as the
+        largest takes, those left out that fill a cache (`lightcl.networks.native.kept_scratch`)."""
         shape, cost, workload = self.shape, self.cost, self.workload
         if workload.threads == 1:
             return
