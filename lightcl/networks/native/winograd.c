@@ -541,9 +541,9 @@ INLINE long output_size(Shape s) { return s.height / s.stride * (s.width / s.str
 typedef struct {
     Shape group; /* the first one */
     long maps;
-    int aside, alike;  /* alike: each thread has the places of a group for itself */
-    long whole;        /* numbers of these places */
-    long own, shared;  /* numbers of scratch memory: of each thread, and of all together */
+    int aside, alone; /* alone: each thread has the places of a group for itself */
+    long whole;       /* numbers of these places */
+    long own, shared; /* numbers of scratch memory: of each thread, and of all together */
 } Plan;
 
 enum { FORWARD, OF_WEIGHTS, OF_MAPS }; /* a forward pass, or a backward pass without or with the maps' gradient */
@@ -561,8 +561,8 @@ INLINE Plan plan_of(const long *sizes, int pass, long threads) {
     long products = pass == FORWARD ? 0 : PLACES * WITHIN;
     long whole = places_at(0, s, pass == OF_MAPS ? s.padded_outputs : s.padded_inputs).size;
     long task = places_at(0, s, BLOCK).size + (weights > products ? weights : products);
-    int alike = aside || threads <= 2;
-    return (Plan){s, sizes[0], aside, alike, whole, alike ? whole + task : task, alike ? 0 : whole};
+    int alone = aside || threads <= 2;
+    return (Plan){s, sizes[0], aside, alone, whole, alone ? whole + task : task, alone ? 0 : whole};
 }
 
 /* The shape of the group that begins with map `first`. */
@@ -588,13 +588,13 @@ typedef struct {
 
 INLINE Memory memory_of(Plan plan, float *scratch, long slot, int threads) {
     float *own = scratch + THREAD * slot;
-    return plan.alike ? (Memory){own, own + plan.whole} : (Memory){scratch + threads * slot, own};
+    return plan.alone ? (Memory){own, own + plan.whole} : (Memory){scratch + threads * slot, own};
 }
 
-/* Runs `transform` for the maps from `from` to `until` and the vector of channels from v on, until all threads that share a
-   copy have done all maps and vectors. */
+/* Runs `transform` for the maps from `from` to `until` and the vector of channels from v on, until all threads that share
+   these places have done all maps and vectors. */
 #define FOR_VECTORS(plan, maps, channels, transform) \
-    if (plan.alike) { \
+    if (plan.alone) { \
         long from = 0, until = maps; \
         for (long v = 0; v < channels; v += LANES) transform; \
     } else { \
@@ -640,6 +640,7 @@ static void forward(const long *sizes, int threads, const void *maps, const floa
                     void *result, float *scratch, long slot) {
     Plan plan = plan_of(sizes, FORWARD, threads);
     Memory memory = memory_of(plan, scratch, slot, threads);
+    float *own = memory.rest;
     Tasks tasks = tasks_of(plan.group.padded_outputs, plan.aside ? 1 : THREADS);
     long step = plan.group.maps * (plan.aside ? THREADS : 1);
     for (long first = plan.aside ? THREAD * plan.group.maps : 0; first < plan.maps; first += step) {
@@ -651,10 +652,10 @@ static void forward(const long *sizes, int threads, const void *maps, const floa
         if (after.shortcut) with.shortcut = from_map(after.shortcut, s.half, first, output_size(s));
         FOR_VECTORS(plan, s.maps, s.padded_inputs, input_to_places(s, here, inputs, from, until, v, v))
         if (plan.aside) {
-            for (long i = 0; i < tasks.count; i++) forward_task(s, task_of(tasks, i), inputs, weights, with, there, memory.rest);
+            for (long i = 0; i < tasks.count; i++) forward_task(s, task_of(tasks, i), inputs, weights, with, there, own);
         } else {
 #pragma omp for schedule(dynamic)
-            for (long i = 0; i < tasks.count; i++) forward_task(s, task_of(tasks, i), inputs, weights, with, there, memory.rest);
+            for (long i = 0; i < tasks.count; i++) forward_task(s, task_of(tasks, i), inputs, weights, with, there, own);
         }
     }
 }
@@ -688,6 +689,7 @@ static void backward(const long *sizes, int threads, const void *maps, const flo
                      void *of_maps, float *of_weights, float *scratch, long slot) {
     Plan plan = plan_of(sizes, of_maps ? OF_MAPS : OF_WEIGHTS, threads);
     Memory memory = memory_of(plan, scratch, slot, threads);
+    float *own = memory.rest;
     Tasks tasks = tasks_of(of_maps ? plan.group.padded_inputs : plan.group.padded_outputs, THREADS);
     for (long first = 0; first < plan.maps; first += plan.group.maps) {
         Shape s = group_of(plan, first);
@@ -700,15 +702,15 @@ static void backward(const long *sizes, int threads, const void *maps, const flo
 #pragma omp for schedule(dynamic)
             for (long i = 0; i < 2 * tasks.count; i++) {
                 Task task = task_of(tasks, i % tasks.count);
-                if (i >= tasks.count) maps_task(s, task, outputs, weights, there, memory.rest);
-                else if (of_weights) weights_task(s, task, outputs, here, of_weights, first > 0, memory.rest);
+                if (i >= tasks.count) maps_task(s, task, outputs, weights, there, own);
+                else if (of_weights) weights_task(s, task, outputs, here, of_weights, first > 0, own);
             }
         } else {
             Places inputs = places_at(memory.places, s, s.padded_inputs);
             FOR_VECTORS(plan, s.maps, s.padded_inputs, input_to_places(s, here, inputs, from, until, v, v))
 #pragma omp for schedule(dynamic)
             for (long i = 0; i < tasks.count; i++)
-                outputs_task(s, task_of(tasks, i), inputs, gradients, of_weights, first > 0, memory.rest);
+                outputs_task(s, task_of(tasks, i), inputs, gradients, of_weights, first > 0, own);
         }
     }
 }
