@@ -66,7 +66,7 @@ def test_replay_forgets_less(tmp_path, sgd, method):
 def test_methods_without_old_images_forget_less(tmp_path, sgd, method):
     """At seeds 1 and 2 SGD forgets 18 and 9 points; LightCL 8 and 7, lightcl-sparse 11 and 10, lightcl-plus none.
 
-    These figures are not the same everywhere: when the 1x1 convolutions began to round in another order, SGD's went from
+    These figures depend on rounding: when the 1x1 convolutions began to round in another order, SGD's went from
     40 to 35 points at seed 0, LightCL's from 10 to 14 and those of lightcl-sparse from 22 to 20.
     """
     given = learn(tmp_path, method)
