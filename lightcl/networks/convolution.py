@@ -2,7 +2,8 @@
 
 A suffix's maps have 4x4 positions, which leaves oneDNN's kernels little to run along. So the weight gradient of a 3x3
 convolution in bf16 is one product over patches where maps are small: on larger maps its kernels are faster, and the
-patches would take much memory. A 1x1 convolution is a product over positions in any case.
+patches would take much memory. A 1x1 convolution is a product over positions; it rounds in another order, so that only
+networks in C have it (`use_products_`), and recorded runs keep their numbers.
 """
 
 from __future__ import annotations
@@ -71,6 +72,21 @@ class Conv1x1(nn.Conv2d):
             input, weight = input.bfloat16(), self._rounded(weight)
         result: Tensor = _OverPositions.apply(input, weight, self.stride[0])
         return result
+
+
+def use_products_(stage: nn.Module) -> None:
+    """Makes every 1x1 convolution of `stage` without padding, bias and groups a `Conv1x1`."""
+    for module in stage.modules():
+        if (
+            type(module) is nn.Conv2d
+            and module.kernel_size == (1, 1)
+            and module.padding == (0, 0)
+            and module.stride[0] == module.stride[1]
+            and module.groups == 1
+            and module.bias is None
+        ):
+            module.__class__ = Conv1x1  # the parameters stay the same objects
+            vars(module)["_rounded"] = RoundedWeight()
 
 
 class RoundedWeight:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightcl.networks import register_backbone
-from lightcl.networks.convolution import Conv1x1, Conv3x3
+from lightcl.networks.convolution import Conv3x3
 from lightcl.networks.staged import Backbone, ChannelSet, OnMap
 from lightcl.networks.unit import activated, fused, unit
 
@@ -75,7 +75,9 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.downsample: nn.Module | None = None
         if stride != 1 or in_channels != channels:
-            self.downsample = nn.Sequential(Conv1x1(in_channels, channels, stride), nn.BatchNorm2d(channels))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
 
     def forward(self, x: Tensor, on_map: OnMap | None = None) -> Tensor:
         """`[N, C_in, H, W]` -> `[N, C, H', W']`, the map after the second ReLU; `on_map` gets both maps.

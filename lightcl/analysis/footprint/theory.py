@@ -513,7 +513,7 @@ class _Step:
         if self._native(convolution):
             return self._scratch(convolution, of, samples)
         direction = int(of is not Pass.FORWARD)
-        if convolution.kernel == 1 and self.workload.accelerator == "cpu":
+        if convolution.kernel == 1 and self._in_c:
             channels = convolution.weights * _positions(convolution) // convolution.outputs
             return samples * _positions(convolution) * channels * self.size  # the positions that its stride meets
         if direction and convolution.by_product and self.size == BF16 and self.workload.accelerator == "cpu":

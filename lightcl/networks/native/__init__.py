@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from lightcl.networks.convolution import use_products_
 from lightcl.networks.native.calls import kept_scratch
 from lightcl.networks.native.convolution import NativeWinogradConv2d
 from lightcl.networks.native.drift import NativeSquaredDrift
@@ -32,10 +33,13 @@ def is_native(stage: nn.Module) -> bool:
 def use_native_(stage: nn.Module) -> None:
     """Makes every convolution of `stage` that Winograd's algorithm can compute, and every batch-norm, a module in C.
 
+    1x1 convolutions train as matrix products of PyTorch's.
+
     Raises RequestError where the sources cannot be compiled.
     """
     require_library()
     use_winograd_(stage, NativeWinogradConv2d)
+    use_products_(stage)
     for module in stage.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = NativeBatchNorm2d  # the parameters stay the same objects

@@ -64,13 +64,9 @@ def test_replay_forgets_less(tmp_path, sgd, method):
 @pytest.mark.parametrize("method", [{"name": "lightcl"}, {"name": "lightcl-sparse"}, {"name": "lightcl-plus"}],
                          ids=lambda method: method["name"])  # fmt: skip
 def test_methods_without_old_images_forget_less(tmp_path, sgd, method):
-    """At seeds 1 and 2 SGD forgets 18 and 9 points; LightCL 8 and 7, lightcl-sparse 11 and 10, lightcl-plus none.
-
-    These figures depend on rounding: when the 1x1 convolutions began to round in another order, SGD's went from
-    40 to 35 points at seed 0, LightCL's from 10 to 14 and those of lightcl-sparse from 22 to 20.
-    """
+    """At seeds 1 and 2 SGD forgets 18 and 9 points; LightCL 8 and 7, lightcl-sparse 11 and 10, lightcl-plus none."""
     given = learn(tmp_path, method)
-    assert given.til_forgetting < sgd.til_forgetting - 0.1
+    assert given.til_forgetting < sgd.til_forgetting - 0.15
     assert given.til > sgd.til
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightcl.networks.convolution import Conv1x1, Conv3x3, by_product, weight_gradient
+from lightcl.networks.convolution import Conv1x1, Conv3x3, by_product, use_products_, weight_gradient
 from lightcl.networks.resnet import StagedResNet
 from lightcl.networks.winograd import use_winograd_
 
@@ -175,6 +175,21 @@ def test_a_1x1_convolution_that_is_not_trained_is_pytorchs(layout: torch.memory_
     ours.requires_grad_(False)
     assert "OverPositions" not in str(ours(x.requires_grad_()).grad_fn)
     assert deepcopy(ours).weight is not ours.weight
+
+
+def test_plain_1x1_convolutions_become_products() -> None:
+    """Not those with a bias or of groups. The parameters stay the same objects."""
+    plain = nn.Conv2d(4, 8, 1, 2, bias=False).to(memory_format=torch.channels_last)
+    stage = nn.Sequential(plain, nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1, groups=2, bias=False), Conv3x3(8, 8))
+    weight, x = plain.weight, torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last)
+    expected = plain(x)
+    use_products_(stage)
+    assert [type(module) is Conv1x1 for module in stage] == [True, False, False, False]
+    assert plain.weight is weight
+    assert "OverPositions" in str(plain(x).grad_fn)
+    assert torch.allclose(plain(x), expected, rtol=1e-5, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plain(x).dtype == torch.bfloat16
 
 
 def saved_weight(result: Tensor) -> Tensor:
