@@ -38,7 +38,7 @@ class Conv3x3(nn.Conv2d):
             and input.device.type == "cpu"
             and torch.is_autocast_enabled("cpu")
             and torch.get_autocast_dtype("cpu") == torch.bfloat16
-            and by_product(_outputs(input, self.stride[0]), self.stride[0])
+            and by_product(outputs(input, self.stride[0]), self.stride[0])
         ):
             result: Tensor = _ByProduct.apply(input.bfloat16(), self._rounded(self.weight), self.stride[0])
             return result
@@ -114,7 +114,8 @@ def by_product(positions: int, stride: int) -> bool:
     return positions <= (POSITIONS if stride == 1 else STRIDED_POSITIONS)
 
 
-def _outputs(x: Tensor, stride: int) -> int:
+def outputs(x: Tensor, stride: int) -> int:
+    """Of a map, with padding 1: height times width."""
     height, width = x.shape[-2:]
     return ((height - 1) // stride + 1) * ((width - 1) // stride + 1)
 

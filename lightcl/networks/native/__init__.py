@@ -1,6 +1,6 @@
 """Parts of a step in C, for training and testing on the CPU: convolutions, batch-norm with what follows, and drift.
 
-`library.py` compiles winograd.c, norm.c and drift.c on the machine that runs them.
+`library.py` compiles winograd.c, norm.c, drift.c and im2col.c on the machine that runs them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def is_native(stage: nn.Module) -> bool:
 
 
 def use_native_(stage: nn.Module) -> None:
-    """Makes every convolution of `stage` that Winograd's algorithm can compute, and every batch-norm, a module in C.
+    """Makes every 3x3 convolution of `stage` that suits it, and every batch-norm, a module in C.
 
     1x1 convolutions train as matrix products of PyTorch's.
 

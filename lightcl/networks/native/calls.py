@@ -33,6 +33,9 @@ _SIGNATURES: dict[str, list[Any]] = {
     "norm_backward": [_P, ctypes.c_int, *[_P] * 10],
     "drift_forward": [_P, ctypes.c_int, *[_P] * 5],
     "drift_backward": [_P, ctypes.c_int, *[_P] * 4],
+    "im2col": [_P, ctypes.c_int, *[_P] * 2],
+    "col2im": [_P, ctypes.c_int, *[_P] * 2],
+    "transposed": [_P, ctypes.c_int, *[_P] * 2],
 }
 """The parameters of the functions: sizes, and the number of threads, come first."""
 

@@ -18,7 +18,8 @@ ERROR, HALF_ERROR = 5e-5, 1e-2
 def check(code: ctypes.CDLL) -> None:
     """Raises OSError for a library that computes wrongly."""
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for computed, exact in (*_convolution(code, 1), *_convolution(code, 2), *_norm(code), *_drift(code)):
+        parts = *_convolution(code, 1), *_convolution(code, 2), *_norm(code), *_drift(code), *_im2col(code)
+        for computed, exact in parts:
             bound = ERROR if computed.dtype == torch.float32 else HALF_ERROR
             if not (computed.float() - exact).abs().max() <= bound * exact.abs().max():
                 raise OSError("what it computes is wrong")
@@ -97,3 +98,18 @@ def _drift(code: ctypes.CDLL) -> Iterator[tuple[Tensor, Tensor]]:
         yield total.to(kind), exact.square().sum()
         call(code, "drift_backward", sizes, difference, vital, factor, of_maps)
         yield of_maps, exact
+
+
+def _im2col(code: ctypes.CDLL) -> Iterator[tuple[Tensor, Tensor]]:
+    maps = _drawn(10, 2, 5, 4, 6).bfloat16()
+    for stride, outputs in ((1, 24), (2, 6)):
+        sizes = 2, 4, 6, 5, stride
+        rows, summed = torch.empty(2, outputs, 9, 5, dtype=torch.bfloat16), torch.empty_like(maps)
+        call(code, "im2col", sizes, maps, rows)
+        exact = F.unfold(maps.float(), 3, padding=1, stride=stride)  # [N, C·9, outputs]
+        yield rows, exact.view(2, 5, 9, outputs).permute(0, 3, 2, 1)
+        call(code, "col2im", sizes, rows, summed)
+        yield summed, F.fold(exact, (4, 6), 3, padding=1, stride=stride)
+    columns = torch.empty(5, 48, dtype=torch.bfloat16)
+    call(code, "transposed", (48, 5), maps, columns)
+    yield columns, maps.permute(0, 2, 3, 1).reshape(48, 5).t().float()

@@ -1,4 +1,4 @@
-"""3x3 convolutions by winograd.c."""
+"""3x3 convolutions by winograd.c or, where the processor multiplies entire matrices in bf16, as such products."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightcl.networks.convolution import by_product, outputs
 from lightcl.networks.native.calls import Pass, call, winograd_scratch
 from lightcl.networks.native.library import has_amx, require_library
 from lightcl.networks.native.maps import as_maps, map_type, new_maps
+from lightcl.networks.native.products import convolved
 from lightcl.networks.winograd import REACH, TILE, WinogradConv2d
 
 CHANNELS, POSITIONS = {1: 32, 2: 64}, {1: 1024, 2: 256}
@@ -29,10 +31,18 @@ class NativeWinogradConv2d(WinogradConv2d):
 
     It applies to maps on the CPU whose outputs' sides are multiples of 4 and which are not large. Inside autocast to
     bf16 it computes in fp32 as well, and its result is rounded: that is faster than multiplying in bf16 with vectors,
-    and more exact. A processor that multiplies entire matrices in bf16 computes directly.
+    and more exact. A processor that multiplies entire matrices in bf16 does that with patches of small maps, and
+    computes large ones directly.
     """
 
     fewest_channels, largest_map = CHANNELS, POSITIONS
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[N, C, H, W]` -> `[N, C', H', W']`, channels-last."""
+        if self.multiplies(input):
+            weight = self._rounded(self.weight) if torch.is_grad_enabled() else self.weight.bfloat16()
+            return convolved(input.bfloat16(), weight, self.stride[0])
+        return super().forward(input)
 
     def applies(self, input: Tensor) -> bool:
         """Whether winograd.c computes this input."""
@@ -44,6 +54,18 @@ class NativeWinogradConv2d(WinogradConv2d):
             and input.dtype in (torch.float32, kind)
             and (kind == torch.float32 or suits_half(height * width))
             and self.weight.dtype == torch.float32
+        )
+
+    def multiplies(self, input: Tensor) -> bool:
+        """Whether this input's convolution is a product of patches and weights, also where nothing is trained: a method
+        that holds a map to its recorded value would see a difference in rounding."""
+        return (
+            map_type() == torch.bfloat16
+            and input.numel() > 0
+            and input.device.type == "cpu"
+            and input.dtype in (torch.float32, torch.bfloat16)
+            and self.weight.dtype == torch.float32
+            and multiplies_half(outputs(input, self.stride[0]), self.stride[0])
         )
 
     def computed(self, input: Tensor) -> Tensor:
@@ -62,6 +84,11 @@ class NativeWinogradConv2d(WinogradConv2d):
 def suits_half(positions: int) -> bool:
     """Whether winograd.c computes input maps of so many positions in bf16."""
     return positions <= HALF_POSITIONS and not has_amx()
+
+
+def multiplies_half(positions: int, stride: int) -> bool:
+    """Whether maps of so many outputs are computed in bf16 as products of patches and weights."""
+    return has_amx() and by_product(positions, stride)
 
 
 def scratch_size(
