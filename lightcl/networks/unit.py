@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightcl.networks.native import NativeBatchNorm2d, NativeWinogradConv2d
+from lightcl.networks.native import NativeBatchNorm2d, NativeConv3x3
 
 
 def unit(convolution: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def fused(convolution: nn.Module, norm: nn.Module, x: Tensor, shortcut: Tensor |
     """
     if (
         isinstance(norm, NativeBatchNorm2d)
-        and isinstance(convolution, NativeWinogradConv2d)
+        and isinstance(convolution, NativeConv3x3)
         and not norm.training
         and not convolution.weight.requires_grad
         and not torch.is_grad_enabled()

@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 
 import client.app
 from lightcl.networks.lending import NetworkLender
-from lightcl.networks.native import NativeWinogradConv2d
+from lightcl.networks.native import NativeConv3x3
 from lightcl.networks.winograd import WinogradConv2d
 from lightcl.scenario import Scenario, method_names
 from simulations.runtime.devices import make_local_app
@@ -50,7 +50,7 @@ def test_the_numbers_are_those_of_new_networks(tmp_path: Path, monkeypatch: pyte
 def test_so_does_one_with_winograds_convolutions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, convolutions: str
 ) -> None:
-    for kind in (WinogradConv2d, NativeWinogradConv2d):
+    for kind in (WinogradConv2d, NativeConv3x3):
         monkeypatch.setattr(kind, "fewest_channels", dict.fromkeys(kind.fewest_channels, 1))
     scenario = small(
         fleet={"devices": 2}, training={"epochs": 1}, device={"convolutions": convolutions, "accelerator": "cpu"}

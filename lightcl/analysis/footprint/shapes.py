@@ -12,7 +12,7 @@ from torch import nn
 
 from lightcl.errors import RequestError
 from lightcl.networks.convolution import Conv3x3, by_product
-from lightcl.networks.native import NativeWinogradConv2d
+from lightcl.networks.native import NativeConv3x3
 from lightcl.networks.resnet import StagedResNet
 from lightcl.networks.staged import Backbone
 from lightcl.networks.winograd import WinogradConv2d
@@ -178,7 +178,7 @@ def _convolution(
         sides.append((side + 2 * padding - kernel) // stride + 1)
     out = tuple(sides)
     positions, weights = out[0] * out[1], layer.weight.numel()
-    native, small = NativeWinogradConv2d.suits(layer), by_product(positions, layer.stride[0])
+    native, small = NativeConv3x3.suits(layer), by_product(positions, layer.stride[0])
     shape = Convolution(
         name,
         layer.in_channels * height * width,
@@ -189,7 +189,7 @@ def _convolution(
         layer.kernel_size[0],
         layer.stride[0],
         WinogradConv2d.tiles(height, width) if WinogradConv2d.suits(layer) else 0,
-        NativeWinogradConv2d.tiles(height, width, layer.stride[0]) if native else 0,
+        NativeConv3x3.tiles(height, width, layer.stride[0]) if native else 0,
         isinstance(layer, Conv3x3) and small,
         native and small,
     )

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightcl.networks.convolution import use_products_
 from lightcl.networks.native.calls import kept_scratch
-from lightcl.networks.native.convolution import NativeWinogradConv2d
+from lightcl.networks.native.convolution import NativeConv3x3
 from lightcl.networks.native.drift import NativeSquaredDrift
 from lightcl.networks.native.library import require_library
 from lightcl.networks.native.norm import NativeBatchNorm2d
@@ -17,8 +17,8 @@ from lightcl.networks.winograd import use_winograd_
 
 __all__ = [
     "NativeBatchNorm2d",
+    "NativeConv3x3",
     "NativeSquaredDrift",
-    "NativeWinogradConv2d",
     "is_native",
     "kept_scratch",
     "use_native_",
@@ -38,7 +38,7 @@ def use_native_(stage: nn.Module) -> None:
     Raises RequestError where the sources cannot be compiled.
     """
     require_library()
-    use_winograd_(stage, NativeWinogradConv2d)
+    use_winograd_(stage, NativeConv3x3)
     use_products_(stage)
     for module in stage.modules():
         if type(module) is nn.BatchNorm2d:

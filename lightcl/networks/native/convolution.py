@@ -26,13 +26,13 @@ ALONE = 2
 """So many threads transform a group's maps each for itself; more share that work."""
 
 
-class NativeWinogradConv2d(WinogradConv2d):
-    """A convolution that computes by winograd.c where Winograd's algorithm applies.
+class NativeConv3x3(WinogradConv2d):
+    """A 3x3 convolution in C on the CPU: by Winograd's algorithm where that applies, or as a product of patches.
 
-    It applies to maps on the CPU whose outputs' sides are multiples of 4 and which are not large. Inside autocast to
-    bf16 it computes in fp32 as well, and its result is rounded: that is faster than multiplying in bf16 with vectors,
-    and more exact. A processor that multiplies entire matrices in bf16 does that with patches of small maps, and
-    computes large ones directly.
+    Winograd's applies to maps whose outputs' sides are multiples of 4 and which are not large. Inside autocast to bf16
+    it computes in fp32 as well, and its result is rounded: that is faster than multiplying in bf16 with vectors, and
+    more exact. A processor that multiplies entire matrices in bf16 does that with patches of small maps, and computes
+    large ones directly.
     """
 
     fewest_channels, largest_map = CHANNELS, POSITIONS

@@ -12,7 +12,7 @@ from lightcl.device import arithmetic
 from lightcl.device.arithmetic import Arithmetic, arithmetic_of, bf16_pays, slow_arithmetic, with_arithmetic
 from lightcl.device.device import EdgeDevice
 from lightcl.errors import RequestError
-from lightcl.networks.native import NativeWinogradConv2d, library
+from lightcl.networks.native import NativeConv3x3, library
 from lightcl.networks.winograd import WinogradConv2d
 from lightcl.preparation import open_run
 from lightcl.records.folder import RunFolder
@@ -160,7 +160,7 @@ def test_auto_trains_as_what_it_chose(
         kinds = {type(module) for module in device.network.modules()}
         convolutions = arithmetic_of(scenario(wanted)).convolutions
         assert (WinogradConv2d in kinds) == (convolutions == "winograd")
-        assert (NativeWinogradConv2d in kinds) == (convolutions == "native")
+        assert (NativeConv3x3 in kinds) == (convolutions == "native")
     assert losses[0] == losses[1] != losses[2]
 
 

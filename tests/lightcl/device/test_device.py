@@ -22,7 +22,7 @@ from lightcl.device.metering import Board, LimitReached, Limits
 from lightcl.device.telemetry import Sensors
 from lightcl.errors import RequestError
 from lightcl.exchange.tensors import ExchangeError
-from lightcl.networks.native import NativeWinogradConv2d
+from lightcl.networks.native import NativeConv3x3
 from lightcl.networks.weights import save_weights
 from lightcl.networks.winograd import WinogradConv2d
 from lightcl.scenario import method_names
@@ -503,7 +503,7 @@ def test_missing_cuda_is_an_error_only_if_requested(monkeypatch):
 )
 def test_faster_arithmetic_learns_the_same_up_to_rounding(tmp_path, changes, monkeypatch):
     """32x32 images, for 4x4 maps in layer4."""
-    for kind in (WinogradConv2d, NativeWinogradConv2d):
+    for kind in (WinogradConv2d, NativeConv3x3):
         monkeypatch.setattr(kind, "fewest_channels", dict.fromkeys(kind.fewest_channels, 1))
     losses, tensors = [], []
     for number, sections in enumerate(({}, changes)):

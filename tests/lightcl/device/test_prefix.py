@@ -24,7 +24,7 @@ from lightcl.device.network import device_network
 from lightcl.device.prefix import FixedPrefix, check_cache_limit, fixed_prefix, prefix_cache, warm
 from lightcl.errors import RequestError
 from lightcl.networks import BACKBONES
-from lightcl.networks.native import NativeWinogradConv2d, use_native_
+from lightcl.networks.native import NativeConv3x3, use_native_
 from lightcl.networks.weights import digest
 from lightcl.scenario import Scenario
 from lightcl.storage.prefix_cache import SEGMENT_ROWS, CacheFull, FeatureStore, PrefixCache
@@ -59,7 +59,7 @@ CONVOLUTIONS = pytest.mark.parametrize("convolutions", ["direct", pytest.param("
 @pytest.fixture
 def few_channels(monkeypatch):
     """Convolutions of a toy network are computed in C as well."""
-    monkeypatch.setattr(NativeWinogradConv2d, "fewest_channels", {1: 1, 2: 1})
+    monkeypatch.setattr(NativeConv3x3, "fewest_channels", {1: 1, 2: 1})
 
 
 @CONVOLUTIONS

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightcl.networks.native import NativeWinogradConv2d, kept_scratch, library, use_native_
+from lightcl.networks.native import NativeConv3x3, kept_scratch, library, use_native_
 from lightcl.networks.native import convolution as module
 from lightcl.networks.native.calls import Pass, winograd_scratch
 from lightcl.networks.native.convolution import scratch_size
@@ -35,7 +35,7 @@ def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     torch.manual_seed(3)
     made = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False).to(memory_format=torch.channels_last)
     use_native_(nn.Sequential(made))
-    assert isinstance(made, NativeWinogradConv2d)
+    assert isinstance(made, NativeConv3x3)
     return made
 
 
@@ -217,12 +217,12 @@ def test_what_it_cannot_compute_stays_as_it_is() -> None:
     network = toys.network(freeze="layer3")
     copied = copy.deepcopy(network)
     use_native_(network.suffix)
-    native = [module for module in network.suffix.modules() if isinstance(module, NativeWinogradConv2d)]
+    native = [module for module in network.suffix.modules() if isinstance(module, NativeConv3x3)]
     assert len(native) == 4  # not the shortcut's, which is 1x1
-    assert not any(isinstance(module, NativeWinogradConv2d) for module in network.prefix.modules())
+    assert not any(isinstance(module, NativeConv3x3) for module in network.prefix.modules())
     images = toys.images(4, size=32)
     assert torch.allclose(network.eval()(images), copied.eval()(images), rtol=1e-3, atol=1e-4)
-    assert isinstance(copy.deepcopy(network).get_submodule("layer4.1.conv2"), NativeWinogradConv2d)
+    assert isinstance(copy.deepcopy(network).get_submodule("layer4.1.conv2"), NativeConv3x3)
 
 
 @toys.needs_compiler
@@ -234,7 +234,7 @@ def test_the_count_of_scratch_memory_is_that_of_the_longest_vectors(
     shape: tuple[int, ...], outputs: int, threads: int, stride: int, of: Pass
 ) -> None:
     n, height, width, inputs = shape
-    tiles = NativeWinogradConv2d.tiles(height, width, stride)
+    tiles = NativeConv3x3.tiles(height, width, stride)
     counted = scratch_size(n, tiles, inputs, outputs, stride=stride, of=of, threads=threads)
     torch.set_num_threads(threads)
     memory, own = winograd_scratch(require_library().code, (*shape, outputs, 0, stride), of)
