@@ -79,8 +79,8 @@ class Device(Section):
     convolutions: Literal["auto", "direct", "winograd", "native"] = "direct"
     """winograd: 3x3 convolutions of the trained blocks with a quarter of the multiplications on maps whose sides are
     multiples of 4, in fp32 on the CPU; rounds differently. native: the same in C, compiled once on the machine
-    that runs it, under precision: bf16 too (not where the processor has AMX), for strided ones of many channels too,
-    and for the frozen blocks; batch-norm, shortcut, ReLU and drift are in C as well. auto: what is known to be fastest
+    that runs it, under precision: bf16 too (with AMX as products in bf16), for strided ones of many channels too, and
+    for the frozen blocks; batch-norm, shortcut, ReLU and drift are in C as well. auto: what is known to be fastest
     (docs/how-to/many-devices.md)."""
     prefix_cache: Literal["auto", "on", "off"] = "auto"
     """Whether outputs of the frozen prefix are kept on disk, for images without augmentation and for data.views; auto:
