@@ -148,17 +148,17 @@ class _OverPositions(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.stride = stride
         met = x[:, :, ::stride, ::stride]
-        product = torch.mm(_rows(met), weight.flatten(1).t())
+        product = torch.mm(as_rows(met), weight.flatten(1).t())
         return product.view(met.shape[0], *met.shape[2:], -1).permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        arriving, stride = _rows(gradients[0]), ctx.stride
+        arriving, stride = as_rows(gradients[0]), ctx.stride
         for_x, for_weight, _ = ctx.needs_input_grad
         of_x = of_weight = None
         if for_weight:
-            of_weight = torch.mm(arriving.t(), _rows(x[:, :, ::stride, ::stride])).view_as(weight)
+            of_weight = torch.mm(arriving.t(), as_rows(x[:, :, ::stride, ::stride])).view_as(weight)
         if for_x:
             of_x = torch.zeros_like(x)
             met = of_x[:, :, ::stride, ::stride]
@@ -166,7 +166,7 @@ class _OverPositions(torch.autograd.Function):
         return of_x, of_weight, None
 
 
-def _rows(maps: Tensor) -> Tensor:
+def as_rows(maps: Tensor) -> Tensor:
     """`[N, C, H, W]` -> `[N·H·W, C]`; a view where the maps are channels-last."""
     return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
 

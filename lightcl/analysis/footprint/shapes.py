@@ -42,8 +42,8 @@ class Convolution:
     """The same for winograd.c, which computes more of them (lightcl/networks/native/convolution.py)."""
     by_product: bool = False
     """Whether the weight gradient in bf16 is one matrix product on the CPU (lightcl/networks/convolution.py)."""
-    native_product: bool = False
-    """Whether a step in C computes it in bf16 as products, with AMX (lightcl/networks/native/products.py)."""
+    native: bool = False
+    """Whether a step in C has a module of its own for it (lightcl/networks/native/convolution.py)."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _convolution(
         sides.append((side + 2 * padding - kernel) // stride + 1)
     out = tuple(sides)
     positions, weights = out[0] * out[1], layer.weight.numel()
-    native, small = NativeConv3x3.suits(layer), by_product(positions, layer.stride[0])
+    native = NativeConv3x3.suits(layer)
     shape = Convolution(
         name,
         layer.in_channels * height * width,
@@ -190,7 +190,7 @@ def _convolution(
         layer.stride[0],
         WinogradConv2d.tiles(height, width) if WinogradConv2d.suits(layer) else 0,
         NativeConv3x3.tiles(height, width, layer.stride[0]) if native else 0,
-        isinstance(layer, Conv3x3) and small,
-        native and small,
+        isinstance(layer, Conv3x3) and by_product(positions, layer.stride[0]),
+        native,
     )
     return shape, (out[0], out[1])

@@ -552,12 +552,11 @@ class _Step:
 
     def _multiplied(self, convolution: Convolution) -> bool:
         """Whether a step in C computes it as products of patches and weights."""
-        positions = _positions(convolution)
         return (
             self._in_c
             and self.size == BF16
-            and convolution.native_product
-            and multiplies_half(positions, convolution.stride)
+            and convolution.native
+            and multiplies_half(_positions(convolution), convolution.stride)
         )
 
     def _scratch(self, convolution: Convolution, of: Pass, samples: int) -> int:
@@ -603,11 +602,13 @@ class _Step:
         gone before."""
         positions = _positions(convolution)
         patches = samples * positions * (convolution.weights * positions // convolution.outputs)  # inputs of an output
-        rearranged = 0
-        if self._multiplied(convolution):
-            most = convolution.weights * BF16 if of is Pass.FORWARD else min(int(PART * patches * BF16), REARRANGED)
-            rearranged = most * self.workload.threads + samples * convolution.outputs * BF16 * (of is not Pass.FORWARD)
-        return (patches + convolution.weights * (of is not Pass.FORWARD)) * BF16 + rearranged
+        multiplied = self._multiplied(convolution)
+        if of is Pass.FORWARD:
+            rearranged, numbers = convolution.weights * BF16, patches
+        else:
+            rearranged = min(int(PART * patches * BF16), REARRANGED)
+            numbers = patches + convolution.weights + samples * convolution.outputs * multiplied
+        return numbers * BF16 + rearranged * self.workload.threads * multiplied
 
     def _layout(self, convolution: Convolution | None, direction: int) -> int:
         """Bytes of the copies of a convolution's weights while it runs: forward (0) or backward (1)."""

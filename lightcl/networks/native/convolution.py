@@ -49,11 +49,8 @@ class NativeConv3x3(WinogradConv2d):
         kind, (height, width) = map_type(), input.shape[-2:]
         return (
             bool(self.tiles(height, width, self.stride[0]))
-            and input.numel() > 0
-            and input.device.type == "cpu"
-            and input.dtype in (torch.float32, kind)
             and (kind == torch.float32 or suits_half(height * width))
-            and self.weight.dtype == torch.float32
+            and self._reads(input, kind)
         )
 
     def multiplies(self, input: Tensor) -> bool:
@@ -61,11 +58,17 @@ class NativeConv3x3(WinogradConv2d):
         that holds a map to its recorded value would see a difference in rounding."""
         return (
             map_type() == torch.bfloat16
-            and input.numel() > 0
-            and input.device.type == "cpu"
-            and input.dtype in (torch.float32, torch.bfloat16)
-            and self.weight.dtype == torch.float32
             and multiplies_half(outputs(input, self.stride[0]), self.stride[0])
+            and self._reads(input, torch.bfloat16)
+        )
+
+    def _reads(self, input: Tensor, kind: torch.dtype) -> bool:
+        """Whether C can read the weights, and this input as maps of that type."""
+        return (
+            input.numel() > 0
+            and input.device.type == "cpu"
+            and input.dtype in (torch.float32, kind)
+            and self.weight.dtype == torch.float32
         )
 
     def computed(self, input: Tensor) -> Tensor:

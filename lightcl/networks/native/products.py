@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightcl.networks.convolution import as_rows, outputs
 from lightcl.networks.native.calls import call
 from lightcl.networks.native.library import require_library
 from lightcl.networks.native.maps import as_maps, new_maps
@@ -34,7 +35,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         maps, arriving = as_maps(x, torch.bfloat16), as_maps(gradients[0], torch.bfloat16)
-        rows = arriving.permute(0, 2, 3, 1).reshape(-1, len(weight))
+        rows = as_rows(arriving)
         for_x, for_weight, _ = ctx.needs_input_grad
         of_x = of_weight = None
         if for_x:
@@ -50,8 +51,7 @@ def im2col(maps: Tensor, stride: int) -> Tensor:
     """The inputs of every output of a 3x3 convolution with padding 1, zeros beyond the map: bf16 maps `[N, C, H, W]`,
     channels-last, to `[N·H'·W', 9·C]`."""
     n, channels, height, width = maps.shape
-    outputs = n * ((height - 1) // stride + 1) * ((width - 1) // stride + 1)
-    result = torch.empty(outputs, 9 * channels, dtype=torch.bfloat16)
+    result = torch.empty(n * outputs(maps, stride), 9 * channels, dtype=torch.bfloat16)
     call(require_library().code, "im2col", (n, height, width, channels, stride), maps, result)
     return result
 

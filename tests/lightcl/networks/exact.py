@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightcl.networks.native import NativeConv3x3, use_native_
+
 BOUND = 5e-5
 """Of the largest value; the algorithm loses about one decimal digit to the direct convolution."""
 
@@ -13,6 +15,14 @@ BOUND = 5e-5
 def maps(*shape: int, seed: int = 0) -> Tensor:
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return drawn.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+def native_convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    torch.manual_seed(3)
+    made = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False).to(memory_format=torch.channels_last)
+    use_native_(nn.Sequential(made))
+    assert isinstance(made, NativeConv3x3)
+    return made
 
 
 def distance(given: Tensor, expected: Tensor) -> float:

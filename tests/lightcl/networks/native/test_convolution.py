@@ -28,15 +28,8 @@ from tests.lightcl.networks.exact import (
     maps,
     results,
 )
+from tests.lightcl.networks.exact import native_convolution as convolution
 from tests.lightcl.networks.native.vectors import FEATURES, STRICT, VECTORS
-
-
-def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    torch.manual_seed(3)
-    made = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False).to(memory_format=torch.channels_last)
-    use_native_(nn.Sequential(made))
-    assert isinstance(made, NativeConv3x3)
-    return made
 
 
 @toys.needs_compiler

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from weakref import ref
 
 import pytest
@@ -15,7 +14,7 @@ from lightcl.networks.native import convolution as module
 from lightcl.networks.native import library, use_native_
 from lightcl.networks.native.products import col2im, convolved, im2col, transposed
 from tests.lightcl import toys
-from tests.lightcl.networks.exact import distance
+from tests.lightcl.networks.exact import distance, native_convolution
 from tests.lightcl.networks.native.vectors import STRICT, VECTORS
 
 pytestmark = toys.needs_compiler
@@ -24,12 +23,9 @@ BF16 = torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
-def this_machine_multiplies_matrices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def this_machine_multiplies_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     """The products are PyTorch's and right on every machine; only their speed depends on it."""
     monkeypatch.setattr(module, "has_amx", lambda: True)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def whole(*shape: int, seed: int = 0, most: int = 3) -> Tensor:
@@ -126,13 +122,6 @@ def test_only_wanted_gradients_are_computed() -> None:
 # -- in a network ------------------------------------------------------------------------------------------------------
 
 
-def native(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    torch.manual_seed(3)
-    made = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False).to(memory_format=torch.channels_last)
-    use_native_(nn.Sequential(made))
-    return made
-
-
 def multiplied(convolution: nn.Conv2d, x: Tensor) -> bool:
     with torch.autocast("cpu", BF16):
         return "_Product" in str(convolution(x).grad_fn)
@@ -142,11 +131,11 @@ def multiplied(convolution: nn.Conv2d, x: Tensor) -> bool:
     ("stride", "side", "expected"), [(1, 4, True), (1, 5, False), (1, 8, False), (2, 16, True), (2, 17, False)]
 )
 def test_small_maps_are_computed_so(stride: int, side: int, expected: bool) -> None:
-    assert multiplied(native(3, 7, stride), torch.randn(2, 3, side, side)) is expected
+    assert multiplied(native_convolution(3, 7, stride), torch.randn(2, 3, side, side)) is expected
 
 
 def test_only_in_bf16_and_only_where_the_processor_multiplies_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    convolution, x = native(3, 7), torch.randn(2, 3, 4, 4)
+    convolution, x = native_convolution(3, 7), torch.randn(2, 3, 4, 4)
     assert "_Product" not in str(convolution(x).grad_fn)
     assert multiplied(convolution, x)
     monkeypatch.setattr(module, "has_amx", lambda: False)
@@ -155,7 +144,7 @@ def test_only_in_bf16_and_only_where_the_processor_multiplies_matrices(monkeypat
 
 def test_a_test_computes_as_training_does() -> None:
     """A method that holds a map to its recorded value would see another rounding."""
-    convolution, x = native(33, 70, 2), torch.randn(9, 33, 8, 8)
+    convolution, x = native_convolution(33, 70, 2), torch.randn(9, 33, 8, 8)
     with torch.autocast("cpu", BF16):
         trained = convolution(x)
         with torch.no_grad():
@@ -165,7 +154,7 @@ def test_a_test_computes_as_training_does() -> None:
 
 
 def test_passes_of_a_step_share_one_copy_of_the_weight() -> None:
-    convolution, x = native(3, 7), torch.randn(2, 3, 4, 4)
+    convolution, x = native_convolution(3, 7), torch.randn(2, 3, 4, 4)
     with torch.autocast("cpu", BF16):
         with torch.no_grad():
             convolution(x)  # keeps no copy that a graph could not use
@@ -182,7 +171,7 @@ def test_passes_of_a_step_share_one_copy_of_the_weight() -> None:
 
 
 def test_no_maps_have_no_gradient() -> None:
-    convolution = native(3, 7)
+    convolution = native_convolution(3, 7)
     with torch.autocast("cpu", BF16):
         (of_weight,) = torch.autograd.grad(convolution(torch.randn(0, 3, 4, 4)).sum(), convolution.weight)
     assert not of_weight.any()
